@@ -1,0 +1,74 @@
+"""The batch that the training loop gets: tensors on the device, facts on the host.
+
+    kernels/pack.py writes the tensors   ->   Batch   ->   the training loop
+    producer.py counts the facts
+
+Nothing here computes on a tensor, so nothing here can make the host wait for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from nanopack.packing import Piece
+
+__all__ = ["Batch", "Piece"]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One `(B, T)` batch. Unpacks as `inputs, targets`.
+
+    The tensors lie on the loader's device. Everything below `cu_seqlens` is plain Python on the host, known before the
+    device has finished, so reading it never synchronises.
+    """
+
+    inputs: torch.Tensor
+    """(B, T) int32: token ids; the beginning-of-sequence id in padding."""
+    targets: torch.Tensor
+    """(B, T) int64: the next token where it is trained, else `ignore_index`."""
+    weights: torch.Tensor | None
+    """(B, T) float32: loss weight of each target, 0.0 where it is not trained. None unless asked for."""
+    positions: torch.Tensor | None
+    """(B, T) int32: position in the piece, from 0; padding counts as one piece. None unless asked for."""
+    doc_ids: torch.Tensor | None
+    """(B, T) int32: number of the piece in its row, from 0; -1 in padding. None unless asked for."""
+    cu_seqlens: torch.Tensor | None
+    """(B * max_pieces + 1,) int32: starts of the pieces in the flattened batch, padding as one piece at a row's end;
+    filled up with B * T, so that the length is the same for every batch. None unless asked for."""
+    step: int
+    """Number of this batch, from 0."""
+    num_trained: int
+    """Targets that are trained."""
+    num_tokens: int
+    """Tokens in `inputs` that are not padding."""
+    weight_sum: float
+    """Exact sum of `weights`; without weights, `num_trained`."""
+    max_seqlen: int
+    """Length of the longest piece in `cu_seqlens`, padding included."""
+    epoch: int
+    """Pass over the data that the reading has reached, from 1."""
+    progress: float
+    """Share of the data consumed (of all `epochs` where they are given)."""
+    last: bool
+    """True from the batch on that reaches the end of the data (of all `epochs` where they are given)."""
+    word_pieces: tuple[tuple[Piece, ...], ...]
+    """For each row its pieces over the T + 1 words that the row is cut from: the word in column T is only a target."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Yield `inputs` and `targets`."""
+        yield self.inputs
+        yield self.targets
+
+    @cached_property
+    def pieces(self) -> tuple[tuple[Piece, ...], ...]:
+        """For each row the pieces in its T columns of `inputs`: conversation, start, length, offset in the document."""
+        columns = self.inputs.shape[1]
+        return tuple(
+            tuple(p._replace(length=min(p.length, columns - p.start)) for p in row if p.start < columns)
+            for row in self.word_pieces
+        )

@@ -1,0 +1,90 @@
+"""Count what happened to every conversation, token and slot, so that nothing is lost without a number.
+
+    producer.py counts as it reads and packs   ->   Ledger   ->   loader.ledger(), nanopack pack
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+@dataclass
+class Ledger:
+    """Counters of one loader. `imbalances` holds them against each other."""
+
+    conversations_read: int = 0
+    conversations_packed: int = 0
+    conversations_dropped: Counter[str] = field(default_factory=Counter)
+    """By reason: `untrained`, the loss counts nothing in it."""
+    conversations_skipped: int = 0
+    """Bad ones, with on_error="skip"."""
+    conversations_waiting: int = 0
+    tokens_read: int = 0
+    """Of every rendered conversation, before anything is cut."""
+    tokens_emitted: int = 0
+    """In batches, each counted once."""
+    tokens_cut: Counter[str] = field(default_factory=Counter)
+    """By reason: `max_tokens`, `seq_len` (longer than a row), `crop` (by best_fit_crop, to fill a row)."""
+    tokens_dropped: int = 0
+    """Of dropped conversations, after cutting."""
+    tokens_waiting: int = 0
+    slots: int = 0
+    """Places in `inputs`: B * T a batch."""
+    slots_tokens: int = 0
+    slots_padding: int = 0
+    targets_trained: int = 0
+
+    def copy(self) -> Ledger:
+        """Return the ledger as it stands."""
+        return replace(
+            self, conversations_dropped=Counter(self.conversations_dropped), tokens_cut=Counter(self.tokens_cut)
+        )
+
+    def imbalances(self) -> list[str]:
+        """Return what does not add up, in words; nothing in a sound ledger."""
+        sums = [
+            (
+                "conversations read",
+                self.conversations_read,
+                self.conversations_packed
+                + self.conversations_dropped.total()
+                + self.conversations_skipped
+                + self.conversations_waiting,
+            ),
+            (
+                "tokens read",
+                self.tokens_read,
+                self.tokens_emitted + self.tokens_cut.total() + self.tokens_dropped + self.tokens_waiting,
+            ),
+            ("slots", self.slots, self.slots_tokens + self.slots_padding),
+        ]
+        wrong = [f"{name}: {total} counted, {parts} accounted for" for name, total, parts in sums if total != parts]
+        if self.targets_trained > self.tokens_emitted:
+            wrong.append(f"trained targets: {self.targets_trained}, more than the {self.tokens_emitted} tokens emitted")
+        return wrong
+
+    def report(self) -> dict[str, Any]:
+        """Return the counters as nested plain data (JSON-able), with `balanced` and, if it is false, `imbalances`."""
+        wrong = self.imbalances()
+        return {
+            "conversations": {
+                "read": self.conversations_read,
+                "packed": self.conversations_packed,
+                "dropped": dict(self.conversations_dropped),
+                "skipped": self.conversations_skipped,
+                "waiting": self.conversations_waiting,
+            },
+            "tokens": {
+                "read": self.tokens_read,
+                "emitted": self.tokens_emitted,
+                "cut": dict(self.tokens_cut),
+                "dropped": self.tokens_dropped,
+                "waiting": self.tokens_waiting,
+            },
+            "slots": {"total": self.slots, "tokens": self.slots_tokens, "padding": self.slots_padding},
+            "targets": {"trained": self.targets_trained},
+            "balanced": not wrong,
+            "imbalances": wrong,
+        }

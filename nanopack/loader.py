@@ -1,0 +1,293 @@
+"""Drive the stages: conversations in, one batch at each `next(loader)`.
+
+    producer.py fills a slot   ->   Loader.__next__   ->   kernels/pack.py writes the tensors   ->   Batch
+
+The public face of nanopack. What a batch contains is decided by the arguments alone: `reference.batches` with the same
+arguments gives the same batches, slowly.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from nanopack.batch import Batch
+from nanopack.conversations import open_conversations
+from nanopack.explain import Explanation, explain
+from nanopack.kernels.pack_torch import pack_torch
+from nanopack.ledger import Ledger
+from nanopack.producer import Produced, Producer
+from nanopack.recipe import Recipe
+from nanopack.ring import Slot
+from nanopack.tokenizers import load_tokenizer
+
+log = logging.getLogger("nanopack")
+
+# The kernel writes cu_seqlens in whole blocks; the loader hands out the part that counts.
+CU_ALIGN = 128
+
+
+class Loader:
+    """An iterator over packed `(B, T)` batches of chat conversations.
+
+    Args:
+        conversations: a data set (any object with `len` and `[int]`, such as a list or a `datasets.Dataset`), or path(s)
+            or globs of `.jsonl`, `.jsonl.gz`, `.parquet`. A conversation is `{"messages": [{"role", "content"}, ...]}`,
+            a bare list of messages, ShareGPT's `{"conversations": [{"from", "value"}]}` or `{"text": ...}`; `"weight"`
+            (a float >= 0) is its own loss weight.
+        tokenizer: a `tiktoken.Encoding`, a nanochat tokenizer folder or its `tokenizer.pkl`, an object whose `.enc` is an
+            `Encoding`, or `"chat32k"`, which ships with nanopack.
+        batch_size: rows of a batch, B.
+        seq_len: tokens of a row, T.
+        packing: `"best_fit"` (rows of whole documents, hardly any padding, none waits long), `"stream"` (documents end to
+            end: nanochat midtraining), `"best_fit_pad"` (nanochat SFT), `"best_fit_crop"` (nanochat pretraining),
+            `"pad"` (one document a row).
+        loss: `"assistant"`: a target is trained where the template says so; `"all"`: every token.
+        weights: None, `"token"` (1.0 where trained) or `"conversation"` (1 / its trained tokens, so that each conversation
+            counts once); a conversation's own weight multiplies either.
+        extras: any of `"positions"`, `"doc_ids"`, `"cu_seqlens"`.
+        max_pieces: pieces a row for which `cu_seqlens` has room; T // 8 + 1 if None.
+        template: `"nanochat"` or `"chatml"`.
+        max_tokens: a document longer than this is cut (and counted).
+        window: documents among which the best_fit packings choose: 64, 100 (`best_fit_pad`), 1000 (`best_fit_crop`).
+        max_age: `best_fit` only: a document that has waited so many rows opens the next one; 128 if None.
+        refill: documents that are read at a time when fewer than `window` wait.
+        overlap: `stream` only: a batch advances by B * T tokens instead of B * T + 1, so that every token is a target.
+        boundary_loss: False: the first token of a document is never a target.
+        ignore_index: what `targets` holds where nothing is trained.
+        rank, world_size: which share of the conversations this process reads; from `torch.distributed` where that is
+            initialised, else 0 of 1.
+        epochs: passes over the data, all of it delivered, the last rows padded; None: endless.
+        device: where the tensors lie; only the CPU so far.
+        executor: `"torch"` or `"triton"` (on the CPU only under Triton's interpreter, TRITON_INTERPRET=1); None: torch.
+        workers: 0: conversations are tokenized in the caller's thread.
+        on_error: `"raise"` at a bad conversation, or `"skip"` it (counted and logged).
+
+    Raises:
+        ValueError: an argument cannot be; the message names it, its value and what is allowed.
+        ConversationError: (from `next`) a bad conversation; the message names file, line and message.
+
+    >>> with Loader([{"text": "Hello there"}], "chat32k", batch_size=1, seq_len=4, packing="stream") as loader:
+    ...     inputs, targets = next(loader)
+    >>> inputs.tolist(), targets.tolist()
+    ([[32759, 10864, 612, 32759]], [[10864, 612, 32759, 10864]])
+    """
+
+    def __init__(
+        self,
+        conversations: Any,
+        tokenizer: Any,
+        batch_size: int = 32,
+        seq_len: int = 2048,
+        *,
+        packing: str = "best_fit",
+        loss: str = "assistant",
+        weights: str | None = None,
+        extras: Sequence[str] = (),
+        max_pieces: int | None = None,
+        template: str = "nanochat",
+        max_tokens: int | None = None,
+        window: int | None = None,
+        max_age: int | None = None,
+        refill: int = 1,
+        overlap: bool = False,
+        boundary_loss: bool = True,
+        ignore_index: int = -100,
+        rank: int | None = None,
+        world_size: int | None = None,
+        epochs: int | None = None,
+        device: str | torch.device | None = None,
+        executor: str | None = None,
+        workers: int = 0,
+        on_error: str = "raise",
+    ) -> None:
+        rank, world_size = _rank_and_world_size(rank, world_size)
+        self.recipe = Recipe(
+            batch_size=batch_size,
+            seq_len=seq_len,
+            packing=packing,
+            loss=loss,
+            weights=weights,
+            extras=extras,
+            max_pieces=max_pieces,
+            template=template,
+            max_tokens=max_tokens,
+            window=window,
+            max_age=max_age,
+            refill=refill,
+            overlap=overlap,
+            boundary_loss=boundary_loss,
+            ignore_index=ignore_index,
+            rank=rank,
+            world_size=world_size,
+            epochs=epochs,
+            on_error=on_error,
+        )
+        if workers != 0 or isinstance(workers, bool):
+            raise ValueError(f"workers={workers!r} is not allowed; only 0 so far: tokenizing in the caller's thread")
+        self.device = _device(device)
+        self._pack = _executor(executor)
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.source = open_conversations(conversations)
+        self._producer = Producer(self.source, self.tokenizer, self.recipe)
+        self._slot = Slot(self._producer.layout)
+        signed = torch.int16 if self._producer.layout.word_bytes == 2 else torch.int32
+        self._words = torch.from_numpy(self._slot.words).view(signed)
+        self._table = torch.from_numpy(self._slot.table)
+        self._step = 0
+        self._ledger = Ledger()
+        self._end: Callable[[], BaseException] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Return the loader itself: it goes on where it stands."""
+        return self
+
+    def __next__(self) -> Batch:
+        """Return the next batch. After the end or an error every further call raises that again."""
+        if self._end is not None:
+            raise self._end()
+        try:
+            produced = self._producer.produce(self._slot)
+        except Exception as error:
+            # the row that was being filled is gone: to go on would lose its documents in silence
+            failure = error
+            self._end = lambda: failure
+            raise
+        except BaseException:
+            self._end = lambda: RuntimeError("the loader was interrupted in the middle of a batch; make a new one")
+            raise
+        if produced is None:
+            self._ledger = self._producer.ledger.copy()
+            self._end = StopIteration
+            raise StopIteration
+        batch = self._unpack(produced)
+        self._step += 1
+        self._ledger = produced.ledger
+        return batch
+
+    def _unpack(self, produced: Produced) -> Batch:
+        """Turn the slot into tensors: fresh ones, so that a batch stays what it is when the next one is made."""
+        recipe, filled = self.recipe, produced.filled
+        shape = (recipe.batch_size, recipe.seq_len)
+        segments = self._producer.layout.max_segments
+
+        def empty(dtype: torch.dtype, size: int | tuple[int, int] = shape, wanted: bool = True) -> Any:
+            return torch.empty(size, dtype=dtype, device=self.device) if wanted else None
+
+        inputs, targets = empty(torch.int32), empty(torch.int64)
+        weights = empty(torch.float32, wanted=recipe.weights is not None)
+        positions = empty(torch.int32, wanted="positions" in recipe.extras)
+        doc_ids = empty(torch.int32, wanted="doc_ids" in recipe.extras)
+        cu_seqlens = None if segments is None else empty(torch.int32, -(-(segments + 1) // CU_ALIGN) * CU_ALIGN)
+        self._pack(
+            self._words,
+            self._table,
+            inputs,
+            targets,
+            weights,
+            positions,
+            doc_ids,
+            cu_seqlens,
+            bos_id=self.tokenizer.bos_id,
+            ignore_index=recipe.ignore_index,
+        )
+        return Batch(
+            inputs=inputs,
+            targets=targets,
+            weights=weights,
+            positions=positions,
+            doc_ids=doc_ids,
+            cu_seqlens=None if cu_seqlens is None or segments is None else cu_seqlens[: segments + 1],
+            step=self._step,
+            num_trained=filled.num_trained,
+            num_tokens=filled.num_tokens,
+            weight_sum=filled.weight_sum,
+            max_seqlen=filled.max_seqlen,
+            epoch=produced.epoch,
+            progress=produced.progress,
+            last=produced.last,
+            word_pieces=filled.word_pieces,
+        )
+
+    def ledger(self) -> dict[str, Any]:
+        """Return what happened to every conversation, token and slot up to the batch delivered last; see `Ledger`."""
+        return self._ledger.report()
+
+    def explain(self, batch: Batch, row: int, col: int) -> Explanation:
+        """Return which conversation, message, role and text a slot came from, and why it is trained or not.
+
+        Raises IndexError where the batch has no such row or column.
+        """
+        return explain(
+            batch,
+            row,
+            col,
+            source=self.source,
+            tokenizer=self.tokenizer,
+            render=self._producer.render,
+            recipe=self.recipe,
+        )
+
+    def close(self) -> None:
+        """End the loader: `next` raises from now on. Batches already delivered stay valid. May be called twice."""
+        if self._end is None or self._end is StopIteration:
+            self._end = lambda: RuntimeError("the loader is closed; make a new one")
+
+    def __enter__(self) -> Loader:
+        """Return the loader; leaving the block closes it."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Return both as given, or as torch.distributed knows them."""
+    if (rank is None) != (world_size is None):
+        raise ValueError(f"rank={rank!r} and world_size={world_size!r} go together; pass both, or neither")
+    if rank is not None and world_size is not None:
+        return rank, world_size
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        log.warning(
+            "WORLD_SIZE=%s is set, but torch.distributed is not initialised: this process reads all the data as rank 0 "
+            "of 1; initialise it first, or pass rank and world_size",
+            os.environ["WORLD_SIZE"],
+        )
+    return 0, 1
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    try:
+        chosen = torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r} is not a device of torch ({error}); only 'cpu' so far") from error
+    if chosen.type != "cpu":
+        raise ValueError(f"device={device!r} is not allowed; only 'cpu' so far")
+    return chosen
+
+
+def _executor(executor: str | None) -> Callable[..., None]:
+    """Return the function that turns a slot into tensors."""
+    if executor not in (None, "triton", "torch"):
+        raise ValueError(f"executor={executor!r} is not allowed; use 'triton', 'torch' or None")
+    if executor != "triton":
+        return pack_torch
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("executor='triton' needs Triton, which is not installed here; use executor='torch'")
+    import triton
+
+    if not triton.knobs.runtime.interpret:
+        raise ValueError(
+            "executor='triton' runs on the CPU only in Triton's interpreter; set TRITON_INTERPRET=1 before anything "
+            "imports triton, or use executor='torch'"
+        )
+    from nanopack.kernels.pack import pack
+
+    return pack

@@ -1,0 +1,202 @@
+"""Read one rank's conversations, render them, and fill slots with batches.
+
+    conversations.py, render.py   ->   Producer.produce(slot)   ->   ring.py: a filled slot, and its facts
+                                            packing.py says when to read, and what goes where
+
+It holds the words of the documents that wait, and counts everything into the ledger. No torch, no GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanopack.conversations import ConversationError, Share, Source, check
+from nanopack.ledger import Ledger
+from nanopack.packing import Run, make_packer
+from nanopack.recipe import Recipe
+from nanopack.render import Document, make_renderer
+from nanopack.ring import Filled, Layout, Slot, Words
+from nanopack.tokenizers import Tokenizer
+
+log = logging.getLogger("nanopack")
+
+
+@dataclass(frozen=True)
+class Produced:
+    """A batch in a slot: what the host knows of it, and how far the data are read. See `Batch`."""
+
+    filled: Filled
+    epoch: int
+    progress: float
+    last: bool
+    ledger: Ledger
+    """As it stands with this batch delivered."""
+
+
+class Producer:
+    """Fills slots with the batches of a recipe, one after the other."""
+
+    def __init__(self, source: Source, tokenizer: Tokenizer, recipe: Recipe) -> None:
+        """Raise ValueError where the tokenizer does not go with the template."""
+        self.source = source
+        self.recipe = recipe
+        self.layout = Layout.of(recipe, tokenizer.vocab_size)
+        self.share = Share(len(source), recipe.rank, recipe.world_size)
+        self.render = make_renderer(tokenizer, recipe.template)
+        self._reads_in_all = None if recipe.epochs is None else self.share.reads(recipe.epochs)
+        self._fruitless = 0
+        self._documents: dict[int, Words] = {}
+        self._packer = make_packer(
+            recipe.packing,
+            self._read,
+            batch_size=recipe.batch_size,
+            seq_len=recipe.seq_len,
+            window=recipe.window,
+            max_age=recipe.max_age,
+            refill=recipe.refill,
+            overlap=recipe.overlap,
+        )
+        self._ledger = Ledger()
+
+    def produce(self, slot: Slot) -> Produced | None:
+        """Fill the slot with the next batch; return None, and leave it alone, at the end of the data.
+
+        Raises ConversationError for a bad conversation (with on_error="raise"), ValueError where nothing can be packed.
+        """
+        rows = self._packer.next_rows()
+        if not rows:
+            self._count_packer()
+            return None
+        if self.recipe.packing == "best_fit_crop":
+            self._cut_what_was_cropped([run for row in rows for run in row])
+        filled = slot.fill(rows, self._documents)
+        self._forget({run.document for row in rows for run in row})
+        self._count_slots(filled)
+        self._count_packer()
+        progress, last = self._progress()
+        return Produced(
+            filled=filled,
+            epoch=self.share.epoch(self._ledger.conversations_read),
+            progress=progress,
+            last=last,
+            ledger=self._ledger.copy(),
+        )
+
+    @property
+    def ledger(self) -> Ledger:
+        """The counters after the last call of `produce`."""
+        return self._ledger
+
+    def _read(self) -> tuple[int, int] | None:
+        """Read on until a document is good for packing; return its number and length, None at the end of the data."""
+        while self._reads_in_all is None or self._ledger.conversations_read < self._reads_in_all:
+            read = self._ledger.conversations_read
+            self._ledger.conversations_read += 1
+            if (words := self._words_of(read)) is not None:
+                self._fruitless = 0
+                self._documents[read] = words
+                return read, len(words.words)
+            self._fruitless += 1
+            if self._reads_in_all is None and self._fruitless >= self.share.n:
+                raise ValueError(
+                    f"nothing to pack: in a whole pass over the data ({self.share.n} conversations) each one was dropped "
+                    f"because nothing in it is trained, or skipped as bad; look at the first one, or use loss='all'"
+                )
+        return None
+
+    def _words_of(self, read: int) -> Words | None:
+        """Return what the packing gets of one conversation, None if it is skipped or dropped; count what is lost."""
+        index = self.share.conversation(read)
+        try:
+            conversation = check(self.source[index])
+            document = self.render(conversation)
+        except MemoryError:
+            raise
+        except Exception as error:
+            self._refuse(index, error)
+            return None
+        ids, mask = self._cut(document)
+        trained = int(np.count_nonzero(mask))
+        if self.recipe.drops_untrained and not trained:
+            self._ledger.conversations_dropped["untrained"] += 1
+            self._ledger.tokens_dropped += len(ids)
+            return None
+        words = ids.astype(self.layout.word_dtype)
+        words[mask] |= words.dtype.type(self.layout.loss_bit)
+        return Words(index, words, self._weight(conversation.weight, trained), conversation.weight)
+
+    def _refuse(self, index: int, error: Exception) -> None:
+        what = str(error) if isinstance(error, ConversationError) else f"{type(error).__name__}: {error}"
+        if self.recipe.on_error == "raise":
+            raise ConversationError(
+                f'{self.source.where(index)}, {what}. Fix it or pass on_error="skip".'
+            ) from error
+        self._ledger.conversations_skipped += 1
+        log.warning("skipped %s, %s", self.source.where(index), what)
+
+    def _cut(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids and loss bits of what is left after cutting."""
+        recipe, ledger = self.recipe, self._ledger
+        length = len(document.ids)
+        ledger.tokens_read += length
+        limits = {"max_tokens": recipe.max_tokens, "seq_len": recipe.row_tokens if recipe.cuts_to_row else None}
+        for reason, limit in limits.items():
+            if limit is not None and length > limit:
+                ledger.tokens_cut[reason] += length - limit
+                length = limit
+        mask = np.ones(length, bool) if recipe.loss == "all" else document.mask[:length].copy()
+        if not recipe.boundary_loss:
+            mask[0] = False
+        return document.ids[:length], mask
+
+    def _weight(self, conversation_weight: float, trained: int) -> float:
+        if self.recipe.weights == "conversation":
+            return conversation_weight / trained if trained else 0.0
+        return 1.0 if self.recipe.weights is None else conversation_weight
+
+    def _cut_what_was_cropped(self, runs: list[Run]) -> None:
+        """Weigh documents that were placed in part by what was placed."""
+        for run in runs:
+            words = self._documents[run.document]
+            if run.length < len(words.words):
+                trained = int(np.count_nonzero(words.words[: run.length] >= self.layout.loss_bit))
+                words.weight = self._weight(words.conversation_weight, trained)
+
+    def _forget(self, documents: set[int]) -> None:
+        held = self._packer.held
+        for document in documents:
+            if document not in held:
+                del self._documents[document]
+
+    def _progress(self) -> tuple[float, bool]:
+        """Return the share of the data consumed, and whether that is all of it."""
+        ledger, share, passes = self._ledger, self.share, self.recipe.epochs or 1
+        stream = self.recipe.packing == "stream"
+        done = ledger.conversations_read
+        if not stream:
+            done = ledger.conversations_packed + ledger.conversations_dropped.total() + ledger.conversations_skipped
+        consumed = share.rank + share.world_size * done
+        last = consumed >= passes * share.n
+        if self.recipe.epochs is not None:
+            return min(1.0, consumed / (passes * share.n)), last
+        # nanochat's: the stream tells where it reads, the rows how much they have consumed, past 1 in a second pass
+        return (share.conversation(done) if stream else consumed) / share.n, last
+
+    def _count_slots(self, filled: Filled) -> None:
+        slots = self.recipe.batch_size * self.recipe.seq_len
+        self._ledger.slots += slots
+        self._ledger.slots_tokens += filled.num_tokens
+        self._ledger.slots_padding += slots - filled.num_tokens
+        self._ledger.targets_trained += filled.num_trained
+
+    def _count_packer(self) -> None:
+        ledger, packer = self._ledger, self._packer
+        ledger.conversations_packed = packer.packed
+        ledger.conversations_waiting = packer.waiting_documents
+        ledger.tokens_emitted = packer.emitted
+        ledger.tokens_waiting = packer.waiting_tokens
+        if packer.cropped:
+            ledger.tokens_cut["crop"] = packer.cropped

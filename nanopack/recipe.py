@@ -1,0 +1,148 @@
+"""Say which batches are asked for: every choice that decides which token lands where.
+
+    Loader(**arguments)   ->   Recipe, checked and complete   ->   producer.py, ring.py, verify.py
+
+One place for names, defaults and limits, so that each wrong argument is refused at construction with the same words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nanopack.packing import MAX_AGE, PACKINGS, WINDOWS
+
+LOSSES = ("assistant", "all")
+WEIGHTS = (None, "token", "conversation")
+EXTRAS = ("positions", "doc_ids", "cu_seqlens")
+TEMPLATES = ("nanochat", "chatml")
+ON_ERROR = ("raise", "skip")
+
+# A column of a batch is an int32 in cu_seqlens.
+MAX_SLOTS = 2**31 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The arguments of a loader, checked, with the defaults of its packing filled in: `Loader` says what each means."""
+
+    batch_size: int = 32
+    seq_len: int = 2048
+    packing: str = "best_fit"
+    loss: str = "assistant"
+    weights: str | None = None
+    extras: Sequence[str] = ()
+    max_pieces: int | None = None
+    template: str = "nanochat"
+    max_tokens: int | None = None
+    window: int | None = None
+    max_age: int | None = None
+    refill: int = 1
+    overlap: bool = False
+    boundary_loss: bool = True
+    ignore_index: int = -100
+    rank: int = 0
+    world_size: int = 1
+    epochs: int | None = None
+    on_error: str = "raise"
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for the first argument that cannot be, and fill in what the packing decides."""
+        for name in ("packing", "loss", "weights", "template", "on_error"):
+            _check_choice(name, getattr(self, name))
+        for name in ("overlap", "boundary_loss"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; use True or False")
+        for name in ("batch_size", "seq_len", "refill", "world_size"):
+            _check_int(name, getattr(self, name), least=1)
+        for name in ("max_pieces", "max_tokens", "window", "max_age", "epochs"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), least=1, or_none=True)
+        _check_int("ignore_index", self.ignore_index, least=-(2**63), most=2**63 - 1)
+        _check_int("rank", self.rank, least=0, most=self.world_size - 1, why=f" with world_size={self.world_size}")
+        if self.batch_size * self.seq_len > MAX_SLOTS:
+            raise ValueError(
+                f"batch_size={self.batch_size} times seq_len={self.seq_len} is {self.batch_size * self.seq_len} tokens "
+                f"a batch; at most {MAX_SLOTS} are allowed"
+            )
+        object.__setattr__(self, "extras", _checked_extras(self.extras))
+        self._check_packing_arguments()
+        for name, default in self._defaults():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+
+    def _check_packing_arguments(self) -> None:
+        belongs = {
+            "window": (self.window is not None, tuple(WINDOWS)),
+            "max_age": (self.max_age is not None, ("best_fit",)),
+            "refill": (self.refill != 1, tuple(WINDOWS)),
+            "overlap": (self.overlap, ("stream",)),
+        }
+        for name, (given, packings) in belongs.items():
+            if given and self.packing not in packings:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no meaning with packing={self.packing!r}; "
+                    f"leave it out, or use packing={' or '.join(map(repr, packings))}"
+                )
+        if self.max_pieces is not None and "cu_seqlens" not in self.extras:
+            raise ValueError(
+                f"max_pieces={self.max_pieces} has no meaning without cu_seqlens; "
+                f'leave it out, or add "cu_seqlens" to extras'
+            )
+
+    def _defaults(self) -> list[tuple[str, int | None]]:
+        return [
+            ("window", WINDOWS.get(self.packing)),
+            ("max_age", MAX_AGE if self.packing == "best_fit" else None),
+            ("max_pieces", self.seq_len // 8 + 1),
+        ]
+
+    @property
+    def row_tokens(self) -> int:
+        """Most tokens in a row: T inputs, and the last target."""
+        return self.seq_len + 1
+
+    @property
+    def cuts_to_row(self) -> bool:
+        """Whether a document is cut to a row before it waits."""
+        return self.packing in ("best_fit", "best_fit_pad", "pad")
+
+    @property
+    def drops_untrained(self) -> bool:
+        """Whether a document in which nothing is trained is dropped."""
+        return self.loss == "assistant" and self.packing in ("best_fit", "pad")
+
+
+def _check_choice(name: str, value: object) -> None:
+    allowed: tuple[object, ...] = {
+        "packing": PACKINGS,
+        "loss": LOSSES,
+        "weights": WEIGHTS,
+        "template": TEMPLATES,
+        "on_error": ON_ERROR,
+    }[name]
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
+        raise ValueError(f"{name}={value!r} is not allowed; use one of {', '.join(map(repr, allowed))}")
+
+
+def _check_int(
+    name: str, value: object, *, least: int, most: int | None = None, or_none: bool = False, why: str = ""
+) -> None:
+    # bool is an int in Python; batch_size=True is a mistake all the same
+    if isinstance(value, int) and not isinstance(value, bool) and least <= value and (most is None or value <= most):
+        return
+    upper = f" to {most}" if most is not None else " upwards"
+    raise ValueError(
+        f"{name}={value!r} is not allowed{why}; use an int from {least}{upper}{', or None' if or_none else ''}"
+    )
+
+
+def _checked_extras(extras: object) -> tuple[str, ...]:
+    allowed = ", ".join(map(repr, EXTRAS))
+    # a lone string would be read as its letters
+    if isinstance(extras, str) or not isinstance(extras, (Sequence, set, frozenset)):
+        raise ValueError(f"extras={extras!r} is not allowed; use a tuple of any of {allowed}")
+    for extra in extras:
+        if extra not in EXTRAS:
+            raise ValueError(f"extras={extras!r}: {extra!r} is not known; use any of {allowed}")
+    return tuple(extra for extra in EXTRAS if extra in extras)

@@ -1,0 +1,514 @@
+"""The slow packer in plain Python lists: the definition of what a batch is.
+
+    conversations, tokenizer, arguments   ->   batches()   ->   what a Loader must give, bit for bit
+                                                                verify.py
+
+To be read from top to bottom, the way the data travel. Written to be right, not fast: files are read whole,
+choices are scans over lists, tensors appear in the last lines. It shares nothing with the fast path but the
+tokenizing of one string, the `Batch` class and the name of an error, so that no mistake can hide in both.
+"""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import gzip
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from numbers import Real
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from nanopack.batch import Batch, Piece
+from nanopack.conversations import ConversationError
+from nanopack.tokenizers import Tokenizer, load_tokenizer
+
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "packing": ("best_fit", "stream", "best_fit_pad", "best_fit_crop", "pad"),
+    "loss": ("assistant", "all"),
+    "weights": (None, "token", "conversation"),
+    "extras": ("positions", "doc_ids", "cu_seqlens"),
+    "template": ("nanochat", "chatml"),
+    "on_error": ("raise", "skip"),
+}
+WINDOWS = {"best_fit": 64, "best_fit_pad": 100, "best_fit_crop": 1000, "pad": 1}
+MAX_AGE = 128
+FLOAT32_MAX = torch.finfo(torch.float32).max
+SPECIAL_TOKENS = {
+    "nanochat": [
+        *("<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"),
+        *("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"),
+    ],
+    "chatml": ["<|im_start|>", "<|im_end|>"],
+}
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+
+
+def batches(
+    conversations: Any,
+    tokenizer: Any,
+    *,
+    batch_size: int = 32,
+    seq_len: int = 2048,
+    packing: str = "best_fit",
+    loss: str = "assistant",
+    weights: str | None = None,
+    extras: Sequence[str] = (),
+    max_pieces: int | None = None,
+    template: str = "nanochat",
+    max_tokens: int | None = None,
+    window: int | None = None,
+    max_age: int | None = None,
+    refill: int = 1,
+    overlap: bool = False,
+    boundary_loss: bool = True,
+    ignore_index: int = -100,
+    rank: int = 0,
+    world_size: int = 1,
+    epochs: int | None = None,
+    on_error: str = "raise",
+) -> Iterator[Batch]:
+    """Return the batches of one rank, on the CPU; endless where `epochs` is None. Arguments as of `Loader`.
+
+    Raises ValueError for an unknown choice and ConversationError for a conversation that cannot be used.
+    """
+    chosen = dict(packing=packing, loss=loss, weights=weights, template=template, on_error=on_error)
+    for name, value in [*chosen.items(), *(("extras", extra) for extra in extras)]:
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name}={value!r} is not known. Pass one of {CHOICES[name]}.")
+    coder = load_tokenizer(tokenizer)
+    for token in SPECIAL_TOKENS[template]:
+        # Asked for once here, so that a tokenizer without it is not taken for many bad conversations.
+        coder.special_id(token)
+    records = _open(conversations)
+    cut = seq_len + 1 if packing in ("best_fit", "best_fit_pad", "pad") else None
+    # nanochat's packings keep a document that trains nothing, and so must we to give its batches.
+    drops = packing in ("best_fit", "pad") and loss == "assistant"
+
+    def read(index: int) -> Document | None:
+        where, record = records[index]
+        try:
+            messages, text, weight = _conversation(record())
+            tokens = _render(messages, text, coder, template)
+        except MemoryError:
+            raise
+        except Exception as error:
+            if on_error == "skip":
+                return None
+            raise ConversationError(f'{where}, {error}. Fix it or pass on_error="skip".') from error
+        tokens = tokens[:max_tokens][:cut]
+        if loss == "all":
+            tokens = [(id, True) for id, _ in tokens]
+        if not boundary_loss:
+            tokens[0] = (tokens[0][0], False)
+        document = Document(index, tokens, weight)
+        return None if drops and document.num_trained == 0 else document
+
+    reader = Reader(len(records), read, rank, world_size, epochs)
+    if packing == "stream":
+        packed = _pack_stream(reader, batch_size, seq_len, overlap)
+    else:
+        window = WINDOWS[packing] if window is None or packing == "pad" else window
+        age = MAX_AGE if max_age is None else max_age
+        bound = age if packing == "best_fit" else math.inf
+        packed = _pack_rows(reader, packing, batch_size, seq_len, window, refill, bound)
+    build = partial(_batch, reader, packing, seq_len, weights, extras, max_pieces, coder.bos_id, ignore_index)
+    # Lazy: each batch is built, with what the reader tells then, before the next one is packed.
+    return (build(step, rows, done) for step, (rows, done) in enumerate(packed))
+
+
+# Reading: where each record stands, and a function that reads it. A broken line errs when its turn comes.
+
+Record = tuple[str, Callable[[], object]]
+
+
+def _open(conversations: Any) -> list[Record]:
+    paths = [conversations] if isinstance(conversations, (str, os.PathLike)) else conversations
+    if isinstance(paths, (list, tuple)) and paths and isinstance(paths[0], (str, os.PathLike)):
+        return [record for path in paths for file in _files(os.fspath(path)) for record in _file(file)]
+    n = len(conversations)
+    return [(f"conversation {index}", partial(conversations.__getitem__, index)) for index in range(n)]
+
+
+def _files(path: str) -> list[str]:
+    # A file that is named like a pattern is meant itself.
+    files = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+    if not files:
+        raise ValueError(f"conversations={path!r}: no such file. Pass a path or a pattern that matches.")
+    return files
+
+
+def _file(path: str) -> list[Record]:
+    if path.lower().endswith(".parquet"):
+        import pyarrow.parquet
+
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+        return [(f"{path} row {index}", partial(dict, row)) for index, row in enumerate(rows)]
+    if not path.lower().endswith((".jsonl", ".jsonl.gz")):
+        raise ValueError(f"conversations={path!r}: unknown kind. Pass .jsonl, .jsonl.gz or .parquet files.")
+    data = Path(path).read_bytes()
+    data = gzip.decompress(data) if path.lower().endswith(".gz") else data
+    lines = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    return [(f"{path}:{number}", partial(_parse, line)) for number, line in numbered]
+
+
+def _parse(line: bytes) -> object:
+    # Decoded here: json.loads would guess at UTF-16 too.
+    return json.loads(line.decode())
+
+
+# Checking: every accepted shape becomes (messages, text, weight). Messages are (role, content); the template
+# that renders them checks what they are.
+
+Messages = list[tuple[object, object]]
+
+
+def _conversation(record: object) -> tuple[Messages, str | None, float]:
+    if isinstance(record, (list, tuple)):
+        record = {"messages": record}
+    if not isinstance(record, Mapping):
+        raise ConversationError(f"it is a {type(record).__name__}; it must be a dict or a list of messages")
+    # A Parquet file has every column in every row: what is null is not there.
+    shapes = [key for key in ("messages", "conversations", "text") if record.get(key) is not None]
+    if len(shapes) != 1:
+        raise ConversationError("it must have exactly one of 'messages', 'conversations' and 'text'")
+    weight = 1.0 if record.get("weight") is None else record["weight"]
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= float(weight) <= FLOAT32_MAX:
+        raise ConversationError(f"weight is {weight!r}; it must be a number from 0 that float32 can hold")
+    if shapes == ["messages"]:
+        return _messages(record["messages"], "role", "content"), None, float(weight)
+    if shapes == ["conversations"]:
+        messages = _messages(record["conversations"], "from", "value")
+        return [(SHAREGPT_ROLES.get(str(role), role), value) for role, value in messages], None, float(weight)
+    if not isinstance(record["text"], str):
+        raise ConversationError("its text must be a string")
+    return [], record["text"], float(weight)
+
+
+def _messages(messages: object, role: str, content: str) -> Messages:
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ConversationError("its messages must be a list of at least one")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or role not in message or content not in message:
+            raise ConversationError(f"message {index}: it must be a dict with {role!r} and {content!r}")
+    return [(message[role], message[content]) for message in messages]
+
+
+def _string(index: int, content: object) -> str:
+    if not isinstance(content, str):
+        raise ConversationError(f"message {index}: content is a {type(content).__name__}, not a string")
+    return content
+
+
+# Rendering: a conversation becomes tokens, (id, trained). A template yields what is encoded in one go:
+# ("special", the special token, trained) or ("text", the text, trained).
+
+Span = tuple[str, str, bool]
+
+
+def _render(messages: Messages, text: str | None, coder: Tokenizer, template: str) -> list[tuple[int, bool]]:
+    if text is not None:
+        spans: Iterator[Span] = iter([("text", text, True)])
+    else:
+        spans = _nanochat(messages) if template == "nanochat" else _chatml(messages)
+    # Plain text is trained throughout, the first token included.
+    tokens = [(coder.bos_id, text is not None)]
+    for kind, string, trained in spans:
+        # Only a template makes special tokens: what looks like one in a message stays text.
+        ids = [coder.special_id(string)] if kind == "special" else coder.encode(string)
+        tokens += [(int(id), trained) for id in ids]
+    return tokens
+
+
+def _nanochat(messages: Messages) -> Iterator[Span]:
+    merged = 0
+    if len(messages) > 1 and messages[0][0] == "system" and messages[1][0] == "user":
+        # A system message has no tokens of its own: it is put before the first question.
+        both = _string(0, messages[0][1]) + "\n\n" + _string(1, messages[1][1])
+        messages, merged = [("user", both), *messages[2:]], 1
+    for index, (role, content) in enumerate(messages, start=merged):
+        expected = "user" if index % 2 == merged else "assistant"
+        if role != expected:
+            raise ConversationError(f"message {index}: role is {role!r}; it must be {expected!r} here")
+        yield "special", f"<|{role}_start|>", False
+        if role == "user":
+            yield "text", _string(index, content), False
+        elif isinstance(content, (list, tuple)):
+            for part in content:
+                yield from _nanochat_part(index, part)
+        else:
+            yield "text", _string(index, content), True
+        # The assistant's end is trained: the model must learn to stop.
+        yield "special", f"<|{role}_end|>", role == "assistant"
+
+
+def _nanochat_part(index: int, part: object) -> Iterator[Span]:
+    kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else (None, None)
+    if kind not in ("text", "python", "python_output") or not isinstance(text, str):
+        raise ConversationError(f"message {index}: a part is not a text, python or python_output with a text")
+    if kind == "text":
+        yield "text", text, True
+        return
+    # What the interpreter prints is not trained: the model does not say it.
+    name, trained = ("python", True) if kind == "python" else ("output", False)
+    yield "special", f"<|{name}_start|>", trained
+    yield "text", text, trained
+    yield "special", f"<|{name}_end|>", trained
+
+
+def _chatml(messages: Messages) -> Iterator[Span]:
+    for index, (role, content) in enumerate(messages):
+        if role not in ("system", "user", "assistant"):
+            raise ConversationError(f"message {index}: role is {role!r}; not system, user or assistant")
+        yield "special", "<|im_start|>", False
+        yield "text", f"{role}\n", False
+        yield "text", _string(index, content), role == "assistant"
+        yield "special", "<|im_end|>", role == "assistant"
+        yield "text", "\n", False
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """A rendered conversation. Compared by identity: read again, it is another document."""
+
+    conversation: int
+    tokens: list[tuple[int, bool]]
+    weight: float
+
+    @cached_property
+    def num_trained(self) -> int:
+        """Loss bits in it."""
+        return sum(trained for _, trained in self.tokens)
+
+    def words(self) -> list[Word]:
+        """Return its tokens, each with where it comes from."""
+        return [Word(id, trained, self, offset) for offset, (id, trained) in enumerate(self.tokens)]
+
+    def weigh(self, weights: str | None) -> float:
+        """Return what each of its trained tokens weighs."""
+        if weights is None:
+            return 1.0
+        return self.weight if weights == "token" else self.weight / self.num_trained
+
+
+class Word(NamedTuple):
+    """A token of a document."""
+
+    id: int
+    trained: bool
+    document: Document
+    offset: int
+
+
+# The share: which conversations the rank reads, in which order.
+
+
+@dataclass
+class Reader:
+    """The walk of one rank over N conversations, from document to document."""
+
+    n: int
+    read: Callable[[int], Document | None]
+    rank: int
+    world_size: int
+    epochs: int | None
+    reads: int = 0
+    left_out: int = 0
+    """Readings that gave no document: dropped or skipped."""
+    epoch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.n == 0:
+            raise ValueError("conversations is empty. Pass at least one conversation.")
+        # A rank lies beyond the end only where W exceeds N.
+        self.cursor = self.rank % self.n
+
+    def next_document(self) -> Document | None:
+        """Return the next document, or None at the end of the last epoch."""
+        in_vain = 0
+        while self.epochs is None or self.rank + self.world_size * self.reads < self.epochs * self.n:
+            document = self.read(self.advance())
+            if document is not None:
+                return document
+            self.left_out += 1
+            in_vain += 1
+            # Whatever W is, N readings have been at every conversation that this rank will ever read.
+            if self.epochs is None and in_vain == self.n:
+                raise ValueError("conversations: each is bad or trains nothing. Check the data and loss=.")
+        return None
+
+    def advance(self) -> int:
+        """Return the conversation under the cursor, and move on by W."""
+        index = self.cursor
+        self.reads += 1
+        self.cursor += self.world_size
+        if self.cursor >= self.n:
+            # By subtraction: a later epoch starts where the wrap lands, not at the rank.
+            self.cursor -= self.n
+            self.epoch += 1
+        # Once is enough, but for W > N.
+        self.cursor %= self.n
+        return index
+
+    def progress(self, packing: str, done: int) -> tuple[float, bool]:
+        """Return which share of the data is used up with `done` conversations, and whether that is all."""
+        position = self.rank + self.world_size * done
+        if self.epochs is not None:
+            end = self.epochs * self.n
+            return min(1.0, position / end), position >= end
+        # As nanochat has them: the cursor of the midtraining stream wraps, the count by rows goes on.
+        return (self.cursor if packing == "stream" else position) / self.n, position >= self.n
+
+
+# Packing: which words make a row. A row is cut from up to T + 1 words: the word in column T is only a target.
+
+Rows = list[list[Word]]
+# In the order of reading, each with the number of the row that was being built when it was read.
+WaitingList = list[tuple[Document, int]]
+
+
+def _pack_stream(reader: Reader, batch_size: int, seq_len: int, overlap: bool) -> Iterator[tuple[Rows, int]]:
+    """Yield a batch's rows, and how many conversations are done with: those read."""
+    waiting: list[Word] = []
+    carried = 0
+    while True:
+        while len(waiting) < batch_size * seq_len + 1:
+            document = reader.next_document()
+            if document is None:
+                break
+            waiting += document.words()
+        words = waiting[: batch_size * seq_len + 1]
+        if len(words) == carried:
+            return
+        # Neighbouring rows share a word: the last target of one is the first input of the next.
+        yield [words[b * seq_len : b * seq_len + seq_len + 1] for b in range(batch_size)], reader.reads
+        # With overlap so do batches; without, a batch's last word is no input, its first no target.
+        carried = 1 if overlap else 0
+        waiting = waiting[len(words) - carried :]
+
+
+def _pack_rows(
+    reader: Reader, packing: str, batch_size: int, seq_len: int, window: int, refill: int, max_age: float
+) -> Iterator[tuple[Rows, int]]:
+    """Yield a batch's rows, and how many conversations are done with: placed, dropped or skipped."""
+    waiting: WaitingList = []
+    placed = row_number = 0
+    while True:
+        rows: Rows = []
+        for _ in range(batch_size):
+            row: list[Word] = []
+            while len(row) < seq_len + 1:
+                _refill(reader, waiting, window, refill, row_number)
+                choice = _choose(waiting, seq_len + 1 - len(row), packing)
+                # No document starves: one that has waited too long opens a row, whatever its length.
+                if not row and waiting and row_number - waiting[0][1] >= max_age:
+                    choice = 0
+                if choice is None:
+                    break
+                document, _ = waiting.pop(choice)
+                # What does not fit is cut off, which only best_fit_crop lets happen.
+                row += replace(document, tokens=document.tokens[: seq_len + 1 - len(row)]).words()
+                placed += 1
+                if packing == "pad":
+                    break
+            rows.append(row)
+            row_number += 1
+        if not any(rows):
+            return
+        yield rows, placed + reader.left_out
+
+
+def _refill(reader: Reader, waiting: WaitingList, window: int, refill: int, row_number: int) -> None:
+    while len(waiting) < window:
+        for _ in range(refill):
+            document = reader.next_document()
+            if document is None:
+                return
+            waiting.append((document, row_number))
+
+
+def _choose(waiting: WaitingList, room: int, packing: str) -> int | None:
+    """Return which waiting document goes next into this much room; None: the rest of the row is padding."""
+    lengths = [len(document.tokens) for document, _ in waiting]
+    fitting = [length for length in lengths if length <= room]
+    # index finds the first: first come among equals.
+    if fitting:
+        return lengths.index(max(fitting))
+    if lengths and packing == "best_fit_crop":
+        return lengths.index(min(lengths))
+    return None
+
+
+# The batch: lists first, tensors at the very end.
+
+
+def _batch(
+    reader: Reader, packing: str, seq_len: int, weights: str | None, extras: Sequence[str],
+    max_pieces: int | None, bos_id: int, ignore_index: int, step: int, rows: Rows, done: int,
+) -> Batch:  # fmt: skip
+    inputs, targets, target_weights, positions, doc_ids, starts = [], [], [], [], [], []
+    padding = Document(-1, [(bos_id, False)] * (seq_len + 1), 0.0)
+    for number, row in enumerate(rows):
+        # From here on padding is one more document, at the end of the row; it differs only in its doc_id.
+        words = [*row, *padding.words()[len(row) :]]
+        pieces = _pieces(words)
+        inputs.append([word.id for word in words[:-1]])
+        targets.append([word.id if word.trained else ignore_index for word in words[1:]])
+        target_weights.append([word.document.weigh(weights) if word.trained else 0.0 for word in words[1:]])
+        counted = [(n, i) for n, piece in enumerate(pieces) for i in range(piece.length)][:seq_len]
+        positions.append([i for _, i in counted])
+        doc_ids.append([-1 if pieces[n].conversation == -1 else n for n, _ in counted])
+        starts += [number * seq_len + piece.start for piece in pieces if piece.start < seq_len]
+    starts.append(len(rows) * seq_len)
+    max_seqlen = max(starts[i + 1] - starts[i] for i in range(len(starts) - 1))
+    if "cu_seqlens" in extras:
+        starts = _filled(starts, step, len(rows), seq_len // 8 + 1 if max_pieces is None else max_pieces)
+    # Each weight is rounded to float32 once; their sum has no error of its own.
+    weighed = torch.tensor(target_weights, dtype=torch.float32)
+    progress, last = reader.progress(packing, done)
+    return Batch(
+        inputs=torch.tensor(inputs, dtype=torch.int32),
+        targets=torch.tensor(targets, dtype=torch.int64),
+        weights=None if weights is None else weighed,
+        positions=torch.tensor(positions, dtype=torch.int32) if "positions" in extras else None,
+        doc_ids=torch.tensor(doc_ids, dtype=torch.int32) if "doc_ids" in extras else None,
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32) if "cu_seqlens" in extras else None,
+        step=step,
+        num_trained=sum(word.trained for row in rows for word in row[1:]),
+        num_tokens=sum(len(row[:seq_len]) for row in rows),
+        weight_sum=math.fsum(weighed.flatten().tolist()),
+        max_seqlen=max_seqlen,
+        epoch=reader.epoch,
+        progress=progress,
+        last=last,
+        word_pieces=tuple(tuple(_pieces(row)) for row in rows),
+    )
+
+
+def _pieces(words: list[Word]) -> list[Piece]:
+    """Return the runs of one document in all T + 1 words of a row."""
+    pieces: list[Piece] = []
+    for column, word in enumerate(words):
+        if column and word.document is words[column - 1].document:
+            pieces[-1] = pieces[-1]._replace(length=pieces[-1].length + 1)
+        else:
+            pieces.append(Piece(word.document.conversation, start=column, length=1, offset=word.offset))
+    return pieces
+
+
+def _filled(starts: list[int], step: int, batch_size: int, max_pieces: int) -> list[int]:
+    """Return cu_seqlens at the length that all batches share: a varying one would make a model recompile."""
+    pieces, room = len(starts) - 1, batch_size * max_pieces
+    if pieces > room:
+        raise ValueError(
+            f"max_pieces={max_pieces}: batch {step} has {pieces} pieces, with padding, and room for {room}. "
+            f"Pass max_pieces={math.ceil(pieces / batch_size)} or more."
+        )
+    return starts + [starts[-1]] * (room - pieces)

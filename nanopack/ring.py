@@ -1,0 +1,228 @@
+"""Lay one batch out in a slot: its words, and the tables that say where rows and pieces start and what they weigh.
+
+    rows of runs (packing.py) + documents' words (producer.py)   ->   Slot.fill()   ->   kernels/pack.py
+
+A word is a token id with the loss bit on top: 16 bits where all ids are below 32,768, else 32. A slot is one contiguous,
+64-byte aligned run of bytes, so that one copy brings a batch to the device, and everything that changes from batch to
+batch lies in it, so that every launch of the kernel is the same. From the front:
+
+    rows      (B + 1, 4) int32   start in 16 words, length, first piece, number of pieces; the last entry: where
+                                 cu_seqlens begin, their number, 0, 0 (places are counted in int32 from the front)
+    words     row by row, without padding, each row starting at a multiple of 16 words
+    pieces    (P, 2) int32       first column, float32 weight's bits: when weights, positions or doc_ids are asked for
+    cu        (n,) int32         when cu_seqlens are asked for
+
+The slot is filled with numpy alone: whoever fills it needs neither torch nor a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from nanopack.packing import Piece, Row
+from nanopack.recipe import Recipe
+
+ALIGN_BYTES = 64
+ROW_ALIGN = 16  # words
+
+
+@dataclass
+class Words:
+    """A document as it waits: its words, and what the batch tells of it."""
+
+    conversation: int
+    """Index of the conversation in the data set."""
+    words: np.ndarray
+    """(n,) uint16 or uint32: ids, with the loss bit on top."""
+    weight: float = 1.0
+    """Loss weight of each of its trained tokens."""
+    conversation_weight: float = 1.0
+    """The conversation's own weight, which that follows from."""
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What the host knows of a batch once its slot is filled. See `Batch` for the fields of the same name."""
+
+    used_bytes: int
+    """Bytes of the slot, from the front, that the device needs."""
+    num_trained: int
+    num_tokens: int
+    weight_sum: float
+    max_seqlen: int
+    word_pieces: tuple[tuple[Piece, ...], ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of a slot: the same for every batch of a loader."""
+
+    batch_size: int
+    seq_len: int
+    word_bytes: int
+    """2 or 4."""
+    pieces: bool
+    """Whether the table of pieces is written."""
+    max_segments: int | None
+    """Segments that fit cu_seqlens, None when these are not written."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, vocab_size: int) -> Layout:
+        """Return the layout for a recipe and a tokenizer whose ids are all below `vocab_size`."""
+        cu = "cu_seqlens" in recipe.extras
+        return cls(
+            batch_size=recipe.batch_size,
+            seq_len=recipe.seq_len,
+            word_bytes=2 if vocab_size <= 1 << 15 else 4,
+            pieces=recipe.weights is not None or "positions" in recipe.extras or "doc_ids" in recipe.extras,
+            max_segments=recipe.batch_size * (recipe.max_pieces or 0) if cu else None,
+        )
+
+    @property
+    def word_dtype(self) -> np.dtype[np.unsignedinteger]:
+        """Type of a word on the host."""
+        return np.dtype(np.uint16 if self.word_bytes == 2 else np.uint32)
+
+    @property
+    def loss_bit(self) -> int:
+        """The bit of a word that says that the loss counts the token."""
+        return 1 << (8 * self.word_bytes - 1)
+
+    @property
+    def first_word(self) -> int:
+        """Where the first row starts, in words."""
+        return _round_up(16 * (self.batch_size + 1), ALIGN_BYTES) // self.word_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a slot that holds any batch: full rows, and one piece a token."""
+        row_words = _round_up(self.seq_len + 1, ROW_ALIGN)
+        words = self.first_word * self.word_bytes + self.batch_size * row_words * self.word_bytes
+        pieces = 8 * self.batch_size * (self.seq_len + 1) if self.pieces else 0
+        cu = 4 * (self.max_segments + 1) if self.max_segments is not None else 0
+        return _round_up(words, ALIGN_BYTES) + _round_up(pieces, ALIGN_BYTES) + _round_up(cu, ALIGN_BYTES)
+
+
+class Slot:
+    """One batch's place in memory: `words` (unsigned) and `table` (int32), two views of the same bytes."""
+
+    def __init__(self, layout: Layout, buffer: np.ndarray | None = None) -> None:
+        """Use `buffer`, (layout.nbytes,) uint8 and 64-byte aligned, or memory of its own."""
+        self.layout = layout
+        buffer = _aligned(layout.nbytes) if buffer is None else buffer
+        self.words = buffer.view(layout.word_dtype)
+        self.table = buffer.view(np.int32)
+
+    def fill(self, rows: Sequence[Row], documents: Mapping[int, Words]) -> Filled:
+        """Write a batch and return what the host knows of it. Rows that are missing at the end become padding.
+
+        Raises ValueError where the batch has more pieces than cu_seqlens has room for.
+        """
+        layout = self.layout
+        rows = [*rows, *[[]] * (layout.batch_size - len(rows))]
+        runs = [run for row in rows for run in row]
+        columns = [list(accumulate((run.length for run in row), initial=0)) for row in rows]
+        segments = _segments(columns, layout.seq_len)
+        if layout.max_segments is not None and len(segments) - 1 > layout.max_segments:
+            raise _too_many_pieces(len(segments) - 1, layout)
+        weights = np.array([documents[run.document].weight for run in runs], np.float32)
+        starts, end = self._write_words(rows, columns, documents)
+        head = self.table[: 4 * (layout.batch_size + 1)].reshape(-1, 4)
+        head[:-1, 0] = starts // ROW_ALIGN
+        head[:-1, 1] = [ends[-1] for ends in columns]
+        at = self._write_tables(head, end, columns, weights, segments)
+        trained = self._count_trained(columns, starts, end)
+        return Filled(
+            used_bytes=4 * at,
+            num_trained=int(trained.sum()),
+            num_tokens=sum(min(ends[-1], layout.seq_len) for ends in columns),
+            # the product of a count and a float32 is exact in a float64, and fsum adds exactly
+            weight_sum=math.fsum((trained * weights.astype(np.float64)).tolist()),
+            max_seqlen=max(end - start for start, end in pairwise(segments)),
+            word_pieces=tuple(
+                tuple(
+                    Piece(documents[run.document].conversation, start, run.length, run.offset)
+                    for run, start in zip(row, ends, strict=False)
+                )
+                for row, ends in zip(rows, columns, strict=True)
+            ),
+        )
+
+    def _write_words(
+        self, rows: Sequence[Row], columns: list[list[int]], documents: Mapping[int, Words]
+    ) -> tuple[np.ndarray, int]:
+        """Write the words; return where each row starts, and where the last one ends."""
+        words, at, starts = self.words, self.layout.first_word, []
+        for row, ends in zip(rows, columns, strict=True):
+            starts.append(at)
+            for (document, offset, length), start in zip(row, ends, strict=False):
+                words[at + start : at + start + length] = documents[document].words[offset : offset + length]
+            end = at + ends[-1]
+            at = _round_up(end, ROW_ALIGN)
+            words[end:at] = 0
+        return np.array(starts), at
+
+    def _write_tables(
+        self, head: np.ndarray, end: int, columns: list[list[int]], weights: np.ndarray, segments: list[int]
+    ) -> int:
+        """Write pieces and cu_seqlens behind the words; return where the used part ends (in int32)."""
+        at = _round_up(end * self.layout.word_bytes, ALIGN_BYTES) // 4
+        counts = np.array([len(ends) - 1 for ends in columns])
+        head[:-1, 2] = at + 2 * (np.cumsum(counts) - counts)
+        head[:-1, 3] = counts
+        head[-1] = 0
+        if self.layout.pieces:
+            pieces = self.table[at : at + 2 * len(weights)].reshape(-1, 2)
+            pieces[:, 0] = [start for ends in columns for start in ends[:-1]]
+            pieces[:, 1] = weights.view(np.int32)
+            at += 2 * len(weights)
+        if self.layout.max_segments is not None:
+            head[-1, :2] = (at, len(segments))
+            self.table[at : at + len(segments)] = segments
+            at += len(segments)
+        return at
+
+    def _count_trained(self, columns: list[list[int]], starts: np.ndarray, end: int) -> np.ndarray:
+        """Return for each run how many of its tokens are trained targets: all with the loss bit but in column 0."""
+        first = self.layout.first_word
+        trained = self.words[first:end] >= self.layout.loss_bit
+        trained[starts[[ends[-1] > 0 for ends in columns]] - first] = False
+        begins = [
+            row + start - first for row, ends in zip(starts.tolist(), columns, strict=True) for start in ends[:-1]
+        ]
+        # the words between rows are 0, so what lies between one run's beginning and the next's is the run
+        return np.add.reduceat(trained.view(np.uint8), begins, dtype=np.int64)
+
+
+def _segments(columns: list[list[int]], seq_len: int) -> list[int]:
+    """Return where pieces begin in the flattened batch, padding as one piece a row, and where the last ends."""
+    segments = []
+    for b, ends in enumerate(columns):
+        # the end of the last piece begins the padding, unless it is the end of the row
+        segments += [b * seq_len + column for column in ends if column < seq_len]
+    return [*segments, len(columns) * seq_len]
+
+
+def _too_many_pieces(segments: int, layout: Layout) -> ValueError:
+    per_row = (layout.max_segments or 0) // layout.batch_size
+    return ValueError(
+        f"max_pieces={per_row} is too small: a batch has {segments} pieces with its padding, and cu_seqlens has room "
+        f"for {layout.batch_size} * {per_row}; pass max_pieces={-(-segments // layout.batch_size)} or more "
+        f"(seq_len={layout.seq_len} is always enough)"
+    )
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _aligned(nbytes: int) -> np.ndarray:
+    """Return zeroed bytes that begin at a multiple of ALIGN_BYTES."""
+    buffer = np.zeros(nbytes + ALIGN_BYTES, np.uint8)
+    skip = -buffer.ctypes.data % ALIGN_BYTES
+    return buffer[skip : skip + nbytes]

@@ -1,0 +1,325 @@
+"""Turn texts into token ids: one small face over tiktoken, and the ways to get one.
+
+    Encoding, nanochat folder, bundled name   ->   load_tokenizer()           ->   Tokenizer
+    ranks file                                ->   from_ranks()               ->   Tokenizer
+    many texts                                ->   Tokenizer.encode_batch()   ->   flat ids and offsets
+                                                                                   render.py
+
+Every text is ordinary text: what looks like a special token stays text. No Python list of ids is made on the
+way, and tiktoken's core works outside the GIL. Nothing here uses the network, and a pickle is read, not run.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from importlib import resources
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+NANOCHAT_SPECIAL_TOKENS = (
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+)
+
+# Name of each ranks file in nanopack/data, and its split pattern: GPT-4's with at most two digits.
+_BUNDLED = {
+    "chat32k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+}
+_ACCEPTED = (
+    f"a bundled name ({', '.join(map(repr, _BUNDLED))}), a tiktoken.Encoding, a nanochat tokenizer, "
+    "its folder or its tokenizer.pkl, or what nanopack.tokenizers.from_ranks returns"
+)
+_HUGGING_FACE = "a Hugging Face tokenizer, which is not supported yet"
+_STATE_KEYS = {"name", "pat_str", "mergeable_ranks", "special_tokens"}
+_NOTHING: frozenset[str] = frozenset()
+
+
+class Tokenizer:
+    """A tiktoken `Encoding`, seen through the few calls that rendering needs."""
+
+    name: str
+    encoding: tiktoken.Encoding
+    vocab_size: int
+    """One more than the largest id, special tokens included. Some ids below may be unused."""
+    bos_id: int
+    """Id of `<|bos|>`, or of `<|endoftext|>` where there is no `<|bos|>`."""
+
+    def __init__(self, encoding: tiktoken.Encoding) -> None:
+        """Wrap `encoding`. ValueError where it has no beginning of sequence, or ids of more than 31 bits."""
+        self.name = encoding.name
+        self.encoding = encoding
+        largest = encoding.max_token_value
+        # In a word the loss bit stands on top of the id.
+        if largest >= 2**31:
+            raise ValueError(f"tokenizer {self.name!r} has id {largest}; give one whose ids are below 2**31.")
+        self.vocab_size = largest + 1
+        old_name_only = encoding.special_tokens_set & {"<|bos|>", "<|endoftext|>"} == {"<|endoftext|>"}
+        self.bos_id = self.special_id("<|endoftext|>" if old_name_only else "<|bos|>")
+
+    def special_id(self, token: str) -> int:
+        """Return the id of the special token `token`. ValueError where it has none, naming those it has."""
+        specials = self.encoding._special_tokens
+        if token in specials:
+            return specials[token]
+        # Some vocabularies reserve a thousand of them.
+        known = ", ".join(list(specials)[:20]) + (", …" if len(specials) > 20 else "")
+        raise ValueError(
+            f"tokenizer {self.name!r} has no special token {token!r}; it has: {known or 'none'}. "
+            "Give a tokenizer that has it."
+        )
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the ids of `text`, (n,) uint32: those that `Encoding.encode_ordinary` gives.
+
+        A lone surrogate becomes U+FFFD. ValueError where tiktoken refuses the text: a million spaces, say.
+        """
+        return _encode(self.encoding._core_bpe.encode_to_tiktoken_buffer, text)
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of all texts in a row, (n,) uint32, and offsets, (len(texts) + 1,) int64.
+
+        The ids of text i are `ids[offsets[i] : offsets[i + 1]]`: what `encode` gives for it alone.
+
+        >>> ids, offsets = load_tokenizer("chat32k").encode_batch(["hello", "", "hello world"])
+        >>> offsets.tolist()
+        [0, 1, 1, 3]
+        """
+        core_encode = self.encoding._core_bpe.encode_to_tiktoken_buffer
+        arrays = [_encode(core_encode, text) for text in texts]
+        offsets = np.fromiter(accumulate(map(len, arrays), initial=0), np.int64, len(arrays) + 1)
+        return (np.concatenate(arrays) if arrays else np.empty(0, np.uint32)), offsets
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Return the text of `ids`: special tokens by their names, U+FFFD for broken UTF-8."""
+        try:
+            return self.encoding.decode(np.asarray(ids).tolist(), errors="replace")
+        except (KeyError, OverflowError, TypeError) as error:
+            raise ValueError(
+                f"tokenizer {self.name!r} cannot decode these ids ({error}); "
+                f"give a flat sequence of its ids, from 0 to {self.vocab_size - 1}."
+            ) from error
+
+
+def _encode(core_encode: Callable[[str, frozenset[str]], bytes], text: str) -> np.ndarray:
+    try:
+        # Not memoryview: it reads beyond the end of tiktoken's buffer.
+        return np.frombuffer(core_encode(text, _NOTHING), np.uint32)
+    except UnicodeEncodeError:
+        # The same mending as in tiktoken's encode_ordinary.
+        return _encode(core_encode, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    except BaseException as error:
+        if not (isinstance(error, ValueError) or _is_panic(error)):
+            raise
+        raise ValueError(
+            f"tiktoken cannot encode this text of {len(text):,} characters ({_first_line(error)}); "
+            "a very long run of white space does that: shorten it"
+        ) from None
+
+
+def _is_panic(error: BaseException) -> bool:
+    # Rust's panic is not an Exception, and its class cannot be imported.
+    return type(error).__name__ == "PanicException"
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def load_tokenizer(tokenizer: object) -> Tokenizer:
+    """Return the `Tokenizer` for whatever names or holds one.
+
+    Accepted: the name of a bundled one ("chat32k"; it wins over a folder of that name), a `Tokenizer`, a
+    `tiktoken.Encoding`, an object whose `.enc` is one (nanochat's), the path of a nanochat tokenizer folder
+    or of its tokenizer.pkl. ValueError says what was given and what is accepted.
+    """
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    encoding = getattr(tokenizer, "enc", tokenizer)
+    if isinstance(encoding, tiktoken.Encoding):
+        return Tokenizer(encoding)
+    if isinstance(tokenizer, str) and tokenizer in _BUNDLED:
+        return _bundled(tokenizer)
+    if isinstance(tokenizer, (str, os.PathLike)):
+        return Tokenizer(_read_path(Path(tokenizer)))
+    what = _HUGGING_FACE if _is_hugging_face(tokenizer) else f"of type {type(tokenizer).__name__}"
+    raise ValueError(f"tokenizer is {what}; give {_ACCEPTED}.")
+
+
+def from_ranks(
+    path: str | os.PathLike[str],
+    *,
+    pattern: str,
+    special_tokens: Sequence[str] = NANOCHAT_SPECIAL_TOKENS,
+    name: str | None = None,
+) -> Tokenizer:
+    """Return the tokenizer of a `.tiktoken` ranks file: a base64 token, a space and its rank on each line.
+
+    `pattern` is the regular expression that splits a text before merging. Text that it does not match is
+    lost, so it must match everything. The special tokens get the ids behind the ranks, in order; `name` is
+    the file's stem unless given. ValueError names the line at fault.
+    """
+    path = Path(path)
+    if not isinstance(pattern, str) or not pattern:
+        raise ValueError(f"pattern={pattern!r} must be the tokenizer's split pattern, a regular expression.")
+    ranks = _read_ranks(path)
+    _check_special_tokens(special_tokens, ranks)
+    specials = {token: len(ranks) + i for i, token in enumerate(special_tokens)}
+    return Tokenizer(_new_encoding(path, path.stem if name is None else name, pattern, ranks, specials))
+
+
+@functools.cache
+def _bundled(name: str) -> Tokenizer:
+    with resources.as_file(resources.files("nanopack") / "data" / f"{name}.tiktoken") as path:
+        return from_ranks(path, pattern=_BUNDLED[name], name=name)
+
+
+def _is_hugging_face(tokenizer: object) -> bool:
+    # nanochat's HuggingFaceTokenizer holds the real one in `.tokenizer`.
+    held = getattr(tokenizer, "tokenizer", tokenizer)
+    return any(cls.__module__.split(".")[0] in ("transformers", "tokenizers") for cls in type(held).__mro__)
+
+
+def _read_path(path: Path) -> tiktoken.Encoding:
+    folder = os.path.isdir(path)
+    file = path / "tokenizer.pkl" if folder else path
+    if os.path.isfile(file) and file.suffix == ".pkl":
+        return _unpickle(file)
+    if path.name == "tokenizer.json" or os.path.exists(path / "tokenizer.json"):
+        what = _HUGGING_FACE
+    elif folder:
+        what = "a folder without a tokenizer.pkl"
+    elif not os.path.exists(path):
+        what = "no bundled name, and there is no such file or folder"
+    elif path.suffix == ".tiktoken":
+        raise ValueError(
+            f"tokenizer={str(path)!r} is a ranks file, which carries no split pattern; "
+            "give nanopack.tokenizers.from_ranks(path, pattern=...)."
+        )
+    else:
+        what = "not a .pkl file"
+    raise ValueError(f"tokenizer={str(path)!r} is {what}; give {_ACCEPTED}.")
+
+
+class _State:
+    """Stands in for `Encoding` while its pickle is read: keeps what the file says, does nothing with it."""
+
+    state: object = None
+
+    # It also keeps a pickle from writing into this class's own dictionary.
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+class _EncodingUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> type[_State]:
+        if (module, name) in (("tiktoken.core", "Encoding"), ("tiktoken", "Encoding")):
+            return _State
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _unpickle(file: Path) -> tiktoken.Encoding:
+    data = io.BytesIO(file.read_bytes())
+    try:
+        found = _EncodingUnpickler(data).load()
+    # A broken pickle can raise anything.
+    except Exception as error:
+        raise _bad_pickle(file, f"{type(error).__name__}: {_first_line(error)}") from error
+    if not isinstance(found, _State):
+        raise _bad_pickle(file, f"it holds a {type(found).__name__}")
+    state = found.state
+    if isinstance(state, str):
+        # Unpickled by tiktoken, this would download the encoding.
+        raise _bad_pickle(file, f"it only names {state!r}, so pass tiktoken.get_encoding({state!r})")
+    if not isinstance(state, dict) or set(state) != _STATE_KEYS or not isinstance(state["name"], str):
+        raise _bad_pickle(file, "what it holds of an Encoding is incomplete")
+    ranks, specials = state["mergeable_ranks"], state["special_tokens"]
+    return _new_encoding(file, state["name"], state["pat_str"], ranks, specials)
+
+
+def _bad_pickle(file: Path, why: str) -> ValueError:
+    return ValueError(
+        f"{file} is not a pickled tiktoken Encoding ({why}). Nothing in it was run. "
+        "Save the tokenizer anew with pickle.dump(encoding, file), or pass the tiktoken.Encoding itself."
+    )
+
+
+def _new_encoding(
+    file: Path, name: str, pattern: str, ranks: dict[bytes, int], specials: dict[str, int]
+) -> tiktoken.Encoding:
+    try:
+        encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+    except BaseException as error:
+        if not (isinstance(error, Exception) or _is_panic(error)):
+            raise
+        raise ValueError(
+            f"{file}: tiktoken cannot make an Encoding of it ({_first_line(error)}). "
+            "Check the split pattern, the ranks and the special tokens."
+        ) from None
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise ValueError(
+            f"{file}: byte {missing[0]:#04x} has no rank ({len(missing)} of the 256 bytes have none); "
+            "give the complete ranks: without them some text cannot be encoded."
+        )
+    return encoding
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    if not os.path.isfile(path):
+        raise ValueError(f"ranks file {str(path)!r} does not exist; give the path of a .tiktoken file.")
+    ranks: dict[bytes, int] = {}
+    lines: dict[int, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        token, rank = _read_rank(f"{path}:{number}", line)
+        if token in ranks or rank in lines:
+            what = f"token {token!r}" if token in ranks else f"rank {rank}"
+            earlier = lines[ranks.get(token, rank)]
+            raise ValueError(f"{path}:{number}: {what} is in line {earlier} already; remove one of them.")
+        ranks[token] = rank
+        lines[rank] = number
+    if not ranks:
+        raise ValueError(f"{path}: there are no ranks in it; give a .tiktoken file.")
+    if max(lines) >= len(lines):
+        gap = next(rank for rank in range(len(lines)) if rank not in lines)
+        after = min(rank for rank in lines if rank > gap)
+        raise ValueError(f"{path}:{lines[after]}: rank {after}, but rank {gap} is missing; add its line.")
+    return ranks
+
+
+def _read_rank(place: str, line: bytes) -> tuple[bytes, int]:
+    try:
+        encoded, digits = line.split()
+        token = base64.b64decode(encoded, validate=True)
+        if token and digits.isdigit():
+            return token, int(digits)
+    except ValueError:
+        pass
+    raise ValueError(f"{place}: {line[:60]!r} is not a base64 token, a space and a rank; mend the line.")
+
+
+def _check_special_tokens(special_tokens: Sequence[str], ranks: dict[bytes, int]) -> None:
+    if isinstance(special_tokens, str) or not all(isinstance(t, str) and t for t in special_tokens):
+        raise ValueError(f"special_tokens={special_tokens!r} must be a sequence of strings, none empty.")
+    for i, token in enumerate(special_tokens):
+        if token in special_tokens[:i]:
+            raise ValueError(f"special_tokens: {token!r} comes twice; remove one.")
+        if token.encode("utf-8", "replace") in ranks:
+            raise ValueError(f"special_tokens: {token!r} is an ordinary token of the ranks; rename it.")

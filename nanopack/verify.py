@@ -1,0 +1,90 @@
+"""Compare the loader's batches with the reference packer's, and name the first difference.
+
+    Loader and reference.batches on the same arguments   ->   verify()   ->   Verification
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from nanopack import reference
+from nanopack.batch import Batch
+from nanopack.loader import Loader
+from nanopack.recipe import Recipe
+
+DATA_ARGUMENTS = {field.name for field in fields(Recipe)}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a comparison found; true when the batches are equal in every field."""
+
+    batches: int
+    """Batches that were compared and equal."""
+    tokens: int
+    """Tokens in them, without padding."""
+    difference: str | None
+    """The first difference: batch, field, place, expected and got."""
+
+    def __bool__(self) -> bool:
+        return self.difference is None
+
+
+# The arguments are the Loader's own: to write out thirty names twice more would only let them drift apart.
+def verify(conversations: Any, tokenizer: Any, *, max_batches: int | None = None, **arguments: Any) -> Verification:
+    """Return whether `Loader(conversations, tokenizer, **arguments)` gives the reference packer's batches.
+
+    One pass over the data is compared (`epochs=1`) unless `epochs` is given, at most `max_batches` batches of it. With
+    `epochs=None` the data are endless and `max_batches` is needed.
+
+    Raises ValueError as `Loader` does.
+    """
+    arguments.setdefault("epochs", 1)
+    if arguments["epochs"] is None and max_batches is None:
+        raise ValueError("epochs=None is endless; pass max_batches, or a number of epochs")
+    with Loader(conversations, tokenizer, **arguments) as loader:
+        data_arguments = {name: value for name, value in arguments.items() if name in DATA_ARGUMENTS}
+        data_arguments |= {"rank": loader.recipe.rank, "world_size": loader.recipe.world_size}
+        expected = reference.batches(conversations, tokenizer, **data_arguments)
+        return compare(itertools.islice(expected, max_batches), itertools.islice(loader, max_batches))
+
+
+def compare(expected: Iterator[Batch], got: Iterator[Batch]) -> Verification:
+    """Return whether two runs of batches are equal, field by field, to the end."""
+    batches = tokens = 0
+    for a, b in itertools.zip_longest(expected, got):
+        if a is None or b is None:
+            more, fewer = ("reference", "loader") if b is None else ("loader", "reference")
+            return Verification(batches, tokens, f"the {fewer} ends after {batches} batches, the {more} goes on")
+        if (difference := first_difference(a, b)) is not None:
+            return Verification(batches, tokens, f"batch {batches}, {difference}")
+        batches += 1
+        tokens += a.num_tokens
+    return Verification(batches, tokens, None)
+
+
+def first_difference(expected: Batch, got: Batch) -> str | None:
+    """Return the first field and place in which two batches differ, None if they are equal. Integers compare exactly."""
+    for field in fields(Batch):
+        a, b = getattr(expected, field.name), getattr(got, field.name)
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            difference = _tensor_difference(a, b.cpu())
+        else:
+            difference = None if type(a) is type(b) and a == b else f": expected {a!r}, got {b!r}"
+        if difference is not None:
+            return f"{field.name}{difference}"
+    return None
+
+
+def _tensor_difference(expected: torch.Tensor, got: torch.Tensor) -> str | None:
+    if (expected.shape, expected.dtype) != (got.shape, got.dtype):
+        return f": expected {tuple(expected.shape)} {expected.dtype}, got {tuple(got.shape)} {got.dtype}"
+    if torch.equal(expected, got):
+        return None
+    place = tuple((expected != got).nonzero()[0].tolist())
+    return f"{list(place)}: expected {expected[place].item()}, got {got[place].item()}"

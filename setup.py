@@ -1,0 +1,34 @@
+"""Build nanopack: the folder `nanopack/`, and `kernels/` as the package `nanopack.kernels`."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+TEST = ["pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5", "pyarrow>=15", "datasets>=3"]
+LINT = ["ruff>=0.6", "mypy>=1.11"]
+
+setup(
+    name="nanopack",
+    version="0.1.0",
+    description="Chat conversations in, exact packed (B, T) training batches out",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=["nanopack", "nanopack.kernels"],
+    package_dir={"nanopack.kernels": "kernels"},
+    package_data={"nanopack": ["py.typed", "data/*"]},
+    install_requires=[
+        "torch>=2.6",
+        "triton>=3.6; platform_system == 'Linux'",
+        "tiktoken>=0.9",
+        "numpy>=1.26",
+    ],
+    extras_require={
+        "parquet": ["pyarrow>=15"],
+        "safetensors": ["safetensors>=0.4"],
+        "test": TEST,
+        "dev": TEST + LINT,
+    },
+    entry_points={"console_scripts": ["nanopack = nanopack.cli:main"]},
+)

@@ -1,0 +1,183 @@
+"""The packings, held against plain scans over lists and against what each of them promises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanopack.packing import PACKINGS, BestFit, Packer, Run, Stream, make_packer
+
+BY_ROWS = [packing for packing in PACKINGS if packing != "stream"]
+lengths_of_documents = st.lists(st.integers(1, 30), max_size=60)
+batch_sizes = st.integers(1, 4)
+seq_lens = st.integers(1, 20)
+windows = st.integers(1, 8)
+
+
+def reader(lengths: list[int]):
+    items: Iterator[tuple[int, int]] = iter(enumerate(lengths))
+    return lambda: next(items, None)
+
+
+def packed(packer: Packer) -> list[list[list[Run]]]:
+    batches = []
+    while rows := packer.next_rows():
+        batches.append(rows)
+    return batches
+
+
+def cut_to_rows(packing: str, lengths: list[int], seq_len: int) -> list[int]:
+    """The producer cuts before the packing sees a document, except for the two packings with a rule of their own."""
+    return lengths if packing in ("stream", "best_fit_crop") else [min(n, seq_len + 1) for n in lengths]
+
+
+def best_fit_by_scanning(lengths, capacity, window, refill, max_age, crop):
+    """The rule as one would say it: look at every waiting document before each choice."""
+    documents, waiting, rows = list(enumerate(lengths)), [], []
+    while True:
+        row, room = [], capacity
+        while room:
+            while len(waiting) < window and documents:
+                waiting += [(d, n, len(rows)) for d, n in documents[:refill]]
+                documents = documents[refill:]
+            if not waiting:
+                break
+            fitting = [item for item in waiting if item[1] <= room]
+            if not row and max_age is not None and len(rows) - waiting[0][2] >= max_age:
+                choice = waiting[0]
+            elif fitting:
+                choice = max(fitting, key=lambda item: item[1])
+            elif crop:
+                choice = min(waiting, key=lambda item: item[1])
+            else:
+                break
+            waiting.remove(choice)
+            row.append(Run(choice[0], 0, min(choice[1], room)))
+            room -= row[-1].length
+        if not row:
+            return rows
+        rows.append(row)
+
+
+@given(lengths_of_documents, batch_sizes, st.integers(2, 20), windows, st.integers(1, 4), st.integers(1, 5))
+@pytest.mark.parametrize("packing", ["best_fit", "best_fit_pad", "best_fit_crop"])
+def test_best_fit_chooses_what_a_scan_over_the_waiting_list_chooses(packing, lengths, B, T, window, refill, max_age):
+    lengths = cut_to_rows(packing, lengths, T)
+    aged = max_age if packing == "best_fit" else None
+    packer = make_packer(
+        packing, reader(lengths), batch_size=B, seq_len=T, window=window, refill=refill, max_age=aged
+    )
+    expected = best_fit_by_scanning(lengths, T + 1, window, refill, aged, packing == "best_fit_crop")
+    assert [row for rows in packed(packer) for row in rows] == expected
+
+
+@given(lengths_of_documents, batch_sizes, seq_lens, windows)
+@pytest.mark.parametrize("packing", BY_ROWS)
+def test_no_token_is_lost_and_none_comes_twice(packing, lengths, B, T, window):
+    lengths = cut_to_rows(packing, lengths, T)
+    packer = make_packer(packing, reader(lengths), batch_size=B, seq_len=T, window=None if packing == "pad" else window)
+    runs = [run for rows in packed(packer) for row in rows for run in row]
+    assert sorted(run.document for run in runs) == list(range(len(lengths)))
+    assert sum(run.length for run in runs) == packer.emitted == sum(lengths) - packer.cropped
+    assert all(run.offset == 0 for run in runs)
+    if packing != "best_fit_crop":
+        assert {run.document: run.length for run in runs} == dict(enumerate(lengths))
+    assert (packer.packed, packer.waiting_documents, packer.waiting_tokens) == (len(lengths), 0, 0)
+
+
+@given(lengths_of_documents, batch_sizes, seq_lens, st.booleans())
+def test_stream_hands_out_every_token_once_and_in_order(lengths, B, T, overlap):
+    tokens = [(document, offset) for document, n in enumerate(lengths) for offset in range(n)]
+    packer = Stream(reader(lengths), B, T, overlap=overlap)
+    seen, at = [], 0
+    for rows in packed(packer):
+        assert len(rows) <= B
+        words = [[(d, o + i) for d, o, n in row for i in range(n)] for row in rows]
+        flat = [word for row in words[:-1] for word in row[:T]] + words[-1]
+        for row, following in zip(words, words[1:], strict=False):
+            assert len(row) == T + 1 and row[-1] == following[0], "a row's last target is the next row's first input"
+        carried = 1 if overlap and at else 0
+        assert flat == tokens[at - carried : at - carried + B * T + 1]
+        seen += flat[carried:]
+        at += len(flat) - carried
+    assert seen == tokens
+    assert (packer.emitted, packer.packed, packer.waiting_tokens) == (len(tokens), len(lengths), 0)
+
+
+@given(lengths_of_documents, batch_sizes, seq_lens, windows)
+@pytest.mark.parametrize("packing", BY_ROWS)
+def test_rows_never_overflow_and_only_the_last_batch_is_short(packing, lengths, B, T, window):
+    lengths = cut_to_rows(packing, lengths, T)
+    packer = make_packer(packing, reader(lengths), batch_size=B, seq_len=T, window=None if packing == "pad" else window)
+    batches = packed(packer)
+    assert all(0 < sum(run.length for run in row) <= T + 1 for rows in batches for row in rows)
+    assert all(len(rows) == B for rows in batches[:-1])
+
+
+@given(lengths_of_documents, st.integers(1, 5), st.integers(1, 4))
+def test_best_fit_crop_pads_only_when_nothing_waits(lengths, window, B):
+    rows = [row for rows in packed(BestFit(reader(lengths), B, 9, window=window, crop=True)) for row in rows]
+    assert all(sum(run.length for run in row) == 9 for row in rows[:-1])
+
+
+def test_a_document_that_has_waited_max_age_rows_opens_the_next_row():
+    # document 0 is short and never the longest that fits, until its age brings it to the front of row 2
+    lengths = [1] + [5] * 6
+    rows = packed(BestFit(reader(lengths), 1, 5, window=3, max_age=2))
+    assert [[run.document for run in row] for [row] in rows] == [[1], [2], [0], [3], [4], [5], [6]]
+    never = packed(BestFit(reader(lengths), 1, 5, window=3))
+    assert [[run.document for run in row] for [row] in never][-1] == [0], "without max_age it waits to the end"
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=200), st.integers(1, 6), st.integers(1, 6))
+def test_no_document_starves_in_best_fit(lengths, window, max_age):
+    packer = BestFit(reader(lengths), 1, 9, window=window, max_age=max_age)
+    packed(packer)
+    # one due document a row is placed, and at most window - 1 others were due before it
+    assert packer.longest_wait <= max_age + window - 1
+
+
+def test_equal_documents_are_placed_in_the_order_in_which_they_came():
+    [rows] = packed(BestFit(reader([4, 3, 4, 3, 4]), 4, 8, window=5))
+    assert [[run.document for run in row] for row in rows] == [[0, 2], [4, 1], [3]]
+
+
+def test_documents_longer_than_a_row_do_not_hide_the_shortest_in_best_fit_crop():
+    rows = packed(BestFit(reader([50, 30, 40, 30]), 1, 10, window=4, crop=True))
+    assert [run.document for [row] in rows for run in row] == [1, 3, 2, 0]
+
+
+@pytest.mark.parametrize("window", [10, 1000])
+def test_choosing_looks_at_no_more_documents_when_more_wait(window, monkeypatch):
+    """The cost of a choice is counted, not timed: how often the queues of waiting documents are looked up."""
+    import nanopack.packing as packing
+
+    looks = 0
+
+    class Counting(dict):
+        def get(self, *args):
+            nonlocal looks
+            looks += 1
+            return super().get(*args)
+
+        def __getitem__(self, key):
+            nonlocal looks
+            looks += 1
+            return super().__getitem__(key)
+
+        def __iter__(self):
+            raise AssertionError("a choice went over all lengths")
+
+    plain = packing._Lengths.__init__
+
+    def counting(self, capacity):
+        plain(self, capacity)
+        self._queues = Counting()
+
+    monkeypatch.setattr(packing._Lengths, "__init__", counting)
+    documents = 3000
+    packed(BestFit(reader([1 + i % 40 for i in range(documents)]), 4, 64, window=window, crop=True))
+    assert looks == 2 * documents, "one look to add a document, one to take it out"
