@@ -3,27 +3,30 @@
     ring.py fills a slot   ->   pack() on a GPU, pack_torch() anywhere   ->   tensors of a Batch
 
 In: the slot, one contiguous buffer, 64-byte aligned. `words` and `table` are two views of all of it.
-    words  int16 or int32   tokens; the sign bit is the loss bit (w < 0: trained), the rest is the id
-    table  int32            4 for each row b: start16, length, first_piece, n_pieces; then once: cu_at, n_cu, 0, 0
-A row is words[start16 * 16 :][:length], 0 <= length <= T+1. Its pieces are n_pieces entries of 2 int32 from
-table[first_piece] on: first column, and a float32 weight's bits; in column order, without gaps. The n_cu int32 from
-table[cu_at] on begin cu_seqlens. Pieces are read only for weights, positions or doc_ids, cu only for cu_seqlens.
-From every row start T+1 words are read, whatever `length` is, so they must lie in the buffer; nothing outside it is read.
+    words  int16 or int32  tokens: the sign bit is the loss bit (w < 0: trained), the rest is the id
+    table  int32           4 for row b: start16, length, first_piece, n_pieces; then once cu_at, n_cu, 0, 0
+Row b is words[start16 * 16 :][:length], 0 <= length <= T+1. Its pieces are n_pieces entries of 2 int32 from
+table[first_piece] on: first column, and a float32 weight's bits; in column order, without gaps. cu_seqlens
+begins with the n_cu int32 from table[cu_at] on. Pieces are read only for weights, positions or doc_ids, cu
+only for cu_seqlens. From every row start T+1 words are read, whatever `length` is, so these must lie in the
+buffer; nothing outside it is read, and what lies beyond `length` never shows.
 
-Out: contiguous tensors of the caller's. Every element is written exactly once, by one program, padding included.
-    inputs     (B,T) int32     id of word col; in padding (col >= length) bos_id
-    targets    (B,T) int64     id of word col+1 if it is in the row and trained, else ignore_index
-    weights    (B,T) float32   weight of the piece that owns word col+1 where the target is trained, else 0.0 | None
-    positions  (B,T) int32     col - first column of the piece that owns word col; in padding col - length | None
-    doc_ids    (B,T) int32     number of the piece that owns word col, from 0 in each row; in padding -1 | None
-    cu_seqlens (C,)  int32     the slot's n_cu elements, then B*T; C is a multiple of CU_ALIGN | None
+Out: contiguous tensors of the caller's. Each element is written once, by one program, also in padding (the
+columns from `length` on).
+    inputs      (B,T) int32    id of word col; in padding bos_id
+    targets     (B,T) int64    id of word col+1 if it is in the row and trained, else ignore_index
+    weights     (B,T) float32  weight of the piece that owns word col+1 where the target is trained, else 0.0
+    positions   (B,T) int32    col - first column of the piece that owns word col; in padding col - length
+    doc_ids     (B,T) int32    number of the piece that owns word col, from 0 in each row; in padding -1
+    cu_seqlens  (C,)  int32    the slot's n_cu elements, then B*T; C is a multiple of CU_ALIGN
+The last four are None where nobody asked for them.
 
 Bytes, for words of w bytes and P pieces in the batch (pack_bytes counts them):
-    read     w * B*(T+1) + 8 * B; for weights, positions or doc_ids 8 * B + 4 * P, for weights 4 * P more; for
-             cu_seqlens 8 + 4 * n_cu
+    read     w * B*(T+1) + 8 * B; for weights, positions or doc_ids 8 * B + 4 * P, for weights 4 * P more;
+             for cu_seqlens 8 + 4 * n_cu
     written  12 * B*T + 4 * B*T for each of weights, positions, doc_ids + 4 * C
-Not counted: a word is read twice (the shift by one) and a table entry once a column block; all but the first reading come
-from a cache.
+Not counted: a word is read twice (the shift by one) and a table entry once a column block; all but the first
+reading come from a cache.
 """
 
 from __future__ import annotations
@@ -35,14 +38,14 @@ from torch import Tensor
 
 CU_ALIGN = 128
 """cu_seqlens has a multiple of this many elements, so that its stores are wide."""
-_ITEMS = 4
+_COLUMNS = 4
 """Columns of a thread: 4 int32 are the 128 bits that one store can write."""
 _WARP = 64 if torch.version.hip else 32
 """Threads of a warp."""
 
 
-# Plain numbers are never specialized, so one compilation serves every batch. SEQ_LEN is compiled in: offsets and masks
-# then divide by 16 where it does, without which stores are scalar.
+# Plain numbers are never specialized, so one compilation serves every batch. SEQ_LEN is compiled in: stores
+# are wide only where the compiler sees that a row's offset divides by 16.
 @triton.jit(do_not_specialize=["batch_size", "cu_groups", "bos_id", "ignore_index"])
 def _pack(
     words_ptr, table_ptr,
@@ -50,15 +53,17 @@ def _pack(
     batch_size: tl.int32, cu_groups: tl.int32, bos_id: tl.int32, ignore_index: tl.int64,
     SEQ_LEN: tl.constexpr, BLOCK: tl.constexpr, CU_ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """One program writes BLOCK columns of one row; those beyond the last row write BLOCK elements of cu_seqlens each."""
+    """A program writes BLOCK columns of a row, or, beyond the last row, BLOCK elements of cu_seqlens."""
     row = tl.program_id(0)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if row < batch_size:
-        # In the usual shape no block reaches over a row's end; None is no mask at all.
+        # Usually no block reaches over a row's end. None is no mask at all: a mask makes loads narrow.
         inside = None if SEQ_LEN % BLOCK == 0 else col < SEQ_LEN
         _pack_row(
-            words_ptr, table_ptr, inputs_ptr, targets_ptr, weights_ptr, positions_ptr, doc_ids_ptr,
-            bos_id, ignore_index, row, col, inside, SEQ_LEN, BLOCK,
+            words_ptr, table_ptr,
+            inputs_ptr, targets_ptr, weights_ptr, positions_ptr, doc_ids_ptr,
+            bos_id, ignore_index, row, col, inside,
+            SEQ_LEN, BLOCK,
         )  # fmt: skip
     elif cu_seqlens_ptr is not None:
         cu_at = tl.load(table_ptr + batch_size * 4)
@@ -70,17 +75,18 @@ def _pack(
 
 @triton.jit
 def _pack_row(
-    words_ptr, table_ptr, inputs_ptr, targets_ptr, weights_ptr, positions_ptr, doc_ids_ptr,
+    words_ptr, table_ptr,
+    inputs_ptr, targets_ptr, weights_ptr, positions_ptr, doc_ids_ptr,
     bos_id, ignore_index, row, col, inside,
     SEQ_LEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Columns `col` of row `row` of every output but cu_seqlens."""
+    """Columns `col` of row `row`, in every output but cu_seqlens."""
     start16 = tl.load(table_ptr + row * 4)
     length = tl.load(table_ptr + row * 4 + 1)
-    # A multiple of 16 by construction: that is how the compiler knows that the words are aligned.
-    row_ptr = words_ptr + start16.to(tl.int64) * 16
-    word = tl.load(row_ptr + col, mask=inside).to(tl.int32)
-    next_word = tl.load(row_ptr + col + 1, mask=inside).to(tl.int32)
+    # Times 16, so that the compiler knows the words to be aligned.
+    word_ptr = words_ptr + start16.to(tl.int64) * 16
+    word = tl.load(word_ptr + col, mask=inside).to(tl.int32)
+    next_word = tl.load(word_ptr + col + 1, mask=inside).to(tl.int32)
     LARGEST: tl.constexpr = 0x7FFF if words_ptr.dtype.element_ty == tl.int16 else 0x7FFFFFFF
     real = col < length
     trained = (next_word < 0) & (col + 1 < length)
@@ -94,7 +100,7 @@ def _pack_row(
         weight = tl.zeros([BLOCK], tl.float32)
         begin = tl.zeros([BLOCK], tl.int32)
         doc_id = tl.zeros([BLOCK], tl.int32)
-        # The last piece that starts at or before a column owns it.
+        # Of the pieces that start at or before a column the last owns it.
         for piece in range(n_pieces):
             start = tl.load(piece_ptr + piece * 2)
             if weights_ptr is not None:
@@ -123,8 +129,8 @@ def pack(
     bos_id: int,
     ignore_index: int,
 ) -> None:
-    """Fill the outputs from the slot `words` / `table` by one launch on the current stream."""
-    assert words.dtype in (torch.int16, torch.int32) and inputs.is_contiguous()
+    """Fill the outputs from the slot `words` / `table`, by one launch on the current stream."""
+    assert words.dtype in (torch.int16, torch.int32) and table.dtype is torch.int32
     assert cu_seqlens is None or cu_seqlens.numel() % CU_ALIGN == 0
     batch_size, seq_len = inputs.shape
     block = _block(seq_len)
@@ -135,12 +141,12 @@ def pack(
         words, table,
         inputs, targets, weights, positions, doc_ids, cu_seqlens,
         batch_size, cu_groups, bos_id, ignore_index,
-        SEQ_LEN=seq_len, BLOCK=block, CU_ALIGN=CU_ALIGN, num_warps=max(1, block // (_ITEMS * _WARP)),
+        SEQ_LEN=seq_len, BLOCK=block, CU_ALIGN=CU_ALIGN, num_warps=max(1, block // (_COLUMNS * _WARP)),
     )  # fmt: skip
 
 
 def _block(seq_len: int) -> int:
-    """Columns of a program: of 128, 256, 512 the largest that divides `seq_len`, else the least that covers it, or 512."""
+    """Columns of a program: the largest of 128, 256, 512 that divides T, else the least that covers T."""
     if seq_len % 128 == 0:
         return min(512, seq_len & -seq_len)
     return max(128, min(512, triton.next_power_of_2(seq_len)))
@@ -162,7 +168,7 @@ def pack_bytes(
     n_cu: int = 0,
     cu_size: int = 0,
 ) -> int:
-    """Bytes that one launch reads and writes; `cu_size` is C, 0 where cu_seqlens is None.
+    """Bytes that one launch reads and writes. `cu_size` is C, 0 where cu_seqlens is None.
 
     >>> pack_bytes(1, 128, word_bytes=2)
     1802

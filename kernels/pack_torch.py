@@ -2,8 +2,9 @@
 
     ring.py fills a slot   ->   pack_torch()   ->   tensors of a Batch
 
-The contract is pack.py's. This file stands alone because whoever runs it must neither have nor import Triton.
-On an accelerator nothing here makes the host wait: no size depends on what a tensor holds.
+The contract is pack.py's, but that an element may be written more than once. This file stands alone because
+who runs it must neither have nor import Triton. On an accelerator nothing here makes the host wait: no size
+depends on what a tensor holds.
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ def pack_torch(
     batch_size, seq_len = inputs.shape
     start16, length, first_piece, n_pieces = table[: 4 * batch_size].view(batch_size, 4).T
     columns = torch.arange(seq_len + 1, dtype=torch.int32, device=table.device)
-    # The windows that begin at a multiple of 16 words and lie inside the buffer, so window start16 is the row.
+    # All windows that begin at a multiple of 16 words and end in the buffer: a row is number start16.
     rows = words.unfold(0, seq_len + 1, 16).index_select(0, start16)
-    # With an untrained bos as padding, the loss bit alone decides: padding needs no further thought.
-    _keep(rows, _negative(columns - length[:, None]).to(rows.dtype), bos_id)
-    ids = rows & torch.iinfo(words.dtype).max
+    # With an untrained bos as padding, the loss bit alone decides from here on.
+    _keep(rows, _negative(columns - length[:, None]), bos_id)
     trained = _negative(rows[:, 1:])
-    inputs.copy_(ids[:, :-1])
-    _keep(targets.copy_(ids[:, 1:]), trained, ignore_index)
+    rows &= torch.iinfo(rows.dtype).max
+    inputs.copy_(rows[:, :-1])
+    _keep(targets.copy_(rows[:, 1:]), trained, ignore_index)
     if weights is not None or positions is not None or doc_ids is not None:
         entries, starts, numbers, owner = _pieces(table, seq_len, length, first_piece, n_pieces)
         if weights is not None:
             bits = table.index_select(0, entries + 1).index_select(0, owner[:, 1:].flatten())
             torch.bitwise_and(bits.view_as(weights), trained, out=weights.view(torch.int32))
         if positions is not None:
-            begin = starts.index_select(0, owner[:, :-1].flatten()).view_as(positions)
-            torch.sub(columns[:-1], begin, out=positions)
+            begin = starts.index_select(0, owner[:, :-1].flatten())
+            torch.sub(columns[:-1], begin.view_as(positions), out=positions)
         if doc_ids is not None:
             torch.index_select(numbers, 0, owner[:, :-1].flatten(), out=doc_ids.view(-1))
     if cu_seqlens is not None:
@@ -52,32 +53,37 @@ def pack_torch(
 
 
 def _negative(number: Tensor) -> Tensor:
-    """All bits one where `number` is negative, else 0. torch's booleans take the CPU ten times as long."""
+    """All bits where `number` is negative, else none. On the CPU, torch's booleans are ten times as slow."""
     return number >> (torch.iinfo(number.dtype).bits - 1)
 
 
 def _keep(value: Tensor, bits: Tensor, other: int) -> None:
-    """Write `other` into `value` where `bits` are 0."""
-    value.bitwise_xor_(other).bitwise_and_(bits).bitwise_xor_(other)
+    """Write `other` into `value` where `bits` are none."""
+    value.bitwise_xor_(other).bitwise_and_(bits.to(value.dtype)).bitwise_xor_(other)
 
 
 def _pieces(
     table: Tensor, seq_len: int, length: Tensor, first_piece: Tensor, n_pieces: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For each row as many pieces as the fullest row has, then its padding: table indices of the entries, first columns,
-    numbers (padding -1), all flat; and (B, T+1) the index, in these, of the piece that owns each word.
+    """Of every row's pieces and padding, equally many a row, flat: entries, first columns, numbers.
+
+    An entry is its index in `table`; padding is number -1. The fourth, (B, T+1), tells which owns each word.
     """
-    # On the CPU reading a number waits for nothing. Elsewhere it would: there every row gets the most it could have.
-    most = int(n_pieces.max()) if table.device.type == "cpu" else seq_len + 1
-    numbers = torch.arange(most + 1, dtype=torch.int32, device=table.device)
+    count = _most_pieces(n_pieces, seq_len) + 1
+    numbers = torch.arange(count, dtype=torch.int32, device=table.device)
     exists = numbers < n_pieces[:, None]
     entries = torch.where(exists, first_piece[:, None] + 2 * numbers, 0)
-    # What does not exist begins where the padding begins, so that it owns nothing.
+    # What does not exist begins where the padding begins, so only the last of it owns words: the padding.
     starts = torch.where(exists, table.index_select(0, entries.flatten()).view_as(entries), length[:, None])
     ends = torch.cat([starts[:, 1:], starts.new_full((len(starts), 1), seq_len + 1)], dim=1)
     owner = torch.repeat_interleave((ends - starts).flatten(), output_size=len(starts) * (seq_len + 1))
     numbers = torch.where(exists, numbers, -1)
     return entries.flatten(), starts.flatten(), numbers.flatten(), owner.view(len(starts), seq_len + 1)
+
+
+def _most_pieces(n_pieces: Tensor, seq_len: int) -> int:
+    """Pieces of the row that has most. On an accelerator that would be a wait: there, the most possible."""
+    return int(n_pieces.max()) if n_pieces.device.type == "cpu" else seq_len + 1
 
 
 def _cu_seqlens(table: Tensor, batch_size: int, seq_len: int, cu_seqlens: Tensor) -> None:

@@ -8,7 +8,7 @@ Nothing here computes on a tensor, so nothing here can make the host wait for th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -56,7 +56,7 @@ class Batch:
     """Share of the data consumed (of all `epochs` where they are given)."""
     last: bool
     """True from the batch on that reaches the end of the data (of all `epochs` where they are given)."""
-    word_pieces: tuple[tuple[Piece, ...], ...]
+    word_pieces: Sequence[tuple[Piece, ...]]
     """For each row its pieces over the T + 1 words that the row is cut from: the word in column T is only a target."""
 
     def __iter__(self) -> Iterator[torch.Tensor]:

@@ -3,8 +3,8 @@
     files, lists, data sets   ->   open_conversations()[i]   ->   check()   ->   Conversation
           files.py                    i from Share                     render.py makes it a document
 
-No conversation is read before it is asked for, and none is tokenized here. In which order roles may follow each
-other is the chat template's business (render.py).
+No conversation is read before it is asked for, and none is tokenized here. In which order roles may follow
+each other is the chat template's business (render.py).
 """
 
 from __future__ import annotations
@@ -170,8 +170,8 @@ def check(record: object) -> Conversation:
     """Return the conversation of a record of any accepted shape; ConversationError says what is wrong.
 
     Shapes: {"messages": [{"role", "content"}, ...]}; that list bare; ShareGPT's {"conversations": [{"from",
-    "value"}, ...]}; {"text": str}. A "weight" may stand beside them. Other keys are ignored, and a key that is
-    None counts as absent.
+    "value"}, ...]}; {"text": str}. A "weight" may stand beside them. Other keys are ignored, and a key that
+    is None counts as absent.
 
     >>> check({"conversations": [{"from": "human", "value": "hi"}]})
     Conversation(messages=(Message(role='user', content='hi'),), text=None, weight=1.0)
@@ -198,12 +198,12 @@ def _messages(
         _fail(f"the messages must be a list, not {_value(messages)}")
     if not messages:
         _fail("the list of messages is empty; there must be at least one")
-    number, checked = 0, []
+    checked: list[Message] = []
     try:
-        for number, message in enumerate(messages):
+        for message in messages:
             checked.append(_message(message, role_key, content_key, roles))
     except ConversationError as error:
-        raise ConversationError(f"message {number}: {error}") from None
+        raise ConversationError(f"message {len(checked)}: {error}") from None
     return tuple(checked)
 
 
@@ -305,4 +305,4 @@ class Share:
 
         Over all ranks together, every conversation is read exactly `epochs` times.
         """
-        return max(0, -((self.rank - epochs * self.n) // self.world_size))
+        return -((self.rank - epochs * self.n) // self.world_size)

@@ -4,8 +4,8 @@
                                      conversations.py finds the paths before and checks the record after
 
 .jsonl, .jsonl.gz and .parquet come in; parsed JSON and Parquet rows go out, whatever they hold. A file of
-lines is scanned once for where they begin, then read with os.pread. No position is shared and no lock is ours, so
-forked processes and threads may read at the same time. Pickling leaves every open file behind.
+lines is scanned once for where they begin, then read with os.pread. No position is shared and no lock is
+ours, so forked processes and threads may read at the same time. Pickling leaves every open file behind.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class OpenFile(io.FileIO):
             raise ValueError(f"{version.path} has changed since it was opened; open the conversations again")
 
     def __del__(self) -> None:
+        # Closing is left to the last holder, and Python warns of files that are dropped open.
         self.close()
 
 
@@ -110,8 +111,8 @@ class GzipBytes:
     """The decompressed bytes of a gzip file of one or more members, read anywhere.
 
     gzip cannot seek. So the decompressor is kept as it stands at every 8 MB of text, and a read decompresses
-    the block of 8 MB (or the two) that it needs. Memory: at most 64 KB for every 8 MB of text, and the 4 blocks
-    read last in all files together.
+    the block of 8 MB (or the two) that it needs. Memory: at most 64 KB for every 8 MB of text, and the 4
+    blocks read last in all files together.
     """
 
     def __init__(self, raw: PlainBytes, blocks: Recent[bytes]) -> None:
@@ -170,7 +171,7 @@ class GzipBytes:
         try:
             piece: bytes = member.decompress(data, room)
         except zlib.error as error:
-            why = f"is damaged at or before line {lines + 1} ({error})"
+            why = f"is damaged, noticed after line {lines} ({error})"
         else:
             if data or piece or member.eof:
                 return piece
@@ -181,8 +182,8 @@ class GzipBytes:
 def scan_lines(chunks: Iterable[bytes]) -> tuple[array[int], array[int]]:
     """Return (bounds, blank): where lines begin, and which are blank. Both take 8 bytes an entry.
 
-    Line k, from 0, is bytes bounds[k] to bounds[k + 1]; the last one may lack its line end. `blank` has an entry
-    for every blank line: the number of records before it. A byte order mark belongs to no line.
+    Line k, from 0, is bytes bounds[k] to bounds[k + 1]; the last one may lack its line end. `blank` has an
+    entry for every blank line: the number of records before it. A byte order mark belongs to no line.
 
     >>> scan_lines([b"{}", b"\\n\\n[]"])
     (array('q', [0, 3, 4, 6]), array('q', [1]))

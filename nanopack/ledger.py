@@ -1,6 +1,6 @@
 """Count what happened to every conversation, token and slot, so that nothing is lost without a number.
 
-    producer.py counts as it reads and packs   ->   Ledger   ->   loader.ledger(), nanopack pack
+producer.py counts as it reads and packs   ->   Ledger   ->   loader.ledger(), nanopack pack
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@ arguments gives the same batches, slowly.
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,38 +19,37 @@ import torch
 
 from nanopack.batch import Batch
 from nanopack.conversations import open_conversations
+from nanopack.executor import Outputs, make_kernel, make_outputs
 from nanopack.explain import Explanation, explain
-from nanopack.kernels.pack_torch import pack_torch
+from nanopack.feed import Feed, Inline, News
 from nanopack.ledger import Ledger
 from nanopack.producer import Produced, Producer
 from nanopack.recipe import Recipe
-from nanopack.ring import Slot
+from nanopack.ring import Ring
 from nanopack.tokenizers import load_tokenizer
+from nanopack.upload import Cpu, Device, Upload
 
 log = logging.getLogger("nanopack")
-
-# The kernel writes cu_seqlens in whole blocks; the loader hands out the part that counts.
-CU_ALIGN = 128
 
 
 class Loader:
     """An iterator over packed `(B, T)` batches of chat conversations.
 
     Args:
-        conversations: a data set (any object with `len` and `[int]`, such as a list or a `datasets.Dataset`), or path(s)
-            or globs of `.jsonl`, `.jsonl.gz`, `.parquet`. A conversation is `{"messages": [{"role", "content"}, ...]}`,
-            a bare list of messages, ShareGPT's `{"conversations": [{"from", "value"}]}` or `{"text": ...}`; `"weight"`
-            (a float >= 0) is its own loss weight.
-        tokenizer: a `tiktoken.Encoding`, a nanochat tokenizer folder or its `tokenizer.pkl`, an object whose `.enc` is an
-            `Encoding`, or `"chat32k"`, which ships with nanopack.
+        conversations: a data set (any object with `len` and `[int]`: a list, a `datasets.Dataset`), or path(s) or globs
+            of `.jsonl`, `.jsonl.gz`, `.parquet`. A conversation is `{"messages": [{"role", "content"}, ...]}`, a bare
+            list of messages, ShareGPT's `{"conversations": [{"from", "value"}, ...]}` or `{"text": ...}`; `"weight"` (a
+            float >= 0) is its own loss weight.
+        tokenizer: a `tiktoken.Encoding`, a nanochat tokenizer folder or its `tokenizer.pkl`, an object whose `.enc` is
+            an `Encoding`, or `"chat32k"`, which ships with nanopack.
         batch_size: rows of a batch, B.
         seq_len: tokens of a row, T.
-        packing: `"best_fit"` (rows of whole documents, hardly any padding, none waits long), `"stream"` (documents end to
-            end: nanochat midtraining), `"best_fit_pad"` (nanochat SFT), `"best_fit_crop"` (nanochat pretraining),
+        packing: `"best_fit"` (rows of whole documents, hardly any padding, none waits long), `"stream"` (documents end
+            to end: nanochat midtraining), `"best_fit_pad"` (nanochat SFT), `"best_fit_crop"` (nanochat pretraining),
             `"pad"` (one document a row).
         loss: `"assistant"`: a target is trained where the template says so; `"all"`: every token.
-        weights: None, `"token"` (1.0 where trained) or `"conversation"` (1 / its trained tokens, so that each conversation
-            counts once); a conversation's own weight multiplies either.
+        weights: None, `"token"` (1.0 where trained) or `"conversation"` (1 / its trained tokens, so that each
+            conversation counts once); a conversation's own weight multiplies either.
         extras: any of `"positions"`, `"doc_ids"`, `"cu_seqlens"`.
         max_pieces: pieces a row for which `cu_seqlens` has room; T // 8 + 1 if None.
         template: `"nanochat"` or `"chatml"`.
@@ -131,14 +131,19 @@ class Loader:
         if workers != 0 or isinstance(workers, bool):
             raise ValueError(f"workers={workers!r} is not allowed; only 0 so far: tokenizing in the caller's thread")
         self.device = _device(device)
-        self._pack = _executor(executor)
         self.tokenizer = load_tokenizer(tokenizer)
         self.source = open_conversations(conversations)
         self._producer = Producer(self.source, self.tokenizer, self.recipe)
-        self._slot = Slot(self._producer.layout)
-        signed = torch.int16 if self._producer.layout.word_bytes == 2 else torch.int32
-        self._words = torch.from_numpy(self._slot.words).view(signed)
-        self._table = torch.from_numpy(self._slot.table)
+        ring = Ring(self._producer.layout, slots=1)
+        self._feed: Feed = Inline(self._producer, ring)
+        self._device: Device = Cpu()
+        self._upload = Upload(
+            self._device,
+            [torch.from_numpy(slot.buffer) for slot in ring.slots],
+            functools.partial(make_outputs, self.recipe, self._producer.layout, self.device),
+            make_kernel(executor, self._producer.layout, self.tokenizer.bos_id, ignore_index),
+        )
+        self._facts: deque[Produced] = deque()
         self._step = 0
         self._ledger = Ledger()
         self._end: Callable[[], BaseException] | None = None
@@ -149,60 +154,63 @@ class Loader:
 
     def __next__(self) -> Batch:
         """Return the next batch. After the end or an error every further call raises that again."""
-        if self._end is not None:
+        if self._device.capturing():
+            raise RuntimeError(
+                "next(loader) inside a CUDA graph capture: its copies would become part of the graph; take the batch "
+                "before the capture begins"
+            )
+        self._submit_ready()
+        if not self._upload.can_deliver:
+            assert self._end is not None
             raise self._end()
-        try:
-            produced = self._producer.produce(self._slot)
-        except Exception as error:
-            # the row that was being filled is gone: to go on would lose its documents in silence
-            failure = error
-            self._end = lambda: failure
-            raise
-        except BaseException:
-            self._end = lambda: RuntimeError("the loader was interrupted in the middle of a batch; make a new one")
-            raise
-        if produced is None:
-            self._ledger = self._producer.ledger.copy()
-            self._end = StopIteration
-            raise StopIteration
-        batch = self._unpack(produced)
+        outputs = self._upload.deliver()
+        produced = self._facts.popleft()
+        self._submit_ready(ahead=True)
+        batch = self._batch(outputs, produced)
         self._step += 1
         self._ledger = produced.ledger
         return batch
 
-    def _unpack(self, produced: Produced) -> Batch:
-        """Turn the slot into tensors: fresh ones, so that a batch stays what it is when the next one is made."""
-        recipe, filled = self.recipe, produced.filled
-        shape = (recipe.batch_size, recipe.seq_len)
-        segments = self._producer.layout.max_segments
+    def _submit_ready(self, *, ahead: bool = False) -> None:
+        """Submit what is ready; unless it is work ahead, wait until there is something to deliver, or the end."""
+        upload = self._upload
+        wait = not (ahead or upload.can_deliver)
+        # where every slot is being copied the producer has none to fill, and there would be nothing to wait for
+        for slot in upload.reclaim(wait=wait and upload.all_in_use):
+            self._feed.free(slot)
+        while upload.can_submit and self._end is None:
+            news = self._take(wait=wait and not upload.can_deliver)
+            if news is None:
+                break
+            upload.submit(news.slot, news.produced.filled.used_bytes)
+            self._facts.append(news.produced)
 
-        def empty(dtype: torch.dtype, size: int | tuple[int, int] = shape, wanted: bool = True) -> Any:
-            return torch.empty(size, dtype=dtype, device=self.device) if wanted else None
+    def _take(self, *, wait: bool) -> News | None:
+        """Return the next ready slot, or None; what ends the loader is kept until the batches before it are out."""
+        try:
+            return self._feed.take(wait=wait)
+        except StopIteration:
+            self._end = StopIteration
+        except Exception as error:
+            # the row that was being filled is gone: to go on would lose its documents in silence
+            failure = error
+            self._end = lambda: failure
+        except BaseException:
+            self._end = lambda: RuntimeError("the loader was interrupted in the middle of a batch; make a new one")
+            raise
+        return None
 
-        inputs, targets = empty(torch.int32), empty(torch.int64)
-        weights = empty(torch.float32, wanted=recipe.weights is not None)
-        positions = empty(torch.int32, wanted="positions" in recipe.extras)
-        doc_ids = empty(torch.int32, wanted="doc_ids" in recipe.extras)
-        cu_seqlens = None if segments is None else empty(torch.int32, -(-(segments + 1) // CU_ALIGN) * CU_ALIGN)
-        self._pack(
-            self._words,
-            self._table,
-            inputs,
-            targets,
-            weights,
-            positions,
-            doc_ids,
-            cu_seqlens,
-            bos_id=self.tokenizer.bos_id,
-            ignore_index=recipe.ignore_index,
-        )
+    def _batch(self, outputs: Outputs, produced: Produced) -> Batch:
+        filled, cu_seqlens = produced.filled, outputs.cu_seqlens
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens[: (self._producer.layout.max_segments or 0) + 1]
         return Batch(
-            inputs=inputs,
-            targets=targets,
-            weights=weights,
-            positions=positions,
-            doc_ids=doc_ids,
-            cu_seqlens=None if cu_seqlens is None or segments is None else cu_seqlens[: segments + 1],
+            inputs=outputs.inputs,
+            targets=outputs.targets,
+            weights=outputs.weights,
+            positions=outputs.positions,
+            doc_ids=outputs.doc_ids,
+            cu_seqlens=cu_seqlens,
             step=self._step,
             num_trained=filled.num_trained,
             num_tokens=filled.num_tokens,
@@ -271,23 +279,3 @@ def _device(device: str | torch.device | None) -> torch.device:
     if chosen.type != "cpu":
         raise ValueError(f"device={device!r} is not allowed; only 'cpu' so far")
     return chosen
-
-
-def _executor(executor: str | None) -> Callable[..., None]:
-    """Return the function that turns a slot into tensors."""
-    if executor not in (None, "triton", "torch"):
-        raise ValueError(f"executor={executor!r} is not allowed; use 'triton', 'torch' or None")
-    if executor != "triton":
-        return pack_torch
-    if importlib.util.find_spec("triton") is None:
-        raise ValueError("executor='triton' needs Triton, which is not installed here; use executor='torch'")
-    import triton
-
-    if not triton.knobs.runtime.interpret:
-        raise ValueError(
-            "executor='triton' runs on the CPU only in Triton's interpreter; set TRITON_INTERPRET=1 before anything "
-            "imports triton, or use executor='torch'"
-        )
-    from nanopack.kernels.pack import pack
-
-    return pack

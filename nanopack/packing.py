@@ -135,34 +135,33 @@ class Stream:
 
     def next_rows(self) -> list[Row]:
         """Return the rows of the next batch; at the end of the data fewer than its rows, then none."""
-        carried = [self._carried] if self._carried else []
-        wanted = self._batch_size * self._seq_len + 1 - len(carried)
+        runs = [self._carried] if self._carried else []
+        wanted = self._batch_size * self._seq_len + 1 - len(runs)
         while self.waiting_tokens < wanted and (item := self._read()) is not None:
             self._queue.append(item)
             self.waiting_tokens += item[1]
         if not self.waiting_tokens:
             return []
-        runs = carried + self._take(min(wanted, self.waiting_tokens))
+        self._take(min(wanted, self.waiting_tokens), runs)
         if self._overlap:
             document, offset, length = runs[-1]
             self._carried = Run(document, offset + length - 1, 1)
         return _split_in_rows(runs, self._batch_size, self._seq_len)
 
-    def _take(self, tokens: int) -> list[Run]:
+    def _take(self, tokens: int, runs: list[Run]) -> None:
+        """Move the next tokens from the queue to the runs."""
         self.waiting_tokens -= tokens
         self.emitted += tokens
-        runs = []
         while tokens:
             document, length = self._queue[0]
             run = Run(document, self._offset, min(tokens, length - self._offset))
-            runs.append(run)
+            _append(runs, run)
             tokens -= run.length
             self._offset += run.length
             if self._offset == length:
                 self._queue.popleft()
                 self._offset = 0
                 self.packed += 1
-        return runs
 
 
 def _split_in_rows(runs: list[Run], batch_size: int, seq_len: int) -> list[Row]:
@@ -172,24 +171,23 @@ def _split_in_rows(runs: list[Run], batch_size: int, seq_len: int) -> list[Row]:
     for document, offset, length in runs:
         while length:
             if not room:
-                rows[-1].append(Run(document, offset, 1))
+                _append(rows[-1], Run(document, offset, 1))
                 if len(rows) == batch_size:
                     break
                 rows.append([])
                 room = seq_len
             part = min(length, room)
-            rows[-1].append(Run(document, offset, part))
+            _append(rows[-1], Run(document, offset, part))
             offset, length, room = offset + part, length - part, room - part
-    return [_join_last(row) for row in rows]
+    return rows
 
 
-def _join_last(row: Row) -> Row:
-    """Join the row's last target to the run before it where it goes on with the same document."""
-    if len(row) > 1:
-        before, after = row[-2:]
-        if (before.document, before.offset + before.length) == (after.document, after.offset):
-            return [*row[:-2], Run(before.document, before.offset, before.length + after.length)]
-    return row
+def _append(runs: list[Run], run: Run) -> None:
+    """Put a run behind the others, as one with the last where it goes on with the same document."""
+    if runs and runs[-1].document == run.document and runs[-1].offset + runs[-1].length == run.offset:
+        runs[-1] = Run(run.document, runs[-1].offset, runs[-1].length + run.length)
+    else:
+        runs.append(run)
 
 
 class OneEach:

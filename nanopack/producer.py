@@ -102,8 +102,8 @@ class Producer:
             self._fruitless += 1
             if self._reads_in_all is None and self._fruitless >= self.share.n:
                 raise ValueError(
-                    f"nothing to pack: in a whole pass over the data ({self.share.n} conversations) each one was dropped "
-                    f"because nothing in it is trained, or skipped as bad; look at the first one, or use loss='all'"
+                    f"nothing to pack: in a whole pass over the data ({self.share.n} conversations) each one was "
+                    f"dropped because nothing in it is trained, or skipped as bad; look at the first, or use loss='all'"
                 )
         return None
 
@@ -131,9 +131,7 @@ class Producer:
     def _refuse(self, index: int, error: Exception) -> None:
         what = str(error) if isinstance(error, ConversationError) else f"{type(error).__name__}: {error}"
         if self.recipe.on_error == "raise":
-            raise ConversationError(
-                f'{self.source.where(index)}, {what}. Fix it or pass on_error="skip".'
-            ) from error
+            raise ConversationError(f'{self.source.where(index)}, {what}. Fix it or pass on_error="skip".') from error
         self._ledger.conversations_skipped += 1
         log.warning("skipped %s, %s", self.source.where(index), what)
 

@@ -1,9 +1,10 @@
 """Lay one batch out in a slot: its words, and the tables that say where rows and pieces start and what they weigh.
 
-    rows of runs (packing.py) + documents' words (producer.py)   ->   Slot.fill()   ->   kernels/pack.py
+    rows of runs, words of documents   ->   Slot.fill()   ->   kernels/pack.py
+     packing.py    producer.py
 
-A word is a token id with the loss bit on top: 16 bits where all ids are below 32,768, else 32. A slot is one contiguous,
-64-byte aligned run of bytes, so that one copy brings a batch to the device, and everything that changes from batch to
+A word is a token id with the loss bit on top: 16 bits where all ids are below 32,768, else 32. A slot is contiguous and
+64-byte aligned, so that one copy brings a batch to the device, and everything that changes from batch to
 batch lies in it, so that every launch of the kernel is the same. From the front:
 
     rows      (B + 1, 4) int32   start in 16 words, length, first piece, number of pieces; the last entry: where
@@ -18,9 +19,11 @@ The slot is filled with numpy alone: whoever fills it needs neither torch nor a 
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +48,31 @@ class Words:
     """The conversation's own weight, which that follows from."""
 
 
+class PieceTable(Sequence[tuple[Piece, ...]]):
+    """The pieces of each row, as a sequence of tuples: kept as numbers, and made into pieces when somebody looks."""
+
+    def __init__(self, table: np.ndarray, counts: np.ndarray) -> None:
+        """Take (P, 4) int64, the fields of all pieces row by row, and (B,), the number of each row's."""
+        self._table = table
+        self._counts = counts
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return tuple(self[i] for i in range(*row.indices(len(self))))
+        row = range(len(self))[row]
+        first = int(self._counts[:row].sum())
+        return tuple(Piece(*fields) for fields in self._table[first : first + self._counts[row]].tolist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
 @dataclass(frozen=True)
 class Filled:
     """What the host knows of a batch once its slot is filled. See `Batch` for the fields of the same name."""
@@ -55,7 +83,7 @@ class Filled:
     num_tokens: int
     weight_sum: float
     max_seqlen: int
-    word_pieces: tuple[tuple[Piece, ...], ...]
+    word_pieces: PieceTable
 
 
 @dataclass(frozen=True)
@@ -108,13 +136,23 @@ class Layout:
         return _round_up(words, ALIGN_BYTES) + _round_up(pieces, ALIGN_BYTES) + _round_up(cu, ALIGN_BYTES)
 
 
+class Ring:
+    """Slots side by side in one run of memory, which a forked process shares. It has no name in the system."""
+
+    def __init__(self, layout: Layout, slots: int) -> None:
+        self.nbytes = slots * layout.nbytes
+        # pages of no file: they need no room in /dev/shm, and go when the last process that maps them does
+        self.buffer = np.frombuffer(mmap.mmap(-1, self.nbytes), np.uint8)
+        self.slots = [Slot(layout, part) for part in self.buffer.reshape(slots, -1)]
+
+
 class Slot:
     """One batch's place in memory: `words` (unsigned) and `table` (int32), two views of the same bytes."""
 
-    def __init__(self, layout: Layout, buffer: np.ndarray | None = None) -> None:
-        """Use `buffer`, (layout.nbytes,) uint8 and 64-byte aligned, or memory of its own."""
+    def __init__(self, layout: Layout, buffer: np.ndarray) -> None:
+        """Use `buffer`, (layout.nbytes,) uint8, 64-byte aligned."""
         self.layout = layout
-        buffer = _aligned(layout.nbytes) if buffer is None else buffer
+        self.buffer = buffer
         self.words = buffer.view(layout.word_dtype)
         self.table = buffer.view(np.int32)
 
@@ -144,12 +182,16 @@ class Slot:
             # the product of a count and a float32 is exact in a float64, and fsum adds exactly
             weight_sum=math.fsum((trained * weights.astype(np.float64)).tolist()),
             max_seqlen=max(end - start for start, end in pairwise(segments)),
-            word_pieces=tuple(
-                tuple(
-                    Piece(documents[run.document].conversation, start, run.length, run.offset)
-                    for run, start in zip(row, ends, strict=False)
-                )
-                for row, ends in zip(rows, columns, strict=True)
+            word_pieces=PieceTable(
+                np.array(
+                    [
+                        (documents[run.document].conversation, start, run.length, run.offset)
+                        for row, ends in zip(rows, columns, strict=True)
+                        for run, start in zip(row, ends, strict=False)
+                    ],
+                    np.int64,
+                ),
+                np.array([len(row) for row in rows]),
             ),
         )
 
@@ -219,10 +261,3 @@ def _too_many_pieces(segments: int, layout: Layout) -> ValueError:
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
-
-
-def _aligned(nbytes: int) -> np.ndarray:
-    """Return zeroed bytes that begin at a multiple of ALIGN_BYTES."""
-    buffer = np.zeros(nbytes + ALIGN_BYTES, np.uint8)
-    skip = -buffer.ctypes.data % ALIGN_BYTES
-    return buffer[skip : skip + nbytes]

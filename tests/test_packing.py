@@ -67,9 +67,7 @@ def best_fit_by_scanning(lengths, capacity, window, refill, max_age, crop):
 def test_best_fit_chooses_what_a_scan_over_the_waiting_list_chooses(packing, lengths, B, T, window, refill, max_age):
     lengths = cut_to_rows(packing, lengths, T)
     aged = max_age if packing == "best_fit" else None
-    packer = make_packer(
-        packing, reader(lengths), batch_size=B, seq_len=T, window=window, refill=refill, max_age=aged
-    )
+    packer = make_packer(packing, reader(lengths), batch_size=B, seq_len=T, window=window, refill=refill, max_age=aged)
     expected = best_fit_by_scanning(lengths, T + 1, window, refill, aged, packing == "best_fit_crop")
     assert [row for rows in packed(packer) for row in rows] == expected
 
@@ -138,6 +136,13 @@ def test_no_document_starves_in_best_fit(lengths, window, max_age):
     packed(packer)
     # one due document a row is placed, and at most window - 1 others were due before it
     assert packer.longest_wait <= max_age + window - 1
+
+
+@given(lengths_of_documents, batch_sizes, seq_lens, st.booleans())
+def test_a_document_is_one_run_in_a_row_of_the_stream(lengths, B, T, overlap):
+    for rows in packed(Stream(reader(lengths), B, T, overlap=overlap)):
+        for row in rows:
+            assert len({run.document for run in row}) == len(row)
 
 
 def test_equal_documents_are_placed_in_the_order_in_which_they_came():

@@ -1,0 +1,62 @@
+"""Run the producer, in the caller's thread or in a process of its own, and bring news of filled slots.
+
+producer.py fills a slot of ring.py   ->   Feed.take(): slot and facts, in batch order   ->   loader.py, upload.py
+                                      <-   Feed.free(): a slot that may be filled again
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple, Protocol
+
+from nanopack.producer import Produced, Producer
+from nanopack.ring import Ring
+
+
+class News(NamedTuple):
+    """A slot that is ready, and what the host knows of it."""
+
+    slot: int
+    produced: Produced
+
+
+class Feed(Protocol):
+    """Where filled slots come from, in batch order."""
+
+    def take(self, *, wait: bool) -> News | None:
+        """Return the next ready slot; without `wait`, None if there is none yet.
+
+        Raises StopIteration at the end of the data and, after the batches before it, whatever stopped the producer.
+        """
+
+    def free(self, slot: int) -> None:
+        """Give a slot back to be filled again."""
+
+    def close(self) -> None:
+        """End the producer. May be called twice."""
+
+
+class Inline:
+    """The producer in the caller's thread: a slot is filled when it is waited for, never before."""
+
+    def __init__(self, producer: Producer, ring: Ring) -> None:
+        self._producer = producer
+        self._ring = ring
+        self._free = deque(range(len(ring.slots)))
+
+    def take(self, *, wait: bool) -> News | None:
+        """Fill a slot and return it; without `wait`, None. Raises as `Producer.produce` does."""
+        if not wait:
+            return None
+        slot = self._free.popleft()
+        produced = self._producer.produce(self._ring.slots[slot])
+        if produced is None:
+            raise StopIteration
+        return News(slot, produced)
+
+    def free(self, slot: int) -> None:
+        """Give a slot back to be filled again."""
+        self._free.append(slot)
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to end."""

@@ -1,0 +1,267 @@
+"""Bring filled slots to the device and turn them into tensors, without ever making the host wait for the device.
+
+    slots the producer filled   ->   Upload.submit(): copy, on a stream of its own   ->   Upload.deliver(): kernel, on
+        ring.py                                                                           the caller's stream
+
+`Device` is every action on a device that the loader takes; `Cuda` and `Cpu` are its two real forms, each thin enough to
+be read. `Upload` is the protocol: which stream waits for which event. It is a passive state machine, called from the
+consumer's thread alone, because a CUDA call from another thread can break the user's graph capture.
+
+Memory:  H[s]  host slots, pinned where there is a GPU      D[d]  staging buffers on the device, of the same size
+Events:  copied[s]  the copy out of H[s] is done            packed[d]  the kernel that reads D[d] is done
+
+An edge orders two accesses to the same memory:
+
+    E0  D[d] is allocated on the caller's stream     before  the copy stream first writes it
+    E2  the kernel has read D[d]                     before  the next copy into it
+    E3  the copy into D[d] is done                   before  the kernel reads it
+    E4  the copy has read H[s]                       before  the producer fills it again
+    E5  all that reads or writes static outputs      before  the kernel writes them anew from another stream
+    E7  every copy and kernel is done                before  the memory is given back
+
+(E1, the slot is filled before it is copied, is the order of the news from the producer.) Waiting for an event that was
+never recorded is no wait at all, and a wait means the latest record before it: so copied[s] is recorded again only
+after s was reclaimed, packed[d] only by the kernel that reads D[d].
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+Kernel = Callable[[Any, Any], None]
+
+
+class Device(Protocol):
+    """What a device can be asked to do. Streams and events are its own objects; memory is uint8 tensors."""
+
+    def current_stream(self) -> Any:
+        """Return the stream that the caller's work goes to."""
+
+    def new_stream(self) -> Any:
+        """Return a stream of our own."""
+
+    def new_event(self) -> Any:
+        """Return an event; until it is recorded it counts as done."""
+
+    def allocate(self, nbytes: int) -> Any:
+        """Return (nbytes,) uint8 memory on the device, allocated on the current stream."""
+
+    def copy(self, to: Any, source: Any, stream: Any) -> None:
+        """Queue a copy of bytes from host to device."""
+
+    def launch(self, kernel: Kernel, staged: Any, outputs: Any, stream: Any) -> None:
+        """Queue kernel(staged, outputs), which reads the one and writes the others, on the current stream."""
+
+    def record(self, event: Any, stream: Any) -> None:
+        """Queue the event: it is done when all that is now in the stream is."""
+
+    def wait(self, stream: Any, event: Any) -> None:
+        """Let what is queued from now on wait for the event, as it is recorded now."""
+
+    def query(self, event: Any) -> bool:
+        """Return whether the event is done, without waiting."""
+
+    def synchronize(self, event: Any) -> None:
+        """Make the host wait for the event."""
+
+    def capturing(self) -> bool:
+        """Return whether the current stream is being captured into a graph."""
+
+
+class Cuda:
+    """A GPU, through torch: CUDA, and ROCm under the same names."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def current_stream(self) -> Any:
+        """Return the stream that the caller's work goes to."""
+        return torch.cuda.current_stream(self.device)
+
+    def new_stream(self) -> Any:
+        """Return a stream of our own."""
+        return torch.cuda.Stream(self.device)
+
+    def new_event(self) -> Any:
+        """Return an event; until it is recorded it counts as done."""
+        return torch.cuda.Event()
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Return (nbytes,) uint8 memory on the device, allocated on the current stream."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def copy(self, to: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
+        """Queue a copy of bytes from host to device; asynchronous because `source` is pinned and contiguous."""
+        with torch.cuda.stream(stream):
+            to.copy_(source, non_blocking=True)
+
+    def launch(self, kernel: Kernel, staged: torch.Tensor, outputs: Any, stream: Any) -> None:
+        """Queue kernel(staged, outputs), which reads the one and writes the others, on the current stream."""
+        # Triton launches on the current device, which is the thread's and not the tensor's
+        with torch.cuda.device(self.device):
+            kernel(staged, outputs)
+
+    def record(self, event: Any, stream: Any) -> None:
+        """Queue the event: it is done when all that is now in the stream is."""
+        event.record(stream)
+
+    def wait(self, stream: Any, event: Any) -> None:
+        """Let what is queued from now on wait for the event, as it is recorded now."""
+        stream.wait_event(event)
+
+    def query(self, event: Any) -> bool:
+        """Return whether the event is done, without waiting."""
+        return bool(event.query())
+
+    def synchronize(self, event: Any) -> None:
+        """Make the host wait for the event."""
+        event.synchronize()
+
+    def capturing(self) -> bool:
+        """Return whether the current stream is being captured into a graph."""
+        with torch.cuda.device(self.device):
+            return torch.cuda.is_current_stream_capturing()
+
+
+class Cpu:
+    """The host itself: one stream, and what is queued is done at once."""
+
+    def current_stream(self) -> None:
+        """Return the only stream."""
+
+    def new_stream(self) -> None:
+        """Return the only stream."""
+
+    def new_event(self) -> None:
+        """Return an event that is always done."""
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Return (nbytes,) uint8 memory; torch aligns it to 64 bytes."""
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def copy(self, to: torch.Tensor, source: torch.Tensor, stream: None) -> None:
+        """Copy bytes."""
+        to.copy_(source)
+
+    def launch(self, kernel: Kernel, staged: torch.Tensor, outputs: Any, stream: None) -> None:
+        """Run the kernel."""
+        kernel(staged, outputs)
+
+    def record(self, event: None, stream: None) -> None:
+        """Do nothing: all is done already."""
+
+    def wait(self, stream: None, event: None) -> None:
+        """Do nothing: all is done already."""
+
+    def query(self, event: None) -> bool:
+        """Return True: all is done already."""
+        return True
+
+    def synchronize(self, event: None) -> None:
+        """Do nothing: all is done already."""
+
+    def capturing(self) -> bool:
+        """Return False: there are no graphs."""
+        return False
+
+
+class Upload:
+    """The way of slots over the device: submit() and deliver() in the same order, reclaim() when a copy is done.
+
+    `slots` are the host slots as uint8 tensors of one size. `make_outputs()` returns tensors for a batch, allocated on
+    the caller's stream; with `static` it is called once. `kernel(staged, outputs)` fills them. With `overlap_copy`
+    copies run on a stream of their own; without, on the caller's: the same edges, and nothing left to overlap.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        slots: Sequence[Any],
+        make_outputs: Callable[[], Any],
+        kernel: Kernel,
+        *,
+        staging: int = 2,
+        overlap_copy: bool = True,
+        static: bool = False,
+    ) -> None:
+        self._device = device
+        self._slots = slots
+        self._make_outputs = make_outputs
+        self._kernel = kernel
+        self._static_outputs = make_outputs() if static else None
+        self._staging = [device.allocate(len(slots[0])) for _ in range(staging)]
+        self._copied = [device.new_event() for _ in slots]
+        self._packed = [device.new_event() for _ in self._staging]
+        self._idle = deque(range(staging))
+        self._in_use: deque[int] = deque()
+        self._submitted: deque[tuple[int, int]] = deque()
+        self._last_stream = device.current_stream()
+        self._copies = device.new_stream() if overlap_copy else None
+        self._switch = device.new_event()
+        if overlap_copy:
+            device.record(self._switch, self._last_stream)
+            device.wait(self._copies, self._switch)  # E0
+
+    @property
+    def can_submit(self) -> bool:
+        """Whether a staging buffer is idle."""
+        return bool(self._idle)
+
+    @property
+    def can_deliver(self) -> bool:
+        """Whether a batch has been submitted that was not delivered."""
+        return bool(self._submitted)
+
+    @property
+    def all_in_use(self) -> bool:
+        """Whether every slot was submitted and none reclaimed."""
+        return len(self._in_use) == len(self._slots)
+
+    def submit(self, slot: int, used_bytes: int) -> None:
+        """Queue the copy of a filled slot's used bytes into an idle staging buffer."""
+        device, staged = self._device, self._idle.popleft()
+        stream = device.current_stream() if self._copies is None else self._copies
+        device.wait(stream, self._packed[staged])  # E2
+        device.copy(self._staging[staged][:used_bytes], self._slots[slot][:used_bytes], stream)
+        device.record(self._copied[slot], stream)
+        self._in_use.append(slot)
+        self._submitted.append((slot, staged))
+
+    def deliver(self) -> Any:
+        """Queue the kernel for the batch submitted first, on the caller's stream; return its output tensors."""
+        device = self._device
+        slot, staged = self._submitted.popleft()
+        stream = device.current_stream()
+        if self._static_outputs is not None and stream != self._last_stream:
+            device.record(self._switch, self._last_stream)
+            device.wait(stream, self._switch)  # E5
+        outputs = self._static_outputs or self._make_outputs()
+        device.wait(stream, self._copied[slot])  # E3
+        device.launch(self._kernel, self._staging[staged], outputs, stream)
+        device.record(self._packed[staged], stream)
+        self._idle.append(staged)
+        self._last_stream = stream
+        return outputs
+
+    def reclaim(self, *, wait: bool = False) -> list[int]:
+        """Return the slots whose copy is done, oldest first; with `wait`, wait for the oldest."""
+        if wait and self._in_use:
+            self._device.synchronize(self._copied[self._in_use[0]])
+        free = []
+        while self._in_use and self._device.query(self._copied[self._in_use[0]]):  # E4
+            free.append(self._in_use.popleft())
+        return free
+
+    def close(self) -> None:
+        """Wait for every copy and every kernel, so that the memory can be given back."""
+        for slot in self._in_use:
+            self._device.synchronize(self._copied[slot])  # E7
+        for event in self._packed:
+            self._device.synchronize(event)  # E7
+        self._in_use.clear()
+        self._submitted.clear()
+        self._staging.clear()

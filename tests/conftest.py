@@ -1,0 +1,19 @@
+"""Settings that must be in force before any test module is imported."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from hypothesis import settings
+
+# Triton reads this when it is imported, so this line comes before any such import.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# Tests are imported by path, so what they share, such as pack_oracle.py, has to be found another way.
+sys.path.insert(0, str(Path(__file__).parent))
+
+# A slow machine is no failure; in CI a failure must come again.
+settings.register_profile("nanopack", deadline=None, derandomize="CI" in os.environ, print_blob=True)
+settings.load_profile("nanopack")

@@ -1,0 +1,410 @@
+"""Reading record i of a file: the right record, only that one, in bounded memory, from everywhere."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import pickle
+import random
+import resource
+import sys
+import threading
+import tracemalloc
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanopack import files
+from nanopack.conversations import open_conversations
+from nanopack.files import ConversationError
+
+RECORDS = [{"text": f"record {k} " + "é🙂x" * (k % 7)} for k in range(200)]
+
+
+def write_lines(path: Path, records: Sequence[object]) -> Path:
+    data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def write_parquet(path: Path, rows: Sequence[object], row_group_size: int = 50) -> Path:
+    pa = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(
+        pa.Table.from_pylist(rows), path, row_group_size=row_group_size
+    )
+    return path
+
+
+@pytest.fixture(params=["chats.jsonl", "chats.jsonl.gz", "chats.parquet"])
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """RECORDS in a file of each kind."""
+    write = write_parquet if request.param.endswith(".parquet") else write_lines
+    return write(tmp_path / request.param, RECORDS)
+
+
+# What a line may hold, and what may stand between lines.
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+blanks = st.sampled_from([b"", b"  ", b"\t", b"\r", b" \r"])
+json_lines = st.builds(
+    lambda before, text, ascii, behind: (
+        before + json.dumps({"text": text}, ensure_ascii=ascii).encode() + behind
+    ),
+    blanks,
+    texts,
+    st.booleans(),
+    st.sampled_from([b"", b"", b"  ", b" " * 90]),
+)
+line_files = st.fixed_dictionaries(
+    {
+        "lines": st.lists(st.one_of(json_lines, json_lines, blanks), max_size=12),
+        "end": st.sampled_from([b"\n", b"\r\n"]),
+        "final": st.booleans(),
+        "mark": st.booleans(),
+        "cuts": st.none() | st.lists(st.integers(0, 300), max_size=3),
+    }
+)
+
+
+def write_line_file(folder: str, number: int, file: dict[str, Any]) -> list[tuple[str, object]]:
+    """Write a file as drawn, gzipped in members cut at `cuts`; return place and value of every record."""
+    data = file["end"].join(file["lines"]) + (file["end"] if file["final"] else b"")
+    data = files.BYTE_ORDER_MARK * file["mark"] + data
+    name = os.path.join(folder, f"{number}.jsonl")
+    if file["cuts"] is not None:
+        name += ".gz"
+        bounds = [0, *sorted(min(cut, len(data)) for cut in file["cuts"]), len(data)]
+        data = b"".join(gzip.compress(data[a:b]) for a, b in pairwise(bounds))
+    Path(name).write_bytes(data)
+    numbered = enumerate(file["lines"], start=1)
+    return [(f"{name}:{k}", json.loads(line)) for k, line in numbered if line.strip()]
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    drawn=st.lists(line_files, min_size=1, max_size=3),
+    chunk=st.integers(3, 60),
+    block=st.integers(3, 60),
+    order=st.randoms(use_true_random=False),
+)
+def test_every_record_is_read_back_in_any_order_and_knows_its_line(
+    tmp_path_factory: pytest.TempPathFactory,
+    drawn: list[dict[str, Any]],
+    chunk: int,
+    block: int,
+    order: random.Random,
+) -> None:
+    folder = str(tmp_path_factory.mktemp("files"))
+    expected = [pair for number, file in enumerate(drawn) for pair in write_line_file(folder, number, file)]
+    paths = sorted(os.path.join(folder, name) for name in os.listdir(folder))
+    with patch.multiple(files, SCAN_BYTES=chunk, BLOCK_BYTES=block, GZIP_READ_BYTES=5):
+        source = files.open_files(paths)
+        assert len(source) == len(expected)
+        for index in order.sample(range(len(expected)), len(expected)):
+            assert (source.where(index), source[index]) == expected[index]
+
+
+def test_records_of_every_kind_of_file_are_read_back(path: Path) -> None:
+    source = open_conversations(path)
+    assert len(source) == len(RECORDS)
+    order = random.Random(0).sample(range(len(RECORDS)), len(RECORDS))
+    assert [source[index] for index in order] == [RECORDS[index] for index in order]
+    assert source.where(16) == (f"{path} row 16" if path.suffix == ".parquet" else f"{path}:17")
+
+
+def test_an_index_outside_is_an_index_error_and_never_another_record(path: Path) -> None:
+    source = open_conversations(path)
+    for index in (len(RECORDS), len(RECORDS) + 1, -1):
+        with pytest.raises(IndexError, match=f"conversation {index} of 200"):
+            source[index]
+        with pytest.raises(IndexError):
+            source.where(index)
+
+
+def test_reading_a_record_reads_its_bytes_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_conversations(write_lines(tmp_path / "chats.jsonl", RECORDS))
+    reads: list[tuple[int, int]] = []
+    pread = os.pread
+
+    def noted(fd: int, length: int, at: int) -> bytes:
+        reads.append((length, at))
+        return pread(fd, length, at)
+
+    monkeypatch.setattr(os, "pread", noted)
+    assert source[150] == RECORDS[150]
+    before = sum(len(json.dumps(record, ensure_ascii=False).encode()) + 1 for record in RECORDS[:150])
+    assert reads == [(len(json.dumps(RECORDS[150], ensure_ascii=False).encode()) + 1, before)]
+
+
+def test_reading_a_gzip_file_decompresses_one_block_at_random_and_each_once_in_sequence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = random.Random(0)
+    records = [{"text": noise.randbytes(500).hex()} for _ in range(400)]
+    path = write_lines(tmp_path / "chats.jsonl.gz", records)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(files, "GZIP_READ_BYTES", 1_000)
+    source = open_conversations(path)
+    done = [0]
+    decompress = files.GzipBytes._decompress
+
+    def counted(self: files.GzipBytes, *arguments: object) -> bytes:
+        piece = decompress(self, *arguments)  # type: ignore[arg-type]
+        done[0] += len(piece)
+        return piece
+
+    monkeypatch.setattr(files.GzipBytes, "_decompress", counted)
+    assert source[200] == records[200]
+    assert 0 < done[0] <= 2 * 20_000
+    source = pickle.loads(pickle.dumps(source))
+    done[0] = 0
+    assert [source[k] for k in range(len(records))] == records
+    assert done[0] == sum(len(json.dumps(record)) + 1 for record in records)
+
+
+def peak_bytes(path: Path) -> tuple[int, int, int]:
+    """Open a file; return its length in lines, the memory then held, and the most held before."""
+    tracemalloc.start()
+    source = open_conversations(path)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return len(source), held, peak
+
+
+def test_opening_a_jsonl_file_holds_8_bytes_a_line_and_a_few_chunks(tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_bytes(b'{"text": "aaaaaaaaaaaaaaaaaaa"}\n' * 1_000_000)
+    lines, held, peak = peak_bytes(path)
+    assert held < 8 * lines * 9 / 8 + 50_000
+    # Of a chunk there are its bytes, its comparison, and positions of at most 24 bytes a line.
+    assert peak < held + 4 * files.SCAN_BYTES
+
+
+def test_opening_a_gzip_file_holds_64_kb_a_block_and_the_recent_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "BLOCK_BYTES", 1 << 20)
+    noise = random.Random(0)
+    lines = [b'{"text": "%s"}\n' % noise.randbytes(1_000).hex().encode() for _ in range(20_000)]
+    path = tmp_path / "chats.jsonl.gz"
+    path.write_bytes(gzip.compress(b"".join(lines), 1))
+    _, held, peak = peak_bytes(path)
+    blocks = sum(map(len, lines)) / files.BLOCK_BYTES
+    index = 8 * len(lines) * 9 / 8 + 50_000
+    assert held < 64 * 1024 * (blocks + 1) + files.RECENT_BLOCKS * files.BLOCK_BYTES + index
+    # Beside the recent blocks: the new one in pieces and joined, and what the scan makes of it.
+    assert peak < held + 5 * files.BLOCK_BYTES
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
+def test_more_files_than_may_be_open_are_read(tmp_path: Path, suffix: str) -> None:
+    write = write_parquet if suffix == ".parquet" else write_lines
+    for number in range(200):
+        write(tmp_path / f"{number:03}{suffix}", [{"text": str(number)}])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/dev/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + files.OPEN_FILES + 20, hard))
+    try:
+        source = open_conversations(tmp_path / f"*{suffix}")
+        order = random.Random(0).sample(range(200), 200)
+        assert [source[index] for index in order] == [{"text": str(index)} for index in order]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_dropping_the_source_closes_its_files(tmp_path: Path) -> None:
+    before = os.listdir("/dev/fd")
+    source = open_conversations([write_lines(tmp_path / f"{k}.jsonl", RECORDS) for k in range(5)])
+    assert len(os.listdir("/dev/fd")) == len(before) + 5
+    del source
+    assert os.listdir("/dev/fd") == before
+
+
+def test_a_forked_process_and_its_parent_read_at_the_same_time(path: Path) -> None:
+    source = open_conversations(path)
+    assert source[100] == RECORDS[100]
+    child = os.fork()
+    right = all(source[k] == RECORDS[k] for _ in range(3) for k in random.sample(range(200), 200))
+    if child == 0:
+        os._exit(0 if right else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert right
+
+
+def test_threads_read_at_the_same_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "BLOCK_BYTES", 500)
+    source = open_conversations([path] * 3)
+    wrong: list[int] = []
+
+    def read(seed: int) -> None:
+        order = random.Random(seed).sample(range(600), 600)
+        wrong.extend(index for index in order if source[index] != RECORDS[index % 200])
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_file_crowded_out_while_it_is_read_stays_open_until_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "OPEN_FILES", 1)
+    source = open_conversations([write_lines(tmp_path / f"{k}.jsonl", [{"text": f"{k}"}]) for k in range(2)])
+    pread = os.pread
+
+    def interrupted(fd: int, length: int, at: int) -> bytes:
+        monkeypatch.setattr(os, "pread", pread)
+        assert source[1] == {"text": "1"}
+        return pread(fd, length, at)
+
+    monkeypatch.setattr(os, "pread", interrupted)
+    assert source[0] == {"text": "0"}
+
+
+def test_a_source_pickles_after_reading_and_reads_on(path: Path) -> None:
+    source = open_conversations(path)
+    assert source[7] == RECORDS[7]
+    other = pickle.loads(pickle.dumps(source))
+    assert [other[index] for index in (150, 7)] == [RECORDS[150], RECORDS[7]]
+    assert other.where(7) == source.where(7)
+
+
+def test_a_file_changed_since_opening_is_an_error_and_not_another_record(path: Path) -> None:
+    source = pickle.loads(pickle.dumps(open_conversations(path)))
+    path.write_bytes(b"x" + path.read_bytes())
+    with pytest.raises(ValueError, match=r"chats\..* has changed since it was opened; open the conv"):
+        source[0]
+
+
+def test_a_file_cut_off_while_in_use_is_an_error(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "chats.jsonl", RECORDS)
+    source = open_conversations(path)
+    assert source[0] == RECORDS[0]
+    os.truncate(path, 100)
+    with pytest.raises(ValueError, match=r"chats\.jsonl was cut off while in use"):
+        source[199]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        pytest.param(lambda data: data[:-4], r"is cut off in line 201;", id="trailer-cut"),
+        pytest.param(lambda data: data[: len(data) // 2], r"is cut off in line \d+; test it with", id="half"),
+        pytest.param(lambda data: data[:5], r"is cut off in line 1;", id="header-cut"),
+        pytest.param(
+            lambda data: data[:-8] + b"\0" * 8, r"noticed after line 200 .*incorrect data", id="crc"
+        ),
+        pytest.param(lambda data: b"plain" + data, r"noticed after line 0 .*incorrect header", id="no-gzip"),
+        pytest.param(lambda data: data + b"more", r"noticed after line 200 .*header", id="garbage-behind"),
+        pytest.param(lambda data: data[:400] + b"\xff" * 9 + data[409:], r"is damaged", id="bytes-changed"),
+    ],
+)
+def test_a_damaged_gzip_file_is_an_error_that_names_file_and_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, break_it: Callable[[bytes], bytes], message: str
+) -> None:
+    # A byte at a time, so that all lines before the damage have come out.
+    monkeypatch.setattr(files, "GZIP_READ_BYTES", 1)
+    path = write_lines(tmp_path / "chats.jsonl.gz", RECORDS)
+    path.write_bytes(break_it(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"chats\.jsonl\.gz.*{message}"):
+        open_conversations(path)
+
+
+def test_zero_bytes_behind_a_gzip_member_are_no_damage(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "chats.jsonl.gz", RECORDS)
+    path.write_bytes(path.read_bytes() + b"\0" * 40_000 + gzip.compress(b'{"text": "behind"}') + b"\0")
+    source = open_conversations(path)
+    assert len(source) == 201
+    assert source[200] == {"text": "behind"}
+
+
+def note_row_groups(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[str]]]:
+    """Return a list that grows by number and columns of every row group read."""
+    read: list[tuple[int, list[str]]] = []
+    inner = files.read_row_group
+
+    def noted(version: files.Version, group: int, columns: tuple[str, ...]) -> object:
+        table = inner(version, group, columns)
+        read.append((group, table.column_names))
+        return table
+
+    monkeypatch.setattr(files, "read_row_group", noted)
+    return read
+
+
+def test_parquet_reads_a_row_group_once_in_sequence_and_keeps_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_parquet(tmp_path / "chats.parquet", RECORDS, row_group_size=50)
+    read = note_row_groups(monkeypatch)
+    source = open_conversations(path)
+    assert [source[k] for k in range(200)] == RECORDS
+    assert [group for group, _ in read] == [0, 1, 2, 3]
+    assert source[0] == RECORDS[0]
+    assert [group for group, _ in read] == [0, 1, 2, 3, 0]
+
+
+def test_parquet_gives_the_known_columns_and_reads_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = note_row_groups(monkeypatch)
+    rows: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": "hi", "name": None}], "weight": 0.5, "score": 1},
+        {"messages": [{"role": "user", "content": "ho", "name": "x"}], "weight": None, "score": 2},
+    ]
+    source = open_conversations(write_parquet(tmp_path / "chats.parquet", rows))
+    assert [source[0], source[1]] == [{"messages": r["messages"], "weight": r["weight"]} for r in rows]
+    assert read == [(0, ["messages", "weight"])]
+
+
+def test_without_pyarrow_a_parquet_file_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_parquet(tmp_path / "chats.parquet", RECORDS)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ImportError, match=r"chats\.parquet .*pip install nanopack\[parquet\]"):
+        open_conversations(path)
+
+
+# Every row is line 17 of a file; the others are whole.
+BAD_LINES = {
+    "cut-off": (b'{"text": "a', r"^not JSON: Unterminated string .*, column 10, near '{\"text\": \"a'; "),
+    "comma-missing": (b'{"text": "a" "b"}', r"^not JSON: Expecting ',' delimiter, column 14, near"),
+    "two-records": (b'{"text": "a"} {"text": "b"}', r"^not JSON: Extra data, column 15,"),
+    "pretty-printed": (b"{", r"^not JSON: Expecting .*, column 2, .*a line must be one JSON value$"),
+    "column-counts-characters": ('{"é": 🙂}'.encode(), r"^not JSON: Expecting value, column 7,"),
+    "not-utf-8": (b'{"text": "\xff"}', r"^not UTF-8: byte 0xff at byte 11 of the line; save the file"),
+    "latin-1": ('{"text": "é"}'.encode("latin-1"), r"^not UTF-8: byte 0xe9 at byte 11"),
+    "number-too-long": (b'{"text": ' + b"9" * 5000 + b"}", r"^JSON that cannot be read: Exceeds the limit"),
+    "too-deep": (b"[" * 200_000, r"^JSON that cannot be read: .*recursion"),
+    "mark-inside": (b"\xef\xbb\xbf{}", r"^not JSON: Unexpected UTF-8 BOM.*, column 1,"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+@pytest.mark.parametrize("edge", BAD_LINES)
+def test_a_bad_line_17_says_what_is_wrong_and_harms_no_other_line(
+    tmp_path: Path, edge: str, suffix: str
+) -> None:
+    bad, message = BAD_LINES[edge]
+    lines = [json.dumps(record).encode() for record in RECORDS]
+    lines[16] = bad
+    data = b"\n".join(lines)
+    path = tmp_path / f"chats{suffix}"
+    path.write_bytes(gzip.compress(data) if suffix.endswith(".gz") else data)
+    source = open_conversations(path)
+    assert source.where(16) == f"{path}:17"
+    with pytest.raises(ConversationError, match=message):
+        source[16]
+    assert [source[15], source[17]] == [RECORDS[15], RECORDS[17]]

@@ -1,0 +1,411 @@
+"""The loader, held against the reference packer over everything that can be asked of it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+
+import pytest
+import tiktoken
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nanopack
+from nanopack import ConversationError, Loader, reference
+from nanopack.tokenizers import NANOCHAT_SPECIAL_TOKENS
+from nanopack.verify import compare
+
+PACKINGS = ["best_fit", "stream", "best_fit_pad", "best_fit_crop", "pad"]
+CHATML = ("<|im_start|>", "<|im_end|>")
+
+
+def byte_tokenizer(more_ids: int = 0) -> tiktoken.Encoding:
+    """One token a byte, so that lengths are easy to say; `more_ids` lifts the special ids beyond 16-bit words."""
+    return tiktoken.Encoding(
+        "bytes",
+        pat_str=r"(?s:.)",
+        mergeable_ranks={bytes([i]): i for i in range(256)},
+        special_tokens={name: 256 + more_ids + i for i, name in enumerate((*NANOCHAT_SPECIAL_TOKENS, *CHATML))},
+    )
+
+
+SMALL, LARGE = byte_tokenizer(), byte_tokenizer(more_ids=100_000)
+texts = st.text("abc é", max_size=12)
+weights = st.none() | st.floats(0, 4, width=32)
+
+
+@st.composite
+def chats(draw):
+    messages = [{"role": "system", "content": draw(texts)}] if draw(st.booleans()) else []
+    for i in range(draw(st.integers(1, 4))):
+        content = draw(texts)
+        if i % 2 and draw(st.booleans()):
+            kinds = st.sampled_from(["text", "python", "python_output"])
+            content = [{"type": draw(kinds), "text": draw(texts)} for _ in range(draw(st.integers(0, 3)))]
+        messages.append({"role": "assistant" if i % 2 else "user", "content": content})
+    record = {"messages": messages}
+    return record if (weight := draw(weights)) is None else {**record, "weight": weight}
+
+
+plain_texts = st.fixed_dictionaries({"text": texts}, optional={"weight": st.floats(0, 2)})
+data_sets = st.lists(chats() | plain_texts, min_size=1, max_size=12)
+
+
+@st.composite
+def recipes(draw, packing):
+    arguments = {
+        "batch_size": draw(st.integers(1, 4)),
+        "seq_len": draw(st.integers(1, 24) | st.sampled_from([64, 128])),
+        "packing": packing,
+        "loss": draw(st.sampled_from(["assistant", "all"])),
+        "weights": draw(st.sampled_from([None, "token", "conversation"])),
+        "extras": tuple(draw(st.sets(st.sampled_from(["positions", "doc_ids", "cu_seqlens"])))),
+        "max_tokens": draw(st.none() | st.integers(1, 40)),
+        "boundary_loss": draw(st.booleans()),
+        "ignore_index": draw(st.sampled_from([-100, -1])),
+        "world_size": draw(st.integers(1, 14)),
+        "epochs": draw(st.none() | st.integers(1, 3)),
+    }
+    arguments["rank"] = draw(st.integers(0, arguments["world_size"] - 1))
+    if "cu_seqlens" in arguments["extras"]:
+        arguments["max_pieces"] = arguments["seq_len"]
+    if packing.startswith("best_fit"):
+        arguments |= {"window": draw(st.integers(1, 6)), "refill": draw(st.integers(1, 3))}
+    if packing == "best_fit":
+        arguments["max_age"] = draw(st.integers(1, 5))
+    if packing == "stream":
+        arguments["overlap"] = draw(st.booleans())
+    return arguments
+
+
+def first_batches(make, count):
+    """Run to `count` batches, the end, or the error; the error is part of what is compared."""
+    batches, error = [], None
+    try:
+        for batch in itertools.islice(make(), count):
+            batches.append(batch)
+    except ValueError as raised:
+        error = type(raised)
+    return batches, error
+
+
+@pytest.mark.parametrize("executor", ["torch", "triton"])
+@pytest.mark.parametrize("packing", PACKINGS)
+@given(data=st.data())
+def test_batches_equal_the_reference_in_every_field(executor, packing, data):
+    conversations = data.draw(data_sets)
+    arguments = data.draw(recipes(packing))
+    tokenizer = data.draw(st.sampled_from([SMALL, LARGE]))
+    count = 3 if executor == "triton" else 6
+    expected, error = first_batches(lambda: reference.batches(conversations, tokenizer, **arguments), count)
+    loader = Loader(conversations, tokenizer, executor=executor, **arguments)
+    got, got_error = first_batches(lambda: loader, count)
+    assert got_error == error
+    assert compare(iter(expected), iter(got)).difference is None
+    assert loader.ledger()["balanced"], loader.ledger()["imbalances"]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@given(data=st.data())
+def test_ranks_partition_the_data_and_nothing_is_lost_or_comes_twice(packing, data):
+    """Every document carries its own number as text, so what comes out says where it came from."""
+    n = data.draw(st.integers(1, 30))
+    world_size, epochs = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
+    conversations = [{"text": f"[{i}]"} for i in range(n)]
+    seen = []
+    for rank in range(world_size):
+        loader = Loader(conversations, SMALL, 2, 11, packing=packing, epochs=epochs, rank=rank, world_size=world_size)
+        words = [batch_words(batch, packing) for batch in loader]
+        seen += b"".join(bytes(w for w in part if w < 256) for part in words).decode().strip("[]").split("][")
+        assert loader.ledger()["conversations"]["waiting"] == 0
+    if packing == "best_fit_crop":
+        # this packing cuts by its own rule, and says so; what it does not cut comes once
+        return
+    assert sorted(int(i) for i in seen if i) == sorted([*range(n)] * epochs)
+
+
+def batch_words(batch, packing):
+    """The words a batch was cut from, read off its tensors."""
+    inputs, targets = batch.inputs.tolist(), batch.targets.tolist()
+    if packing == "stream":
+        last = targets[-1][-1]
+        return [t for row in inputs for t in row] + ([last] if last != -100 else [])
+    return [t for i, o in zip(inputs, targets, strict=True) for t in i + ([o[-1]] if o[-1] != -100 else [])]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@given(data=st.data())
+def test_host_facts_are_what_the_tensors_say(packing, data):
+    arguments = data.draw(recipes(packing)) | {"extras": ("doc_ids", "positions", "cu_seqlens"), "epochs": 1}
+    arguments |= {"max_pieces": arguments["seq_len"], "weights": "conversation"}
+    conversations = data.draw(data_sets)
+    B, T = arguments["batch_size"], arguments["seq_len"]
+    for step, batch in enumerate(Loader(conversations, SMALL, **arguments)):
+        assert batch.step == step
+        assert batch.num_trained == int((batch.targets != arguments["ignore_index"]).sum())
+        assert batch.num_tokens == int((batch.doc_ids >= 0).sum())
+        assert batch.weight_sum == math.fsum(batch.weights.flatten().tolist())
+        assert batch.max_seqlen == int(batch.cu_seqlens.diff().max())
+        assert batch.cu_seqlens.shape == (B * T + 1,) and batch.cu_seqlens[-1] == B * T
+        for row, pieces in enumerate(batch.pieces):
+            assert sum(p.length for p in pieces) == int((batch.doc_ids[row] >= 0).sum())
+            for number, piece in enumerate(pieces):
+                columns = slice(piece.start, piece.start + piece.length)
+                assert (batch.doc_ids[row, columns] == number).all()
+                assert batch.positions[row, columns].tolist() == list(range(piece.length))
+
+
+def test_pieces_say_which_tokens_of_which_conversation_stand_where():
+    conversations = [{"text": "abcdef"}, {"text": "gh"}, {"text": "ijkl"}]
+    for packing in PACKINGS:
+        for batch in Loader(conversations, SMALL, 2, 5, packing=packing, epochs=1):
+            for row, pieces in enumerate(batch.pieces):
+                for index, start, length, offset in pieces:
+                    ids = [256, *conversations[index]["text"].encode()]
+                    assert batch.inputs[row, start : start + length].tolist() == ids[offset : offset + length]
+
+
+def test_batches_stay_what_they_are_when_the_next_one_is_made():
+    loader = Loader([{"text": "abc" * i} for i in range(1, 9)], SMALL, 2, 8, packing="stream", weights="token")
+    first = next(loader)
+    kept = [t.clone() for t in (first.inputs, first.targets, first.weights)]
+    for _ in range(3):
+        next(loader)
+    assert all(torch.equal(a, b) for a, b in zip(kept, (first.inputs, first.targets, first.weights), strict=True))
+
+
+def test_dtypes_and_unpacking():
+    batch = next(Loader([{"text": "abcdef"}], SMALL, 2, 4, weights="token", extras=("positions", "doc_ids")))
+    inputs, targets = batch
+    assert inputs is batch.inputs and targets is batch.targets
+    dtypes = [t.dtype for t in (inputs, targets, batch.weights, batch.positions, batch.doc_ids)]
+    assert dtypes == [torch.int32, torch.int64, torch.float32, torch.int32, torch.int32]
+    assert batch.cu_seqlens is None
+
+
+def test_a_conversation_is_read_only_when_a_batch_needs_it():
+    read = []
+
+    class Watched(list):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    loader = Loader(Watched([{"text": "abcd"}] * 50), SMALL, 1, 9, packing="stream")
+    assert len(read) == 0
+    next(loader)
+    assert read == [0, 1], "ten tokens are two documents of five"
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "pad"])
+def test_a_conversation_without_a_trained_token_is_dropped_and_counted(packing):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    untrained = [{"role": "user", "content": "alone"}]
+    loader = Loader([chat, untrained, chat], SMALL, 1, 16, packing=packing, epochs=1)
+    conversations = {piece.conversation for batch in loader for row in batch.pieces for piece in row}
+    assert conversations == {0, 2}
+    assert loader.ledger()["conversations"]["dropped"] == {"untrained": 1}
+    assert loader.ledger()["tokens"]["dropped"] == len("alone") + 3
+
+
+def test_an_endless_loader_over_nothing_to_train_ends_with_an_error_and_not_for_ever():
+    loader = Loader([[{"role": "user", "content": "a"}]] * 3, SMALL, 1, 8)
+    with pytest.raises(ValueError, match="in a whole pass over the data"):
+        next(loader)
+
+
+def test_a_bad_conversation_raises_with_file_line_message_and_remedy(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    good = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+    bad = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]})
+    path.write_text("\n".join([*[good] * 16, bad, good]))
+    with pytest.raises(ConversationError) as raised:
+        list(Loader(path, SMALL, 1, 16, epochs=1))
+    message = str(raised.value)
+    assert "chats.jsonl:17, message 1: " in message and "'user'" in message and 'on_error="skip"' in message
+
+
+def test_skipping_a_bad_conversation_counts_and_logs_it(tmp_path, caplog):
+    path = tmp_path / "chats.jsonl"
+    path.write_text('{"text": "ab"}\n{"text": 3}\n{"text": "cd"}\n')
+    loader = Loader(path, SMALL, 1, 8, packing="best_fit_pad", epochs=1, on_error="skip")
+    with caplog.at_level(logging.WARNING, "nanopack"):
+        [batch] = loader
+    assert {piece.conversation for piece in batch.pieces[0]} == {0, 2}
+    assert loader.ledger()["conversations"] == {"read": 3, "packed": 2, "dropped": {}, "skipped": 1, "waiting": 0}
+    assert "chats.jsonl:2" in caplog.text
+
+
+def test_an_error_of_the_data_set_itself_names_the_conversation():
+    class Broken(list):
+        def __getitem__(self, index):
+            raise KeyError("gone")
+
+    with pytest.raises(ConversationError, match="conversation 0, KeyError: 'gone'") as raised:
+        next(Loader(Broken([{}]), SMALL, 1, 8))
+    assert isinstance(raised.value.__cause__, KeyError)
+
+
+def test_after_an_error_the_loader_does_not_go_on_as_if_nothing_were_lost():
+    loader = Loader([{"text": "ab"}, {"text": 3}, {"text": "cd"}], SMALL, 1, 8, packing="pad")
+    next(loader)
+    for _ in range(2):
+        with pytest.raises(ConversationError, match="conversation 1"):
+            next(loader)
+
+
+def test_an_interrupted_batch_is_not_continued_in_silence(monkeypatch):
+    class Slow(list):
+        def __getitem__(self, index):
+            raise KeyboardInterrupt
+
+    loader = Loader(Slow([{}]), SMALL, 1, 8)
+    with pytest.raises(KeyboardInterrupt):
+        next(loader)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        next(loader)
+
+
+def test_the_end_stays_the_end_and_closing_twice_is_safe():
+    loader = Loader([{"text": "ab"}], SMALL, 1, 8, epochs=1)
+    assert len(list(loader)) == 1
+    with pytest.raises(StopIteration):
+        next(loader)
+    loader.close()
+    loader.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        next(loader)
+
+
+def test_leaving_the_block_closes_the_loader_and_keeps_the_batches():
+    with Loader([{"text": "ab"}], SMALL, 1, 8) as loader:
+        batch = next(loader)
+    with pytest.raises(RuntimeError, match="closed"):
+        next(loader)
+    assert batch.inputs[0, :3].tolist() == [256, 97, 98]
+
+
+def test_a_document_is_cut_where_it_must_be_and_what_was_cut_is_counted():
+    loader = Loader([{"text": "x" * 30}], SMALL, 1, 8, packing="best_fit_pad", max_tokens=20, epochs=1)
+    [batch] = loader
+    assert batch.inputs[0].tolist() == [256] + [120] * 7 and batch.targets[0].tolist() == [120] * 8
+    assert loader.ledger()["tokens"] == {
+        "read": 31,
+        "emitted": 9,
+        "cut": {"max_tokens": 11, "seq_len": 11},
+        "dropped": 0,
+        "waiting": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    "counter",
+    [
+        "conversations_read",
+        "conversations_packed",
+        "conversations_skipped",
+        "conversations_waiting",
+        "tokens_read",
+        "tokens_emitted",
+        "tokens_dropped",
+        "tokens_waiting",
+        "slots",
+        "slots_tokens",
+        "slots_padding",
+    ],
+)
+def test_the_ledger_notices_a_counter_that_is_off_by_one(counter):
+    loader = Loader([{"text": "abc" * i} for i in range(1, 9)], SMALL, 2, 8, packing="best_fit_crop", window=3)
+    next(loader)
+    assert loader._ledger.imbalances() == []
+    setattr(loader._ledger, counter, getattr(loader._ledger, counter) + 1)
+    assert len(loader._ledger.imbalances()) == 1
+    assert loader.ledger()["balanced"] is False
+
+
+@pytest.mark.parametrize(("counter", "reason"), [("conversations_dropped", "untrained"), ("tokens_cut", "seq_len")])
+def test_the_ledger_notices_a_reason_that_is_off_by_one(counter, reason):
+    loader = Loader([{"text": "abc"}] * 3, SMALL, 2, 8)
+    next(loader)
+    getattr(loader._ledger, counter)[reason] += 1
+    assert len(loader._ledger.imbalances()) == 1
+
+
+@settings(max_examples=20)
+@given(data=st.data())
+def test_the_ledger_balances_after_every_batch(data):
+    packing = data.draw(st.sampled_from(PACKINGS))
+    loader = Loader(data.draw(data_sets), SMALL, **data.draw(recipes(packing)))
+    try:
+        for _ in itertools.islice(loader, 20):
+            assert loader.ledger()["balanced"], loader.ledger()["imbalances"]
+    except ValueError as error:
+        assert "in a whole pass" in str(error)
+
+
+def test_explain_names_conversation_message_role_and_text():
+    chat = {
+        "messages": [
+            {"role": "system", "content": "S"},
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": [{"type": "python", "text": "p"}, {"type": "python_output", "text": "o"}]},
+        ]
+    }
+    loader = Loader([chat], byte_tokenizer(), 1, 24, epochs=1)
+    [batch] = loader
+    text = [loader.explain(batch, 0, col) for col in range(24)]
+    assert text[0].input.text == "<|bos|>" and text[0].input.message is None
+    assert [t.input.text for t in text[1:7]] == ["<|user_start|>", "S", "\n", "\n", "q", "<|user_end|>"]
+    assert {t.input.role for t in text[1:7]} == {"user"} and text[7].input.role == "assistant"
+    assert text[7].input.text == "<|assistant_start|>" and text[7].trained and text[7].target.text == "<|python_start|>"
+    assert not text[10].trained and text[10].target.text == "<|output_start|>"
+    assert "does not train this part" in text[10].reason
+    assert text[20].input is None and "padding" in text[20].reason
+    for col in range(24):
+        assert text[col].trained == (batch.targets[0, col].item() != -100)
+
+
+@given(data=st.data())
+def test_explain_agrees_with_the_tensors_everywhere(data):
+    packing = data.draw(st.sampled_from(PACKINGS))
+    arguments = data.draw(recipes(packing)) | {"epochs": 1, "seq_len": data.draw(st.integers(1, 12))}
+    arguments |= {"max_pieces": arguments["seq_len"]} if "cu_seqlens" in arguments["extras"] else {}
+    loader = Loader(data.draw(data_sets), SMALL, **arguments)
+    for batch in itertools.islice(loader, 2):
+        for row in range(arguments["batch_size"]):
+            for col in range(arguments["seq_len"]):
+                told = loader.explain(batch, row, col)
+                assert batch.inputs[row, col] == (256 if told.input is None else told.input.id)
+                expected = told.target.id if told.trained else arguments["ignore_index"]
+                assert batch.targets[row, col] == expected
+
+
+@pytest.mark.parametrize(("row", "col", "name"), [(1, 0, "row"), (0, 8, "col"), (-1, 0, "row"), (0, -1, "col")])
+def test_explain_refuses_a_place_outside_the_batch(row, col, name):
+    loader = Loader([{"text": "ab"}], SMALL, 1, 8)
+    with pytest.raises(IndexError, match=f"{name}=-?[0-9]+ is outside the batch"):
+        loader.explain(next(loader), row, col)
+
+
+def test_rank_and_world_size_come_from_torch_distributed_where_it_is_initialised(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        loader = Loader([{"text": "ab"}], SMALL, 1, 8)
+        assert (loader.recipe.rank, loader.recipe.world_size) == (0, 1)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_launcher_that_did_not_initialise_torch_distributed_is_warned_of(monkeypatch, caplog):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with caplog.at_level(logging.WARNING, "nanopack"):
+        Loader([{"text": "ab"}], SMALL, 1, 8)
+    assert "rank 0 of 1" in caplog.text
+
+
+def test_verify_says_how_much_it_compared_and_that_it_was_equal():
+    result = nanopack.verify([{"text": "abcdefg"}] * 5, SMALL, batch_size=2, seq_len=8)
+    assert result and (result.batches, result.tokens, result.difference) == (3, 40, None)

@@ -1,0 +1,277 @@
+"""kernels/pack.py and its torch twin, both held against plain Python lists."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nanopack.kernels import pack_torch as twin
+from nanopack.kernels.pack import pack, pack_bytes
+from nanopack.kernels.pack_torch import pack_torch
+from pack_oracle import (
+    ALL_EXTRAS,
+    BOS,
+    IGNORE,
+    SINGLES,
+    SUBSETS,
+    WORD_BYTES,
+    Row,
+    assert_exact,
+    full_row,
+    make_rows,
+    make_slot,
+    poisoned,
+)
+
+
+def name_of(extras: frozenset[str]) -> str:
+    return "+".join(sorted(extras)) or "no extras"
+
+
+# Where there is a GPU, conftest.py leaves the interpreter off, and Triton then takes the GPU's tensors only.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NUMBERS = {"bos_id": BOS, "ignore_index": IGNORE}
+interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="watches Triton's interpreter, which is off with a GPU")
+guarded = pytest.mark.skipif(sys.platform != "linux", reason="forbids memory by Linux's mprotect")
+each_width = pytest.mark.parametrize("word_bytes", WORD_BYTES, ids=["16-bit words", "32-bit words"])
+each_subset = pytest.mark.parametrize("extras", SUBSETS, ids=name_of)
+
+
+def pack_torch_elsewhere(*args, **kwargs) -> None:
+    """Run the twin as on an accelerator, where it does not know how many pieces the fullest row has."""
+    most_pieces = twin._most_pieces
+    twin._most_pieces = lambda n_pieces, seq_len: seq_len + 1
+    try:
+        pack_torch(*args, **kwargs)
+    finally:
+        twin._most_pieces = most_pieces
+
+
+each_executor = pytest.mark.parametrize(
+    "executor", [pack, pack_torch, pack_torch_elsewhere], ids=["triton", "torch", "torch as on an accelerator"]
+)
+
+
+def check(executor: Callable, rows: list[Row], seq_len: int, word_bytes: int, extras: frozenset, seed: int = 0) -> None:
+    slot = make_slot(rows, seq_len, word_bytes, extras, seed)
+    outputs = poisoned((len(rows), seq_len), extras, len(slot.cu), DEVICE)
+    executor(*slot.views(slot.data.to(DEVICE)), *outputs.values(), **NUMBERS)
+    assert_exact(outputs, rows, slot)
+
+
+@each_executor
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    batch_size=st.integers(1, 4),
+    seq_len=st.sampled_from([1, 2, 3, 127, 128, 129, 384, 640]) | st.integers(1, 300),
+    word_bytes=st.sampled_from(WORD_BYTES),
+    extras=st.sampled_from(SUBSETS),
+)
+@settings(max_examples=60)
+def test_any_batch_equals_plain_python(executor, seed, batch_size, seq_len, word_bytes, extras):
+    check(executor, make_rows(seed, batch_size, seq_len, word_bytes), seq_len, word_bytes, extras, seed)
+
+
+@each_executor
+@each_width
+@each_subset
+def test_every_combination_of_extras_equals_plain_python(executor, word_bytes, extras):
+    for seq_len in (128, 129):
+        check(executor, make_rows(len(extras), 3, seq_len, word_bytes), seq_len, word_bytes, extras)
+
+
+EDGES = {
+    "all rows empty": (4, [Row(), Row(), Row()]),
+    "empty between full": (128, [full_row(128, [(0, 0.5)]), Row(), full_row(128, [(0, 2.0)])]),
+    "a piece whose only word is in column T": (128, [full_row(128, [(0, 0.25), (128, 4.0)])]),
+    "every word a piece": (129, [full_row(129, [(c, c / 8) for c in range(130)])]),
+    "one column": (1, [full_row(1, [(0, 0.5), (1, 2.0)]), Row([3], [True], [(0, 1.0)]), Row()]),
+    "largest id of a 16-bit word": (384, [full_row(384, [(0, 1.0)], token=32767)]),
+    "row ends at a block's end": (640, [Row([9] * 128, [True] * 128, [(0, 0.5), (127, 0.25)])]),
+    "row ends one word into a block": (640, [Row([9] * 129, [True] * 129, [(0, 0.5), (128, 0.25)])]),
+    "nothing trained": (128, [Row([1] * 129, [False] * 129, [(0, 1.0)])]),
+    "trained in column 0 alone, which is no target": (2, [Row([1, 1, 1], [True, False, False], [(0, 1.0)])]),
+}
+
+
+@each_executor
+@each_width
+@pytest.mark.parametrize("edge", EDGES)
+def test_edges_equal_plain_python(executor, word_bytes, edge):
+    seq_len, rows = EDGES[edge]
+    check(executor, rows, seq_len, word_bytes, ALL_EXTRAS)
+
+
+@each_executor
+def test_numbers_are_exact_up_to_their_types_ends(executor):
+    slot = make_slot([Row([2**31 - 1] * 128, [True] * 128)], 129, 4, frozenset())
+    outputs = poisoned((1, 129), frozenset(), 0, DEVICE)
+    executor(*slot.views(slot.data.to(DEVICE)), *outputs.values(), bos_id=2**31 - 2, ignore_index=-(2**62))
+    assert outputs["inputs"].tolist() == [[2**31 - 1] * 128 + [2**31 - 2]]
+    assert outputs["targets"].tolist() == [[2**31 - 1] * 127 + [-(2**62)] * 2]
+
+
+class Watch:
+    """Counts how often the interpreted kernel reads and writes each byte, by address."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from triton.runtime.interpreter import interpreter_builder as builder
+
+        self.read: Counter[int] = Counter()
+        self.written: Counter[int] = Counter()
+        load, store = builder.create_masked_load, builder.create_masked_store
+
+        def watched_load(ptrs, mask, *rest):
+            self.count(self.read, ptrs, mask)
+            return load(ptrs, mask, *rest)
+
+        def watched_store(ptrs, value, mask, *rest):
+            self.count(self.written, ptrs, mask)
+            return store(ptrs, value, mask, *rest)
+
+        monkeypatch.setattr(builder, "create_masked_load", watched_load)
+        monkeypatch.setattr(builder, "create_masked_store", watched_store)
+
+    @staticmethod
+    def count(counts: Counter[int], ptrs, mask) -> None:
+        size = ptrs.get_element_ty().primitive_bitwidth // 8
+        first = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].astype(np.int64)
+        counts.update((first[:, None] + np.arange(size)).flatten().tolist())
+
+
+def bytes_of(tensor: torch.Tensor) -> range:
+    return range(tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size())
+
+
+@interpreted
+@each_width
+@pytest.mark.parametrize("extras", SINGLES, ids=name_of)
+@pytest.mark.parametrize("shape", [(3, 1), (1, 127), (3, 129), (1, 384), (2, 640)], ids=lambda s: f"B={s[0]} T={s[1]}")
+def test_the_kernel_writes_every_element_once_and_reads_the_slot_alone(monkeypatch, shape, word_bytes, extras):
+    slot = make_slot(make_rows(1, *shape, word_bytes), shape[1], word_bytes, extras)
+    outputs = poisoned(shape, extras, len(slot.cu))
+    watch = Watch(monkeypatch)
+    pack(*slot.views(), *outputs.values(), **NUMBERS)
+    assert watch.written == Counter(a for t in outputs.values() if t is not None for a in bytes_of(t))
+    outside = sorted(watch.read.keys() - set(bytes_of(slot.data)))
+    assert not outside, f"byte {outside[0] - slot.data.data_ptr()} of {len(slot.data)}"
+
+
+@interpreted
+@each_width
+@each_subset
+def test_pack_bytes_counts_what_the_kernel_moves(monkeypatch, extras, word_bytes):
+    # Full rows, so that no row's T+1 words reach into the next one's.
+    rows = [full_row(128, [(0, 1.0), (50, 0.5)]), full_row(128, [(0, 2.0)]), full_row(128, [(0, 2.0)])]
+    slot = make_slot(rows, 128, word_bytes, extras)
+    outputs = poisoned((3, 128), extras, len(slot.cu))
+    watch = Watch(monkeypatch)
+    pack(*slot.views(), *outputs.values(), **NUMBERS)
+    asked = {name: name in extras for name in ("weights", "positions", "doc_ids")}
+    cu_size = outputs["cu_seqlens"].numel() if "cu_seqlens" in extras else 0
+    counted = pack_bytes(3, 128, word_bytes=word_bytes, n_pieces=4, n_cu=len(slot.cu), cu_size=cu_size, **asked)
+    assert len(watch.read) + len(watch.written) == counted
+
+
+def run_guard(*args: str) -> subprocess.CompletedProcess:
+    env = dict(os.environ, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    script = Path(__file__).with_name("guard_pack.py")
+    return subprocess.run([sys.executable, script, *args], env=env, capture_output=True, text=True, timeout=120)
+
+
+@guarded
+@pytest.mark.parametrize("side", ["after", "before"])
+@pytest.mark.parametrize("executor", ["triton", "torch"])
+def test_no_executor_touches_the_memory_beside_a_slot(executor, side):
+    done = run_guard(executor, side)
+    assert done.returncode == 0, f"ended by {done.returncode}: {done.stderr[-2000:]}"
+    assert done.stdout == "packed 24\n"
+
+
+@guarded
+@pytest.mark.parametrize("side", ["after", "before"])
+@pytest.mark.parametrize("executor", ["triton", "torch"])
+def test_touching_the_memory_beside_a_slot_would_end_the_process(executor, side):
+    assert run_guard(executor, side, "overrun").returncode == -signal.SIGSEGV
+
+
+def run_python(code: str) -> subprocess.CompletedProcess:
+    root = Path(__file__).parents[1]
+    return subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+
+
+def test_the_folder_kernels_refuses_to_be_a_package_of_that_name():
+    done = run_python("import kernels")
+    assert "ImportError" in done.stderr and "nanopack.kernels" in done.stderr
+
+
+def test_the_twin_imports_no_triton():
+    code = "import sys, nanopack.kernels.pack_torch; print([m for m in sys.modules if m.split('.')[0] == 'triton'])"
+    assert run_python(code).stdout == "[]\n"
+
+
+def test_the_twin_never_waits_for_an_accelerator():
+    # Tensors on "meta" hold no numbers: whatever asked for one, to size a result or to decide, would raise.
+    outputs = poisoned((2, 128), ALL_EXTRAS, 0, "meta")
+    slot = make_slot(make_rows(1, 2, 128, 2), 128, 2, ALL_EXTRAS)
+    pack_torch(*slot.views(slot.data.to("meta")), *outputs.values(), **NUMBERS)
+
+
+@contextmanager
+def syncs_raise() -> Iterator[None]:
+    """Let whatever makes the host wait for the GPU raise."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device: nothing else tells what one does")
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@each_width
+@pytest.mark.parametrize("seq_len", [1, 127, 128, 129, 640, 1000, 2048])
+def test_both_executors_agree_on_a_gpu_and_neither_waits(seq_len, word_bytes):
+    rows = make_rows(3, 5, seq_len, word_bytes)
+    for extras in SUBSETS:
+        slot = make_slot(rows, seq_len, word_bytes, extras)
+        data = slot.data.cuda()
+        by_kernel, by_twin = (poisoned((5, seq_len), extras, len(slot.cu), "cuda") for _ in range(2))
+        with syncs_raise():
+            pack(*slot.views(data), *by_kernel.values(), **NUMBERS)
+            pack_torch(*slot.views(data), *by_twin.values(), **NUMBERS)
+        assert_exact(by_kernel, rows, slot)
+        assert_exact(by_twin, rows, slot)
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_a_captured_launch_packs_whatever_the_slot_then_holds():
+    batches = [make_rows(seed, 4, 2048, 2) for seed in range(5)]
+    slots = [make_slot(rows, 2048, 2, ALL_EXTRAS) for rows in batches]
+    data = torch.zeros(max(len(s.data) for s in slots), dtype=torch.uint8, device="cuda")
+    outputs = poisoned((4, 2048), ALL_EXTRAS, max(len(s.cu) for s in slots), "cuda")
+    # The first launch compiles, which no capture allows. It packs rows without a word.
+    pack(*slots[0].views(data), *outputs.values(), **NUMBERS)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        pack(*slots[0].views(data), *outputs.values(), **NUMBERS)
+    for rows, slot in zip(batches, slots, strict=True):
+        data[: len(slot.data)] = slot.data.cuda()
+        graph.replay()
+        assert_exact(outputs, rows, slot)

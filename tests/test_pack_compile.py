@@ -1,0 +1,81 @@
+"""What kernels/pack.py becomes on GPUs, read from the code that Triton compiles for them. No GPU is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+EXTRAS = [[], ["weights"], ["positions"], ["doc_ids"], ["cu_seqlens"]]
+EXTRAS += [sorted(name for extras in EXTRAS for name in extras)]
+USUAL, UNUSUAL = 2048, 1001
+WIDE = re.compile(r"STG\.E\.128|(buffer|global)_store_dwordx4")
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is there on Linux only")
+each_target = pytest.mark.parametrize("target", TARGETS)
+each_width = pytest.mark.parametrize("word_bytes", [2, 4], ids=["16-bit words", "32-bit words"])
+each_extra = pytest.mark.parametrize("extras", EXTRAS, ids=lambda e: "+".join(e) or "no extras")
+
+
+def start(what: str, cache: Path) -> subprocess.Popen:
+    """Run compile_pack.py without the interpreter that conftest.py turns on, and with nothing compiled before."""
+    env = dict(os.environ, TRITON_CACHE_DIR=str(cache), OMP_NUM_THREADS="1")
+    env.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(Path(__file__).with_name("compile_pack.py")), what]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def answer(process: subprocess.Popen) -> list:
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err[-3000:]
+    return json.loads(out)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+    """For each target, what every variant became."""
+    cache = tmp_path_factory.mktemp("triton")
+    processes = {target: start(target, cache / target) for target in TARGETS}
+    return {target: answer(process) for target, process in processes.items()}
+
+
+def variant(compiled: dict[str, list[dict]], target: str, seq_len: int, word_bytes: int, extras: list[str]) -> dict:
+    wanted = (seq_len, word_bytes, extras)
+    return next(f for f in compiled[target] if (f["seq_len"], f["word_bytes"], f["extras"]) == wanted)
+
+
+@each_target
+@each_width
+@each_extra
+def test_in_the_usual_shape_every_output_is_stored_128_bits_at_a_time(compiled, target, word_bytes, extras):
+    found = variant(compiled, target, USUAL, word_bytes, extras)
+    narrow = [op for op in found["stores"] if not WIDE.fullmatch(op)]
+    assert not narrow
+    # A thread has 4 columns: one wide store for inputs, two for the int64 of targets, one for each extra.
+    assert sum(found["stores"].values()) == 3 + len(extras)
+
+
+@each_target
+@each_width
+@each_extra
+def test_in_the_usual_shape_nothing_spills_and_there_is_no_stack(compiled, target, word_bytes, extras):
+    found = variant(compiled, target, USUAL, word_bytes, extras)
+    assert (found["stack"], found["spills"]) == (0, [])
+
+
+@each_target
+@each_width
+@pytest.mark.parametrize("extras", [EXTRAS[0], EXTRAS[-1]], ids=["no extras", "all extras"])
+def test_in_an_unusual_shape_nothing_spills_and_there_is_no_stack(compiled, target, word_bytes, extras):
+    found = variant(compiled, target, UNUSUAL, word_bytes, extras)
+    assert (found["stack"], found["spills"]) == (0, [])
+
+
+def test_a_thousand_batches_compile_once_for_each_width_of_words(tmp_path):
+    assert answer(start("launches", tmp_path)) == [1, 2]
