@@ -1,21 +1,25 @@
 """Read one rank's conversations, render them, and fill slots with batches.
 
-    conversations.py, render.py   ->   Producer.produce(slot)   ->   ring.py: a filled slot, and its facts
-                                            packing.py says when to read, and what goes where
+    documents, in order   ->   Producer.produce(slot)   ->   a filled slot, and its facts
+         reading.py          packing.py says when to read         ring.py
+                               and what goes where
 
 It holds the words of the documents that wait, and counts everything into the ledger. No torch, no GPU.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from nanopack.conversations import ConversationError, Share, Source, check
+from nanopack.conversations import ConversationError, Share, Source
 from nanopack.ledger import Ledger
 from nanopack.packing import Run, make_packer
+from nanopack.reading import Read, read_documents
 from nanopack.recipe import Recipe
 from nanopack.render import Document, make_renderer
 from nanopack.ring import Filled, Layout, Slot, Words
@@ -32,6 +36,8 @@ class Produced:
     epoch: int
     progress: float
     last: bool
+    longest_wait: int
+    """Most rows that a document has waited so far."""
     ledger: Ledger
     """As it stands with this batch delivered."""
 
@@ -39,14 +45,16 @@ class Produced:
 class Producer:
     """Fills slots with the batches of a recipe, one after the other."""
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, recipe: Recipe) -> None:
-        """Raise ValueError where the tokenizer does not go with the template."""
+    def __init__(self, source: Source, tokenizer: Tokenizer, recipe: Recipe, *, threads: int = 0) -> None:
+        """Raise ValueError where the tokenizer does not go with the template. See `read_documents` for `threads`."""
         self.source = source
         self.recipe = recipe
         self.layout = Layout.of(recipe, tokenizer.vocab_size)
         self.share = Share(len(source), recipe.rank, recipe.world_size)
         self.render = make_renderer(tokenizer, recipe.template)
-        self._reads_in_all = None if recipe.epochs is None else self.share.reads(recipe.epochs)
+        reads: Iterable[int] = itertools.count() if recipe.epochs is None else range(self.share.reads(recipe.epochs))
+        indexes = map(self.share.conversation, reads)
+        self._reading = read_documents(source, self.render, indexes, threads)
         self._fruitless = 0
         self._documents: dict[int, Words] = {}
         self._packer = make_packer(
@@ -82,6 +90,7 @@ class Producer:
             epoch=self.share.epoch(self._ledger.conversations_read),
             progress=progress,
             last=last,
+            longest_wait=self._packer.longest_wait,
             ledger=self._ledger.copy(),
         )
 
@@ -92,33 +101,27 @@ class Producer:
 
     def _read(self) -> tuple[int, int] | None:
         """Read on until a document is good for packing; return its number and length, None at the end of the data."""
-        while self._reads_in_all is None or self._ledger.conversations_read < self._reads_in_all:
-            read = self._ledger.conversations_read
+        for read in self._reading:
+            number = self._ledger.conversations_read
             self._ledger.conversations_read += 1
             if (words := self._words_of(read)) is not None:
                 self._fruitless = 0
-                self._documents[read] = words
-                return read, len(words.words)
+                self._documents[number] = words
+                return number, len(words.words)
             self._fruitless += 1
-            if self._reads_in_all is None and self._fruitless >= self.share.n:
+            if self.recipe.epochs is None and self._fruitless >= self.share.n:
                 raise ValueError(
                     f"nothing to pack: in a whole pass over the data ({self.share.n} conversations) each one was "
                     f"dropped because nothing in it is trained, or skipped as bad; look at the first, or use loss='all'"
                 )
         return None
 
-    def _words_of(self, read: int) -> Words | None:
+    def _words_of(self, read: Read) -> Words | None:
         """Return what the packing gets of one conversation, None if it is skipped or dropped; count what is lost."""
-        index = self.share.conversation(read)
-        try:
-            conversation = check(self.source[index])
-            document = self.render(conversation)
-        except MemoryError:
-            raise
-        except Exception as error:
-            self._refuse(index, error)
+        if read.document is None:
+            self._refuse(read)
             return None
-        ids, mask = self._cut(document)
+        ids, mask = self._cut(read.document)
         trained = int(np.count_nonzero(mask))
         if self.recipe.drops_untrained and not trained:
             self._ledger.conversations_dropped["untrained"] += 1
@@ -126,14 +129,19 @@ class Producer:
             return None
         words = ids.astype(self.layout.word_dtype)
         words[mask] |= words.dtype.type(self.layout.loss_bit)
-        return Words(index, words, self._weight(conversation.weight, trained), conversation.weight)
+        return Words(read.index, words, self._weight(read.weight, trained), read.weight)
 
-    def _refuse(self, index: int, error: Exception) -> None:
+    def _refuse(self, read: Read) -> None:
+        """Skip a bad conversation, or raise what is wrong with it and where it stands."""
+        error = read.error
+        if not isinstance(error, Exception) or isinstance(error, MemoryError):
+            raise error or AssertionError("a conversation without document and error")
         what = str(error) if isinstance(error, ConversationError) else f"{type(error).__name__}: {error}"
         if self.recipe.on_error == "raise":
-            raise ConversationError(f'{self.source.where(index)}, {what}. Fix it or pass on_error="skip".') from error
+            where = self.source.where(read.index)
+            raise ConversationError(f'{where}, {what}. Fix it or pass on_error="skip".') from error
         self._ledger.conversations_skipped += 1
-        log.warning("skipped %s, %s", self.source.where(index), what)
+        log.warning("skipped %s, %s", self.source.where(read.index), what)
 
     def _cut(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
         """Return ids and loss bits of what is left after cutting."""

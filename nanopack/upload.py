@@ -8,20 +8,23 @@ be read. `Upload` is the protocol: which stream waits for which event. It is a p
 consumer's thread alone, because a CUDA call from another thread can break the user's graph capture.
 
 Memory:  H[s]  host slots, pinned where there is a GPU      D[d]  staging buffers on the device, of the same size
-Events:  copied[s]  the copy out of H[s] is done            packed[d]  the kernel that reads D[d] is done
+Events:  copied[s]  the copy out of H[s] is done            packed[d]  nothing before this point needs D[d] any more
 
 An edge orders two accesses to the same memory:
 
-    E0  D[d] is allocated on the caller's stream     before  the copy stream first writes it
+    E0  D[d] is made on the caller's stream          before  the first copy into it, on another stream
     E2  the kernel has read D[d]                     before  the next copy into it
     E3  the copy into D[d] is done                   before  the kernel reads it
     E4  the copy has read H[s]                       before  the producer fills it again
     E5  all that reads or writes static outputs      before  the kernel writes them anew from another stream
-    E7  every copy and kernel is done                before  the memory is given back
+    E7  all that was queued on a stream used here    before  the memory is given back
 
 (E1, the slot is filled before it is copied, is the order of the news from the producer.) Waiting for an event that was
 never recorded is no wait at all, and a wait means the latest record before it: so copied[s] is recorded again only
-after s was reclaimed, packed[d] only by the kernel that reads D[d].
+after s was reclaimed, packed[d] where D[d] is made and then only by the kernel that reads it.
+
+tests/test_upload.py runs this on a simulated device and shows for every edge, and every line that makes one, that the
+tests fail without it.
 """
 
 from __future__ import annotations
@@ -47,8 +50,8 @@ class Device(Protocol):
     def new_event(self) -> Any:
         """Return an event; until it is recorded it counts as done."""
 
-    def allocate(self, nbytes: int) -> Any:
-        """Return (nbytes,) uint8 memory on the device, allocated on the current stream."""
+    def zeros(self, nbytes: int) -> Any:
+        """Return (nbytes,) uint8 zeros on the device, allocated and written on the current stream."""
 
     def copy(self, to: Any, source: Any, stream: Any) -> None:
         """Queue a copy of bytes from host to device."""
@@ -76,7 +79,8 @@ class Cuda:
     """A GPU, through torch: CUDA, and ROCm under the same names."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        # "cuda" alone would mean another card once the caller makes that one current
+        self.device = device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
 
     def current_stream(self) -> Any:
         """Return the stream that the caller's work goes to."""
@@ -88,14 +92,19 @@ class Cuda:
 
     def new_event(self) -> Any:
         """Return an event; until it is recorded it counts as done."""
-        return torch.cuda.Event()
+        # blocking: while the host waits for it, it sleeps, and leaves its core to the producer
+        return torch.cuda.Event(blocking=True)
 
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        """Return (nbytes,) uint8 memory on the device, allocated on the current stream."""
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+    def zeros(self, nbytes: int) -> torch.Tensor:
+        """Return (nbytes,) uint8 zeros on the device, allocated and written on the current stream."""
+        return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
 
     def copy(self, to: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
-        """Queue a copy of bytes from host to device; asynchronous because `source` is pinned and contiguous."""
+        """Queue a copy of bytes from host to device.
+
+        Both are contiguous bytes, so this is one cudaMemcpyAsync, and asynchronous where the driver knows `source` as
+        pinned. Torch asks nothing more, and keeps no watch over memory that it did not pin itself.
+        """
         with torch.cuda.stream(stream):
             to.copy_(source, non_blocking=True)
 
@@ -139,9 +148,9 @@ class Cpu:
     def new_event(self) -> None:
         """Return an event that is always done."""
 
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        """Return (nbytes,) uint8 memory; torch aligns it to 64 bytes."""
-        return torch.empty(nbytes, dtype=torch.uint8)
+    def zeros(self, nbytes: int) -> torch.Tensor:
+        """Return (nbytes,) uint8 zeros; torch aligns them to 64 bytes."""
+        return torch.zeros(nbytes, dtype=torch.uint8)
 
     def copy(self, to: torch.Tensor, source: torch.Tensor, stream: None) -> None:
         """Copy bytes."""
@@ -173,8 +182,12 @@ class Upload:
     """The way of slots over the device: submit() and deliver() in the same order, reclaim() when a copy is done.
 
     `slots` are the host slots as uint8 tensors of one size. `make_outputs()` returns tensors for a batch, allocated on
-    the caller's stream; with `static` it is called once. `kernel(staged, outputs)` fills them. With `overlap_copy`
-    copies run on a stream of their own; without, on the caller's: the same edges, and nothing left to overlap.
+    the caller's stream; with `static` it is called once. `kernel(staged, outputs)` fills them; it is run once here, so
+    that it is compiled before the first batch, on a staging buffer of zeros, which is a batch of padding. With
+    `overlap_copy` copies run on a stream of their own; without, on the caller's: the same edges, and nothing left to
+    overlap.
+
+    The outputs belong to the stream that is current in deliver(): what reads them elsewhere must be ordered with it.
     """
 
     def __init__(
@@ -192,19 +205,20 @@ class Upload:
         self._slots = slots
         self._make_outputs = make_outputs
         self._kernel = kernel
+        self._last_stream = device.current_stream()
+        self._copies = device.new_stream() if overlap_copy else None
         self._static_outputs = make_outputs() if static else None
-        self._staging = [device.allocate(len(slots[0])) for _ in range(staging)]
+        self._staging = [device.zeros(len(slots[0])) for _ in range(staging)]
         self._copied = [device.new_event() for _ in slots]
         self._packed = [device.new_event() for _ in self._staging]
+        self._switch = device.new_event()
         self._idle = deque(range(staging))
         self._in_use: deque[int] = deque()
         self._submitted: deque[tuple[int, int]] = deque()
-        self._last_stream = device.current_stream()
-        self._copies = device.new_stream() if overlap_copy else None
-        self._switch = device.new_event()
-        if overlap_copy:
-            device.record(self._switch, self._last_stream)
-            device.wait(self._copies, self._switch)  # E0
+        self._streams: set[Any] = set()
+        device.launch(kernel, self._staging[0], self._static_outputs or make_outputs(), self._last_stream)
+        for event in self._packed:
+            device.record(event, self._last_stream)  # E0
 
     @property
     def can_submit(self) -> bool:
@@ -225,26 +239,33 @@ class Upload:
         """Queue the copy of a filled slot's used bytes into an idle staging buffer."""
         device, staged = self._device, self._idle.popleft()
         stream = device.current_stream() if self._copies is None else self._copies
-        device.wait(stream, self._packed[staged])  # E2
+        self._streams.add(stream)
+        device.wait(stream, self._packed[staged])  # E0, E2
         device.copy(self._staging[staged][:used_bytes], self._slots[slot][:used_bytes], stream)
-        device.record(self._copied[slot], stream)
+        device.record(self._copied[slot], stream)  # E3, E4
         self._in_use.append(slot)
         self._submitted.append((slot, staged))
 
     def deliver(self) -> Any:
-        """Queue the kernel for the batch submitted first, on the caller's stream; return its output tensors."""
-        device = self._device
-        slot, staged = self._submitted.popleft()
-        stream = device.current_stream()
-        if self._static_outputs is not None and stream != self._last_stream:
-            device.record(self._switch, self._last_stream)
+        """Queue the kernel for the batch submitted first, on the caller's stream; return its output tensors.
+
+        Where that fails, as for want of memory, nothing has changed: the next call delivers the same batch.
+        """
+        device, stream = self._device, self._device.current_stream()
+        slot, staged = self._submitted[0]
+        outputs = self._static_outputs
+        if outputs is None:
+            outputs = self._make_outputs()
+        elif stream != self._last_stream:
+            device.record(self._switch, self._last_stream)  # E5
             device.wait(stream, self._switch)  # E5
-        outputs = self._static_outputs or self._make_outputs()
+        self._last_stream = stream
+        self._streams.add(stream)
         device.wait(stream, self._copied[slot])  # E3
         device.launch(self._kernel, self._staging[staged], outputs, stream)
-        device.record(self._packed[staged], stream)
+        device.record(self._packed[staged], stream)  # E2
+        self._submitted.popleft()
         self._idle.append(staged)
-        self._last_stream = stream
         return outputs
 
     def reclaim(self, *, wait: bool = False) -> list[int]:
@@ -257,11 +278,15 @@ class Upload:
         return free
 
     def close(self) -> None:
-        """Wait for every copy and every kernel, so that the memory can be given back."""
-        for slot in self._in_use:
-            self._device.synchronize(self._copied[slot])  # E7
-        for event in self._packed:
-            self._device.synchronize(event)  # E7
+        """Wait until the memory can be given back, and let go of it. May be called twice."""
+        # whole streams and not events: an exception may have come between a copy and its record, and static outputs
+        # go back to the stream that they were made on while the trainer's steps still read them on another
+        for stream in self._streams:
+            self._device.record(self._switch, stream)  # E7
+            self._device.synchronize(self._switch)  # E7
+        self._streams.clear()
+        self._static_outputs = None
         self._in_use.clear()
         self._submitted.clear()
+        self._idle.clear()
         self._staging.clear()

@@ -71,7 +71,7 @@ def compiled() -> list[Any]:
     return list(module._pack.device_caches[0][0].values())
 
 
-def variants(driver: Driver, target: str) -> list[dict]:
+def variants(driver: Driver, target: str) -> list[dict[str, Any]]:
     """What each variant becomes on one target."""
     driver.target = target
     module._WARP = TARGETS[target].warp_size
@@ -86,7 +86,7 @@ def variants(driver: Driver, target: str) -> list[dict]:
     return facts
 
 
-def nvidia(kernel: Any) -> dict:
+def nvidia(kernel: Any) -> dict[str, Any]:
     """Read `cuobjdump`: STL and LDL are what spills become, STG and LDG reach global memory."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "pack.cubin")
@@ -105,7 +105,7 @@ def nvidia(kernel: Any) -> dict:
     }
 
 
-def amd(kernel: Any) -> dict:
+def amd(kernel: Any) -> dict[str, Any]:
     """Read the assembly: scratch is where spills and stacks live, global, buffer and flat reach global memory."""
     text = kernel.asm["amdgcn"]
     used = {key: int(n) for key, n in re.findall(r"\.(\w+):\s+(\d+)", text)}

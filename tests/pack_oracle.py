@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,7 +125,7 @@ def flat_starts(rows: list[Row], seq_len: int) -> list[int]:
     return [*starts, len(rows) * seq_len]
 
 
-def poisoned(shape: tuple[int, int], extras: frozenset[str], n_cu: int, device: str = "cpu") -> dict:
+def poisoned(shape: tuple[int, int], extras: frozenset[str], n_cu: int, device: str = "cpu") -> dict[str, Any]:
     """Outputs that nobody has written yet, in the launchers' order; None for what is not asked for."""
     cu_size = -(-(n_cu + 70) // CU_ALIGN) * CU_ALIGN
     return {
@@ -135,9 +136,9 @@ def poisoned(shape: tuple[int, int], extras: frozenset[str], n_cu: int, device: 
     }
 
 
-def expect(rows: list[Row], seq_len: int) -> dict[str, list]:
+def expect(rows: list[Row], seq_len: int) -> dict[str, list[Any]]:
     """Every (B, T) output, word by word, as the contract says it."""
-    out: dict[str, list] = {name: [] for name in DTYPES}
+    out: dict[str, list[Any]] = {name: [] for name in DTYPES}
     cols = range(seq_len)
     for row in rows:
         length = len(row.ids)
@@ -153,7 +154,7 @@ def expect(rows: list[Row], seq_len: int) -> dict[str, list]:
     return out
 
 
-def assert_exact(outputs: dict, rows: list[Row], slot: Slot) -> None:
+def assert_exact(outputs: dict[str, Any], rows: list[Row], slot: Slot) -> None:
     """Fail at the first element that is not what it must be."""
     batch_size, seq_len = outputs["inputs"].shape
     expected = expect(rows, seq_len)

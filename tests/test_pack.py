@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import os
 import signal
 import subprocess
@@ -159,7 +160,8 @@ def bytes_of(tensor: torch.Tensor) -> range:
 @pytest.mark.parametrize("extras", SINGLES, ids=name_of)
 @pytest.mark.parametrize("shape", [(3, 1), (1, 127), (3, 129), (1, 384), (2, 640)], ids=lambda s: f"B={s[0]} T={s[1]}")
 def test_the_kernel_writes_every_element_once_and_reads_the_slot_alone(monkeypatch, shape, word_bytes, extras):
-    slot = make_slot(make_rows(1, *shape, word_bytes), shape[1], word_bytes, extras)
+    batch_size, seq_len = shape
+    slot = make_slot(make_rows(1, batch_size, seq_len, word_bytes), seq_len, word_bytes, extras)
     outputs = poisoned(shape, extras, len(slot.cu))
     watch = Watch(monkeypatch)
     pack(*slot.views(), *outputs.values(), **NUMBERS)
@@ -184,7 +186,12 @@ def test_pack_bytes_counts_what_the_kernel_moves(monkeypatch, extras, word_bytes
     assert len(watch.read) + len(watch.written) == counted
 
 
-def run_guard(*args: str) -> subprocess.CompletedProcess:
+def test_the_example_of_pack_bytes_is_true():
+    # kernels/ is not where pytest looks for examples: under that name it refuses to be imported.
+    assert doctest.testmod(sys.modules[pack_bytes.__module__]) == (0, 1)
+
+
+def run_guard(*args: str) -> subprocess.CompletedProcess[str]:
     env = dict(os.environ, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     script = Path(__file__).with_name("guard_pack.py")
     return subprocess.run([sys.executable, script, *args], env=env, capture_output=True, text=True, timeout=120)
@@ -206,7 +213,7 @@ def test_touching_the_memory_beside_a_slot_would_end_the_process(executor, side)
     assert run_guard(executor, side, "overrun").returncode == -signal.SIGSEGV
 
 
-def run_python(code: str) -> subprocess.CompletedProcess:
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).parents[1]
     return subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
 

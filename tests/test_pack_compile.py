@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,13 +18,16 @@ EXTRAS += [sorted(name for extras in EXTRAS for name in extras)]
 USUAL, UNUSUAL = 2048, 1001
 WIDE = re.compile(r"STG\.E\.128|(buffer|global)_store_dwordx4")
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is there on Linux only")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="Triton is there on Linux only"),
+]
 each_target = pytest.mark.parametrize("target", TARGETS)
 each_width = pytest.mark.parametrize("word_bytes", [2, 4], ids=["16-bit words", "32-bit words"])
 each_extra = pytest.mark.parametrize("extras", EXTRAS, ids=lambda e: "+".join(e) or "no extras")
 
 
-def start(what: str, cache: Path) -> subprocess.Popen:
+def start(what: str, cache: Path) -> subprocess.Popen[str]:
     """Run compile_pack.py without the interpreter that conftest.py turns on, and with nothing compiled before."""
     env = dict(os.environ, TRITON_CACHE_DIR=str(cache), OMP_NUM_THREADS="1")
     env.pop("TRITON_INTERPRET", None)
@@ -31,21 +35,23 @@ def start(what: str, cache: Path) -> subprocess.Popen:
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def answer(process: subprocess.Popen) -> list:
+def answer(process: subprocess.Popen[str]) -> Any:
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err[-3000:]
     return json.loads(out)
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """For each target, what every variant became."""
     cache = tmp_path_factory.mktemp("triton")
     processes = {target: start(target, cache / target) for target in TARGETS}
     return {target: answer(process) for target, process in processes.items()}
 
 
-def variant(compiled: dict[str, list[dict]], target: str, seq_len: int, word_bytes: int, extras: list[str]) -> dict:
+def variant(
+    compiled: dict[str, list[dict[str, Any]]], target: str, seq_len: int, word_bytes: int, extras: list[str]
+) -> dict[str, Any]:
     wanted = (seq_len, word_bytes, extras)
     return next(f for f in compiled[target] if (f["seq_len"], f["word_bytes"], f["extras"]) == wanted)
 

@@ -1,0 +1,331 @@
+"""Pack, verify and look at chat conversations from the command line.
+
+    nanopack pack [FILES...]      pack them: speed, padding, what became of every token, the first row drawn
+    nanopack verify [FILES...]    hold every batch against the slow reference packer's
+    nanopack inspect [FILES...]   how long the conversations are, and what lies where in a batch, drawn
+
+FILES are .jsonl, .jsonl.gz or .parquet; without any, the conversations that ship with nanopack are taken.
+Results go to stdout, or as one JSON object with --json; progress and errors go to stderr.
+
+    nanopack pack chats.jsonl --batch-size 8 --seq-len 1024 --save batches.npz
+    nanopack verify chats.jsonl --packing stream --max-batches 20
+    nanopack inspect chats.jsonl --batch 3 --row 0
+    nanopack inspect chats.jsonl --explain 0,17
+
+Exit code: 0; 1 where verify finds a difference or the ledger does not balance; 2 for bad input; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from argparse import Namespace
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanopack import reference
+from nanopack.batch import Batch
+from nanopack.conversations import ConversationError, Share
+from nanopack.lengths import Lengths, measure
+from nanopack.loader import Loader
+from nanopack.options import LISTED_PIECES, RECIPE_DEFAULTS, parse
+from nanopack.picture import draw_histogram, draw_rows, list_pieces, table
+from nanopack.progress import Bar, warnings_on_stderr
+from nanopack.render import make_renderer
+from nanopack.tokenizers import Tokenizer
+from nanopack.totals import Totals, count_batches
+from nanopack.verify import compare
+
+SAVED = ("inputs", "targets", "weights", "positions", "doc_ids", "cu_seqlens")
+# More than the words of these tokens fits on no line.
+SHOWN_TOKENS = 100
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read, such as head, has seen enough; what is left in the buffer must not fail once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, ImportError, OSError) as error:
+        print(f"nanopack: {_in_flags(error)}", file=sys.stderr)
+        return 2
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        options = parse(argv, __doc__ or "", pack, verify, inspect)
+    except SystemExit as end:
+        return int(end.code or 0)
+    with warnings_on_stderr():
+        code: int = options.command(options)
+    return code
+
+
+def _in_flags(error: Exception) -> str:
+    """Return the error on one line, with Python's arguments in it as flags: seq_len=0 becomes --seq-len=0."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'input or output'}: {error.strerror}"
+    message = " ".join(str(error).splitlines())
+    if isinstance(error, ConversationError):
+        # The rest may be the words of a file.
+        return re.sub(r'pass on_error="skip"\.$', "pass --on-error skip.", message)
+    names = "|".join([*RECIPE_DEFAULTS, "tokenizer", "executor"])
+    message = re.sub(rf"\b({names})=", lambda name: f"--{name[1].replace('_', '-')}=", message)
+    return message.removeprefix("conversations=").replace(", or None", ", or leave it out")
+
+
+def pack(options: Namespace) -> int:
+    """Pack conversations into batches; tell speed, padding and what became of every token, and draw the first row."""
+    save = _saver(options.save)
+    kept: list[Batch] = []
+    with _loader(options) as loader, Bar("packing") as bar:
+        totals = Totals(loader.recipe)
+        for batch in _deliver(loader, totals, options.max_batches, bar):
+            if save or not kept:
+                kept.append(batch)
+        ledger = loader.ledger()
+    saved = save(kept) if save else None
+    if options.json:
+        _print_json({**totals.report(ledger), "saved": saved})
+    else:
+        print(f"{_title(options)}\n\n{table(totals.rows(ledger))}")
+        if kept:
+            print(f"\nThe first row of the first batch:\n\n{_draw(kept[0], [0], loader)}")
+        if saved:
+            shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in saved.items())
+            print(f"\nSaved to {options.save}: {shapes}")
+    return 0 if ledger["balanced"] else 1
+
+
+def verify(options: Namespace) -> int:
+    """Compare every field of every batch with the slow reference packer's; exit code 1 at the first difference."""
+    data = _loader_options(options)
+    data.pop("executor", None)
+    with _loader(options) as loader, Bar("verifying") as bar:
+        data |= {"rank": loader.recipe.rank, "world_size": loader.recipe.world_size}
+        expected = reference.batches(_conversations(options), loader.tokenizer, **data)
+        got = _deliver(loader, Totals(loader.recipe), options.max_batches, bar)
+        found = compare(itertools.islice(expected, options.max_batches), got)
+    if options.json:
+        _print_json({"equal": bool(found), **dataclasses.asdict(found)})
+    elif found:
+        count = f"{count_batches(found.batches)}, {found.tokens:,} input tokens"
+        print(f"{count}: equal to the reference packer in every field")
+    else:
+        print(f"not equal to the reference packer: {found.difference}")
+    return 0 if found else 1
+
+
+def inspect(options: Namespace) -> int:
+    """Tell how long the conversations are and how well they pack, then draw rows of a batch and list their pieces."""
+    with _loader(options) as loader:
+        if (options.row or 0) >= loader.recipe.batch_size:
+            raise ValueError(f"--row={options.row} is outside the batch; use 0 to {loader.recipe.batch_size - 1}")
+        totals = Totals(loader.recipe)
+        with Bar("packing") as bar:
+            delivered = _deliver(loader, totals, options.max_batches, bar)
+            drawn = next((batch for batch in delivered if batch.step == options.batch), None)
+            if not options.explain:
+                # The rest counts, but is not kept.
+                deque(delivered, maxlen=0)
+        if drawn is None and (options.explain or options.batch):
+            there = f"there are {totals.batches} batches, numbered from 0"
+            raise ValueError(f"--batch={options.batch} does not exist; {there}")
+        if drawn is not None and options.explain:
+            return _explain(loader, drawn, options)
+        ledger = loader.ledger()
+        lengths = _measure(loader, ledger["conversations"]["read"])
+    if options.json:
+        _print_json(_inspection(lengths, loader, totals.report(ledger)))
+    else:
+        print(f"{_title(options)}\n\n{_tell_lengths(lengths, loader)}")
+        print(f"\nPacked with {loader.recipe.packing}:\n\n{table(totals.rows(ledger, speed=False))}")
+        if drawn is not None:
+            print(f"\n{_picture(drawn, loader, options)}")
+    return 0 if ledger["balanced"] else 1
+
+
+def _explain(loader: Loader, batch: Batch, options: Namespace) -> int:
+    row, column = options.explain
+    try:
+        found = loader.explain(batch, row, column)
+    except IndexError as error:
+        raise ValueError(f"--explain={row},{column}: {error}") from error
+    if options.json:
+        _print_json(dataclasses.asdict(found))
+        return 0
+    verdict = "trained" if found.trained else "not trained"
+    print(f"batch {batch.step}, row {row}, column {column}")
+    print(f"input   {found.input or 'padding'}\ntarget  {found.target or 'padding'}\n{verdict}: {found.reason}")
+    return 0
+
+
+def _conversations(options: Namespace) -> list[str]:
+    return options.files or [str(resources.files("nanopack") / "data" / "conversations.jsonl")]
+
+
+def _title(options: Namespace) -> str:
+    files = options.files
+    if not files:
+        return "The conversations that ship with nanopack"
+    return files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+
+
+def _loader_options(options: Namespace) -> dict[str, Any]:
+    """Return what was asked for of the loader; one pass over the data unless more were."""
+    given = {name: value for name, value in vars(options).items() if name in (*RECIPE_DEFAULTS, "executor")}
+    return {"epochs": 1, **given}
+
+
+def _loader(options: Namespace) -> Loader:
+    tokenizer = getattr(options, "tokenizer", "chat32k")
+    return Loader(_conversations(options), tokenizer, **_loader_options(options))
+
+
+def _deliver(loader: Loader, totals: Totals, max_batches: int | None, bar: Bar) -> Iterator[Batch]:
+    """Yield the loader's batches, add them up, and show how far it has come."""
+    while totals.batches != max_batches:
+        began = time.perf_counter()
+        if (batch := next(loader, None)) is None:
+            break
+        totals.add(batch, time.perf_counter() - began)
+        share = totals.batches / max_batches if max_batches else 0.0
+        bar.show(max(share, batch.progress), count_batches(totals.batches))
+        yield batch
+
+
+def _saver(path: Path | None) -> Callable[[list[Batch]], dict[str, list[int]]] | None:
+    """Return the function that saves batches at `path` and returns their shapes; ImportError where it cannot."""
+    if path is None:
+        return None
+    safetensors = _safetensors(path) if path.suffix == ".safetensors" else None
+
+    def save(batches: list[Batch]) -> dict[str, list[int]]:
+        if not batches:
+            raise ValueError(f"there is no batch to save to {path}")
+        names = [name for name in SAVED if getattr(batches[0], name) is not None]
+        arrays = {name: torch.stack([getattr(batch, name).cpu() for batch in batches]) for name in names}
+        if safetensors:
+            safetensors.save_file(arrays, path)
+        else:
+            columns: dict[str, Any] = {name: array.numpy() for name, array in arrays.items()}
+            np.savez(path, **columns)
+        return {name: list(array.shape) for name, array in arrays.items()}
+
+    return save
+
+
+def _safetensors(path: Path) -> Any:
+    try:
+        return importlib.import_module("safetensors.torch")
+    except ImportError as error:
+        raise ImportError(f"{path} needs safetensors; pip install nanopack[safetensors]") from error
+
+
+def _measure(loader: Loader, read: int) -> Lengths:
+    """Return the lengths of what the loader has read in its first pass."""
+    recipe, source = loader.recipe, loader.source
+    share = Share(len(source), recipe.rank, recipe.world_size)
+    count = min(read, share.reads(1))
+    with Bar("measuring") as bar:
+
+        def indices() -> Iterator[int]:
+            for number in range(count):
+                yield share.conversation(number)
+                bar.show((number + 1) / count, f"{number + 1:,} conversations")
+
+        return measure(source, indices(), make_renderer(loader.tokenizer, recipe.template))
+
+
+def _inspection(lengths: Lengths, loader: Loader, packed: dict[str, Any]) -> dict[str, Any]:
+    row_tokens = loader.recipe.row_tokens
+    histogram = [found._asdict() for found in lengths.histogram(row_tokens)]
+    return {"documents": lengths.summary(row_tokens, loader.source.where), "histogram": histogram, "packing": packed}
+
+
+def _tell_lengths(lengths: Lengths, loader: Loader) -> str:
+    rows = table(lengths.rows(loader.recipe, _file_and_line(loader)))
+    bins = lengths.histogram(loader.recipe.row_tokens)
+    return f"{rows}\n\n{draw_histogram(bins, width=_width(), colour=_colour())}" if len(lengths.tokens) else rows
+
+
+def _picture(batch: Batch, loader: Loader, options: Namespace) -> str:
+    row = options.row or 0
+    rows = list(range(min(options.rows, loader.recipe.batch_size)))
+    if row not in rows:
+        rows.append(row)
+    pieces = list_pieces(
+        batch,
+        row,
+        where=_file_and_line(loader),
+        text=_first_words(loader.tokenizer),
+        ignore_index=loader.recipe.ignore_index,
+        width=_width(),
+        colour=_colour(),
+        limit=LISTED_PIECES if options.row is None else None,
+    )
+    title = f"Batch {batch.step}, {len(rows)} of {loader.recipe.batch_size} rows:"
+    return f"{title}\n\n{_draw(batch, rows, loader)}\n\nRow {row}:\n\n{pieces}"
+
+
+def _draw(batch: Batch, rows: Sequence[int], loader: Loader) -> str:
+    return draw_rows(batch, rows, ignore_index=loader.recipe.ignore_index, width=_width(), colour=_colour())
+
+
+def _file_and_line(loader: Loader) -> Callable[[int], str]:
+    """Return the place of a conversation, without its folders: they take the room of the words."""
+    return lambda conversation: loader.source.where(conversation).rpartition(os.sep)[2]
+
+
+def _first_words(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
+    """Return a function that decodes ids; special tokens between two texts become a bar."""
+    special = {tokenizer.encoding.encode_single_token(token) for token in tokenizer.encoding.special_tokens_set}
+
+    def text(ids: Sequence[int]) -> str:
+        runs = itertools.groupby(ids[:SHOWN_TOKENS], key=lambda token: token in special)
+        return " | ".join(tokenizer.decode(list(run)) for is_special, run in runs if not is_special)
+
+    return text
+
+
+def _print_json(report: dict[str, Any]) -> None:
+    print(json.dumps(report))
+
+
+def _width() -> int:
+    return max(40, shutil.get_terminal_size().columns)
+
+
+def _colour() -> bool:
+    """Return whether stdout is a terminal that shows colours and blocks, and the user wants them: https://no-color.org."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return False
+    return sys.stdout.isatty() and "utf" in (sys.stdout.encoding or "").lower()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""Read the command line: the commands of cli.py and their options.
+
+    argv   ->   parse()   ->   a Namespace, which cli.py acts upon
+
+An option of the loader that is not given is not in the Namespace either, so that every default stands in one place:
+recipe.py. Choices, numbers and file names are checked here, everything else by the loader.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nanopack import __version__
+from nanopack.packing import MAX_AGE, PACKINGS, WINDOWS
+from nanopack.recipe import EXTRAS, LOSSES, ON_ERROR, TEMPLATES, WEIGHTS, Recipe
+
+RECIPE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Recipe)}
+LISTED_PIECES = 12
+"""Pieces of a row that inspect lists unless asked for one row."""
+
+PACKING_HELP = (
+    "best_fit: whole documents, hardly any padding; stream: documents end to end, as nanochat midtrains; "
+    "best_fit_pad: nanochat's SFT; best_fit_crop: nanochat's pretraining; pad: one document a row"
+)
+
+Command = Callable[[argparse.Namespace], int]
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, and whose help keeps the lines of the manual."""
+
+    def __init__(self, **settings: Any) -> None:
+        # With abbreviations, inspect's --batch would be --batch-size elsewhere.
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"nanopack: {message}; see {self.prog} --help\n")
+
+
+def parse(argv: Sequence[str] | None, manual: str, pack: Command, verify: Command, inspect: Command) -> Any:
+    """Return what the command line says, the command to call in `.command`. SystemExit after --help or an error."""
+    parser = Parser(prog="nanopack", description=manual)
+    parser.add_argument("--version", action="version", version=f"nanopack {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(run: Command, name: str, what: str) -> Parser:
+        one: Parser = commands.add_parser(name, help=what, description=run.__doc__)
+        one.set_defaults(command=run)
+        one.add_argument("files", nargs="*", metavar="FILES", help=".jsonl, .jsonl.gz, .parquet, or globs of them")
+        one.add_argument("--json", action="store_true", help="print one JSON object to stdout, and nothing else")
+        return one
+
+    packer = command(pack, "pack", "pack conversations into batches, and report")
+    packer.add_argument(
+        "--save", metavar="OUT", type=_save_path, help="write the batches to OUT.npz or OUT.safetensors"
+    )
+    verifier = command(verify, "verify", "compare the batches with the slow reference packer's")
+    inspector = command(inspect, "inspect", "tell how long the conversations are, and draw a batch")
+    _add_inspect_options(inspector)
+    for one in (packer, verifier, inspector):
+        _add_data_options(one.add_argument_group("which batches"))
+    return parser.parse_args(argv)
+
+
+def _add_inspect_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", metavar="N", type=_from(0), default=0, help="the batch to draw (default: 0)")
+    parser.add_argument("--rows", metavar="N", type=_from(1), default=8, help="draw this many rows of it (default: 8)")
+    parser.add_argument(
+        "--row",
+        metavar="N",
+        type=_from(0),
+        help=f"list all pieces of this row (default: the first {LISTED_PIECES} of row 0)",
+    )
+    parser.add_argument(
+        "--explain", metavar="ROW,COL", type=_place, help="say only where this token came from, and why it is trained"
+    )
+
+
+def _add_data_options(group: argparse._ArgumentGroup) -> None:
+    def option(name: str, what: str, default: object = "", **settings: Any) -> None:
+        shown = default or RECIPE_DEFAULTS.get(name)
+        what += "" if shown is None or isinstance(shown, (bool, tuple)) else f" (default: {shown})"
+        group.add_argument(f"--{name.replace('_', '-')}", help=what, default=argparse.SUPPRESS, **settings)
+
+    windows = ", ".join(f"{size} {packing}" for packing, size in WINDOWS.items())
+    option("tokenizer", "a bundled name, a nanochat tokenizer folder or its tokenizer.pkl", "chat32k")
+    option("batch_size", "rows of a batch, B", metavar="B", type=int)
+    option("seq_len", "tokens of a row, T", metavar="T", type=int)
+    option("packing", PACKING_HELP, choices=PACKINGS)
+    option("loss", "which tokens are trained", choices=LOSSES)
+    option(
+        "weights",
+        "add loss weights: 1 a trained token, or such that every conversation counts once",
+        choices=WEIGHTS[1:],
+    )
+    option(
+        "extras", f"more tensors, with commas: {', '.join(EXTRAS)}", metavar="A,B", type=lambda text: text.split(",")
+    )
+    option("max_pieces", "pieces a row for which cu_seqlens has room", "T // 8 + 1", metavar="N", type=int)
+    option("template", "the chat template", choices=TEMPLATES)
+    option("max_tokens", "cut documents to this many tokens", metavar="N", type=int)
+    option("window", "documents among which to choose", windows, metavar="N", type=int)
+    option("max_age", "rows that a document may wait", f"{MAX_AGE}, best_fit only", metavar="N", type=int)
+    option("refill", "documents read at a time", metavar="N", type=int)
+    option("overlap", "stream: the last target of a batch is the first input of the next", action="store_true")
+    group.add_argument(
+        "--no-boundary-loss",
+        dest="boundary_loss",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help="never train the first token of a document",
+    )
+    option("ignore_index", "the target where nothing is trained", metavar="I", type=int)
+    option("rank", "which share of the conversations to read", "0", metavar="R", type=int)
+    option("world_size", "number of shares", metavar="W", type=int)
+    option("epochs", "passes over the conversations", "1", metavar="N", type=int)
+    option("executor", "what makes the tensors", "torch", choices=("torch", "triton"))
+    option("on_error", "at a conversation that is not valid", choices=ON_ERROR)
+    group.add_argument("--max-batches", metavar="N", type=_from(1), help="stop after this many batches")
+
+
+def _from(least: int) -> Any:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} upwards")
+        return int(text)
+
+    return number
+
+
+def _place(text: str) -> tuple[int, int]:
+    row, comma, column = text.partition(",")
+    if not (comma and row.isdecimal() and column.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not ROW,COL, such as 0,17")
+    return int(row), int(column)
+
+
+def _save_path(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in (".npz", ".safetensors"):
+        raise argparse.ArgumentTypeError(f"{text!r} ends neither in .npz nor in .safetensors")
+    if not path.parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: there is no folder {str(path.parent)!r}")
+    return path

@@ -1,0 +1,172 @@
+"""What the simulated producer reads, and the feed through which it fills slots. See simulated.py.
+
+data(number)   ->   SimulatedFeed   ->   the loader, whose batches must be those of the data set's reference
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections import deque
+from collections.abc import Generator
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import numpy as np
+import tiktoken
+from simulated import RUBBISH_BYTE, Actor, Block, Clock, Fault, SimulatedDevice
+
+from nanopack import Loader, reference
+from nanopack.batch import Batch
+from nanopack.feed import News
+from nanopack.producer import Produced, Producer
+from nanopack.ring import Slot
+from nanopack.tokenizers import NANOCHAT_SPECIAL_TOKENS
+
+TOKENIZER = tiktoken.Encoding(
+    "bytes",
+    pat_str=r"(?s:.)",
+    mergeable_ranks={bytes([i]): i for i in range(256)},
+    special_tokens={name: 256 + i for i, name in enumerate(NANOCHAT_SPECIAL_TOKENS)},
+)
+DATA_SETS = 32
+
+
+@dataclass(frozen=True)
+class Data:
+    """Conversations, the loader's arguments for them, the reference's batches, and what the producer makes of them."""
+
+    conversations: list[Any]
+    arguments: dict[str, Any]
+    batches: list[Batch]
+    produced: list[tuple[np.ndarray, Produced]]
+    """The used bytes of each slot, and its facts: what the real producer gave."""
+    end: Exception
+    """What it gave after them."""
+
+
+@functools.cache
+def data(number: int) -> Data:
+    """Return a small data set; every fourth has a conversation that cannot be used."""
+    random = Random(number)
+    batch_size = random.choice((1, 1, 2))
+    conversations: list[Any] = [
+        {"text": "abcdefghij"[: random.randrange(8)]} for _ in range(batch_size * random.randrange(5, 10))
+    ]
+    if number % 4 == 3:
+        conversations.insert(random.randrange(len(conversations) + 1), {"text": 1})
+    arguments: dict[str, Any] = {
+        "batch_size": batch_size,
+        "seq_len": random.choice((4, 8)),
+        "packing": random.choice(("stream", "pad", "pad")),
+        "loss": "all",
+        "epochs": 1,
+    }
+    if number % 8 > 5:
+        extras = {"weights": "token", "extras": ("positions", "doc_ids", "cu_seqlens")}
+        arguments |= extras | {"max_pieces": arguments["seq_len"]}
+    batches = []
+    with contextlib.suppress(ValueError):
+        for batch in reference.batches(conversations, TOKENIZER, **arguments):
+            batches.append(batch)
+    return Data(conversations, arguments, batches, *_produce(Loader(conversations, TOKENIZER, **arguments)))
+
+
+def _produce(loader: Loader) -> tuple[list[tuple[np.ndarray, Produced]], Exception]:
+    producer = Producer(loader.source, loader.tokenizer, loader.recipe)
+    slot = Slot(producer.layout, np.zeros(producer.layout.nbytes, np.uint8))
+    slots = []
+    try:
+        while (produced := producer.produce(slot)) is not None:
+            slots.append((slot.buffer[: produced.filled.used_bytes].copy(), produced))
+    except ValueError as error:
+        return slots, error
+    return slots, StopIteration()
+
+
+class SimulatedFeed:
+    """A feed whose producer fills slots a step at a time, when time passes on the device or somebody waits for it."""
+
+    def __init__(
+        self, device: SimulatedDevice, chosen: Data, slots: list[Block], prefetch: int, *, inline: bool, hasty: bool
+    ) -> None:
+        """A `hasty` producer posts its news before the slot is filled."""
+        self._device = device
+        self._chosen = chosen
+        self._slots = slots
+        self._prefetch = prefetch
+        self._hasty = hasty
+        self.lag = 0.2
+        self._actor: Actor = device.host if inline else device.actor("the producer")
+        self._news: deque[tuple[News | Exception, Clock]] = deque()
+        self._free: deque[tuple[int, Clock]] = deque((slot, self._actor.clock) for slot in range(len(slots)))
+        self._work = self._fill()
+        if not inline:
+            device.moves(self)
+
+    @property
+    def slots(self) -> list[int]:
+        """The slots that are here, free or ready."""
+        return [slot for slot, _ in self._free] + [news.slot for news, _ in self._news if isinstance(news, News)]
+
+    def step(self) -> bool:
+        """Go on filling; return False where there is nothing to do."""
+        return next(self._work, False)
+
+    def _fill(self) -> Generator[bool, None, None]:
+        for filled, produced in self._chosen.produced:
+            while not self._free or len(self._news) >= self._prefetch:
+                yield False
+            slot, clock = self._free.popleft()
+            self._actor.learn(clock)
+            memory = self._slots[slot].tensors[0].numpy()
+            memory.fill(RUBBISH_BYTE)
+            self._touch(slot)
+            half = len(filled) // 2
+            for part in (slice(0, half), slice(half, len(filled))):
+                if self._hasty and part.start:
+                    self._post(News(slot, produced))
+                yield True
+                memory[part] = filled[part]
+                self._touch(slot)
+            if not self._hasty:
+                self._post(News(slot, produced))
+            yield True
+        # a copy, because an exception collects tracebacks, and these keep batches
+        self._post(copy.copy(self._chosen.end))
+
+    def _touch(self, slot: int) -> None:
+        self._device.touch(self._slots[slot], self._actor, self._actor.tick(), write=True, what="filling")
+
+    def _post(self, news: News | Exception) -> None:
+        self._news.append((news, self._actor.clock))
+
+    def take(self, *, wait: bool) -> News | None:
+        """As `nanopack.feed.Feed.take`; without `wait`, what is ready may still be in the pipe."""
+        self._device.pause()
+        if wait:
+            while not self._news:
+                if not self.step() and not self._news:
+                    raise Fault("deadlock: the host waits for the producer, and the producer for a free slot")
+        elif not self._news or self._device.random.random() < self.lag:
+            return None
+        news, clock = self._news.popleft()
+        self._device.host.learn(clock)
+        if isinstance(news, News):
+            return news
+        try:
+            raise news
+        finally:
+            del news
+
+    def free(self, slot: int) -> None:
+        """As `nanopack.feed.Feed.free`."""
+        assert slot not in self.slots, f"slot {slot} is given back twice"
+        self._free.append((slot, self._device.host.clock))
+
+    def close(self) -> None:
+        """End the producer, and wait until it has ended."""
+        self._work.close()
+        self._device.host.learn(self._actor.clock)

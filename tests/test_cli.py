@@ -1,0 +1,519 @@
+"""The command line: what it prints, what it refuses, and what it leaves alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import nanopack.executor
+from nanopack import Loader, cli, options
+from nanopack.recipe import Recipe
+
+COMMANDS = ("pack", "verify", "inspect")
+SMALL = ("--batch-size", "4", "--seq-len", "64")
+SHIPPED = Path(nanopack.__file__).parent / "data" / "conversations.jsonl"
+
+
+@pytest.fixture(autouse=True)
+def plain_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+
+@pytest.fixture
+def run(capsys):
+    """Return run(*argv) -> exit code, stdout, stderr."""
+
+    def run_main(*argv):
+        code = cli.main([str(argument) for argument in argv])
+        return (code, *capsys.readouterr())
+
+    return run_main
+
+
+@pytest.fixture
+def chats(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(SHIPPED.read_text().splitlines(keepends=True)[:40]))
+    return path
+
+
+@pytest.fixture
+def broken(chats, tmp_path):
+    lines = chats.read_text().splitlines()
+    lines[16] = '{"messages": [{"role": "user", "content": "hi"'
+    path = tmp_path / "broken.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def refusal(result):
+    """Return the one line of an exit code 2."""
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert err.startswith("nanopack: ") and err.endswith("\n") and err.count("\n") == 1
+    return err
+
+
+def row_of(out, name):
+    return next(line.split() for line in out.splitlines() if line.startswith(name))
+
+
+# What is printed
+
+
+def test_pack_without_arguments_reports_the_shipped_conversations_and_draws_a_row(run):
+    code, out, err = run("pack")
+    with Loader(SHIPPED, "chat32k", epochs=1) as loader:
+        batches = list(loader)
+    ledger = loader.ledger()
+    slots = len(batches) * 32 * 2048
+    assert (code, err) == (0, "")
+    assert row_of(out, "conversations") == ["conversations", f"{ledger['conversations']['packed']:,}", "packed"]
+    assert row_of(out, "tokens")[1] == f"{ledger['tokens']['emitted']:,}"
+    assert f"{ledger['tokens']['cut']['seq_len']:,}  cut: documents longer than a row" in out
+    assert row_of(out, "batches")[:2] == ["batches", str(len(batches))]
+    assert float(row_of(out, "tokens/s")[1].replace(",", "")) > 0
+    assert row_of(out, "padding") == ["padding", f"{1 - sum(b.num_tokens for b in batches) / slots:.1%}"]
+    full = sum(b.num_tokens for b in batches[:-1]) / (slots - 32 * 2048)
+    assert f"{1 - full:.1%}  without the last batch" in out
+    assert row_of(out, "trained")[1] == f"{ledger['targets']['trained'] / sum(b.num_tokens for b in batches):.1%}"
+    assert row_of(out, "ledger")[:2] == ["ledger", "balanced"]
+    assert re.search(r"\nrow 0  [a-zA-Z.]{71}\n", out)
+
+
+def test_padding_of_one_conversation_a_row_is_what_pad_has(run, chats):
+    _, out, _ = run("pack", chats, *SMALL, "--json")
+    _, pad, _ = run("pack", chats, "--batch-size", "1", "--seq-len", "64", "--packing", "pad", "--json")
+    assert json.loads(out)["padding_one_a_row"] == json.loads(pad)["padding"]
+
+
+def test_verify_without_arguments_finds_every_batch_equal(run):
+    with Loader(SHIPPED, "chat32k", epochs=1) as loader:
+        batches = list(loader)
+    tokens = sum(batch.num_tokens for batch in batches)
+    expected = f"{len(batches)} batches, {tokens:,} input tokens: equal to the reference packer in every field\n"
+    assert run("verify") == (0, expected, "")
+
+
+def test_inspect_without_arguments_tells_lengths_and_draws_a_batch(run):
+    code, out, err = run("inspect")
+    assert (code, err) == (0, "")
+    assert row_of(out, "documents") == ["documents", "2,486"]
+    assert re.search(r"^longest +4,919  conversations.jsonl:114$", out, re.M)
+    assert re.search(r"^too long +22  documents, for a row of 2,049 tokens$", out, re.M)
+    assert re.search(r"^ +1 - 16 +116 ", out, re.M)
+    assert len(re.findall(r"^row \d  [a-zA-Z.]{71}$", out, re.M)) == 8
+    assert re.search(r"^a  conversations.jsonl:8 +0 +1,954 +1,836  Summarize what you know", out, re.M)
+
+
+def test_inspect_measures_what_was_read_and_counts_what_is_too_long(run, chats):
+    with Loader(chats, "chat32k", 4, 64, packing="stream", epochs=1) as loader:
+        list(loader)
+    tokens = loader.ledger()["tokens"]["read"]
+    _, out, _ = run("inspect", chats, *SMALL, "--json")
+    documents, histogram = (json.loads(out)[name] for name in ("documents", "histogram"))
+    assert documents["count"] == 40 and documents["tokens"] == tokens
+    assert documents["mean"] == tokens / 40
+    assert sum(found["documents"] for found in histogram) == 40
+    assert sum(found["tokens"] for found in histogram) == tokens
+    assert histogram[-1]["least"] == 66 and histogram[-1]["documents"] == documents["longer_than_row"] > 0
+    assert json.loads(out)["packing"]["ledger"]["tokens"]["cut"] == {"seq_len": documents["tokens_beyond_row"]}
+
+
+def test_inspect_of_a_rank_measures_its_share(run, chats):
+    counts = [
+        json.loads(run("inspect", chats, *SMALL, "--rank", rank, "--world-size", 3, "--json")[1])["documents"]["count"]
+        for rank in range(3)
+    ]
+    assert counts == [14, 13, 13]
+
+
+def test_inspect_draws_the_batch_and_lists_the_row_that_were_asked_for(run, chats):
+    _, out, _ = run("inspect", chats, *SMALL, "--batch", 2, "--rows", 2, "--row", 3)
+    with Loader(chats, "chat32k", 4, 64, epochs=1) as loader:
+        batch = list(loader)[2]
+    drawing, listing = out.split("\nBatch 2, ")[1].split("\nRow 3:\n")
+    assert re.findall(r"^row (\d) ", drawing, re.M) == ["0", "1", "3"]
+    for piece in batch.pieces[3]:
+        assert f"chats.jsonl:{piece.conversation + 1} " in listing
+    assert len(re.findall(r"chats\.jsonl:", listing)) == len(batch.pieces[3])
+
+
+def test_explain_says_what_the_loader_says(run, chats):
+    with Loader(chats, "chat32k", 4, 64, epochs=1) as loader:
+        next(loader)
+        found = loader.explain(next(loader), 2, 30)
+    code, out, err = run("inspect", chats, *SMALL, "--batch", 1, "--explain", "2,30")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == "batch 1, row 2, column 30"
+    assert str(found.input) in out and str(found.target) in out
+    assert out.splitlines()[-1] == f"{'trained' if found.trained else 'not trained'}: {found.reason}"
+    code, out, _ = run("inspect", chats, *SMALL, "--batch", 1, "--explain", "2,30", "--json")
+    assert (code, json.loads(out)) == (0, dataclasses.asdict(found))
+
+
+def test_pack_as_json_balances(run, chats):
+    code, out, err = run("pack", chats, *SMALL, "--json")
+    report = json.loads(out)
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    conversations, tokens, slots = (report["ledger"][name] for name in ("conversations", "tokens", "slots"))
+    parts = ("packed", "skipped", "waiting")
+    dropped = sum(conversations["dropped"].values())
+    assert conversations["read"] == 40 == sum(conversations[part] for part in parts) + dropped
+    assert tokens["read"] == tokens["emitted"] + sum(tokens["cut"].values()) + tokens["dropped"] + tokens["waiting"]
+    assert slots["total"] == report["batches"] * 4 * 64 == slots["tokens"] + slots["padding"]
+    assert report["padding"] == slots["padding"] / slots["total"]
+    assert report["ledger"]["balanced"] is True
+
+
+def test_verify_as_json_counts(run, chats):
+    code, out, _ = run("verify", chats, *SMALL, "--max-batches", 2, "--json")
+    assert (code, out.count("\n")) == (0, 1)
+    report = json.loads(out)
+    assert report.pop("tokens") > 400
+    assert report == {"equal": True, "batches": 2, "difference": None}
+
+
+def test_max_batches_stops_and_tells_what_still_waits(run, chats):
+    _, out, _ = run("pack", chats, *SMALL, "--max-batches", 1)
+    assert row_of(out, "batches")[1] == "1"
+    assert "read, still waiting for a row" in out
+    assert "without the last batch" not in out
+
+
+def test_a_share_without_conversations_is_told_as_nothing(run, chats):
+    for command in ("pack", "inspect"):
+        code, out, err = run(command, chats, "--rank", 50, "--world-size", 100)
+        assert (code, err) == (0, "")
+        assert row_of(out, "batches")[1] == "0" and row_of(out, "padding")[1] == "-"
+
+
+def test_colours_only_on_a_terminal_that_wants_them(run, chats, monkeypatch):
+    assert "\x1b" not in run("inspect", chats, *SMALL)[1]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert "\x1b[38;5;33m" in run("inspect", chats, *SMALL)[1]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in run("inspect", chats, *SMALL)[1]
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("TERM", "dumb")
+    assert "\x1b" not in run("inspect", chats, *SMALL)[1]
+
+
+def test_words_of_a_conversation_cannot_command_the_terminal(run, tmp_path):
+    path = tmp_path / "evil.jsonl"
+    path.write_text(json.dumps({"text": "red \x1b[31m bell \x07 title \x1b]0;x\x07"}))
+    _, out, _ = run("inspect", path, *SMALL)
+    assert "red ?[31m bell ? title" in out
+    for column in range(12):
+        out += run("inspect", path, *SMALL, "--explain", f"0,{column}")[1]
+    assert "\\x1b" in out and "\x1b" not in out and "\x07" not in out
+
+
+# What is saved
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_saved_batches_are_the_loaders(run, chats, tmp_path, suffix):
+    out = tmp_path / f"batches.{suffix}"
+    wanted = ("--weights", "conversation", "--extras", "positions,doc_ids,cu_seqlens")
+    code, report, _ = run("pack", chats, *SMALL, *wanted, "--save", out, "--json")
+    extras = ("positions", "doc_ids", "cu_seqlens")
+    with Loader(chats, "chat32k", 4, 64, weights="conversation", extras=extras, epochs=1) as loader:
+        batches = list(loader)
+    if suffix == "npz":
+        saved = {name: torch.from_numpy(array) for name, array in np.load(out).items()}
+    else:
+        saved = pytest.importorskip("safetensors.torch").load_file(out)
+    assert code == 0 and sorted(saved) == sorted(["inputs", "targets", "weights", *extras])
+    for name, array in saved.items():
+        stacked = torch.stack([getattr(batch, name) for batch in batches])
+        assert array.dtype == stacked.dtype and torch.equal(array, stacked)
+        assert json.loads(report)["saved"][name] == list(stacked.shape)
+
+
+def test_tensors_that_were_not_asked_for_are_not_saved(run, chats, tmp_path):
+    assert run("pack", chats, *SMALL, "--save", tmp_path / "a.npz")[0] == 0
+    assert sorted(np.load(tmp_path / "a.npz")) == ["inputs", "targets"]
+
+
+def test_without_safetensors_the_extra_is_named_before_anything_is_packed(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    monkeypatch.setattr(cli, "Loader", None)
+    line = refusal(run("pack", "--save", tmp_path / "a.safetensors"))
+    assert "a.safetensors needs safetensors; pip install nanopack[safetensors]" in line
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_broken_line_is_named_with_what_to_do(run, broken, command):
+    line = refusal(run(command, broken, *SMALL))
+    assert f"{broken}:17, " in line and line.endswith("Fix it or pass --on-error skip.\n")
+
+
+@pytest.mark.parametrize("command", ["pack", "inspect"])
+def test_a_broken_line_can_be_skipped_and_is_counted(run, broken, command):
+    code, out, err = run(command, broken, *SMALL, "--on-error", "skip")
+    assert code == 0
+    assert "1  skipped: not valid\n" in out and row_of(out, "ledger")[1] == "balanced"
+    assert err.startswith(f"nanopack: skipped {broken}:17, ") and err.count("\n") == 1
+    code, out, err = run(command, broken, *SMALL, "--on-error", "skip", "--json")
+    report = json.loads(out)
+    assert report.get("packing", {}) and '"skipped": 1' in out and '"balanced": true' in out
+
+
+def test_verify_can_skip_a_broken_line(run, broken):
+    code, out, _ = run("verify", broken, *SMALL, "--on-error", "skip")
+    assert code == 0 and "equal to the reference packer" in out
+
+
+REFUSED = {
+    "no command": ([], "arguments are required: COMMAND"),
+    "unknown command": (["pak"], "'pak'"),
+    "unknown flag": (["pack", "--sequence", "3"], "unrecognized arguments: --sequence"),
+    "abbreviated flag": (["pack", "--batch", "3"], "unrecognized arguments: --batch"),
+    "no such file": (["pack", "nowhere.jsonl"], "'nowhere.jsonl' does not exist"),
+    "no such glob": (["verify", "nowhere-*.jsonl"], "'nowhere-*.jsonl' matches no file"),
+    "a folder": (["inspect", "."], "is a directory"),
+    "unknown suffix": (["pack", __file__], "unknown suffix"),
+    "batch size 0": (["pack", "--batch-size", "0"], "--batch-size=0 is not allowed"),
+    "negative length": (["verify", "--seq-len", "-1"], "--seq-len=-1 is not allowed"),
+    "no number": (["pack", "--seq-len", "many"], "--seq-len: invalid int value: 'many'"),
+    "window 0": (["pack", "--window", "0"], "use an int from 1 upwards, or leave it out"),
+    "unknown packing": (["pack", "--packing", "tight"], "--packing: invalid choice: 'tight'"),
+    "window of stream": (["inspect", "--packing", "stream", "--window", "9"], "--window=9 has no meaning"),
+    "unknown extra": (["pack", "--extras", "positions,x"], "'x' is not known"),
+    "rank alone": (["pack", "--rank", "1"], "--rank=1 and --world-size=None go together"),
+    "rank too large": (["pack", "--rank", "2", "--world-size", "2"], "use an int from 0 to 1"),
+    "no such tokenizer": (["pack", "--tokenizer", "gpt9"], "--tokenizer='gpt9' is no bundled name"),
+    "template without tokens": (["pack", "--template", "chatml"], "lacks special tokens of --template='chatml'"),
+    "endless": (["pack", "--epochs", "0"], "--epochs=0 is not allowed"),
+    "no batch": (["pack", "--max-batches", "0"], "--max-batches: '0' is not a number from 1 upwards"),
+    "saved as csv": (["pack", "--save", "a.csv"], "'a.csv' ends neither in .npz nor in .safetensors"),
+    "saved nowhere": (["pack", "--save", "nowhere/a.npz"], "there is no folder 'nowhere'"),
+    "batch beyond the end": (["inspect", "--batch", "99"], "--batch=99 does not exist; there are 5 batches"),
+    "explained beyond the end": (["inspect", "--batch", "99", "--explain", "0,0"], "--batch=99 does not exist"),
+    "row beyond the batch": (["inspect", "--row", "32"], "--row=32 is outside the batch; use 0 to 31"),
+    "explained row": (["inspect", "--explain", "32,0"], "row=32 is outside the batch; use 0 to 31"),
+    "explained column": (["inspect", "--explain", "0,2048"], "col=2048 is outside the batch; use 0 to 2047"),
+    "explained what": (["inspect", "--explain", "here"], "'here' is not ROW,COL"),
+}
+
+
+@pytest.mark.parametrize(("argv", "says"), REFUSED.values(), ids=REFUSED)
+def test_bad_input_gives_one_line_and_exit_code_2(run, argv, says, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert says in refusal(run(*argv))
+
+
+def test_nothing_to_save_is_an_error(run, chats, tmp_path):
+    line = refusal(run("pack", chats, "--rank", 50, "--world-size", 100, "--save", tmp_path / "a.npz"))
+    assert f"there is no batch to save to {tmp_path / 'a.npz'}" in line
+    assert not (tmp_path / "a.npz").exists()
+
+
+def test_words_of_a_file_are_quoted_as_they_stand(run, tmp_path):
+    path = tmp_path / "quoted.jsonl"
+    path.write_text("seq_len=3, or None")
+    assert "'seq_len=3, or None'" in refusal(run("pack", path))
+
+
+def test_an_error_of_ours_that_is_no_bad_input_keeps_its_traceback(chats, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(Loader, "__next__", fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        cli.main(["pack", str(chats)])
+
+
+# What must not pass
+
+
+def test_verify_tells_the_first_difference_of_a_broken_executor(run, chats, monkeypatch):
+    whole = nanopack.executor.pack_torch
+
+    def broken(words, table, inputs, targets, *others, **numbers):
+        whole(words, table, inputs, targets, *others, **numbers)
+        inputs[2, 5] += 1
+
+    monkeypatch.setattr(nanopack.executor, "pack_torch", broken)
+    code, out, err = run("verify", chats, *SMALL)
+    assert (code, err) == (1, "")
+    assert re.fullmatch(r"not equal to the reference packer: batch 0, inputs\[2, 5\]: expected (\d+), got (\d+)\n", out)
+    code, out, _ = run("verify", chats, *SMALL, "--json")
+    report = json.loads(out)
+    assert (code, report["equal"], report["batches"]) == (1, False, 0)
+    assert report["difference"].startswith("batch 0, inputs[2, 5]: expected ")
+
+
+def test_verify_compares_with_the_options_given(run, chats, monkeypatch):
+    # A loader that does something else than it was asked for must not pass: here it always trains everything.
+    def everything(*arguments, **named):
+        return Loader(*arguments, **{**named, "loss": "all"})
+
+    monkeypatch.setattr(cli, "Loader", everything)
+    assert run("verify", chats, *SMALL, "--loss", "all")[0] == 0
+    assert run("verify", chats, *SMALL)[0] == 1
+
+
+@pytest.mark.parametrize("command", ["pack", "inspect"])
+def test_an_unbalanced_ledger_is_told_and_fails(run, chats, monkeypatch, command):
+    sound = Loader.ledger
+    lost = ["tokens read: 9 counted, 8 accounted for"]
+    monkeypatch.setattr(Loader, "ledger", lambda self: sound(self) | {"balanced": False, "imbalances": lost})
+    code, out, _ = run(command, chats, *SMALL)
+    assert code == 1
+    assert re.search(r"^ledger +UNBALANCED  tokens read: 9 counted, 8 accounted for$", out, re.M)
+
+
+# How options reach the loader
+
+GIVEN = {
+    "batch_size": (["--batch-size", "3"], 3),
+    "seq_len": (["--seq-len", "9"], 9),
+    "packing": (["--packing", "best_fit_crop"], "best_fit_crop"),
+    "loss": (["--loss", "all"], "all"),
+    "weights": (["--weights", "token"], "token"),
+    "extras": (["--extras", "positions,doc_ids"], ["positions", "doc_ids"]),
+    "max_pieces": (["--max-pieces", "5"], 5),
+    "template": (["--template", "chatml"], "chatml"),
+    "max_tokens": (["--max-tokens", "6"], 6),
+    "window": (["--window", "7"], 7),
+    "max_age": (["--max-age", "8"], 8),
+    "refill": (["--refill", "2"], 2),
+    "overlap": (["--overlap"], True),
+    "boundary_loss": (["--no-boundary-loss"], False),
+    "ignore_index": (["--ignore-index", "-1"], -1),
+    "rank": (["--rank", "1"], 1),
+    "world_size": (["--world-size", "2"], 2),
+    "epochs": (["--epochs", "4"], 4),
+    "on_error": (["--on-error", "skip"], "skip"),
+    "executor": (["--executor", "torch"], "torch"),
+}
+
+
+def test_every_argument_of_a_recipe_is_an_option():
+    assert GIVEN.keys() - {"executor"} == {field.name for field in dataclasses.fields(Recipe)}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_reach_the_loader_and_no_other_arguments_do(run, command, monkeypatch):
+    seen = []
+
+    def loader(conversations, tokenizer, **arguments):
+        seen.append((conversations, tokenizer, arguments))
+        raise ValueError("seen")
+
+    monkeypatch.setattr(cli, "Loader", loader)
+    run(command)
+    assert seen.pop() == ([str(SHIPPED)], "chat32k", {"epochs": 1})
+    for name, (flags, value) in GIVEN.items():
+        run(command, "a.jsonl", "b.jsonl", "--tokenizer", "folder", *flags)
+        assert seen.pop() == (["a.jsonl", "b.jsonl"], "folder", {"epochs": 1, name: value})
+
+
+def test_help_names_every_option_and_default(run):
+    for command in COMMANDS:
+        code, out, _ = run(command, "--help")
+        assert code == 0
+        for flags, _ in GIVEN.values():
+            assert f"  {flags[0]}" in out
+        assert "(default: 2048)" in out and "(default: best_fit)" in out
+    code, out, _ = run("--help")
+    assert code == 0 and all(f"nanopack {command} [FILES...]" in out for command in COMMANDS)
+    assert run("--version") == (0, f"nanopack {nanopack.__version__}\n", "")
+    assert options.LISTED_PIECES > 0
+
+
+# Real processes and terminals
+
+MAIN = (sys.executable, "-m", "nanopack.cli")
+
+
+def on_a_terminal(*argv, until=None, **streams):
+    """Run with stderr on a terminal; return exit code and what it showed. Ctrl-C once `until` shows."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen([*MAIN, *map(str, argv)], stderr=slave, stdin=slave, **streams)
+    os.close(slave)
+    shown = b""
+    deadline = time.monotonic() + 100
+    try:
+        while time.monotonic() < deadline:
+            try:
+                chunk = os.read(master, 4096)
+            except OSError:
+                # Linux's end of a terminal that nobody holds any more.
+                break
+            if not chunk:
+                break
+            shown += chunk
+            if until and until in shown:
+                until = None
+                process.send_signal(signal.SIGINT)
+        return process.wait(timeout=60), shown.decode()
+    finally:
+        process.kill()
+        os.close(master)
+
+
+def test_progress_shows_on_a_terminal_and_nowhere_else(chats):
+    code, shown = on_a_terminal("pack", chats, *SMALL, stdout=subprocess.DEVNULL)
+    assert code == 0
+    last = shown.split("\r")[-2] if shown.endswith("\r\n") else shown
+    assert re.search(r"packing +\.{40} +0%", shown)
+    assert re.search(r"packing +#{40} 100%  \d+ batches", last)
+    piped = subprocess.run([*MAIN, "pack", str(chats), *SMALL], capture_output=True, text=True)
+    assert (piped.returncode, piped.stderr) == (0, "")
+    assert "packing" not in piped.stdout and "ledger" in piped.stdout
+
+
+def test_an_error_replaces_the_progress_bar(broken):
+    _, shown = on_a_terminal("verify", broken, *SMALL, stdout=subprocess.DEVNULL)
+    assert re.fullmatch(r"nanopack: \S+broken.jsonl:17, .*\r\n", shown.split("\x1b[K")[-1])
+
+
+def test_a_warning_does_not_run_into_the_progress_bar(broken):
+    code, shown = on_a_terminal("pack", broken, *SMALL, "--on-error", "skip", stdout=subprocess.DEVNULL)
+    assert code == 0
+    assert re.search(r"\x1b\[Knanopack: skipped \S+broken.jsonl:17, [^\r]*\r\n", shown)
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback():
+    code, shown = on_a_terminal("pack", "--epochs", 10_000, *SMALL, until=b" batches", stdout=subprocess.DEVNULL)
+    assert code == 130
+    assert "Traceback" not in shown
+    assert shown.endswith("\x1b[K")
+
+
+def test_a_closed_pipe_is_quiet(chats):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*MAIN, "inspect", str(chats), *SMALL], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_help_imports_neither_triton_nor_what_an_extra_brings():
+    code = (
+        "import sys; from nanopack.cli import main; main(['pack', '--help']); "
+        "print([name for name in ('triton', 'pyarrow', 'safetensors', 'transformers') if name in sys.modules])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
