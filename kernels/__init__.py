@@ -6,3 +6,6 @@ if __name__ == "kernels":
         "this folder is nanopack.kernels, not a package named 'kernels'. "
         "Import nanopack.kernels, and do not put nanopack's source folder on sys.path."
     )
+
+# cu_seqlens has a multiple of this many elements, so that the kernel's stores are wide.
+CU_ALIGN = 128

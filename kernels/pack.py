@@ -36,8 +36,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CU_ALIGN = 128
-"""cu_seqlens has a multiple of this many elements, so that its stores are wide."""
+from . import CU_ALIGN
+
 _COLUMNS = 4
 """Columns of a thread: 4 int32 are the 128 bits that one store can write."""
 _WARP = 64 if torch.version.hip else 32

@@ -191,9 +191,7 @@ def check(record: object) -> Conversation:
     return Conversation(_messages(record["conversations"], "from", "value", SHAREGPT_ROLES), None, weight)
 
 
-def _messages(
-    messages: object, role_key: str, content_key: str, roles: dict[str, str]
-) -> tuple[Message, ...]:
+def _messages(messages: object, role_key: str, content_key: str, roles: dict[str, str]) -> tuple[Message, ...]:
     if not isinstance(messages, (list, tuple)):
         _fail(f"the messages must be a list, not {_value(messages)}")
     if not messages:

@@ -12,17 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nanopack.kernels import CU_ALIGN
 from nanopack.kernels.pack_torch import pack_torch
 from nanopack.recipe import Recipe
 from nanopack.ring import Layout
 from nanopack.upload import Kernel
 
-# The kernel writes cu_seqlens in whole blocks; the loader hands out the part that counts.
-CU_ALIGN = 128
-
 
 class Outputs(NamedTuple):
-    """The tensors of a batch, in the order in which the kernel takes them; cu_seqlens in whole blocks of CU_ALIGN."""
+    """The tensors of a batch, in the order in which the kernel takes them; cu_seqlens up to a multiple of CU_ALIGN."""
 
     inputs: torch.Tensor
     targets: torch.Tensor

@@ -75,7 +75,7 @@ class Loader:
     >>> with Loader([{"text": "Hello there"}], "chat32k", batch_size=1, seq_len=4, packing="stream") as loader:
     ...     inputs, targets = next(loader)
     >>> inputs.tolist(), targets.tolist()
-    ([[32759, 10864, 612, 32759]], [[10864, 612, 32759, 10864]])
+    ([[32759, 5766, 986, 32759]], [[5766, 986, 32759, 5766]])
     """
 
     def __init__(

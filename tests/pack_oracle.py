@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from nanopack.kernels.pack import CU_ALIGN
+from nanopack.kernels import CU_ALIGN
 
 DTYPES = {
     "inputs": torch.int32,

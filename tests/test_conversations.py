@@ -92,9 +92,7 @@ def test_an_upper_case_suffix_is_known(folder: Path) -> None:
     [
         pytest.param("none.jsonl", r"='none.jsonl' does not exist; the working directory", id="missing-file"),
         pytest.param(["a.jsonl", "none.jsonl"], r"='none.jsonl' does not exist", id="missing-file-in-list"),
-        pytest.param(
-            "none*.jsonl", r"='none\*.jsonl' matches no file; the working directory", id="empty-glob"
-        ),
+        pytest.param("none*.jsonl", r"='none\*.jsonl' matches no file; the working directory", id="empty-glob"),
         pytest.param("shards.jsonl", r"is a directory; name .*'shards.jsonl/\*.jsonl'", id="directory"),
         pytest.param("*.jsonl", r"='shards.jsonl' is a directory", id="directory-in-glob"),
         pytest.param("notes.txt", r"='notes.txt' has an unknown suffix; known are .jsonl,", id="suffix"),
@@ -193,9 +191,7 @@ part_dicts = st.fixed_dictionaries(
     optional={"extra": st.none()},
 )
 contents: st.SearchStrategy[Any] = st.one_of(strings, st.lists(part_dicts, max_size=3))
-pairs = st.lists(
-    st.tuples(st.sampled_from(["system", "user", "assistant"]), contents), min_size=1, max_size=5
-)
+pairs = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), contents), min_size=1, max_size=5)
 weights = st.one_of(st.none(), st.integers(0, 9), st.floats(0, 1e30))
 
 
@@ -352,9 +348,7 @@ def test_a_share_is_the_walk_of_a_cursor(share: Share) -> None:
 
 
 @given(n=st.integers(1, 30), world_size=st.integers(1, 40), epochs=st.integers(0, 4))
-def test_all_ranks_together_read_every_conversation_once_an_epoch(
-    n: int, world_size: int, epochs: int
-) -> None:
+def test_all_ranks_together_read_every_conversation_once_an_epoch(n: int, world_size: int, epochs: int) -> None:
     shares = [Share(n, rank, world_size) for rank in range(world_size)]
     read = [share.conversation(k) for share in shares for k in range(share.reads(epochs))]
     assert sorted(read) == sorted([*range(n)] * epochs)

@@ -36,9 +36,7 @@ def write_lines(path: Path, records: Sequence[object]) -> Path:
 
 def write_parquet(path: Path, rows: Sequence[object], row_group_size: int = 50) -> Path:
     pa = pytest.importorskip("pyarrow")
-    pytest.importorskip("pyarrow.parquet").write_table(
-        pa.Table.from_pylist(rows), path, row_group_size=row_group_size
-    )
+    pytest.importorskip("pyarrow.parquet").write_table(pa.Table.from_pylist(rows), path, row_group_size=row_group_size)
     return path
 
 
@@ -53,9 +51,7 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 blanks = st.sampled_from([b"", b"  ", b"\t", b"\r", b" \r"])
 json_lines = st.builds(
-    lambda before, text, ascii, behind: (
-        before + json.dumps({"text": text}, ensure_ascii=ascii).encode() + behind
-    ),
+    lambda before, text, ascii, behind: before + json.dumps({"text": text}, ensure_ascii=ascii).encode() + behind,
     blanks,
     texts,
     st.booleans(),
@@ -127,9 +123,7 @@ def test_an_index_outside_is_an_index_error_and_never_another_record(path: Path)
             source.where(index)
 
 
-def test_reading_a_record_reads_its_bytes_and_no_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reading_a_record_reads_its_bytes_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_conversations(write_lines(tmp_path / "chats.jsonl", RECORDS))
     reads: list[tuple[int, int]] = []
     pread = os.pread
@@ -302,9 +296,7 @@ def test_a_file_cut_off_while_in_use_is_an_error(tmp_path: Path) -> None:
         pytest.param(lambda data: data[:-4], r"is cut off in line 201;", id="trailer-cut"),
         pytest.param(lambda data: data[: len(data) // 2], r"is cut off in line \d+; test it with", id="half"),
         pytest.param(lambda data: data[:5], r"is cut off in line 1;", id="header-cut"),
-        pytest.param(
-            lambda data: data[:-8] + b"\0" * 8, r"noticed after line 200 .*incorrect data", id="crc"
-        ),
+        pytest.param(lambda data: data[:-8] + b"\0" * 8, r"noticed after line 200 .*incorrect data", id="crc"),
         pytest.param(lambda data: b"plain" + data, r"noticed after line 0 .*incorrect header", id="no-gzip"),
         pytest.param(lambda data: data + b"more", r"noticed after line 200 .*header", id="garbage-behind"),
         pytest.param(lambda data: data[:400] + b"\xff" * 9 + data[409:], r"is damaged", id="bytes-changed"),
@@ -355,9 +347,7 @@ def test_parquet_reads_a_row_group_once_in_sequence_and_keeps_one(
     assert [group for group, _ in read] == [0, 1, 2, 3, 0]
 
 
-def test_parquet_gives_the_known_columns_and_reads_no_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parquet_gives_the_known_columns_and_reads_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = note_row_groups(monkeypatch)
     rows: list[dict[str, Any]] = [
         {"messages": [{"role": "user", "content": "hi", "name": None}], "weight": 0.5, "score": 1},
@@ -368,9 +358,7 @@ def test_parquet_gives_the_known_columns_and_reads_no_others(
     assert read == [(0, ["messages", "weight"])]
 
 
-def test_without_pyarrow_a_parquet_file_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_pyarrow_a_parquet_file_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_parquet(tmp_path / "chats.parquet", RECORDS)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ImportError, match=r"chats\.parquet .*pip install nanopack\[parquet\]"):
@@ -394,9 +382,7 @@ BAD_LINES = {
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 @pytest.mark.parametrize("edge", BAD_LINES)
-def test_a_bad_line_17_says_what_is_wrong_and_harms_no_other_line(
-    tmp_path: Path, edge: str, suffix: str
-) -> None:
+def test_a_bad_line_17_says_what_is_wrong_and_harms_no_other_line(tmp_path: Path, edge: str, suffix: str) -> None:
     bad, message = BAD_LINES[edge]
     lines = [json.dumps(record).encode() for record in RECORDS]
     lines[16] = bad

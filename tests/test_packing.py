@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -95,7 +96,7 @@ def test_stream_hands_out_every_token_once_and_in_order(lengths, B, T, overlap):
         assert len(rows) <= B
         words = [[(d, o + i) for d, o, n in row for i in range(n)] for row in rows]
         flat = [word for row in words[:-1] for word in row[:T]] + words[-1]
-        for row, following in zip(words, words[1:], strict=False):
+        for row, following in pairwise(words):
             assert len(row) == T + 1 and row[-1] == following[0], "a row's last target is the next row's first input"
         carried = 1 if overlap and at else 0
         assert flat == tokens[at - carried : at - carried + B * T + 1]

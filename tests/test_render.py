@@ -145,9 +145,7 @@ def nanochat_conversations(draw) -> Conversation:
 
 CHATML_CONVERSATIONS = st.builds(
     lambda messages: Conversation(tuple(messages)),
-    st.lists(
-        st.builds(Message, st.sampled_from(["system", "user", "assistant"]), TEXTS), min_size=1, max_size=6
-    ),
+    st.lists(st.builds(Message, st.sampled_from(["system", "user", "assistant"]), TEXTS), min_size=1, max_size=6),
 )
 
 
@@ -232,9 +230,7 @@ def test_a_nanochat_document_by_hand():
     # Of the two that read <|assistant_end|> in front, one is text: many ids, none of them special.
     assert ids.count(NANOCHAT.special_id("<|assistant_end|>")) == 2
     users = [i for i, token_id in enumerate(ids) if token_id == NANOCHAT.special_id("<|user_start|>")]
-    assistants = [
-        i for i, token_id in enumerate(ids) if token_id == NANOCHAT.special_id("<|assistant_start|>")
-    ]
+    assistants = [i for i, token_id in enumerate(ids) if token_id == NANOCHAT.special_id("<|assistant_start|>")]
     assert document.starts == (users[0], users[0], assistants[0], users[1], assistants[1])
 
 
@@ -276,9 +272,7 @@ def test_plain_text_is_bos_and_text_all_trained(text):
 SAFE_TEXTS = st.lists(st.text() | LOOKS_SPECIAL, max_size=4).map("".join)
 
 
-@given(
-    SAFE_TEXTS, SAFE_TEXTS, SAFE_TEXTS, st.lists(st.builds(Part, st.sampled_from(list(AROUND)), SAFE_TEXTS))
-)
+@given(SAFE_TEXTS, SAFE_TEXTS, SAFE_TEXTS, st.lists(st.builds(Part, st.sampled_from(list(AROUND)), SAFE_TEXTS)))
 @settings(deadline=None)
 def test_decoding_a_document_gives_back_all_its_texts(system, user, answer, parts):
     messages = [Message("system", system), Message("user", user), Message("assistant", answer)]
@@ -398,9 +392,7 @@ def test_messages_that_only_together_cannot_be_encoded_are_a_conversation_error(
 @pytest.mark.parametrize(
     ("tokenizer", "template", "error"),
     [
-        pytest.param(
-            NANOCHAT, "llama3", "template='llama3' is not one of 'nanochat', 'chatml'", id="unknown"
-        ),
+        pytest.param(NANOCHAT, "llama3", "template='llama3' is not one of 'nanochat', 'chatml'", id="unknown"),
         pytest.param(NANOCHAT, None, "template=None is not one of", id="none"),
         pytest.param(NANOCHAT, ["chatml"], r"template=\['chatml'\] is not one of", id="a-list"),
         pytest.param(

@@ -64,9 +64,7 @@ def test_the_bundled_tokenizer_has_32768_ids_and_the_nine_special_tokens_come_la
 def test_the_bundled_ranks_and_pattern_are_those_of_the_file():
     with open(RANKS_FILE, "rb") as file:
         lines = [one.split() for one in file]
-    assert TOKENIZER.encoding._mergeable_ranks == {
-        base64.b64decode(token): int(rank) for token, rank in lines
-    }
+    assert TOKENIZER.encoding._mergeable_ranks == {base64.b64decode(token): int(rank) for token, rank in lines}
     assert TOKENIZER.encoding._pat_str == PATTERN
 
 
@@ -162,9 +160,7 @@ def test_ids_that_are_none_are_refused(ids):
 def test_a_text_that_tiktoken_refuses_is_a_value_error_that_says_why():
     text = "a" + " " * 1_000_001 + "b"
     for encode in (TOKENIZER.encode, lambda text: TOKENIZER.encode_batch(["fine", text])):
-        with pytest.raises(
-            ValueError, match=r"1,000,003 characters \(.*backtracking\); .* shorten it"
-        ) as caught:
+        with pytest.raises(ValueError, match=r"1,000,003 characters \(.*backtracking\); .* shorten it") as caught:
             encode(text)
         assert not isinstance(caught.value, UnicodeError)
 
@@ -280,19 +276,13 @@ class HuggingFace:
 @pytest.mark.parametrize(
     ("given_as", "error"),
     [
-        pytest.param(
-            lambda folder: "chat99k", "'chat99k' is no bundled name, and there is no such", id="unknown-name"
-        ),
-        pytest.param(
-            lambda folder: "cl100k_base", "bundled name .'chat32k'., a tiktoken.Enc", id="tiktokens-name"
-        ),
+        pytest.param(lambda folder: "chat99k", "'chat99k' is no bundled name, and there is no such", id="unknown-name"),
+        pytest.param(lambda folder: "cl100k_base", "bundled name .'chat32k'., a tiktoken.Enc", id="tiktokens-name"),
         pytest.param(lambda folder: folder / "none.pkl", "none.pkl' is no bundled name", id="missing-file"),
         pytest.param(lambda folder: "a\0b", "no such file or folder", id="null-in-the-name"),
         pytest.param(lambda folder: "a" * 5000, "no such file or folder", id="name-too-long"),
         pytest.param(lambda folder: folder, "is a folder without a tokenizer.pkl", id="empty-folder"),
-        pytest.param(
-            hugging_face_folder, "a Hugging Face tokenizer, which is not supp", id="hugging-face-folder"
-        ),
+        pytest.param(hugging_face_folder, "a Hugging Face tokenizer, which is not supp", id="hugging-face-folder"),
         pytest.param(
             lambda folder: hugging_face_folder(folder) + "/tokenizer.json",
             "a Hugging Face tokenizer, which is not supported yet; give a bundled name",
@@ -304,19 +294,13 @@ class HuggingFace:
             "is a Hugging Face tokenizer",
             id="nanochats-hugging-face-object",
         ),
-        pytest.param(
-            lambda folder: RANKS_FILE, r"no split pattern; give .*from_ranks\(path, pattern=", id="ranks"
-        ),
-        pytest.param(
-            lambda folder: empty_file(folder / "a.bin"), "a.bin' is not a .pkl file", id="other-file"
-        ),
+        pytest.param(lambda folder: RANKS_FILE, r"no split pattern; give .*from_ranks\(path, pattern=", id="ranks"),
+        pytest.param(lambda folder: empty_file(folder / "a.bin"), "a.bin' is not a .pkl file", id="other-file"),
         pytest.param(lambda folder: None, "tokenizer is of type NoneType; give a bundled", id="none"),
         pytest.param(lambda folder: 32768, "tokenizer is of type int", id="number"),
         pytest.param(lambda folder: b"chat32k", "tokenizer is of type bytes", id="bytes"),
         pytest.param(lambda folder: {"name": "x"}, "tokenizer is of type dict", id="dict"),
-        pytest.param(
-            lambda folder: SimpleNamespace(enc="x"), "of type SimpleNamespace", id="enc-is-no-encoding"
-        ),
+        pytest.param(lambda folder: SimpleNamespace(enc="x"), "of type SimpleNamespace", id="enc-is-no-encoding"),
         pytest.param(lambda folder: tiktoken.Encoding, "of type type", id="the-class-itself"),
     ],
 )
@@ -427,9 +411,7 @@ NO_ENCODING = {
 }
 
 
-@pytest.mark.parametrize(
-    "data", [pytest.param(d, id=case) for case, d in {**RUNS_CODE, **NO_ENCODING}.items()]
-)
+@pytest.mark.parametrize("data", [pytest.param(d, id=case) for case, d in {**RUNS_CODE, **NO_ENCODING}.items()])
 def test_a_pickle_that_is_not_an_encoding_is_refused_and_runs_nothing(data, tmp_path, monkeypatch):
     def refuse(name: str) -> None:
         raise AssertionError(f"looked up {name}")
@@ -439,9 +421,7 @@ def test_a_pickle_that_is_not_an_encoding_is_refused_and_runs_nothing(data, tmp_
     stand_in = dict(vars(tokenizers._State))
     Path("tokenizer.pkl").write_bytes(data)
     for given_as in ("tokenizer.pkl", "."):
-        with pytest.raises(
-            ValueError, match=r"^tokenizer.pkl is not a pickled tiktoken Encoding \("
-        ) as caught:
+        with pytest.raises(ValueError, match=r"^tokenizer.pkl is not a pickled tiktoken Encoding \(") as caught:
             load_tokenizer(given_as)
         remedy = "Nothing in it was run. Save the tokenizer anew with pickle.dump(encoding, file), or pass"
         assert remedy in str(caught.value)
@@ -504,9 +484,7 @@ def write_ranks(folder: Path, lines: list[bytes]) -> str:
 
 def test_a_ranks_file_gives_the_tokenizer_it_describes(tmp_path):
     lines = [*BYTE_LINES, line(b"he", 256), line(b"hel", 257)]
-    tokenizer = from_ranks(
-        write_ranks(tmp_path, lines), pattern=r"\w+|\W+", special_tokens=["<|bos|>", "<|x|>"]
-    )
+    tokenizer = from_ranks(write_ranks(tmp_path, lines), pattern=r"\w+|\W+", special_tokens=["<|bos|>", "<|x|>"])
     assert tokenizer.encode("help<|x|>").tolist() == [257, ord("p"), *b"<|", ord("x"), *b"|>"]
     assert (tokenizer.bos_id, tokenizer.special_id("<|x|>"), tokenizer.vocab_size) == (258, 259, 260)
     assert tokenizer.name == "small"
@@ -526,26 +504,18 @@ def test_the_order_of_lines_and_blank_lines_mean_nothing(tmp_path):
         pytest.param({3: b"AA=A 3\n"}, r"small.tiktoken:4: b'AA=A 3' is not a base64 token", id="not-base64"),
         pytest.param({3: b"!Aw== 3\n"}, r"small.tiktoken:4: .* is not a base64 token", id="stray-character"),
         pytest.param({3: b"\xff\xfe 3\n"}, r"small.tiktoken:4: .* is not a base64 token", id="binary"),
-        pytest.param(
-            {3: b"Aw==\n"}, r"small.tiktoken:4: .* is not a base64 token, a space and a rank", id="no-rank"
-        ),
+        pytest.param({3: b"Aw==\n"}, r"small.tiktoken:4: .* is not a base64 token, a space and a rank", id="no-rank"),
         pytest.param({3: b"Aw== 3 3\n"}, r"small.tiktoken:4: .* is not a base64", id="three-columns"),
         pytest.param({3: b"Aw== three\n"}, r"small.tiktoken:4: .* is not a base64", id="rank-in-words"),
         pytest.param({3: b"Aw== -3\n"}, r"small.tiktoken:4: .* is not a base64", id="negative-rank"),
         pytest.param({3: b"Aw== 3.0\n"}, r"small.tiktoken:4: .* is not a base64", id="fraction"),
         pytest.param({9: line(b"\x09", 3)}, r"tiktoken:10: rank 3 is in line 4 already", id="rank-twice"),
-        pytest.param(
-            {9: line(b"\x03", 9)}, r"tiktoken:10: token b'\\x03' is in line 4 already", id="token-twice"
-        ),
-        pytest.param(
-            {9: BYTE_LINES[3]}, r"tiktoken:10: token b'\\x03' is in line 4 already", id="line-twice"
-        ),
+        pytest.param({9: line(b"\x03", 9)}, r"tiktoken:10: token b'\\x03' is in line 4 already", id="token-twice"),
+        pytest.param({9: BYTE_LINES[3]}, r"tiktoken:10: token b'\\x03' is in line 4 already", id="line-twice"),
         pytest.param({9: b""}, r"small.tiktoken:10: rank 10, but rank 9 is missing", id="gap"),
         pytest.param({9: line(b"\x09", 900)}, r"tiktoken:11: rank 10, but rank 9 is missing", id="far-away"),
         pytest.param({0: b""}, r"small.tiktoken:1: rank 1, but rank 0 is missing", id="starts-at-one"),
-        pytest.param(
-            {255: b""}, r"tiktoken: byte 0xff has no rank \(1 of the 256 bytes", id="a-byte-is-missing"
-        ),
+        pytest.param({255: b""}, r"tiktoken: byte 0xff has no rank \(1 of the 256 bytes", id="a-byte-is-missing"),
         pytest.param(dict.fromkeys(range(256), b""), r"tiktoken: there are no ranks in it", id="empty"),
     ],
 )
@@ -558,26 +528,16 @@ def test_a_bad_ranks_file_is_refused_by_line(change, error, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        pytest.param(
-            {"path": "none.tiktoken"}, "ranks file 'none.tiktoken' does not exist", id="missing-file"
-        ),
-        pytest.param(
-            {"pattern": None}, "pattern=None must be the tokenizer's split pattern", id="pattern-none"
-        ),
+        pytest.param({"path": "none.tiktoken"}, "ranks file 'none.tiktoken' does not exist", id="missing-file"),
+        pytest.param({"pattern": None}, "pattern=None must be the tokenizer's split pattern", id="pattern-none"),
         pytest.param({"pattern": ""}, "pattern='' must be", id="pattern-empty"),
-        pytest.param(
-            {"pattern": "("}, r"tiktoken: tiktoken cannot make an Encoding .*parenthesis", id="pattern"
-        ),
+        pytest.param({"pattern": "("}, r"tiktoken: tiktoken cannot make an Encoding .*parenthesis", id="pattern"),
         pytest.param({"special_tokens": "<|bos|>"}, "special_tokens='.*' must be a sequence", id="a-string"),
         pytest.param({"special_tokens": ["<|bos|>", 5]}, "must be a sequence of strings", id="a-number"),
         pytest.param({"special_tokens": ["<|bos|>", ""]}, "none empty", id="an-empty-one"),
         pytest.param({"special_tokens": ["<|bos|>"] * 2}, r"'<\|bos\|>' comes twice", id="twice"),
-        pytest.param(
-            {"special_tokens": ["<|bos|>", "hello"]}, "'hello' is an ordinary token", id="ordinary-token"
-        ),
-        pytest.param(
-            {"special_tokens": []}, r"no special token '<\|bos\|>'; it has: none", id="no-special-tokens"
-        ),
+        pytest.param({"special_tokens": ["<|bos|>", "hello"]}, "'hello' is an ordinary token", id="ordinary-token"),
+        pytest.param({"special_tokens": []}, r"no special token '<\|bos\|>'; it has: none", id="no-special-tokens"),
     ],
 )
 def test_bad_arguments_of_from_ranks_are_refused(arguments, error):

@@ -1,0 +1,89 @@
+"""Each wrong argument is refused at construction, by name, with its value and with what is allowed."""
+
+from __future__ import annotations
+
+import pytest
+
+from nanopack import Loader
+
+DATA = [{"text": "abc"}]
+
+BAD = [
+    ({"batch_size": 0}, "batch_size=0 is not allowed; use an int from 1 upwards"),
+    ({"batch_size": 2.0}, "batch_size=2.0 is not allowed; use an int"),
+    ({"batch_size": True}, "batch_size=True is not allowed"),
+    ({"seq_len": -1}, "seq_len=-1 is not allowed; use an int from 1 upwards"),
+    ({"seq_len": "8"}, "seq_len='8' is not allowed"),
+    ({"batch_size": 2**16, "seq_len": 2**16}, "batch_size=65536 times seq_len=65536 is 4294967296 tokens"),
+    ({"packing": "bestfit"}, "packing='bestfit' is not allowed; use one of 'best_fit', 'stream'"),
+    ({"packing": None}, "packing=None is not allowed"),
+    ({"loss": "user"}, "loss='user' is not allowed; use one of 'assistant', 'all'"),
+    ({"weights": "tokens"}, "weights='tokens' is not allowed; use one of None, 'token', 'conversation'"),
+    ({"weights": False}, "weights=False is not allowed"),
+    ({"extras": "positions"}, "extras='positions' is not allowed; use a tuple"),
+    ({"extras": ("position",)}, "'position' is not known; use any of 'positions', 'doc_ids', 'cu_seqlens'"),
+    ({"extras": 3}, "extras=3 is not allowed; use a tuple"),
+    ({"max_pieces": 0, "extras": ("cu_seqlens",)}, "max_pieces=0 is not allowed; use an int from 1 upwards, or None"),
+    ({"max_pieces": 4}, "max_pieces=4 has no meaning without cu_seqlens; leave it out, or add"),
+    ({"template": "llama"}, "template='llama' is not allowed; use one of 'nanochat', 'chatml'"),
+    ({"max_tokens": 0}, "max_tokens=0 is not allowed; use an int from 1 upwards, or None"),
+    ({"window": 0}, "window=0 is not allowed"),
+    (
+        {"window": 8, "packing": "stream"},
+        "window=8 has no meaning with packing='stream'; leave it out, or use packing=",
+    ),
+    ({"window": 8, "packing": "pad"}, "window=8 has no meaning with packing='pad'"),
+    ({"max_age": 8, "packing": "best_fit_pad"}, "max_age=8 has no meaning with packing='best_fit_pad'"),
+    ({"max_age": 0}, "max_age=0 is not allowed"),
+    ({"refill": 0}, "refill=0 is not allowed"),
+    ({"refill": 2, "packing": "stream"}, "refill=2 has no meaning with packing='stream'"),
+    ({"overlap": True}, "overlap=True has no meaning with packing='best_fit'; leave it out, or use packing='stream'"),
+    ({"overlap": 1, "packing": "stream"}, "overlap=1 is not allowed; use True or False"),
+    ({"boundary_loss": None}, "boundary_loss=None is not allowed; use True or False"),
+    ({"ignore_index": 1.5}, "ignore_index=1.5 is not allowed"),
+    ({"ignore_index": 2**63}, f"ignore_index={2**63} is not allowed"),
+    ({"rank": 2, "world_size": 2}, "rank=2 is not allowed with world_size=2; use an int from 0 to 1"),
+    ({"rank": 0, "world_size": 0}, "world_size=0 is not allowed"),
+    ({"rank": 1}, "rank=1 and world_size=None go together; pass both, or neither"),
+    ({"epochs": 0}, "epochs=0 is not allowed; use an int from 1 upwards, or None"),
+    ({"epochs": 1.5}, "epochs=1.5 is not allowed"),
+    ({"on_error": "ignore"}, "on_error='ignore' is not allowed; use one of 'raise', 'skip'"),
+    ({"executor": "cuda"}, "executor='cuda' is not allowed; use 'triton', 'torch' or None"),
+    ({"device": "gpu"}, "device='gpu' is not a device of torch"),
+    ({"device": "meta"}, "device='meta' is not allowed"),
+    ({"workers": -1}, "workers=-1 is not allowed"),
+    ({"workers": False}, "workers=False is not allowed"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[str(arguments) for arguments, _ in BAD])
+def test_a_wrong_argument_is_named_with_its_value_and_what_is_allowed(arguments, message):
+    with pytest.raises(ValueError) as raised:
+        Loader(DATA, "chat32k", **arguments)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("packing", "window", "max_age"),
+    [
+        ("best_fit", 64, 128),
+        ("best_fit_pad", 100, None),
+        ("best_fit_crop", 1000, None),
+        ("stream", None, None),
+        ("pad", None, None),
+    ],
+)
+def test_each_packing_brings_its_own_window_and_age(packing, window, max_age):
+    recipe = Loader(DATA, "chat32k", packing=packing).recipe
+    assert (recipe.window, recipe.max_age) == (window, max_age)
+
+
+def test_a_tokenizer_without_the_template_s_special_tokens_is_refused_before_the_first_batch():
+    with pytest.raises(ValueError, match="im_start"):
+        Loader(DATA, "chat32k", template="chatml")
+
+
+def test_more_pieces_than_cu_seqlens_has_room_for_is_an_error_that_names_the_argument():
+    loader = Loader([{"text": ""}] * 9, "chat32k", 1, 8, packing="stream", extras=("cu_seqlens",), max_pieces=3)
+    with pytest.raises(ValueError, match=r"max_pieces=3 is too small: .* pass max_pieces=8 or more"):
+        next(loader)
