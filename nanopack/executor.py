@@ -51,9 +51,9 @@ def make_outputs(recipe: Recipe, layout: Layout, device: torch.device) -> Output
     )
 
 
-def make_kernel(executor: str | None, layout: Layout, bos_id: int, ignore_index: int) -> Kernel:
+def make_kernel(executor: str | None, device: torch.device, layout: Layout, bos_id: int, ignore_index: int) -> Kernel:
     """Return kernel(staged, outputs): the executor of that name, bound to what is the same for every batch."""
-    pack = _choose(executor)
+    pack = _choose(executor, device)
     word = torch.int16 if layout.word_bytes == 2 else torch.int32
 
     def kernel(staged: torch.Tensor, outputs: Outputs) -> None:
@@ -62,18 +62,19 @@ def make_kernel(executor: str | None, layout: Layout, bos_id: int, ignore_index:
     return kernel
 
 
-def _choose(executor: str | None) -> Callable[..., None]:
+def _choose(executor: str | None, device: torch.device) -> Callable[..., None]:
     """Return `pack` or `pack_torch`; ValueError where it cannot run here."""
     if executor not in (None, "triton", "torch"):
         raise ValueError(f"executor={executor!r} is not allowed; use 'triton', 'torch' or None")
-    if executor != "triton":
+    installed = importlib.util.find_spec("triton") is not None
+    if executor == "torch" or (executor is None and not (device.type == "cuda" and installed)):
         twin: Callable[..., None] = pack_torch
         return twin
-    if importlib.util.find_spec("triton") is None:
+    if not installed:
         raise ValueError("executor='triton' needs Triton, which is not installed here; use executor='torch'")
     import triton
 
-    if not triton.knobs.runtime.interpret:
+    if device.type == "cpu" and not triton.knobs.runtime.interpret:
         raise ValueError(
             "executor='triton' runs on the CPU only in Triton's interpreter; set TRITON_INTERPRET=1 before anything "
             "imports triton, or use executor='torch'"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple, Protocol
 
+from nanopack.ledger import Ledger
 from nanopack.producer import Produced, Producer
 from nanopack.ring import Ring
 
@@ -20,17 +21,27 @@ class News(NamedTuple):
     produced: Produced
 
 
+class End(NamedTuple):
+    """The end of the data, and the counters as they stand there."""
+
+    ledger: Ledger
+
+
 class Feed(Protocol):
     """Where filled slots come from, in batch order."""
 
-    def take(self, *, wait: bool) -> News | None:
-        """Return the next ready slot; without `wait`, None if there is none yet.
+    def take(self, *, wait: bool) -> News | End | None:
+        """Return the next ready slot, or the end of the data; without `wait`, None if there is none yet.
 
-        Raises StopIteration at the end of the data and, after the batches before it, whatever stopped the producer.
+        Raises, in its place in the order, whatever stopped the producer.
         """
 
     def free(self, slot: int) -> None:
         """Give a slot back to be filled again."""
+
+    @property
+    def ready(self) -> int:
+        """Messages that are waiting to be taken."""
 
     def close(self) -> None:
         """End the producer. May be called twice."""
@@ -39,20 +50,20 @@ class Feed(Protocol):
 class Inline:
     """The producer in the caller's thread: a slot is filled when it is waited for, never before."""
 
+    ready = 0
+
     def __init__(self, producer: Producer, ring: Ring) -> None:
         self._producer = producer
         self._ring = ring
         self._free = deque(range(len(ring.slots)))
 
-    def take(self, *, wait: bool) -> News | None:
+    def take(self, *, wait: bool) -> News | End | None:
         """Fill a slot and return it; without `wait`, None. Raises as `Producer.produce` does."""
         if not wait:
             return None
         slot = self._free.popleft()
         produced = self._producer.produce(self._ring.slots[slot])
-        if produced is None:
-            raise StopIteration
-        return News(slot, produced)
+        return End(self._producer.ledger) if produced is None else News(slot, produced)
 
     def free(self, slot: int) -> None:
         """Give a slot back to be filled again."""

@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,13 +23,16 @@ from nanopack.batch import Batch
 from nanopack.conversations import open_conversations
 from nanopack.executor import Outputs, make_kernel, make_outputs
 from nanopack.explain import Explanation, explain
-from nanopack.feed import Feed, Inline, News
+from nanopack.feed import End, Feed, Inline, News
 from nanopack.ledger import Ledger
+from nanopack.memory import Memory
+from nanopack.process import Process
 from nanopack.producer import Produced, Producer
-from nanopack.recipe import Recipe
+from nanopack.recipe import Recipe, check_bool, check_int
 from nanopack.ring import Ring
+from nanopack.stats import Stats
 from nanopack.tokenizers import load_tokenizer
-from nanopack.upload import Cpu, Device, Upload
+from nanopack.upload import Device, Upload, open_device
 
 log = logging.getLogger("nanopack")
 
@@ -63,9 +68,14 @@ class Loader:
         rank, world_size: which share of the conversations this process reads; from `torch.distributed` where that is
             initialised, else 0 of 1.
         epochs: passes over the data, all of it delivered, the last rows padded; None: endless.
-        device: where the tensors lie; only the CPU so far.
-        executor: `"torch"` or `"triton"` (on the CPU only under Triton's interpreter, TRITON_INTERPRET=1); None: torch.
-        workers: 0: conversations are tokenized in the caller's thread.
+        device: where the tensors lie: a CUDA device (ROCm included) or the CPU; None: CUDA where there is one.
+        executor: `"torch"` or `"triton"` (on the CPU only under Triton's interpreter, TRITON_INTERPRET=1); None: triton
+            on a GPU, torch elsewhere.
+        workers: tokenizing workers of the producer, which is a process of its own; 0: no process, conversations are
+            tokenized in the caller's thread.
+        prefetch: batches that the producer makes ahead.
+        overlap_copy: copies run on a stream of their own; False: on the caller's, in order with its work.
+        static: every batch is written into the same tensors (for CUDA graphs); they hold until the next call.
         on_error: `"raise"` at a bad conversation, or `"skip"` it (counted and logged).
 
     Raises:
@@ -103,7 +113,10 @@ class Loader:
         epochs: int | None = None,
         device: str | torch.device | None = None,
         executor: str | None = None,
-        workers: int = 0,
+        workers: int = 1,
+        prefetch: int = 4,
+        overlap_copy: bool = True,
+        static: bool = False,
         on_error: str = "raise",
     ) -> None:
         rank, world_size = _rank_and_world_size(rank, world_size)
@@ -128,25 +141,41 @@ class Loader:
             epochs=epochs,
             on_error=on_error,
         )
-        if workers != 0 or isinstance(workers, bool):
-            raise ValueError(f"workers={workers!r} is not allowed; only 0 so far: tokenizing in the caller's thread")
-        self.device = _device(device)
+        check_int("workers", workers, least=0)
+        check_int("prefetch", prefetch, least=1)
+        check_bool("overlap_copy", overlap_copy)
+        check_bool("static", static)
+        device_api = open_device(device)
+        self.device = device_api.device
         self.tokenizer = load_tokenizer(tokenizer)
         self.source = open_conversations(conversations)
         self._producer = Producer(self.source, self.tokenizer, self.recipe)
-        ring = Ring(self._producer.layout, slots=1)
-        self._feed: Feed = Inline(self._producer, ring)
-        self._device: Device = Cpu()
-        self._upload = Upload(
-            self._device,
-            [torch.from_numpy(slot.buffer) for slot in ring.slots],
-            functools.partial(make_outputs, self.recipe, self._producer.layout, self.device),
-            make_kernel(executor, self._producer.layout, self.tokenizer.bos_id, ignore_index),
-        )
+        layout = self._producer.layout
+        kernel = make_kernel(executor, self.device, layout, self.tokenizer.bos_id, ignore_index)
+        outputs = functools.partial(make_outputs, self.recipe, layout, self.device)
+        if workers == 0:
+            ring = Ring(layout, slots=1)
+            self._feed: Feed = Inline(self._producer, ring)
+        else:
+            # one slot beside those that are ready: the one being filled
+            threads = workers if workers > 1 else 0
+            process = Process(self.source, self.tokenizer, self.recipe, layout, prefetch + 1, threads)
+            ring, self._feed = process.ring, process
+        self._memory = Memory(device_api, self._feed, ring, os.getpid())
+        # runs also when the loader is dropped, and at the interpreter's exit
+        self._shut = weakref.finalize(self, self._memory.give_back)
+        self._memory.pin()
+        slots = [torch.from_numpy(slot.buffer) for slot in ring.slots]
+        self._upload = Upload(device_api, slots, outputs, kernel, overlap_copy=overlap_copy, static=static)
+        self._memory.upload = self._upload
+        self._device: Device = device_api
+        self._ahead = overlap_copy
         self._facts: deque[Produced] = deque()
         self._step = 0
         self._ledger = Ledger()
+        self._last_ledger: Ledger | None = None
         self._end: Callable[[], BaseException] | None = None
+        self._stats = Stats(ring_bytes=len(ring.buffer))
 
     def __iter__(self) -> Iterator[Batch]:
         """Return the loader itself: it goes on where it stands."""
@@ -154,21 +183,33 @@ class Loader:
 
     def __next__(self) -> Batch:
         """Return the next batch. After the end or an error every further call raises that again."""
+        if self._end is _closed:
+            raise _closed()
         if self._device.capturing():
             raise RuntimeError(
                 "next(loader) inside a CUDA graph capture: its copies would become part of the graph; take the batch "
                 "before the capture begins"
             )
-        self._submit_ready()
-        if not self._upload.can_deliver:
-            assert self._end is not None
-            raise self._end()
-        outputs = self._upload.deliver()
-        produced = self._facts.popleft()
-        self._submit_ready(ahead=True)
+        began = time.perf_counter()
+        try:
+            self._submit_ready()
+            if not self._upload.can_deliver:
+                raise self._at_the_end()
+            outputs = self._upload.deliver()
+            produced = self._facts.popleft()
+            if self._ahead:
+                self._submit_ready(ahead=True)
+        except Exception:
+            raise
+        except BaseException:
+            # Ctrl-C may have come between a message and what it means
+            self._end = _interrupted
+            raise
         batch = self._batch(outputs, produced)
         self._step += 1
         self._ledger = produced.ledger
+        self._stats.queued = self._feed.ready
+        self._stats.count(batch, produced, time.perf_counter() - began)
         return batch
 
     def _submit_ready(self, *, ahead: bool = False) -> None:
@@ -182,23 +223,39 @@ class Loader:
             news = self._take(wait=wait and not upload.can_deliver)
             if news is None:
                 break
-            upload.submit(news.slot, news.produced.filled.used_bytes)
+            try:
+                upload.submit(news.slot, news.produced.filled.used_bytes)
+            except Exception as error:
+                self._fail(error)
+                raise
             self._facts.append(news.produced)
 
     def _take(self, *, wait: bool) -> News | None:
         """Return the next ready slot, or None; what ends the loader is kept until the batches before it are out."""
+        began = time.perf_counter()
         try:
-            return self._feed.take(wait=wait)
-        except StopIteration:
-            self._end = StopIteration
+            news = self._feed.take(wait=wait)
         except Exception as error:
             # the row that was being filled is gone: to go on would lose its documents in silence
-            failure = error
-            self._end = lambda: failure
-        except BaseException:
-            self._end = lambda: RuntimeError("the loader was interrupted in the middle of a batch; make a new one")
-            raise
-        return None
+            self._fail(error)
+            return None
+        if wait:
+            self._stats.waited_for_producer += time.perf_counter() - began
+        if isinstance(news, End):
+            self._last_ledger = news.ledger
+            self._end = StopIteration
+            return None
+        return news
+
+    def _fail(self, error: Exception) -> None:
+        self._end = lambda: error
+
+    def _at_the_end(self) -> BaseException:
+        """Return what ends the loader, now that every batch before it is delivered."""
+        assert self._end is not None
+        if self._last_ledger is not None:
+            self._ledger = self._last_ledger
+        return self._end()
 
     def _batch(self, outputs: Outputs, produced: Produced) -> Batch:
         filled, cu_seqlens = produced.filled, outputs.cu_seqlens
@@ -226,6 +283,10 @@ class Loader:
         """Return what happened to every conversation, token and slot up to the batch delivered last; see `Ledger`."""
         return self._ledger.report()
 
+    def stats(self) -> dict[str, Any]:
+        """Return where time and memory went so far; see `Stats` for the names and units."""
+        return self._stats.report()
+
     def explain(self, batch: Batch, row: int, col: int) -> Explanation:
         """Return which conversation, message, role and text a slot came from, and why it is trained or not.
 
@@ -243,8 +304,8 @@ class Loader:
 
     def close(self) -> None:
         """End the loader: `next` raises from now on. Batches already delivered stay valid. May be called twice."""
-        if self._end is None or self._end is StopIteration:
-            self._end = lambda: RuntimeError("the loader is closed; make a new one")
+        self._end = _closed
+        self._shut()
 
     def __enter__(self) -> Loader:
         """Return the loader; leaving the block closes it."""
@@ -252,6 +313,14 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _closed() -> RuntimeError:
+    return RuntimeError("the loader is closed; make a new one")
+
+
+def _interrupted() -> RuntimeError:
+    return RuntimeError("the loader was interrupted in the middle of a batch; make a new one")
 
 
 def _rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, int]:
@@ -269,13 +338,3 @@ def _rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int,
             os.environ["WORLD_SIZE"],
         )
     return 0, 1
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    try:
-        chosen = torch.device("cpu" if device is None else device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={device!r} is not a device of torch ({error}); only 'cpu' so far") from error
-    if chosen.type != "cpu":
-        raise ValueError(f"device={device!r} is not allowed; only 'cpu' so far")
-    return chosen

@@ -22,7 +22,7 @@ from nanopack.packing import Run, make_packer
 from nanopack.reading import Read, read_documents
 from nanopack.recipe import Recipe
 from nanopack.render import Document, make_renderer
-from nanopack.ring import Filled, Layout, Slot, Words
+from nanopack.ring import FILLING, READING, Filled, Layout, Signs, Slot, Words
 from nanopack.tokenizers import Tokenizer
 
 log = logging.getLogger("nanopack")
@@ -45,8 +45,14 @@ class Produced:
 class Producer:
     """Fills slots with the batches of a recipe, one after the other."""
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, recipe: Recipe, *, threads: int = 0) -> None:
-        """Raise ValueError where the tokenizer does not go with the template. See `read_documents` for `threads`."""
+    def __init__(
+        self, source: Source, tokenizer: Tokenizer, recipe: Recipe, *, threads: int = 0, signs: Signs | None = None
+    ) -> None:
+        """Raise ValueError where the tokenizer does not go with the template. See `read_documents` for `threads`.
+
+        What the producer is at is told by `signs`, if anybody looks.
+        """
+        self._signs = signs
         self.source = source
         self.recipe = recipe
         self.layout = Layout.of(recipe, tokenizer.vocab_size)
@@ -80,6 +86,8 @@ class Producer:
             return None
         if self.recipe.packing == "best_fit_crop":
             self._cut_what_was_cropped([run for row in rows for run in row])
+        if self._signs is not None:
+            self._signs.say(FILLING)
         filled = slot.fill(rows, self._documents)
         self._forget({run.document for row in rows for run in row})
         self._count_slots(filled)
@@ -101,7 +109,7 @@ class Producer:
 
     def _read(self) -> tuple[int, int] | None:
         """Read on until a document is good for packing; return its number and length, None at the end of the data."""
-        for read in self._reading:
+        while (read := self._read_on()) is not None:
             number = self._ledger.conversations_read
             self._ledger.conversations_read += 1
             if (words := self._words_of(read)) is not None:
@@ -115,6 +123,11 @@ class Producer:
                     f"dropped because nothing in it is trained, or skipped as bad; look at the first, or use loss='all'"
                 )
         return None
+
+    def _read_on(self) -> Read | None:
+        if self._signs is not None:
+            self._signs.say(READING, self.share.conversation(self._ledger.conversations_read))
+        return next(self._reading, None)
 
     def _words_of(self, read: Read) -> Words | None:
         """Return what the packing gets of one conversation, None if it is skipped or dropped; count what is lost."""

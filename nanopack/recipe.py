@@ -51,15 +51,14 @@ class Recipe:
         for name in ("packing", "loss", "weights", "template", "on_error"):
             _check_choice(name, getattr(self, name))
         for name in ("overlap", "boundary_loss"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; use True or False")
+            check_bool(name, getattr(self, name))
         for name in ("batch_size", "seq_len", "refill", "world_size"):
-            _check_int(name, getattr(self, name), least=1)
+            check_int(name, getattr(self, name), least=1)
         for name in ("max_pieces", "max_tokens", "window", "max_age", "epochs"):
             if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), least=1, or_none=True)
-        _check_int("ignore_index", self.ignore_index, least=-(2**63), most=2**63 - 1)
-        _check_int("rank", self.rank, least=0, most=self.world_size - 1, why=f" with world_size={self.world_size}")
+                check_int(name, getattr(self, name), least=1, or_none=True)
+        check_int("ignore_index", self.ignore_index, least=-(2**63), most=2**63 - 1)
+        check_int("rank", self.rank, least=0, most=self.world_size - 1, why=f" with world_size={self.world_size}")
         if self.batch_size * self.seq_len > MAX_SLOTS:
             raise ValueError(
                 f"batch_size={self.batch_size} times seq_len={self.seq_len} is {self.batch_size * self.seq_len} tokens "
@@ -125,9 +124,16 @@ def _check_choice(name: str, value: object) -> None:
         raise ValueError(f"{name}={value!r} is not allowed; use one of {', '.join(map(repr, allowed))}")
 
 
-def _check_int(
+def check_bool(name: str, value: object) -> None:
+    """Raise ValueError unless the argument is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is not allowed; use True or False")
+
+
+def check_int(
     name: str, value: object, *, least: int, most: int | None = None, or_none: bool = False, why: str = ""
 ) -> None:
+    """Raise ValueError unless the argument is an int within these bounds."""
     # bool is an int in Python; batch_size=True is a mistake all the same
     if isinstance(value, int) and not isinstance(value, bool) and least <= value and (most is None or value <= most):
         return

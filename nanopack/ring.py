@@ -136,14 +136,56 @@ class Layout:
         return _round_up(words, ALIGN_BYTES) + _round_up(pieces, ALIGN_BYTES) + _round_up(cu, ALIGN_BYTES)
 
 
-class Ring:
-    """Slots side by side in one run of memory, which a forked process shares. It has no name in the system."""
+# What a producer can be at.
+WAITING, READING, FILLING = range(3)
+_DOING = ("waiting for a free slot", "reading and tokenizing conversation {}", "filling a slot")
 
-    def __init__(self, layout: Layout, slots: int) -> None:
-        self.nbytes = slots * layout.nbytes
+
+class Signs:
+    """What the producer is at, where the trainer can see it without a message: three numbers in shared memory."""
+
+    def __init__(self, numbers: np.ndarray) -> None:
+        """Use (3,) int64."""
+        self._numbers = numbers
+
+    @property
+    def posted(self) -> int:
+        """Messages that the producer has sent or is sending."""
+        return int(self._numbers[0])
+
+    @posted.setter
+    def posted(self, count: int) -> None:
+        self._numbers[0] = count
+
+    def say(self, doing: int, conversation: int = 0) -> None:
+        """Tell what is going on."""
+        self._numbers[1] = doing
+        self._numbers[2] = conversation
+
+    def __str__(self) -> str:
+        return _DOING[int(self._numbers[1])].format(int(self._numbers[2]))
+
+
+class Ring:
+    """Slots side by side in one run of memory, which the producer's process shares, and the producer's signs."""
+
+    def __init__(self, layout: Layout, slots: int, memory: Any = None) -> None:
+        """Use `memory`, a shared buffer of `bytes_of(layout, slots)`, or make some that a forked process shares."""
+        self._arguments = layout, slots, memory
         # pages of no file: they need no room in /dev/shm, and go when the last process that maps them does
-        self.buffer = np.frombuffer(mmap.mmap(-1, self.nbytes), np.uint8)
+        buffer = np.frombuffer(mmap.mmap(-1, self.bytes_of(layout, slots)) if memory is None else memory, np.uint8)
+        aligned = buffer[-buffer.ctypes.data % ALIGN_BYTES :]
+        self.signs = Signs(aligned[:24].view(np.int64))
+        self.buffer = aligned[ALIGN_BYTES : ALIGN_BYTES + slots * layout.nbytes]
         self.slots = [Slot(layout, part) for part in self.buffer.reshape(slots, -1)]
+
+    def __reduce__(self) -> tuple[type[Ring], tuple[Any, ...]]:
+        return Ring, self._arguments
+
+    @staticmethod
+    def bytes_of(layout: Layout, slots: int) -> int:
+        """Return how much memory a ring takes: slots, signs, and what aligning them may cost."""
+        return slots * layout.nbytes + 2 * ALIGN_BYTES
 
 
 class Slot:

@@ -33,6 +33,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 Kernel = Callable[[Any, Any], None]
@@ -73,6 +74,12 @@ class Device(Protocol):
 
     def capturing(self) -> bool:
         """Return whether the current stream is being captured into a graph."""
+
+    def pin(self, memory: np.ndarray) -> None:
+        """Make host memory known to the device, so that copies from it are asynchronous."""
+
+    def unpin(self, memory: np.ndarray) -> None:
+        """Take that back, before the memory goes."""
 
 
 class Cuda:
@@ -135,9 +142,26 @@ class Cuda:
         with torch.cuda.device(self.device):
             return torch.cuda.is_current_stream_capturing()
 
+    def pin(self, memory: np.ndarray) -> None:
+        """Register host memory, which may be shared with another process, as pinned for every context (flag 1)."""
+        self._check(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 1), "pinning", memory)
+
+    def unpin(self, memory: np.ndarray) -> None:
+        """Take that back, before the memory goes."""
+        self._check(torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data), "unpinning", memory)
+
+    def _check(self, code: Any, what: str, memory: np.ndarray) -> None:
+        if int(code) != 0:
+            raise RuntimeError(
+                f"{what} {memory.nbytes} bytes of host memory failed with CUDA error {int(code)}; use a smaller "
+                f"prefetch, or raise the limit of locked memory (ulimit -l)"
+            )
+
 
 class Cpu:
     """The host itself: one stream, and what is queued is done at once."""
+
+    device = torch.device("cpu")
 
     def current_stream(self) -> None:
         """Return the only stream."""
@@ -176,6 +200,30 @@ class Cpu:
     def capturing(self) -> bool:
         """Return False: there are no graphs."""
         return False
+
+    def pin(self, memory: np.ndarray) -> None:
+        """Do nothing: the host reads its own memory."""
+
+    def unpin(self, memory: np.ndarray) -> None:
+        """Do nothing: the host reads its own memory."""
+
+
+def open_device(device: str | torch.device | None) -> Cuda | Cpu:
+    """Return the device of that name; None means the current GPU where there is one, else the CPU."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r} is not a device of torch ({error}); use 'cuda', 'cpu' or None") from error
+    if chosen.type == "cuda" and torch.cuda.is_available():
+        return Cuda(chosen)
+    if chosen.type == "cpu":
+        return Cpu()
+    why = (
+        "there is no CUDA device here" if chosen.type == "cuda" else "only CUDA (ROCm included) and the CPU are served"
+    )
+    raise ValueError(f"device={device!r} is not allowed: {why}; use 'cpu' and move the batches yourself")
 
 
 class Upload:

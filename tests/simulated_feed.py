@@ -20,7 +20,7 @@ from simulated import RUBBISH_BYTE, Actor, Block, Clock, Fault, SimulatedDevice
 
 from nanopack import Loader, reference
 from nanopack.batch import Batch
-from nanopack.feed import News
+from nanopack.feed import End, News
 from nanopack.producer import Produced, Producer
 from nanopack.ring import Slot
 from nanopack.tokenizers import NANOCHAT_SPECIAL_TOKENS
@@ -43,7 +43,7 @@ class Data:
     batches: list[Batch]
     produced: list[tuple[np.ndarray, Produced]]
     """The used bytes of each slot, and its facts: what the real producer gave."""
-    end: Exception
+    end: Exception | End
     """What it gave after them."""
 
 
@@ -71,10 +71,10 @@ def data(number: int) -> Data:
     with contextlib.suppress(ValueError):
         for batch in reference.batches(conversations, TOKENIZER, **arguments):
             batches.append(batch)
-    return Data(conversations, arguments, batches, *_produce(Loader(conversations, TOKENIZER, **arguments)))
+    return Data(conversations, arguments, batches, *_produce(Loader(conversations, TOKENIZER, workers=0, **arguments)))
 
 
-def _produce(loader: Loader) -> tuple[list[tuple[np.ndarray, Produced]], Exception]:
+def _produce(loader: Loader) -> tuple[list[tuple[np.ndarray, Produced]], Exception | End]:
     producer = Producer(loader.source, loader.tokenizer, loader.recipe)
     slot = Slot(producer.layout, np.zeros(producer.layout.nbytes, np.uint8))
     slots = []
@@ -83,7 +83,7 @@ def _produce(loader: Loader) -> tuple[list[tuple[np.ndarray, Produced]], Excepti
             slots.append((slot.buffer[: produced.filled.used_bytes].copy(), produced))
     except ValueError as error:
         return slots, error
-    return slots, StopIteration()
+    return slots, End(producer.ledger)
 
 
 class SimulatedFeed:
@@ -100,7 +100,7 @@ class SimulatedFeed:
         self._hasty = hasty
         self.lag = 0.2
         self._actor: Actor = device.host if inline else device.actor("the producer")
-        self._news: deque[tuple[News | Exception, Clock]] = deque()
+        self._news: deque[tuple[News | End | Exception, Clock]] = deque()
         self._free: deque[tuple[int, Clock]] = deque((slot, self._actor.clock) for slot in range(len(slots)))
         self._work = self._fill()
         if not inline:
@@ -140,10 +140,10 @@ class SimulatedFeed:
     def _touch(self, slot: int) -> None:
         self._device.touch(self._slots[slot], self._actor, self._actor.tick(), write=True, what="filling")
 
-    def _post(self, news: News | Exception) -> None:
+    def _post(self, news: News | End | Exception) -> None:
         self._news.append((news, self._actor.clock))
 
-    def take(self, *, wait: bool) -> News | None:
+    def take(self, *, wait: bool) -> News | End | None:
         """As `nanopack.feed.Feed.take`; without `wait`, what is ready may still be in the pipe."""
         self._device.pause()
         if wait:
@@ -154,7 +154,7 @@ class SimulatedFeed:
             return None
         news, clock = self._news.popleft()
         self._device.host.learn(clock)
-        if isinstance(news, News):
+        if isinstance(news, (News, End)):
             return news
         try:
             raise news
@@ -165,6 +165,11 @@ class SimulatedFeed:
         """As `nanopack.feed.Feed.free`."""
         assert slot not in self.slots, f"slot {slot} is given back twice"
         self._free.append((slot, self._device.host.clock))
+
+    @property
+    def ready(self) -> int:
+        """As `nanopack.feed.Feed.ready`."""
+        return len(self._news)
 
     def close(self) -> None:
         """End the producer, and wait until it has ended."""

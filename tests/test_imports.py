@@ -24,12 +24,16 @@ ORDER = [
     "ledger",
     "producer",
     "feed",
+    "process",
     "upload",
     "kernels",
     "executor",
     "batch",
+    "memory",
+    "stats",
     "explain",
     "loader",
+    "reference_documents",
     "reference",
     "verify",
     "cli",
@@ -69,7 +73,7 @@ def test_packing_knows_neither_tensors_nor_tokens():
     assert not outside & {"torch", "numpy", "tiktoken", "triton", "nanopack"}
 
 
-@pytest.mark.parametrize("stage", ["reading", "ring", "producer"])
+@pytest.mark.parametrize("stage", ["reading", "ring", "producer", "process"])
 def test_what_the_producer_runs_needs_no_torch(stage):
     assert not {name.split(".")[0] for name in imported(ROOT / "nanopack" / f"{stage}.py")} & {"torch", "triton"}
 
@@ -80,13 +84,13 @@ def test_kernels_import_torch_and_triton_only():
         assert outside <= {"torch", "triton", "pack_torch"}, path
 
 
-def test_the_reference_shares_no_code_with_the_fast_path():
-    own = stages(ROOT / "nanopack" / "reference.py")
-    assert own <= {"batch", "tokenizers", "conversations"}
-    source = (ROOT / "nanopack" / "reference.py").read_text(encoding="utf-8")
-    taken = {alias.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)
-             and node.module == "nanopack.conversations" for alias in node.names}  # fmt: skip
-    assert taken <= {"ConversationError"}
+@pytest.mark.parametrize("half", ["reference", "reference_documents"])
+def test_the_reference_shares_no_code_with_the_fast_path(half):
+    path = ROOT / "nanopack" / f"{half}.py"
+    assert stages(path) <= {"batch", "tokenizers", "conversations", "reference_documents"}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "nanopack.conversations":
+            assert [alias.name for alias in node.names] == ["ConversationError"]
 
 
 def test_importing_nanopack_imports_nothing_heavy_beside_torch():

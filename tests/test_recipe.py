@@ -50,7 +50,10 @@ BAD = [
     ({"on_error": "ignore"}, "on_error='ignore' is not allowed; use one of 'raise', 'skip'"),
     ({"executor": "cuda"}, "executor='cuda' is not allowed; use 'triton', 'torch' or None"),
     ({"device": "gpu"}, "device='gpu' is not a device of torch"),
-    ({"device": "meta"}, "device='meta' is not allowed"),
+    ({"device": "meta"}, "device='meta' is not allowed: only CUDA"),
+    ({"prefetch": 0}, "prefetch=0 is not allowed; use an int from 1 upwards"),
+    ({"static": 1}, "static=1 is not allowed; use True or False"),
+    ({"overlap_copy": None}, "overlap_copy=None is not allowed; use True or False"),
     ({"workers": -1}, "workers=-1 is not allowed"),
     ({"workers": False}, "workers=False is not allowed"),
 ]

@@ -263,7 +263,7 @@ def test_document_longer_than_a_row_is_cut_before_it_waits(packing):
 
 
 def test_pad_gives_each_row_one_document():
-    found = take(2, texts("a", "b", "c"), packing="pad", batch_size=2, seq_len=5)
+    found = take(2, texts("a", "bb", "c"), packing="pad", batch_size=2, seq_len=5, window=3)
     assert read(found) == [[0, 1], [2, 0]]
     assert facts(found, "epoch", "progress", "last") == [(1, 2 / 3, False), (2, 4 / 3, True)]
 
@@ -274,7 +274,7 @@ STARVING = texts("a", "bbb", "ccc", "ddd")
 @pytest.mark.parametrize(
     "packing, max_age, rows",
     [
-        ("best_fit", 2, [[1], [2], [0, 0], [3]]),
+        ("best_fit", 2, [[1], [2], [0, 0], [3], [1], [2], [3], [1]]),
         ("best_fit", 3, [[1], [2], [3], [0, 0]]),
         ("best_fit", None, [[1], [2], [3], [0, 0]]),
         ("best_fit", 1, [[1], [0], [2], [3]]),
@@ -282,8 +282,15 @@ STARVING = texts("a", "bbb", "ccc", "ddd")
     ],
 )
 def test_document_that_waited_max_age_rows_opens_the_next_one(packing, max_age, rows):
-    found = take(4, STARVING, packing=packing, batch_size=1, seq_len=3, window=2, max_age=max_age)
+    found = take(len(rows), STARVING, packing=packing, batch_size=1, seq_len=3, window=2, max_age=max_age)
     assert read(found) == rows
+
+
+def test_only_one_document_a_row_is_placed_for_its_age():
+    four = texts("a", "b", "cccc", "dd")
+    found = take(2, four, packing="best_fit", batch_size=1, seq_len=4, window=3, max_age=1)
+    # Conversation 1 has waited as long as 0, but 3 is longer and fits.
+    assert read(found) == [[2], [0, 3]]
 
 
 def test_refill_reads_in_chunks():
@@ -415,10 +422,13 @@ def test_weight_sum_is_exact():
 
 
 def test_too_many_pieces_is_an_error_that_names_the_argument():
+    two = texts("abcde", "a")
     arguments: dict[str, Any] = {"packing": "pad", "batch_size": 2, "seq_len": 5, "max_pieces": 1}
-    with pytest.raises(ValueError, match=r"max_pieces=1: batch 0 has 4 .* for 2\. Pass max_pieces=2 or"):
-        take(1, texts("a"), extras=("cu_seqlens",), **arguments)
-    assert only(texts("a"), **arguments).cu_seqlens is None
+    with pytest.raises(ValueError, match=r"max_pieces=1: batch 0 has 3 .* for 2\. Pass max_pieces=2 or"):
+        take(1, two, extras=("cu_seqlens",), **arguments)
+    assert only(two, **arguments).cu_seqlens is None
+    enough = only(two, extras=("cu_seqlens",), **{**arguments, "max_pieces": 2})
+    assert enough.cu_seqlens.tolist() == [0, 5, 7, 10, 10]
 
 
 @pytest.mark.parametrize(
@@ -445,8 +455,9 @@ def test_stream_keeps_what_trains_nothing():
 
 
 def test_bits_are_counted_after_the_boundary_is_cleared():
-    found = take(None, texts("", "a"), packing="pad", batch_size=1, seq_len=1, boundary_loss=False, epochs=1)
-    assert read(found) == [[1]]
+    arguments = {"packing": "pad", "batch_size": 1, "seq_len": 1, "boundary_loss": False, "epochs": 1}
+    assert read(take(None, texts("", "a"), **arguments)) == [[1]]
+    assert read(take(None, texts("", "a"), loss="all", **arguments)) == [[0], [1]]
 
 
 def test_endless_pass_without_a_document_is_an_error():

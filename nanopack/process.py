@@ -1,0 +1,320 @@
+"""Run the producer in a process of its own, so that no Python runs beside the trainer's.
+
+    trainer's process                                   producer's process
+    Process.take(), Process.free()   <- news, a pipe -   _serve(): Producer.produce(slot)
+                                      - free slots ->
+    both map the ring; `Signs` in it tells at a glance what the producer is at
+
+A death shows as the end of the pipe and not as a timeout: nobody but the producer holds the writing end of the news.
+The producer ends when the pipe of free slots does, and in any case when its parent is another one than at the start,
+which also happens when a third process, forked from the trainer, still holds the trainer's ends of the pipes.
+
+On Linux the producer is forked: it needs no pickling and no `__main__` guard, and it touches neither torch's threads
+nor CUDA, which do not survive a fork. Elsewhere it is spawned, and what it gets must be picklable.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+import weakref
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from nanopack.conversations import Source
+from nanopack.feed import End, News
+from nanopack.producer import Producer
+from nanopack.recipe import Recipe
+from nanopack.ring import WAITING, Layout, Ring
+from nanopack.tokenizers import Tokenizer
+
+log = logging.getLogger("nanopack")
+
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+# Seconds: when a wait is worth a warning, and between looks at whether the trainer still lives.
+STALL = 1.5
+WATCH = 0.3
+# Seconds that close() leaves a producer to end by itself.
+GRACE = 0.1
+
+
+class ProducerError(RuntimeError):
+    """The producer process is gone, or was stopped by what is no ordinary exception."""
+
+
+class ProducerTraceback(Exception):
+    """The traceback of an error as the producer process saw it; the cause of the error raised in the trainer's."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What stopped the producer, as it travels over the pipe."""
+
+    error: bytes | None
+    """The exception, pickled; None if it cannot be, or is no ordinary one."""
+    summary: str
+    trace: str
+
+
+class Process:
+    """A feed whose producer runs in a process of its own. See `Feed` for what its methods do."""
+
+    def __init__(
+        self, source: Source, tokenizer: Tokenizer, recipe: Recipe, layout: Layout, slots: int, threads: int
+    ) -> None:
+        """Start the process. Raises ValueError where it cannot be started here, and says what else is possible."""
+        context = multiprocessing.get_context(START_METHOD)
+        size = Ring.bytes_of(layout, slots)
+        self.ring = Ring(layout, slots, None if START_METHOD == "fork" else context.RawArray("B", size))
+        self._news, news = context.Pipe(duplex=False)
+        free, self._free = context.Pipe(duplex=False)
+        self._received = 0
+        self._closed = False
+        self._trainer = os.getpid()
+        self._lock = threading.RLock()
+        _open.add(self)
+        arguments = (source, tokenizer, recipe, threads, self.ring, news, free, self._trainer)
+        self._process: Any = context.Process(target=_serve, args=arguments, name="nanopack producer", daemon=True)
+        try:
+            _start(self._process)
+        finally:
+            news.close()
+            free.close()
+        for slot in range(slots):
+            self._free.send(slot)
+
+    def take(self, *, wait: bool) -> News | End | None:
+        """Return the next ready slot, or the end; without `wait`, None if there is none yet."""
+        if os.getpid() != self._trainer:
+            raise RuntimeError(f"this loader belongs to process {self._trainer}; make one in this process")
+        with self._lock:
+            while wait or self.ready:
+                message = self._receive()
+                if isinstance(message, logging.LogRecord):
+                    log.handle(message)
+                    continue
+                self._received += 1
+                if isinstance(message, Failure):
+                    raise _raised(message)
+                return message
+        return None
+
+    def free(self, slot: int) -> None:
+        """Give a slot back to be filled again."""
+        # a producer that is gone will be noticed where news is expected of it, after the batches that are ready
+        with contextlib.suppress(OSError):
+            self._free.send(slot)
+
+    @property
+    def ready(self) -> int:
+        """Messages that are waiting to be taken."""
+        return self.ring.signs.posted - self._received
+
+    def close(self) -> None:
+        """End the process, whatever it is at. May be called twice, and from another thread while one waits."""
+        if os.getpid() != self._trainer:
+            return
+        self._closed = True
+        with contextlib.suppress(OSError):
+            self._free.close()
+        # a producer that waits for a slot ends by itself; one that is busy or stopped is ended, and wakes who waits
+        self._process.join(GRACE)
+        self._process.kill()
+        self._process.join()
+        with self._lock:
+            self._news.close()
+        _open.discard(self)
+
+    def disown(self) -> None:
+        """In a process forked from the trainer: let go of its ends of the pipes."""
+        self._news.close()
+        self._free.close()
+
+    def _receive(self) -> Any:
+        """Return the next message, however long it takes; tell the log when that is long."""
+        waited, patience = 0.0, STALL
+        began = time.monotonic()
+        try:
+            while not self._news.poll(patience - waited):
+                waited = time.monotonic() - began
+                if waited >= patience:
+                    log.warning("%s", self._describe_stall(waited))
+                    patience *= 2
+            return self._news.recv()
+        except (EOFError, OSError, pickle.UnpicklingError) as error:
+            if self._closed:
+                raise RuntimeError("the loader is closed; make a new one") from None
+            raise self._death() from error
+
+    def _describe_stall(self, waited: float) -> str:
+        pid = self._process.pid
+        stopped = ""
+        # the state of a process is the field behind its name, which is in brackets; only Linux tells
+        with contextlib.suppress(OSError, IndexError):
+            with open(f"/proc/{pid}/stat") as file:
+                state = file.read().rsplit(")", 1)[1].split()[0]
+            stopped = ", stopped by a signal (SIGCONT lets it go on)" if state in "Tt" else ""
+        return f"waited {waited:.1f} s for the producer process (pid {pid}{stopped}): {self.ring.signs}"
+
+    def _death(self) -> ProducerError:
+        self._process.join(1)
+        code, doing = self._process.exitcode, self.ring.signs
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name
+            hint = "; the system kills so when memory runs out" if name == "SIGKILL" else ""
+            return ProducerError(f"the producer process (pid {self._process.pid}) was killed by {name} ({doing}){hint}")
+        return ProducerError(f"the producer process (pid {self._process.pid}) exited with code {code} ({doing})")
+
+
+_open: weakref.WeakSet[Process] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for process in list(_open):
+        process.close()
+
+
+def _disown_all() -> None:
+    for process in list(_open):
+        process.disown()
+
+
+# behind multiprocessing's own, so run before it: that one would wait for a producer that is stopped
+atexit.register(_close_all)
+# whoever else is forked from the trainer must not keep the pipes open
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown_all)
+
+
+def _start(process: Any) -> None:
+    """Start the process; Ctrl-C meanwhile is the trainer's, and comes when the process stands."""
+    if hasattr(signal, "pthread_sigmask"):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with warnings.catch_warnings():
+            # Python warns of forking beside threads: the producer uses no lock that one of them could hold
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process.start()
+    except AssertionError as error:
+        raise ValueError(
+            "workers=1 and more start a process, which a daemonic process such as a DataLoader's worker may not; "
+            "use workers=0 there"
+        ) from error
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"workers=1 and more start a process, for which conversations and tokenizer must be picklable on this "
+            f"platform ({error}); pass files, or use workers=0"
+        ) from error
+    finally:
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _serve(
+    source: Source,
+    tokenizer: Tokenizer,
+    recipe: Recipe,
+    threads: int,
+    ring: Ring,
+    news: Connection,
+    free: Connection,
+    trainer: int,
+) -> None:
+    """Be the producer process: fill each slot that comes free, in order, until the data or the trainer end."""
+    try:
+        _settle(news, trainer)
+        _produce(Producer(source, tokenizer, recipe, threads=threads, signs=ring.signs), ring, news, free)
+    except (EOFError, BrokenPipeError):
+        pass  # the trainer has closed the loader, or is gone
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            _post(_failure(error), ring, news)
+    finally:
+        # nothing here is worth waiting for, and what the trainer had in its buffers is not ours to write
+        os._exit(0)
+
+
+def _produce(producer: Producer, ring: Ring, news: Connection, free: Connection) -> None:
+    while True:
+        ring.signs.say(WAITING)
+        slot = free.recv()
+        produced = producer.produce(ring.slots[slot])
+        if produced is None:
+            return _post(End(producer.ledger), ring, news)
+        _post(News(slot, produced), ring, news)
+
+
+def _post(message: News | End | Failure, ring: Ring, news: Connection) -> None:
+    # counted before it is sent: whoever sees the count finds the message, at the latest in a moment
+    ring.signs.posted += 1
+    news.send(message)
+
+
+def _settle(news: Connection, trainer: int) -> None:
+    """Leave behind what a forked process has of its parent, and end with it."""
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    # Ctrl-C goes to the whole group: the trainer decides what it means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    if "torch" in sys.modules:
+        # a data set may use torch, whose threads are not there any more
+        sys.modules["torch"].set_num_threads(1)
+    gc.freeze()
+    log.handlers, log.propagate = [_ToTrainer(news)], False
+    threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
+
+
+def _end_with(trainer: int) -> None:
+    while os.getppid() == trainer:
+        time.sleep(WATCH)
+    os._exit(1)
+
+
+class _ToTrainer(logging.Handler):
+    """Sends what the producer logs to the trainer's process, where the handlers are."""
+
+    def __init__(self, news: Connection) -> None:
+        super().__init__()
+        self._news = news
+
+    def emit(self, record: logging.LogRecord) -> None:
+        record.msg, record.args, record.exc_info = record.getMessage(), None, None
+        self._news.send(record)
+
+
+def _failure(error: BaseException) -> Failure:
+    pickled = None
+    if isinstance(error, Exception):
+        with contextlib.suppress(Exception):
+            pickled = pickle.dumps(error)
+            pickle.loads(pickled)
+    summary = f"the producer was stopped by {type(error).__name__}: {error}"
+    return Failure(pickled, summary, "".join(traceback.format_exception(error)))
+
+
+def _raised(failure: Failure) -> Exception:
+    error: Exception
+    try:
+        error = pickle.loads(failure.error) if failure.error else ProducerError(failure.summary)
+    except Exception:
+        error = ProducerError(failure.summary)
+    error.__cause__ = ProducerTraceback(failure.trace)
+    return error

@@ -1,0 +1,180 @@
+"""The slow packer's documents: files read whole, records checked, conversations rendered token by token.
+
+    conversations   ->   open_records(), conversation(), render()   ->   tokens (id, trained)
+                                                                         reference.py packs them
+
+The first half of the definition. It shares nothing with the fast path but the tokenizing of one string and the name
+of an error.
+"""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import gzip
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from nanopack.conversations import ConversationError
+from nanopack.tokenizers import Tokenizer
+
+FLOAT32_MAX = 3.4028234663852886e38
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+
+# Reading: where each record stands, and a function that reads it. A broken line errs when its turn comes.
+
+Record = tuple[str, Callable[[], object]]
+
+
+def open_records(conversations: Any) -> list[Record]:
+    """Return for every conversation where it stands, and a function that reads it."""
+    paths = [conversations] if isinstance(conversations, (str, os.PathLike)) else conversations
+    if isinstance(paths, (list, tuple)) and paths and isinstance(paths[0], (str, os.PathLike)):
+        return [record for path in paths for file in _files(os.fspath(path)) for record in _file(file)]
+    n = len(conversations)
+    return [(f"conversation {index}", partial(conversations.__getitem__, index)) for index in range(n)]
+
+
+def _files(path: str) -> list[str]:
+    # A file that is named like a pattern is meant itself.
+    files = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+    if not files:
+        raise ValueError(f"conversations={path!r}: no such file. Pass a path or a pattern that matches.")
+    return files
+
+
+def _file(path: str) -> list[Record]:
+    if path.lower().endswith(".parquet"):
+        import pyarrow.parquet
+
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+        return [(f"{path} row {index}", partial(dict, row)) for index, row in enumerate(rows)]
+    if not path.lower().endswith((".jsonl", ".jsonl.gz")):
+        raise ValueError(f"conversations={path!r}: unknown kind. Pass .jsonl, .jsonl.gz or .parquet files.")
+    data = Path(path).read_bytes()
+    data = gzip.decompress(data) if path.lower().endswith(".gz") else data
+    lines = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    return [(f"{path}:{number}", partial(_parse, line)) for number, line in numbered]
+
+
+def _parse(line: bytes) -> object:
+    # Decoded here: json.loads would guess at UTF-16 too.
+    return json.loads(line.decode())
+
+
+# Checking: every accepted shape becomes (messages, text, weight). Messages are (role, content); the template
+# that renders them checks what they are.
+
+Messages = list[tuple[object, object]]
+
+
+def conversation(record: object) -> tuple[Messages, str | None, float]:
+    """Return messages, text and weight of a record; ConversationError where it is none."""
+    if isinstance(record, (list, tuple)):
+        record = {"messages": record}
+    if not isinstance(record, Mapping):
+        raise ConversationError(f"it is a {type(record).__name__}; it must be a dict or a list of messages")
+    # A Parquet file has every column in every row: what is null is not there.
+    shapes = [key for key in ("messages", "conversations", "text") if record.get(key) is not None]
+    if len(shapes) != 1:
+        raise ConversationError("it must have exactly one of 'messages', 'conversations' and 'text'")
+    weight = 1.0 if record.get("weight") is None else record["weight"]
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= float(weight) <= FLOAT32_MAX:
+        raise ConversationError(f"weight is {weight!r}; it must be a number from 0 that float32 can hold")
+    if shapes == ["messages"]:
+        return _messages(record["messages"], "role", "content"), None, float(weight)
+    if shapes == ["conversations"]:
+        messages = _messages(record["conversations"], "from", "value")
+        return [(SHAREGPT_ROLES.get(str(role), role), value) for role, value in messages], None, float(weight)
+    if not isinstance(record["text"], str):
+        raise ConversationError("its text must be a string")
+    return [], record["text"], float(weight)
+
+
+def _messages(messages: object, role: str, content: str) -> Messages:
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ConversationError("its messages must be a list of at least one")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or role not in message or content not in message:
+            raise ConversationError(f"message {index}: it must be a dict with {role!r} and {content!r}")
+    return [(message[role], message[content]) for message in messages]
+
+
+def _string(index: int, content: object) -> str:
+    if not isinstance(content, str):
+        raise ConversationError(f"message {index}: content is a {type(content).__name__}, not a string")
+    return content
+
+
+# Rendering: a conversation becomes tokens, (id, trained). A template yields what is encoded in one go:
+# ("special", the special token, trained) or ("text", the text, trained).
+
+Span = tuple[str, str, bool]
+
+
+def render(messages: Messages, text: str | None, coder: Tokenizer, template: str) -> list[tuple[int, bool]]:
+    """Return the tokens (id, trained) of a conversation."""
+    if text is not None:
+        spans: Iterator[Span] = iter([("text", text, True)])
+    else:
+        spans = _nanochat(messages) if template == "nanochat" else _chatml(messages)
+    # Plain text is trained throughout, the first token included.
+    tokens = [(coder.bos_id, text is not None)]
+    for kind, string, trained in spans:
+        # Only a template makes special tokens: what looks like one in a message stays text.
+        ids = [coder.special_id(string)] if kind == "special" else coder.encode(string)
+        tokens += [(int(id), trained) for id in ids]
+    return tokens
+
+
+def _nanochat(messages: Messages) -> Iterator[Span]:
+    merged = 0
+    if len(messages) > 1 and messages[0][0] == "system" and messages[1][0] == "user":
+        # A system message has no tokens of its own: it is put before the first question.
+        both = _string(0, messages[0][1]) + "\n\n" + _string(1, messages[1][1])
+        messages, merged = [("user", both), *messages[2:]], 1
+    for index, (role, content) in enumerate(messages, start=merged):
+        expected = "user" if index % 2 == merged else "assistant"
+        if role != expected:
+            raise ConversationError(f"message {index}: role is {role!r}; it must be {expected!r} here")
+        yield "special", f"<|{role}_start|>", False
+        if role == "user":
+            yield "text", _string(index, content), False
+        elif isinstance(content, (list, tuple)):
+            for part in content:
+                yield from _nanochat_part(index, part)
+        else:
+            yield "text", _string(index, content), True
+        # The assistant's end is trained: the model must learn to stop.
+        yield "special", f"<|{role}_end|>", role == "assistant"
+
+
+def _nanochat_part(index: int, part: object) -> Iterator[Span]:
+    kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else (None, None)
+    if kind not in ("text", "python", "python_output") or not isinstance(text, str):
+        raise ConversationError(f"message {index}: a part is not a text, python or python_output with a text")
+    if kind == "text":
+        yield "text", text, True
+        return
+    # What the interpreter prints is not trained: the model does not say it.
+    name, trained = ("python", True) if kind == "python" else ("output", False)
+    yield "special", f"<|{name}_start|>", trained
+    yield "text", text, trained
+    yield "special", f"<|{name}_end|>", trained
+
+
+def _chatml(messages: Messages) -> Iterator[Span]:
+    for index, (role, content) in enumerate(messages):
+        if role not in ("system", "user", "assistant"):
+            raise ConversationError(f"message {index}: role is {role!r}; not system, user or assistant")
+        yield "special", "<|im_start|>", False
+        yield "text", f"{role}\n", False
+        yield "text", _string(index, content), role == "assistant"
+        yield "special", "<|im_end|>", role == "assistant"
+        yield "text", "\n", False

@@ -1,0 +1,55 @@
+"""Count where time and memory went, as the caller of `next` feels it.
+
+Loader.__next__ counts   ->   Stats.report()   ->   loader.stats()
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from nanopack.batch import Batch
+from nanopack.producer import Produced
+
+
+class Stats:
+    """Running totals of one loader. Every name in `report` says its unit."""
+
+    def __init__(self, ring_bytes: int) -> None:
+        self._ring_bytes = ring_bytes
+        self._began = time.perf_counter()
+        self.waited_for_producer = 0.0
+        self.queued = 0
+        self._in_next = 0.0
+        self._batches = self._tokens = self._slots = self._bytes = self._longest_wait = 0
+
+    def count(self, batch: Batch, produced: Produced, seconds: float) -> None:
+        """Add a batch that is delivered, and how long `next` took."""
+        self._batches += 1
+        self._tokens += batch.num_tokens
+        self._slots += batch.inputs.numel()
+        self._bytes += produced.filled.used_bytes
+        self._longest_wait = produced.longest_wait
+        self._in_next += seconds
+
+    def report(self) -> dict[str, Any]:
+        """Return the totals since the loader was made.
+
+        batches, tokens (without padding), tokens_per_s (of wall time, the caller's own work included), padding (share
+        of the slots), next_s (seconds in `next`), waited_for_producer_s (of these, with nothing ready), bytes_copied,
+        longest_wait_rows (of a document, for its row), queue_depth (batches ready when `next` last returned),
+        ring_bytes (shared memory of the slots).
+        """
+        elapsed = time.perf_counter() - self._began
+        return {
+            "batches": self._batches,
+            "tokens": self._tokens,
+            "tokens_per_s": self._tokens / elapsed,
+            "padding": 1 - self._tokens / self._slots if self._slots else 0.0,
+            "next_s": self._in_next,
+            "waited_for_producer_s": self.waited_for_producer,
+            "bytes_copied": self._bytes,
+            "longest_wait_rows": self._longest_wait,
+            "queue_depth": self.queued,
+            "ring_bytes": self._ring_bytes,
+        }
