@@ -1,0 +1,87 @@
+"""How long does each stage take for the batches of the shipped conversations?  make bench
+
+Medians of each stage alone, on one core: rendering, packing (lengths only), filling a slot, the torch executor, and the
+whole loader in the caller's thread. What counts is their share of the whole, in one run; the times are this machine's.
+"""
+
+from __future__ import annotations
+
+import itertools
+from importlib import resources
+
+import pytest
+import torch
+
+from nanopack import Loader
+from nanopack.conversations import check, open_conversations
+from nanopack.executor import make_kernel, make_outputs
+from nanopack.packing import PACKINGS, make_packer
+from nanopack.producer import Producer
+from nanopack.recipe import Recipe
+from nanopack.render import make_renderer
+from nanopack.ring import Ring
+from nanopack.tokenizers import load_tokenizer
+
+FILE = str(resources.files("nanopack") / "data" / "conversations.jsonl")
+TOKENIZER = load_tokenizer("chat32k")
+RECIPE = Recipe(batch_size=32, seq_len=2048, epochs=1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """One thread of torch, so that a stage is compared with a stage."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_rendering(benchmark):
+    render, source = make_renderer(TOKENIZER, "nanochat"), open_conversations(FILE)
+    conversations = [check(source[i]) for i in range(len(source))]
+    benchmark.pedantic(lambda: [render(c) for c in conversations], rounds=5, warmup_rounds=1)
+
+
+def test_the_tokenizer_alone(benchmark):
+    source = open_conversations(FILE)
+    texts = [
+        part if isinstance(part, str) else part.text
+        for i in range(len(source))
+        for message in check(source[i]).messages
+        for part in ([message.content] if isinstance(message.content, str) else message.content)
+    ]
+    encode = TOKENIZER.encoding.encode_ordinary
+    benchmark.pedantic(lambda: [encode(text) for text in texts], rounds=5, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_packing_a_million_tokens(benchmark, packing):
+    lengths = [100 + 37 * i % 900 for i in range(1900)]
+
+    def pack():
+        items = iter(enumerate(lengths))
+        packer = make_packer(packing, lambda: next(items, None), batch_size=32, seq_len=2048)
+        while packer.next_rows():
+            pass
+
+    benchmark.pedantic(pack, rounds=5, warmup_rounds=1)
+
+
+def test_filling_and_unpacking_one_batch(benchmark):
+    producer = Producer(open_conversations(FILE), TOKENIZER, RECIPE)
+    ring = Ring(producer.layout, 1)
+    producer.produce(ring.slots[0])
+    cpu = torch.device("cpu")
+    kernel = make_kernel("torch", cpu, producer.layout, TOKENIZER.bos_id, -100)
+    staged = torch.from_numpy(ring.slots[0].buffer)
+    benchmark(lambda: kernel(staged, make_outputs(RECIPE, producer.layout, cpu)))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_the_whole_loader_ten_epochs(benchmark, workers):
+    def run():
+        with Loader(FILE, TOKENIZER, epochs=10, workers=workers) as loader:
+            return sum(batch.num_tokens for batch in itertools.islice(loader, None))
+
+    tokens = benchmark.pedantic(run, rounds=3, warmup_rounds=1)
+    benchmark.extra_info["tokens"] = tokens
