@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test slow lint bench gpu clean
 
 demo: .venv/run
 	$(BIN)/nanopack pack
 
 test: .venv/dev
 	$(BIN)/python -m pytest
+
+# Longer runs of what `make test` runs in short.
+slow: .venv/dev
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/dev
 	$(BIN)/ruff check .

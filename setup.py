@@ -4,7 +4,14 @@ from pathlib import Path
 
 from setuptools import setup
 
-TEST = ["pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=5", "pyarrow>=15", "datasets>=3"]
+TEST = [
+    "pytest>=8",
+    "hypothesis>=6.100",
+    "pytest-benchmark>=5",
+    "pyarrow>=15",
+    "datasets>=3",
+    "safetensors>=0.4",
+]
 LINT = ["ruff>=0.6", "mypy>=1.11"]
 
 setup(

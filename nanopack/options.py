@@ -143,6 +143,8 @@ def _save_path(text: str) -> Path:
     path = Path(text)
     if path.suffix not in (".npz", ".safetensors"):
         raise argparse.ArgumentTypeError(f"{text!r} ends neither in .npz nor in .safetensors")
-    if not path.parent.is_dir() or path.is_dir():
+    if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written: there is no folder {str(path.parent)!r}")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: it is a folder")
     return path

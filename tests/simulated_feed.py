@@ -46,6 +46,11 @@ class Data:
     end: Exception | End
     """What it gave after them."""
 
+    @property
+    def ends_with(self) -> type[Exception]:
+        """What `next` raises then."""
+        return StopIteration if isinstance(self.end, End) else type(self.end)
+
 
 @functools.cache
 def data(number: int) -> Data:

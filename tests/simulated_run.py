@@ -145,7 +145,7 @@ class Simulation:
         random = self.random = Random(seed)
         chosen = self.data = data(random.randrange(DATA_SETS) if data_set is None else data_set)
         device = self.device = SimulatedDevice(random, clocks=clocks)
-        self.loader = Loader(chosen.conversations, TOKENIZER, **chosen.arguments)
+        self.loader = Loader(chosen.conversations, TOKENIZER, workers=0, **chosen.arguments)
         recipe = self.loader.recipe
         layout = Layout.of(recipe, self.loader.tokenizer.vocab_size)
         slots = [device.host_slot(number, layout.nbytes) for number in range(config.slots)]
@@ -165,7 +165,9 @@ class Simulation:
             device,
             slots,
             outputs,
-            make_kernel(config.executor, layout, self.loader.tokenizer.bos_id, recipe.ignore_index),
+            make_kernel(
+                config.executor, torch.device("cpu"), layout, self.loader.tokenizer.bos_id, recipe.ignore_index
+            ),
             staging=config.staging,
             overlap_copy=config.overlap_copy,
             static=config.static,
@@ -173,6 +175,7 @@ class Simulation:
         prefetch = config.prefetch or random.randint(1, 8)
         self.feed = SimulatedFeed(device, chosen, self.slots, prefetch, inline=config.inline, hasty=hasty)
         self.loader._device, self.loader._upload, self.loader._feed = device, self.upload, self.feed
+        self.loader._ahead = config.overlap_copy
 
     def train(self, batches: int) -> bool:
         """Train on so many batches; return whether the end of the data came before."""
@@ -186,7 +189,7 @@ class Simulation:
                     return False
                 continue
             except (StopIteration, ValueError) as end:
-                if trainer.seen != len(expected) or type(end) is not type(self.data.end):
+                if trainer.seen != len(expected) or type(end) is not self.data.ends_with:
                     raise Fault(f"{end!r} after {trainer.seen} of {len(expected)} batches") from end
                 return True
             trainer.use(batch)
@@ -214,7 +217,7 @@ class Simulation:
         self.trainer.let_go()
         self.device.drain()
         # the traceback of an error holds the batch that was being delivered when it came
-        if self.device.live_bytes and isinstance(self.data.end, StopIteration):
+        if self.device.live_bytes and self.data.ends_with is StopIteration:
             raise Fault(f"{self.device.live_bytes} bytes of device memory are not let go")
 
 

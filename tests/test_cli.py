@@ -135,11 +135,16 @@ def test_inspect_measures_what_was_read_and_counts_what_is_too_long(run, chats):
 
 
 def test_inspect_of_a_rank_measures_its_share(run, chats):
-    counts = [
-        json.loads(run("inspect", chats, *SMALL, "--rank", rank, "--world-size", 3, "--json")[1])["documents"]["count"]
-        for rank in range(3)
-    ]
-    assert counts == [14, 13, 13]
+    for rank, count in enumerate([14, 13, 13]):
+        _, out, _ = run("inspect", chats, *SMALL, "--rank", rank, "--world-size", 3, "--json")
+        report = json.loads(out)
+        assert report["documents"]["count"] == count
+        assert report["documents"]["tokens"] == report["packing"]["ledger"]["tokens"]["read"]
+
+
+def test_inspect_measures_a_document_once_however_many_epochs(run, chats):
+    _, out, _ = run("inspect", chats, *SMALL, "--epochs", 3, "--json")
+    assert json.loads(out)["documents"]["count"] == 40
 
 
 def test_inspect_draws_the_batch_and_lists_the_row_that_were_asked_for(run, chats):
@@ -151,6 +156,18 @@ def test_inspect_draws_the_batch_and_lists_the_row_that_were_asked_for(run, chat
     for piece in batch.pieces[3]:
         assert f"chats.jsonl:{piece.conversation + 1} " in listing
     assert len(re.findall(r"chats\.jsonl:", listing)) == len(batch.pieces[3])
+
+
+def test_inspect_lists_the_first_pieces_of_a_row_or_all_of_the_row_asked_for(run, tmp_path):
+    path = tmp_path / "short.jsonl"
+    path.write_text('{"text": "hi"}\n' * (options.LISTED_PIECES + 5))
+    for packing in ("stream", "best_fit"):
+        _, out, _ = run("inspect", path, *SMALL, "--packing", packing)
+        listing = out.split("\nRow 0:\n")[1]
+        assert listing.count("short.jsonl:") == options.LISTED_PIECES and "and 5 more\n" in listing
+        _, out, _ = run("inspect", path, *SMALL, "--packing", packing, "--row", 0)
+        listing = out.split("\nRow 0:\n")[1]
+        assert listing.count("short.jsonl:") == options.LISTED_PIECES + 5 and " more" not in listing
 
 
 def test_explain_says_what_the_loader_says(run, chats):
@@ -287,7 +304,7 @@ REFUSED = {
     "unknown command": (["pak"], "'pak'"),
     "unknown flag": (["pack", "--sequence", "3"], "unrecognized arguments: --sequence"),
     "abbreviated flag": (["pack", "--batch", "3"], "unrecognized arguments: --batch"),
-    "no such file": (["pack", "nowhere.jsonl"], "'nowhere.jsonl' does not exist"),
+    "no such file": (["pack", "nowhere.jsonl"], "nanopack: 'nowhere.jsonl' does not exist"),
     "no such glob": (["verify", "nowhere-*.jsonl"], "'nowhere-*.jsonl' matches no file"),
     "a folder": (["inspect", "."], "is a directory"),
     "unknown suffix": (["pack", __file__], "unknown suffix"),
@@ -319,6 +336,11 @@ REFUSED = {
 def test_bad_input_gives_one_line_and_exit_code_2(run, argv, says, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert says in refusal(run(*argv))
+
+
+def test_a_folder_is_no_place_to_save_at(run, tmp_path):
+    (tmp_path / "a.npz").mkdir()
+    assert "a.npz' cannot be written: it is a folder" in refusal(run("pack", "--save", tmp_path / "a.npz"))
 
 
 def test_nothing_to_save_is_an_error(run, chats, tmp_path):
@@ -507,6 +529,15 @@ def test_a_closed_pipe_is_quiet(chats):
     done = subprocess.run([*MAIN, "inspect", str(chats), *SMALL], stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_words_that_stdout_cannot_write_are_escaped(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"text": "日本"}))
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*MAIN, "inspect", str(path), *SMALL], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\u65e5\\u672c" in done.stdout
 
 
 def test_help_imports_neither_triton_nor_what_an_extra_brings():

@@ -153,7 +153,7 @@ def test_list_says_how_many_it_leaves_out():
 
 def test_list_says_which_pieces_do_not_show():
     pieces = (tuple(Piece(i, i, 1, 0) for i in range(20)),)
-    lines = listed(make_batch(pieces, ("T" * 20,)), width=17).split("\n")
+    lines = listed(make_batch(pieces, ("T" * 20,)), width=24).split("\n")
     assert [line[0] for line in lines[1:5]] == ["a", " ", "b", " "]
     assert lines[-1] == NO_MARK
 

@@ -86,6 +86,13 @@ def test_rows_name_every_loss_that_is_not_zero():
     assert rows[-1] == ("ledger", "balanced", "every conversation and every token is accounted for")
 
 
+def test_rows_leave_out_what_did_not_happen():
+    rows = add_up(make_batch(90, 45)).rows(Ledger().report())
+    assert [name for name, *_ in rows] == [
+        "conversations", "tokens", "batches", "tokens/s", "padding", "trained", "ledger"
+    ]  # fmt: skip
+
+
 def test_rows_tell_what_does_not_balance():
     ledger = Ledger(conversations_read=2, tokens_read=9)
     rows = add_up(make_batch(90)).rows(ledger.report())

@@ -179,7 +179,7 @@ def test_the_next_batch_is_copied_while_the_callers_stream_is_busy():
 
 def test_the_data_sets_reach_every_way_of_ending():
     sets = [data(number) for number in range(DATA_SETS)]
-    assert {type(chosen.end) for chosen in sets} == {StopIteration, ConversationError}
+    assert {chosen.ends_with for chosen in sets} == {StopIteration, ConversationError}
     assert max(len(chosen.batches) for chosen in sets) > 6
 
 
