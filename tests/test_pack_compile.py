@@ -18,10 +18,7 @@ EXTRAS += [sorted(name for extras in EXTRAS for name in extras)]
 USUAL, UNUSUAL = 2048, 1001
 WIDE = re.compile(r"STG\.E\.128|(buffer|global)_store_dwordx4")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(sys.platform != "linux", reason="Triton is there on Linux only"),
-]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is there on Linux only")
 each_target = pytest.mark.parametrize("target", TARGETS)
 each_width = pytest.mark.parametrize("word_bytes", [2, 4], ids=["16-bit words", "32-bit words"])
 each_extra = pytest.mark.parametrize("extras", EXTRAS, ids=lambda e: "+".join(e) or "no extras")
