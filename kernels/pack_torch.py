@@ -12,10 +12,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# From so many elements on, torch shares an operation among its threads. On a CPU where the producer is at work too, the
-# wait for the last of them is a time slice of the scheduler, many times what the operation takes: so stay below.
-_GRAIN = 32768
-
 
 def pack_torch(
     words: Tensor,
@@ -32,40 +28,16 @@ def pack_torch(
 ) -> None:
     """Fill the outputs from the slot `words` / `table`, as `pack` does."""
     batch_size, seq_len = inputs.shape
-    rows = table[: 4 * batch_size].view(batch_size, 4)
-    outputs = (inputs, targets, weights, positions, doc_ids)
-    group = batch_size if table.device.type != "cpu" else max(1, (_GRAIN - 1) // (seq_len + 1))
-    for first in range(0, batch_size, group):
-        part = slice(first, first + group)
-        _pack_rows(words, table, rows[part], *(o if o is None else o[part] for o in outputs), bos_id, ignore_index)
-    if cu_seqlens is not None:
-        _cu_seqlens(table, batch_size, seq_len, cu_seqlens)
-
-
-def _pack_rows(
-    words: Tensor,
-    table: Tensor,
-    rows: Tensor,
-    inputs: Tensor,
-    targets: Tensor,
-    weights: Tensor | None,
-    positions: Tensor | None,
-    doc_ids: Tensor | None,
-    bos_id: int,
-    ignore_index: int,
-) -> None:
-    """Fill every output but cu_seqlens for these rows of the table."""
-    seq_len = inputs.shape[1]
-    start16, length, first_piece, n_pieces = rows.T
+    start16, length, first_piece, n_pieces = table[: 4 * batch_size].view(batch_size, 4).T
     columns = torch.arange(seq_len + 1, dtype=torch.int32, device=table.device)
     # All windows that begin at a multiple of 16 words and end in the buffer: a row is number start16.
-    windows = words.unfold(0, seq_len + 1, 16).index_select(0, start16)
+    rows = words.unfold(0, seq_len + 1, 16).index_select(0, start16)
     # With an untrained bos as padding, the loss bit alone decides from here on.
-    _keep(windows, _negative(columns - length[:, None]), bos_id)
-    trained = _negative(windows[:, 1:])
-    windows &= torch.iinfo(windows.dtype).max
-    inputs.copy_(windows[:, :-1])
-    _keep(targets.copy_(windows[:, 1:]), trained, ignore_index)
+    _keep(rows, _negative(columns - length[:, None]), bos_id)
+    trained = _negative(rows[:, 1:])
+    rows &= torch.iinfo(rows.dtype).max
+    inputs.copy_(rows[:, :-1])
+    _keep(targets.copy_(rows[:, 1:]), trained, ignore_index)
     if weights is not None or positions is not None or doc_ids is not None:
         entries, starts, numbers, owner = _pieces(table, seq_len, length, first_piece, n_pieces)
         if weights is not None:
@@ -76,6 +48,8 @@ def _pack_rows(
             torch.sub(columns[:-1], begin.view_as(positions), out=positions)
         if doc_ids is not None:
             torch.index_select(numbers, 0, owner[:, :-1].flatten(), out=doc_ids.view(-1))
+    if cu_seqlens is not None:
+        _cu_seqlens(table, batch_size, seq_len, cu_seqlens)
 
 
 def _negative(number: Tensor) -> Tensor:
@@ -101,13 +75,10 @@ def _pieces(
     entries = torch.where(exists, first_piece[:, None] + 2 * numbers, 0)
     # What does not exist begins where the padding begins, so only the last of it owns words: the padding.
     starts = torch.where(exists, table.index_select(0, entries.flatten()).view_as(entries), length[:, None])
-    # A word's owner is the number of pieces that begin at or before it. (repeat_interleave would share even the
-    # smallest work among threads.)
-    begins = starts.new_zeros(len(starts), seq_len + 2).scatter_add_(1, starts.long(), torch.ones_like(starts))
-    before = count * torch.arange(len(starts), dtype=torch.int32, device=table.device) - 1
-    owner = begins.cumsum(1, dtype=torch.int32)[:, :-1] + before[:, None]
+    ends = torch.cat([starts[:, 1:], starts.new_full((len(starts), 1), seq_len + 1)], dim=1)
+    owner = torch.repeat_interleave((ends - starts).flatten(), output_size=len(starts) * (seq_len + 1))
     numbers = torch.where(exists, numbers, -1)
-    return entries.flatten(), starts.flatten(), numbers.flatten(), owner
+    return entries.flatten(), starts.flatten(), numbers.flatten(), owner.view(len(starts), seq_len + 1)
 
 
 def _most_pieces(n_pieces: Tensor, seq_len: int) -> int:

@@ -7,7 +7,8 @@ from nanopack.batch import Batch, Piece
 from nanopack.conversations import ConversationError
 from nanopack.explain import Explanation
 from nanopack.loader import Loader
+from nanopack.process import ProducerError
 from nanopack.verify import verify
 
-__all__ = ["Batch", "ConversationError", "Explanation", "Loader", "Piece", "verify"]
+__all__ = ["Batch", "ConversationError", "Explanation", "Loader", "Piece", "ProducerError", "verify"]
 __version__ = "0.1.0"

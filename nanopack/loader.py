@@ -161,7 +161,8 @@ class Loader:
             threads = workers if workers > 1 else 0
             process = Process(self.source, self.tokenizer, self.recipe, layout, prefetch + 1, threads)
             ring, self._feed = process.ring, process
-        self._memory = Memory(device_api, self._feed, ring, os.getpid())
+        self._owner = os.getpid()
+        self._memory = Memory(device_api, self._feed, ring, self._owner)
         # runs also when the loader is dropped, and at the interpreter's exit
         self._shut = weakref.finalize(self, self._memory.give_back)
         self._memory.pin()
@@ -185,6 +186,8 @@ class Loader:
         """Return the next batch. After the end or an error every further call raises that again."""
         if self._end is _closed:
             raise _closed()
+        if os.getpid() != self._owner:
+            raise RuntimeError(f"this loader belongs to process {self._owner}; make one in this process")
         if self._device.capturing():
             raise RuntimeError(
                 "next(loader) inside a CUDA graph capture: its copies would become part of the graph; take the batch "

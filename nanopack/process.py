@@ -78,7 +78,7 @@ class Process:
         self, source: Source, tokenizer: Tokenizer, recipe: Recipe, layout: Layout, slots: int, threads: int
     ) -> None:
         """Start the process. Raises ValueError where it cannot be started here, and says what else is possible."""
-        context = multiprocessing.get_context(START_METHOD)
+        context: Any = multiprocessing.get_context(START_METHOD)
         size = Ring.bytes_of(layout, slots)
         self.ring = Ring(layout, slots, None if START_METHOD == "fork" else context.RawArray("B", size))
         self._news, news = context.Pipe(duplex=False)
@@ -100,11 +100,9 @@ class Process:
 
     def take(self, *, wait: bool) -> News | End | None:
         """Return the next ready slot, or the end; without `wait`, None if there is none yet."""
-        if os.getpid() != self._trainer:
-            raise RuntimeError(f"this loader belongs to process {self._trainer}; make one in this process")
         with self._lock:
             while wait or self.ready:
-                message = self._receive()
+                message: News | End | Failure | logging.LogRecord = self._receive()
                 if isinstance(message, logging.LogRecord):
                     log.handle(message)
                     continue

@@ -138,7 +138,7 @@ class Layout:
 
 # What a producer can be at.
 WAITING, READING, FILLING = range(3)
-_DOING = ("waiting for a free slot", "reading and tokenizing conversation {}", "filling a slot")
+_DOING = ("waiting for a free slot", "reading and tokenizing, from conversation {} on", "filling a slot")
 
 
 class Signs:

@@ -29,8 +29,9 @@ tests fail without it.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -158,6 +159,21 @@ class Cuda:
             )
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch from sharing an operation among its threads, for which a batch is just large enough.
+
+    Where the producer is at work too, the wait for the last thread is a time slice of the scheduler: milliseconds for
+    an operation of microseconds.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class Cpu:
     """The host itself: one stream, and what is queued is done at once."""
 
@@ -177,12 +193,14 @@ class Cpu:
         return torch.zeros(nbytes, dtype=torch.uint8)
 
     def copy(self, to: torch.Tensor, source: torch.Tensor, stream: None) -> None:
-        """Copy bytes."""
-        to.copy_(source)
+        """Copy bytes, on this thread alone."""
+        with _one_thread():
+            to.copy_(source)
 
     def launch(self, kernel: Kernel, staged: torch.Tensor, outputs: Any, stream: None) -> None:
-        """Run the kernel."""
-        kernel(staged, outputs)
+        """Run the kernel, on this thread alone."""
+        with _one_thread():
+            kernel(staged, outputs)
 
     def record(self, event: None, stream: None) -> None:
         """Do nothing: all is done already."""
