@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nanopack.device import Kernel
 from nanopack.kernels import CU_ALIGN
 from nanopack.kernels.pack_torch import pack_torch
 from nanopack.recipe import Recipe
 from nanopack.ring import Layout
-from nanopack.upload import Kernel
 
 
 class Outputs(NamedTuple):

@@ -21,6 +21,7 @@ import torch
 
 from nanopack.batch import Batch
 from nanopack.conversations import open_conversations
+from nanopack.device import Device, open_device
 from nanopack.executor import Outputs, make_kernel, make_outputs
 from nanopack.explain import Explanation, explain
 from nanopack.feed import End, Feed, Inline, News
@@ -32,7 +33,7 @@ from nanopack.recipe import Recipe, check_bool, check_int
 from nanopack.ring import Ring
 from nanopack.stats import Stats
 from nanopack.tokenizers import load_tokenizer
-from nanopack.upload import Device, Upload, open_device
+from nanopack.upload import Upload
 
 log = logging.getLogger("nanopack")
 
@@ -195,13 +196,16 @@ class Loader:
             )
         began = time.perf_counter()
         try:
-            self._submit_ready()
+            with self._device.named("nanopack wait and copy"):
+                self._submit_ready()
             if not self._upload.can_deliver:
                 raise self._at_the_end()
-            outputs = self._upload.deliver()
+            with self._device.named("nanopack kernel"):
+                outputs = self._upload.deliver()
             produced = self._facts.popleft()
             if self._ahead:
-                self._submit_ready(ahead=True)
+                with self._device.named("nanopack copy ahead"):
+                    self._submit_ready(ahead=True)
         except Exception:
             raise
         except BaseException:
@@ -235,6 +239,7 @@ class Loader:
 
     def _take(self, *, wait: bool) -> News | None:
         """Return the next ready slot, or None; what ends the loader is kept until the batches before it are out."""
+        nothing_ready = wait and not self._feed.ready
         began = time.perf_counter()
         try:
             news = self._feed.take(wait=wait)
@@ -242,7 +247,7 @@ class Loader:
             # the row that was being filled is gone: to go on would lose its documents in silence
             self._fail(error)
             return None
-        if wait:
+        if nothing_ready:
             self._stats.waited_for_producer += time.perf_counter() - began
         if isinstance(news, End):
             self._last_ledger = news.ledger

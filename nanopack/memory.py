@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 
+from nanopack.device import Device
 from nanopack.feed import Feed
 from nanopack.ring import Ring
-from nanopack.upload import Device, Upload
+from nanopack.upload import Upload
 
 
 class Memory:

@@ -18,6 +18,7 @@ Memory is freed when the last reference to it goes, as torch does. All chance co
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -142,7 +143,7 @@ class Memory:
 
 
 class SimulatedDevice:
-    """`nanopack.upload.Device`, and what the trainer and the producer in a test need beside it."""
+    """`nanopack.device.Device`, and what the trainer and the producer in a test need beside it."""
 
     def __init__(self, random: Random, *, clocks: bool = True) -> None:
         """Without `clocks` only wrong data are a fault."""
@@ -285,7 +286,7 @@ class SimulatedDevice:
         """Return the memory that a batch lies in."""
         return self._outputs[batch.inputs.data_ptr()][0]
 
-    # The interface of nanopack.upload.Device
+    # The interface of nanopack.device.Device
 
     def current_stream(self) -> Stream:
         return self.current
@@ -366,6 +367,9 @@ class SimulatedDevice:
 
     def capturing(self) -> bool:
         return self.is_capturing
+
+    def named(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     # The trainer's own work
 

@@ -25,6 +25,7 @@ ORDER = [
     "producer",
     "feed",
     "process",
+    "device",
     "upload",
     "kernels",
     "executor",

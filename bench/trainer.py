@@ -1,0 +1,137 @@
+"""What does the trainer feel of its loader?  python bench/trainer.py
+
+A training loop is played by steps of 400 small torch operations on one thread, as the host side of a real step. Its
+step time is measured alone, with batches of a Loader(workers=1), whose producer is another process, and with a thread
+of the same process doing that producer's work. A batch is taken every 32 steps, so that the producer keeps up. The
+three take turns in one run; told are ratios to the loop alone. Then: how long `next` takes when batches are ready
+(B=32, T=2048, CPU tensors), and how much of that is not the kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import queue
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib import resources
+
+import numpy as np
+import torch
+
+from nanopack import Loader
+from nanopack.device import open_device
+from nanopack.executor import make_kernel, make_outputs
+from nanopack.ring import Ring
+
+FILE = str(resources.files("nanopack") / "data" / "conversations.jsonl")
+OPERATIONS, STEPS, TURNS, STEPS_A_BATCH = 400, 160, 5, 32
+
+
+def step(x: torch.Tensor) -> None:
+    """Be the host side of a training step."""
+    for _ in range(OPERATIONS):
+        x = x * 0.999 + 0.001
+
+
+def step_times_us(take_batch: Callable[[], object]) -> list[float]:
+    """Return the times of STEPS steps, some of which take a batch first."""
+    x = torch.ones(64)
+    times = []
+    for number in range(STEPS):
+        began = time.perf_counter()
+        if number % STEPS_A_BATCH == 0:
+            take_batch()
+        step(x)
+        times.append((time.perf_counter() - began) * 1e6)
+    return times
+
+
+@contextlib.contextmanager
+def packing_thread() -> Iterator[Callable[[], object]]:
+    """Pack in a thread of this process, as many loaders do, up to four batches ahead; yield what takes one."""
+    ready: queue.Queue[object] = queue.Queue(maxsize=4)
+    stop = threading.Event()
+
+    def pack() -> None:
+        with Loader(FILE, "chat32k", workers=0) as loader:
+            while not stop.is_set():
+                batch = next(loader)
+                with contextlib.suppress(queue.Full):
+                    ready.put(batch, timeout=0.2)
+
+    thread = threading.Thread(target=pack)
+    thread.start()
+    try:
+        ready.get()
+        yield ready.get
+    finally:
+        stop.set()
+        thread.join()
+
+
+def measure_steps() -> dict[str, list[float]]:
+    """Return step times of the three loops, which take turns."""
+    times: dict[str, list[float]] = {"alone": [], "process": [], "thread": []}
+    for _ in range(TURNS):
+        times["alone"] += step_times_us(lambda: None)
+        with Loader(FILE, "chat32k", workers=1) as loader:
+            next(loader)
+            times["process"] += step_times_us(lambda loader=loader: next(loader))
+        with packing_thread() as take:
+            times["thread"] += step_times_us(take)
+    return times
+
+
+def measure_next() -> tuple[float, float]:
+    """Return the medians, in us, of `next` with batches ready, and of the kernel with its outputs alone."""
+    x, nexts, kernels = torch.ones(64), [], []
+    with Loader(FILE, "chat32k", workers=1) as loader:
+        layout, recipe = loader._producer.layout, loader.recipe
+        ring = Ring(layout, 1)
+        loader._producer.produce(ring.slots[0])
+        staged = torch.from_numpy(ring.slots[0].buffer)
+        cpu = open_device("cpu")
+        kernel = make_kernel(None, cpu.device, layout, loader.tokenizer.bos_id, -100)
+        while len(nexts) < 200:
+            while loader._feed.ready < 4:
+                step(x)
+            began = time.perf_counter()
+            next(loader)
+            nexts.append((time.perf_counter() - began) * 1e6)
+            step(x)
+            began = time.perf_counter()
+            cpu.launch(kernel, staged, make_outputs(recipe, layout, cpu.device), None)
+            kernels.append((time.perf_counter() - began) * 1e6)
+    return statistics.median(nexts), statistics.median(kernels)
+
+
+def main() -> None:
+    """Measure, print a table, and the same numbers as JSON on the last line."""
+    torch.set_num_threads(1)
+    print(
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread of torch {torch.__version__}"
+    )
+    times = measure_steps()
+    alone = {"median": np.median(times["alone"]), "p99": np.percentile(times["alone"], 99)}
+    result: dict[str, float] = {}
+    print(
+        f"{'loop':<10}{'median':>12}{'p99':>12}   of the loop alone ({alone['median']:.0f} us, {alone['p99']:.0f} us)"
+    )
+    for name, values in times.items():
+        result[f"{name}_median"] = float(np.median(values) / alone["median"])
+        result[f"{name}_p99"] = float(np.percentile(values, 99) / alone["p99"])
+        print(f"{name:<10}{result[f'{name}_median']:>11.2f}x{result[f'{name}_p99']:>11.2f}x")
+    next_us, kernel_us = measure_next()
+    result |= {"next_us": next_us, "kernel_us": kernel_us, "beside_kernel_us": next_us - kernel_us}
+    print(
+        f"next(loader) when batches are ready: {next_us:.0f} us, {next_us - kernel_us:.0f} us of it beside the kernel"
+    )
+    print(json.dumps({name: round(value, 3) for name, value in result.items()}))
+
+
+if __name__ == "__main__":
+    main()
