@@ -82,6 +82,7 @@ class Loader:
     Raises:
         ValueError: an argument cannot be; the message names it, its value and what is allowed.
         ConversationError: (from `next`) a bad conversation; the message names file, line and message.
+        ProducerError: (from `next`) the producer's process died, or was stopped by what is no ordinary exception.
 
     >>> with Loader([{"text": "Hello there"}], "chat32k", batch_size=1, seq_len=4, packing="stream") as loader:
     ...     inputs, targets = next(loader)

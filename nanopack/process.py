@@ -2,12 +2,11 @@
 
     trainer's process                                   producer's process
     Process.take(), Process.free()   <- news, a pipe -   _serve(): Producer.produce(slot)
-                                      - free slots ->
-    both map the ring; `Signs` in it tells at a glance what the producer is at
+    both map the ring; its `Signs` count messages posted and slots freed, and tell what the producer is at
 
 A death shows as the end of the pipe and not as a timeout: nobody but the producer holds the writing end of the news.
-The producer ends when the pipe of free slots does, and in any case when its parent is another one than at the start,
-which also happens when a third process, forked from the trainer, still holds the trainer's ends of the pipes.
+The producer ends when a second pipe does, which carries nothing, and in any case when its parent is not the one that it
+had at the start: a third process, forked from the trainer, might still hold the trainer's ends of the pipes.
 
 On Linux the producer is forked: it needs no pickling and no `__main__` guard, and it touches neither torch's threads
 nor CUDA, which do not survive a fork. Elsewhere it is spawned, and what it gets must be picklable.
@@ -18,6 +17,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import itertools
 import logging
 import multiprocessing
 import os
@@ -46,6 +46,8 @@ START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 # Seconds: when a wait is worth a warning, and between looks at whether the trainer still lives.
 STALL = 1.5
 WATCH = 0.3
+# Seconds between a producer's looks for a free slot.
+LOOK = 0.002
 # Seconds that close() leaves a producer to end by itself.
 GRACE = 0.1
 
@@ -82,21 +84,19 @@ class Process:
         size = Ring.bytes_of(layout, slots)
         self.ring = Ring(layout, slots, None if START_METHOD == "fork" else context.RawArray("B", size))
         self._news, news = context.Pipe(duplex=False)
-        free, self._free = context.Pipe(duplex=False)
+        alive, self._alive = context.Pipe(duplex=False)
         self._received = 0
         self._closed = False
         self._trainer = os.getpid()
         self._lock = threading.RLock()
         _open.add(self)
-        arguments = (source, tokenizer, recipe, threads, self.ring, news, free, self._trainer)
+        arguments = (source, tokenizer, recipe, threads, self.ring, news, alive, self._trainer)
         self._process: Any = context.Process(target=_serve, args=arguments, name="nanopack producer", daemon=True)
         try:
             _start(self._process)
         finally:
             news.close()
-            free.close()
-        for slot in range(slots):
-            self._free.send(slot)
+            alive.close()
 
     def take(self, *, wait: bool) -> News | End | None:
         """Return the next ready slot, or the end; without `wait`, None if there is none yet."""
@@ -114,14 +114,18 @@ class Process:
 
     def free(self, slot: int) -> None:
         """Give a slot back to be filled again."""
-        # a producer that is gone will be noticed where news is expected of it, after the batches that are ready
-        with contextlib.suppress(OSError):
-            self._free.send(slot)
+        # Slots are filled and come free in turn, so a count says which. A message would wake the producer, which costs
+        # the trainer half a millisecond on a virtual machine; the producer looks at the count instead.
+        assert slot == self.ring.signs.freed % len(self.ring.slots), (
+            "slots come free in the order in which they were filled"
+        )
+        self.ring.signs.freed += 1
 
     @property
     def ready(self) -> int:
         """Messages that are waiting to be taken."""
-        return self.ring.signs.posted - self._received
+        # a message may be here before it is counted
+        return max(0, self.ring.signs.posted - self._received)
 
     def close(self) -> None:
         """End the process, whatever it is at. May be called twice, and from another thread while one waits."""
@@ -129,7 +133,7 @@ class Process:
             return
         self._closed = True
         with contextlib.suppress(OSError):
-            self._free.close()
+            self._alive.close()
         # a producer that waits for a slot ends by itself; one that is busy or stopped is ended, and wakes who waits
         self._process.join(GRACE)
         self._process.kill()
@@ -141,14 +145,14 @@ class Process:
     def disown(self) -> None:
         """In a process forked from the trainer: let go of its ends of the pipes."""
         self._news.close()
-        self._free.close()
+        self._alive.close()
 
     def _receive(self) -> Any:
         """Return the next message, however long it takes; tell the log when that is long."""
         waited, patience = 0.0, STALL
         began = time.monotonic()
         try:
-            while not self._news.poll(patience - waited):
+            while not self.ready and not self._news.poll(patience - waited):
                 waited = time.monotonic() - began
                 if waited >= patience:
                     log.warning("%s", self._describe_stall(waited))
@@ -230,13 +234,13 @@ def _serve(
     threads: int,
     ring: Ring,
     news: Connection,
-    free: Connection,
+    alive: Connection,
     trainer: int,
 ) -> None:
     """Be the producer process: fill each slot that comes free, in order, until the data or the trainer end."""
     try:
         _settle(news, trainer)
-        _produce(Producer(source, tokenizer, recipe, threads=threads, signs=ring.signs), ring, news, free)
+        _produce(Producer(source, tokenizer, recipe, threads=threads, signs=ring.signs), ring, news, alive)
     except (EOFError, BrokenPipeError):
         pass  # the trainer has closed the loader, or is gone
     except BaseException as error:
@@ -247,10 +251,13 @@ def _serve(
         os._exit(0)
 
 
-def _produce(producer: Producer, ring: Ring, news: Connection, free: Connection) -> None:
-    while True:
+def _produce(producer: Producer, ring: Ring, news: Connection, alive: Connection) -> None:
+    for number in itertools.count():
         ring.signs.say(WAITING)
-        slot = free.recv()
+        while number >= ring.signs.freed + len(ring.slots):
+            if alive.poll(LOOK):
+                alive.recv()  # nothing is ever sent: this raises EOFError, the trainer has closed
+        slot = number % len(ring.slots)
         produced = producer.produce(ring.slots[slot])
         if produced is None:
             return _post(End(producer.ledger), ring, news)
@@ -258,9 +265,9 @@ def _produce(producer: Producer, ring: Ring, news: Connection, free: Connection)
 
 
 def _post(message: News | End | Failure, ring: Ring, news: Connection) -> None:
-    # counted before it is sent: whoever sees the count finds the message, at the latest in a moment
-    ring.signs.posted += 1
     news.send(message)
+    # counted when all of it is in the pipe: who sees the count can read without waiting
+    ring.signs.posted += 1
 
 
 def _settle(news: Connection, trainer: int) -> None:

@@ -142,20 +142,29 @@ _DOING = ("waiting for a free slot", "reading and tokenizing, from conversation 
 
 
 class Signs:
-    """What the producer is at, where the trainer can see it without a message: three numbers in shared memory."""
+    """What producer and trainer see of each other without a message: numbers in shared memory, each of one writer."""
 
     def __init__(self, numbers: np.ndarray) -> None:
-        """Use (3,) int64."""
+        """Use (4,) int64."""
         self._numbers = numbers
 
     @property
     def posted(self) -> int:
-        """Messages that the producer has sent or is sending."""
+        """Messages that the producer has sent."""
         return int(self._numbers[0])
 
     @posted.setter
     def posted(self, count: int) -> None:
         self._numbers[0] = count
+
+    @property
+    def freed(self) -> int:
+        """Slots that the trainer has given back, over all turns."""
+        return int(self._numbers[3])
+
+    @freed.setter
+    def freed(self, count: int) -> None:
+        self._numbers[3] = count
 
     def say(self, doing: int, conversation: int = 0) -> None:
         """Tell what is going on."""
@@ -175,7 +184,7 @@ class Ring:
         # pages of no file: they need no room in /dev/shm, and go when the last process that maps them does
         buffer = np.frombuffer(mmap.mmap(-1, self.bytes_of(layout, slots)) if memory is None else memory, np.uint8)
         aligned = buffer[-buffer.ctypes.data % ALIGN_BYTES :]
-        self.signs = Signs(aligned[:24].view(np.int64))
+        self.signs = Signs(aligned[:32].view(np.int64))
         self.buffer = aligned[ALIGN_BYTES : ALIGN_BYTES + slots * layout.nbytes]
         self.slots = [Slot(layout, part) for part in self.buffer.reshape(slots, -1)]
 

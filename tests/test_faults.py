@@ -359,6 +359,43 @@ def test_ctrl_c_reaches_the_user_and_leaves_no_process(tmp_path, during):
     assert is_gone(pid)
 
 
+START = """
+import nanopack
+print("ready", flush=True)
+loaders = []
+while True:
+    loaders = [nanopack.Loader([{"text": "a b c"}], "chat32k", batch_size=1, seq_len=8)]
+"""
+
+
+@linux
+@pytest.mark.parametrize("delay_ms", [0, 3, 9, 20, 45])
+def test_ctrl_c_while_a_loader_starts_leaves_no_process(tmp_path, delay_ms):
+    script = tmp_path / "start.py"
+    script.write_text(START)
+    trainer = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert trainer.stdout.readline() == "ready\n"
+    time.sleep(delay_ms / 1000)
+    os.killpg(trainer.pid, signal.SIGINT)
+    _, err = trainer.communicate(timeout=10)
+    assert "KeyboardInterrupt" in err
+    end = time.monotonic() + 2
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < end:
+            os.killpg(trainer.pid, 0)
+            time.sleep(0.02)
+
+
+@linux
+def test_a_loader_takes_no_room_in_dev_shm():
+    before = set(os.listdir("/dev/shm"))
+    with Loader(CHATS, TOKENIZER, prefetch=8) as loader:
+        next(loader)
+        assert set(os.listdir("/dev/shm")) == before
+
+
 @linux
 @pytest.mark.parametrize("during", ["loop", "next"])
 def test_a_killed_trainer_takes_its_producer_and_its_memory_along(tmp_path, during):
