@@ -29,9 +29,13 @@ import time
 import traceback
 import warnings
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
+
+if sys.platform == "linux":
+    import fcntl
 
 from nanopack.conversations import Source
 from nanopack.feed import End, News
@@ -48,6 +52,8 @@ STALL = 1.5
 WATCH = 0.3
 # Seconds between a producer's looks for a free slot.
 LOOK = 0.002
+# What Linux lets anybody have; 64 KiB, as a pipe is made, hold the news of three batches of 32 * 2048.
+PIPE_BYTES = 1 << 20
 # Seconds that close() leaves a producer to end by itself.
 GRACE = 0.1
 
@@ -93,7 +99,12 @@ class Process:
         arguments = (source, tokenizer, recipe, threads, self.ring, news, alive, self._trainer)
         self._process: Any = context.Process(target=_serve, args=arguments, name="nanopack producer", daemon=True)
         try:
+            _widen(news)
             _start(self._process)
+        except BaseException:
+            # Ctrl-C may have come when the process stood already, and nobody else has it to close
+            self.close()
+            raise
         finally:
             news.close()
             alive.close()
@@ -104,7 +115,9 @@ class Process:
             while wait or self.ready:
                 message: News | End | Failure | logging.LogRecord = self._receive()
                 if isinstance(message, logging.LogRecord):
-                    log.handle(message)
+                    # a spawned producer does not know the level that is set here
+                    if log.isEnabledFor(message.levelno):
+                        log.handle(message)
                     continue
                 self._received += 1
                 if isinstance(message, Failure):
@@ -135,9 +148,10 @@ class Process:
         with contextlib.suppress(OSError):
             self._alive.close()
         # a producer that waits for a slot ends by itself; one that is busy or stopped is ended, and wakes who waits
-        self._process.join(GRACE)
-        self._process.kill()
-        self._process.join()
+        if self._process.pid is not None:
+            self._process.join(GRACE)
+            self._process.kill()
+            self._process.join()
         with self._lock:
             self._news.close()
         _open.discard(self)
@@ -146,13 +160,19 @@ class Process:
         """In a process forked from the trainer: let go of its ends of the pipes."""
         self._news.close()
         self._alive.close()
+        # at this process's exit multiprocessing would end what it believes to be its child
+        children: set[Any] = getattr(multiprocessing.process, "_children", set())
+        children.discard(self._process)
 
     def _receive(self) -> Any:
         """Return the next message, however long it takes; tell the log when that is long."""
         waited, patience = 0.0, STALL
         began = time.monotonic()
         try:
-            while not self.ready and not self._news.poll(patience - waited):
+            while not self.ready and not self._news.poll(min(patience - waited, STALL)):
+                # whoever was forked while the process was started may hold the pipe open
+                if not self._process.is_alive() and not self._news.poll():
+                    raise EOFError
                 waited = time.monotonic() - began
                 if waited >= patience:
                     log.warning("%s", self._describe_stall(waited))
@@ -204,11 +224,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def _start(process: Any) -> None:
-    """Start the process; Ctrl-C meanwhile is the trainer's, and comes when the process stands."""
-    if hasattr(signal, "pthread_sigmask"):
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Start the process. Raises ValueError where that cannot be."""
     try:
-        with warnings.catch_warnings():
+        with _ctrl_c_waits(), warnings.catch_warnings():
             # Python warns of forking beside threads: the producer uses no lock that one of them could hold
             warnings.simplefilter("ignore", DeprecationWarning)
             process.start()
@@ -222,9 +240,36 @@ def _start(process: Any) -> None:
             f"workers=1 and more start a process, for which conversations and tokenizer must be picklable on this "
             f"platform ({error}); pass files, or use workers=0"
         ) from error
+
+
+@contextlib.contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Let Ctrl-C come behind the block: between the fork and the note of it, it would leave a child nobody knows of."""
+    handler, came = signal.getsignal(signal.SIGINT), []
+    # a mask alone does not do: another thread, such as torch's, receives the signal, and the main one is interrupted
+    ours = callable(handler) and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    # the mask is the child's, until it ignores the signal
+    if hasattr(signal, "pthread_sigmask"):
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
     finally:
         if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if ours:
+            signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
+def _widen(pipe: Connection) -> None:
+    """Make room for the news of all slots: a producer that cannot send does not work ahead."""
+    # only Linux can, and there no further than the limit of the system
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
 
 def _serve(
@@ -239,7 +284,7 @@ def _serve(
 ) -> None:
     """Be the producer process: fill each slot that comes free, in order, until the data or the trainer end."""
     try:
-        _settle(news, trainer)
+        _settle(news, alive, trainer)
         _produce(Producer(source, tokenizer, recipe, threads=threads, signs=ring.signs), ring, news, alive)
     except (EOFError, BrokenPipeError):
         pass  # the trainer has closed the loader, or is gone
@@ -270,7 +315,7 @@ def _post(message: News | End | Failure, ring: Ring, news: Connection) -> None:
     ring.signs.posted += 1
 
 
-def _settle(news: Connection, trainer: int) -> None:
+def _settle(news: Connection, alive: Connection, trainer: int) -> None:
     """Leave behind what a forked process has of its parent, and end with it."""
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
@@ -284,12 +329,13 @@ def _settle(news: Connection, trainer: int) -> None:
         sys.modules["torch"].set_num_threads(1)
     gc.freeze()
     log.handlers, log.propagate = [_ToTrainer(news)], False
-    threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
+    threading.Thread(target=_end_with, args=(alive, trainer), daemon=True).start()
 
 
-def _end_with(trainer: int) -> None:
-    while os.getppid() == trainer:
-        time.sleep(WATCH)
+def _end_with(alive: Connection, trainer: int) -> None:
+    """End the process with the trainer, or when it has dropped the loader, though the data set may be at work."""
+    while os.getppid() == trainer and not alive.poll(WATCH):
+        pass
     os._exit(1)
 
 
@@ -309,9 +355,13 @@ def _failure(error: BaseException) -> Failure:
     pickled = None
     if isinstance(error, Exception):
         with contextlib.suppress(Exception):
-            pickled = pickle.dumps(error)
-            pickle.loads(pickled)
-    summary = f"the producer was stopped by {type(error).__name__}: {error}"
+            dumped = pickle.dumps(error)
+            pickled = dumped if type(pickle.loads(dumped)) is type(error) else None
+    what = type(error).__name__
+    # an error that cannot even be told must not end in silence
+    with contextlib.suppress(Exception):
+        what += f": {error}"
+    summary = f"the producer was stopped by {what}"
     return Failure(pickled, summary, "".join(traceback.format_exception(error)))
 
 
