@@ -240,11 +240,12 @@ def test_a_stall_names_the_stage_and_a_stop_in_it(caplog):
 def test_batches_that_are_ready_come_from_a_stopped_producer_without_a_wait():
     with Loader(CHATS, TOKENIZER, prefetch=4, **SMALL) as loader:
         got = [next(loader)]
-        wait_until(lambda: loader._feed.ready >= 4)
+        # two may be on the device already, and keep their slots until the next call
+        wait_until(lambda: loader._feed.ready >= 3)
         os.kill(loader._feed._process.pid, signal.SIGSTOP)
-        with within(0.5):
-            got += [next(loader) for _ in range(4)]
-    assert compare(expected(5), iter(got)).difference is None
+        with within(1):
+            got += [next(loader) for _ in range(3)]
+    assert compare(expected(4), iter(got)).difference is None
 
 
 @pytest.mark.parametrize("code", [0, 3])
