@@ -127,6 +127,9 @@ def test_a_document_that_has_waited_max_age_rows_opens_the_next_row():
     lengths = [1] + [5] * 6
     rows = packed(BestFit(reader(lengths), 1, 5, window=3, max_age=2))
     assert [[run.document for run in row] for [row] in rows] == [[1], [2], [0], [3], [4], [5], [6]]
+    aged = BestFit(reader(lengths), 1, 5, window=3, max_age=2)
+    packed(aged)
+    assert aged.longest_wait == 3, "document 5: read in row 2, once document 0 had left, and placed in row 5"
     never = packed(BestFit(reader(lengths), 1, 5, window=3))
     assert [[run.document for run in row] for [row] in never][-1] == [0], "without max_age it waits to the end"
 
