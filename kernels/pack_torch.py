@@ -9,8 +9,29 @@ depends on what a tensor holds.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Scratch(NamedTuple):
+    """Room to work in, for batches of one shape: memory fresh from the system costs a host more than the work."""
+
+    columns: Tensor
+    """(T+1,): 0 to T, in the words' dtype where that can count them."""
+    rows: Tensor
+    """(B, T+1) of the words' dtype."""
+    bits: Tensor
+    """(B, T+1) of the columns' dtype."""
+
+
+def make_scratch(words: Tensor, batch_size: int, seq_len: int) -> Scratch:
+    """Return room for batches of this shape, on the device and of the dtype of `words`."""
+    narrow = words.dtype if seq_len < torch.iinfo(words.dtype).max else torch.int32
+    columns = torch.arange(seq_len + 1, dtype=narrow, device=words.device)
+    rows = words.new_empty(batch_size, seq_len + 1)
+    return Scratch(columns, rows, torch.empty_like(rows, dtype=narrow))
 
 
 def pack_torch(
@@ -25,21 +46,30 @@ def pack_torch(
     *,
     bos_id: int,
     ignore_index: int,
+    scratch: Scratch | None = None,
 ) -> None:
     """Fill the outputs from the slot `words` / `table`, as `pack` does."""
     batch_size, seq_len = inputs.shape
-    start16, length, first_piece, n_pieces = table[: 4 * batch_size].view(batch_size, 4).T
-    columns = torch.arange(seq_len + 1, dtype=torch.int32, device=table.device)
+    columns, rows, bits = scratch or make_scratch(words, batch_size, seq_len)
+    head = table[: 4 * batch_size].view(batch_size, 4)
+    length = head[:, 1]
     # All windows that begin at a multiple of 16 words and end in the buffer: a row is number start16.
-    rows = words.unfold(0, seq_len + 1, 16).index_select(0, start16)
+    torch.index_select(words.unfold(0, seq_len + 1, 16), 0, head[:, 0], out=rows)
     # With an untrained bos as padding, the loss bit alone decides from here on.
-    _keep(rows, _negative(columns - length[:, None]), bos_id)
-    trained = _negative(rows[:, 1:])
-    rows &= torch.iinfo(rows.dtype).max
+    torch.sub(columns, length.to(columns.dtype)[:, None], out=bits)
+    _keep(rows, _negative(bits, out=bits), bos_id)
+    shifted = rows[:, 1:]
+    trained = _negative(shifted, out=bits[:, 1:] if bits.dtype is rows.dtype else None)
+    most = torch.iinfo(rows.dtype).max
+    rows.bitwise_and_(most)
     inputs.copy_(rows[:, :-1])
-    _keep(targets.copy_(rows[:, 1:]), trained, ignore_index)
+    if -most <= ignore_index <= most:
+        # what is decided in narrow words is moved once
+        targets.copy_(_keep(shifted, trained, ignore_index))
+    else:
+        _keep(targets.copy_(shifted), trained, ignore_index)
     if weights is not None or positions is not None or doc_ids is not None:
-        entries, starts, numbers, owner = _pieces(table, seq_len, length, first_piece, n_pieces)
+        entries, starts, numbers, owner = _pieces(table, seq_len, length, head[:, 2], head[:, 3])
         if weights is not None:
             bits = table.index_select(0, entries + 1).index_select(0, owner[:, 1:].flatten())
             torch.bitwise_and(bits.view_as(weights), trained, out=weights.view(torch.int32))
@@ -52,14 +82,14 @@ def pack_torch(
         _cu_seqlens(table, batch_size, seq_len, cu_seqlens)
 
 
-def _negative(number: Tensor) -> Tensor:
+def _negative(number: Tensor, out: Tensor | None = None) -> Tensor:
     """All bits where `number` is negative, else none. On the CPU, torch's booleans are ten times as slow."""
-    return number >> (torch.iinfo(number.dtype).bits - 1)
+    return torch.bitwise_right_shift(number, torch.iinfo(number.dtype).bits - 1, out=out)
 
 
-def _keep(value: Tensor, bits: Tensor, other: int) -> None:
+def _keep(value: Tensor, bits: Tensor, other: int) -> Tensor:
     """Write `other` into `value` where `bits` are none."""
-    value.bitwise_xor_(other).bitwise_and_(bits.to(value.dtype)).bitwise_xor_(other)
+    return value.bitwise_xor_(other).bitwise_and_(bits.to(value.dtype)).bitwise_xor_(other)
 
 
 def _pieces(

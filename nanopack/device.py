@@ -9,7 +9,7 @@ The tests have a third form, which runs what is queued as late, and in as bad an
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -146,19 +146,19 @@ class Cuda:
             )
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def _on_one_thread(work: Callable[..., object], *arguments: Any) -> None:
     """Keep torch from sharing an operation among its threads, for which a batch is just large enough.
 
     Where the producer is at work too, the wait for the last thread is a time slice of the scheduler: milliseconds for
     an operation of microseconds.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if (threads := torch.get_num_threads()) > 1:
+        torch.set_num_threads(1)
     try:
-        yield
+        work(*arguments)
     finally:
-        torch.set_num_threads(threads)
+        if threads > 1:
+            torch.set_num_threads(threads)
 
 
 class Cpu:
@@ -181,13 +181,11 @@ class Cpu:
 
     def copy(self, to: torch.Tensor, source: torch.Tensor, stream: None) -> None:
         """Copy bytes, on this thread alone."""
-        with _one_thread():
-            to.copy_(source)
+        _on_one_thread(to.copy_, source)
 
     def launch(self, kernel: Kernel, staged: torch.Tensor, outputs: Any, stream: None) -> None:
         """Run the kernel, on this thread alone."""
-        with _one_thread():
-            kernel(staged, outputs)
+        _on_one_thread(kernel, staged, outputs)
 
     def record(self, event: None, stream: None) -> None:
         """Do nothing: all is done already."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple, Protocol
 
-from nanopack.ledger import Ledger
 from nanopack.producer import Produced, Producer
 from nanopack.ring import Ring
 
@@ -22,9 +21,9 @@ class News(NamedTuple):
 
 
 class End(NamedTuple):
-    """The end of the data, and the counters as they stand there."""
+    """The end of the data, and the producer's books as they stand there."""
 
-    ledger: Ledger
+    books: bytes
 
 
 class Feed(Protocol):
@@ -63,7 +62,7 @@ class Inline:
             return None
         slot = self._free.popleft()
         produced = self._producer.produce(self._ring.slots[slot])
-        return End(self._producer.ledger) if produced is None else News(slot, produced)
+        return End(self._producer.books()) if produced is None else News(slot, produced)
 
     def free(self, slot: int) -> None:
         """Give a slot back to be filled again."""

@@ -8,9 +8,9 @@ arguments gives the same batches, slowly.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
+import pickle
 import time
 import weakref
 from collections import deque
@@ -22,7 +22,7 @@ import torch
 from nanopack.batch import Batch
 from nanopack.conversations import open_conversations
 from nanopack.device import Device, open_device
-from nanopack.executor import Outputs, make_kernel, make_outputs
+from nanopack.executor import Outputs, make_kernel, outputs_maker
 from nanopack.explain import Explanation, explain
 from nanopack.feed import End, Feed, Inline, News
 from nanopack.ledger import Ledger
@@ -154,7 +154,7 @@ class Loader:
         self._producer = Producer(self.source, self.tokenizer, self.recipe)
         layout = self._producer.layout
         kernel = make_kernel(executor, self.device, layout, self.tokenizer.bos_id, ignore_index)
-        outputs = functools.partial(make_outputs, self.recipe, layout, self.device)
+        outputs = outputs_maker(self.recipe, layout, self.device)
         if workers == 0:
             ring = Ring(layout, slots=1)
             self._feed: Feed = Inline(self._producer, ring)
@@ -175,8 +175,8 @@ class Loader:
         self._ahead = overlap_copy
         self._facts: deque[Produced] = deque()
         self._step = 0
-        self._ledger = Ledger()
-        self._last_ledger: Ledger | None = None
+        self._books = self._producer.books()
+        self._last_books: bytes | None = None
         self._end: Callable[[], BaseException] | None = None
         self._stats = Stats(ring_bytes=len(ring.buffer))
 
@@ -215,7 +215,7 @@ class Loader:
             raise
         batch = self._batch(outputs, produced)
         self._step += 1
-        self._ledger = produced.ledger
+        self._books = produced.books
         self._stats.queued = self._feed.ready
         self._stats.count(batch, produced, time.perf_counter() - began)
         return batch
@@ -251,7 +251,7 @@ class Loader:
         if nothing_ready:
             self._stats.waited_for_producer += time.perf_counter() - began
         if isinstance(news, End):
-            self._last_ledger = news.ledger
+            self._last_books = news.books
             self._end = StopIteration
             return None
         return news
@@ -262,8 +262,8 @@ class Loader:
     def _at_the_end(self) -> BaseException:
         """Return what ends the loader, now that every batch before it is delivered."""
         assert self._end is not None
-        if self._last_ledger is not None:
-            self._ledger = self._last_ledger
+        if self._last_books is not None:
+            self._books = self._last_books
         return self._end()
 
     def _batch(self, outputs: Outputs, produced: Produced) -> Batch:
@@ -290,7 +290,8 @@ class Loader:
 
     def ledger(self) -> dict[str, Any]:
         """Return what happened to every conversation, token and slot up to the batch delivered last; see `Ledger`."""
-        return self._ledger.report()
+        ledger: Ledger = pickle.loads(self._books)
+        return ledger.report()
 
     def stats(self) -> dict[str, Any]:
         """Return where time and memory went so far; see `Stats` for the names and units."""

@@ -39,9 +39,9 @@ if sys.platform == "linux":
 
 from nanopack.conversations import Source
 from nanopack.feed import End, News
-from nanopack.producer import Producer
+from nanopack.producer import Produced, Producer
 from nanopack.recipe import Recipe
-from nanopack.ring import WAITING, Layout, Ring
+from nanopack.ring import WAITING, Filled, Layout, PieceTable, Ring
 from nanopack.tokenizers import Tokenizer
 
 log = logging.getLogger("nanopack")
@@ -113,7 +113,7 @@ class Process:
         """Return the next ready slot, or the end; without `wait`, None if there is none yet."""
         with self._lock:
             while wait or self.ready:
-                message: News | End | Failure | logging.LogRecord = self._receive()
+                message: tuple[Any, ...] | End | Failure | logging.LogRecord = self._receive()
                 if isinstance(message, logging.LogRecord):
                     # a spawned producer does not know the level that is set here
                     if log.isEnabledFor(message.levelno):
@@ -122,7 +122,7 @@ class Process:
                 self._received += 1
                 if isinstance(message, Failure):
                     raise _raised(message)
-                return message
+                return message if isinstance(message, End) else _news(message)
         return None
 
     def free(self, slot: int) -> None:
@@ -305,11 +305,24 @@ def _produce(producer: Producer, ring: Ring, news: Connection, alive: Connection
         slot = number % len(ring.slots)
         produced = producer.produce(ring.slots[slot])
         if produced is None:
-            return _post(End(producer.ledger), ring, news)
-        _post(News(slot, produced), ring, news)
+            return _post(End(producer.books()), ring, news)
+        _post(_plain(slot, produced), ring, news)
 
 
-def _post(message: News | End | Failure, ring: Ring, news: Connection) -> None:
+def _plain(slot: int, produced: Produced) -> tuple[Any, ...]:
+    """Return the news as a tuple of numbers and bytes: to unpickle objects would take the trainer ten times as long."""
+    *counts, pieces = produced.filled
+    return (slot, *counts, pieces.table, pieces.counts, *produced[1:])
+
+
+def _news(plain: tuple[Any, ...]) -> News:
+    """Return what `_plain` was given."""
+    counts = len(Filled._fields) - 1
+    slot, facts, (table, piece_counts, *rest) = plain[0], plain[1 : 1 + counts], plain[1 + counts :]
+    return News(slot, Produced(Filled._make([*facts, PieceTable(table, piece_counts)]), *rest))
+
+
+def _post(message: tuple[Any, ...] | End | Failure, ring: Ring, news: Connection) -> None:
     news.send(message)
     # counted when all of it is in the pipe: who sees the count can read without waiting
     ring.signs.posted += 1

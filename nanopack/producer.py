@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import pickle
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,8 +29,7 @@ from nanopack.tokenizers import Tokenizer
 log = logging.getLogger("nanopack")
 
 
-@dataclass(frozen=True)
-class Produced:
+class Produced(NamedTuple):
     """A batch in a slot: what the host knows of it, and how far the data are read. See `Batch`."""
 
     filled: Filled
@@ -38,8 +38,8 @@ class Produced:
     last: bool
     longest_wait: int
     """Most rows that a document has waited so far."""
-    ledger: Ledger
-    """As it stands with this batch delivered."""
+    books: bytes
+    """The ledger as it stands with this batch delivered, pickled: few ask for it."""
 
 
 class Producer:
@@ -99,13 +99,12 @@ class Producer:
             progress=progress,
             last=last,
             longest_wait=self._packer.longest_wait,
-            ledger=self._ledger.copy(),
+            books=self.books(),
         )
 
-    @property
-    def ledger(self) -> Ledger:
-        """The counters after the last call of `produce`."""
-        return self._ledger
+    def books(self) -> bytes:
+        """Return the ledger after the last call of `produce`, pickled."""
+        return pickle.dumps(self._ledger)
 
     def _read(self) -> tuple[int, int] | None:
         """Read on until a document is good for packing; return its number and length, None at the end of the data."""

@@ -22,8 +22,9 @@ import math
 import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,20 +52,31 @@ class Words:
 class PieceTable(Sequence[tuple[Piece, ...]]):
     """The pieces of each row, as a sequence of tuples: kept as numbers, and made into pieces when somebody looks."""
 
-    def __init__(self, table: np.ndarray, counts: np.ndarray) -> None:
-        """Take (P, 4) int64, the fields of all pieces row by row, and (B,), the number of each row's."""
-        self._table = table
-        self._counts = counts
+    def __init__(self, table: bytes, counts: bytes) -> None:
+        """Take as int64 (P, 4), the fields of all pieces row by row, and (B,), the number of each row's.
+
+        Bytes, because they travel between processes faster than arrays do.
+        """
+        self.table = table
+        self.counts = counts
+
+    @cached_property
+    def _fields(self) -> np.ndarray:
+        return np.frombuffer(self.table, np.int64).reshape(-1, 4)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(np.frombuffer(self.counts, np.int64).tolist(), initial=0))
 
     def __len__(self) -> int:
-        return len(self._counts)
+        return len(self.counts) // 8
 
     def __getitem__(self, row: Any) -> Any:
         if isinstance(row, slice):
             return tuple(self[i] for i in range(*row.indices(len(self))))
         row = range(len(self))[row]
-        first = int(self._counts[:row].sum())
-        return tuple(Piece(*fields) for fields in self._table[first : first + self._counts[row]].tolist())
+        fields = self._fields[self._ends[row] : self._ends[row + 1]]
+        return tuple(Piece(*values) for values in fields.tolist())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and tuple(self) == tuple(other)
@@ -73,8 +85,7 @@ class PieceTable(Sequence[tuple[Piece, ...]]):
         return repr(tuple(self))
 
 
-@dataclass(frozen=True)
-class Filled:
+class Filled(NamedTuple):
     """What the host knows of a batch once its slot is filled. See `Batch` for the fields of the same name."""
 
     used_bytes: int
@@ -241,8 +252,8 @@ class Slot:
                         for run, start in zip(row, ends, strict=False)
                     ],
                     np.int64,
-                ),
-                np.array([len(row) for row in rows]),
+                ).tobytes(),
+                np.array([len(row) for row in rows], np.int64).tobytes(),
             ),
         )
 

@@ -88,7 +88,7 @@ def _produce(loader: Loader) -> tuple[list[tuple[np.ndarray, Produced]], Excepti
             slots.append((slot.buffer[: produced.filled.used_bytes].copy(), produced))
     except ValueError as error:
         return slots, error
-    return slots, End(producer.ledger)
+    return slots, End(producer.books())
 
 
 class SimulatedFeed:

@@ -8,7 +8,6 @@ are its device, its upload (the real one on the simulated device, or a mutant of
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from random import Random
@@ -20,7 +19,7 @@ from simulated_feed import DATA_SETS, TOKENIZER, SimulatedFeed, data
 
 from nanopack import Loader
 from nanopack.batch import Batch
-from nanopack.executor import make_kernel, make_outputs
+from nanopack.executor import make_kernel, outputs_maker
 from nanopack.ring import Layout
 from nanopack.upload import Upload
 from nanopack.verify import first_difference
@@ -154,7 +153,7 @@ class Simulation:
         for _ in range(random.randrange(3)):
             device.work(device.current)
         self.memory_is_short = 0.0
-        make = functools.partial(make_outputs, recipe, layout, torch.device("cpu"))
+        make = outputs_maker(recipe, layout, torch.device("cpu"))
 
         def outputs() -> Any:
             if random.random() < self.memory_is_short:
