@@ -57,7 +57,7 @@ class Loader:
         weights: None, `"token"` (1.0 where trained) or `"conversation"` (1 / its trained tokens, so that each
             conversation counts once); a conversation's own weight multiplies either.
         extras: any of `"positions"`, `"doc_ids"`, `"cu_seqlens"`.
-        max_pieces: pieces a row for which `cu_seqlens` has room; T // 8 + 1 if None.
+        max_pieces: pieces a row for which `cu_seqlens` has room, at most T; T // 8 + 1 if None.
         template: `"nanochat"` or `"chatml"`.
         max_tokens: a document longer than this is cut (and counted).
         window: documents among which the best_fit packings choose: 64, 100 (`best_fit_pad`), 1000 (`best_fit_crop`).

@@ -23,7 +23,11 @@ BAD = [
     ({"extras": "positions"}, "extras='positions' is not allowed; use a tuple"),
     ({"extras": ("position",)}, "'position' is not known; use any of 'positions', 'doc_ids', 'cu_seqlens'"),
     ({"extras": 3}, "extras=3 is not allowed; use a tuple"),
-    ({"max_pieces": 0, "extras": ("cu_seqlens",)}, "max_pieces=0 is not allowed; use an int from 1 upwards, or None"),
+    ({"max_pieces": 0, "extras": ("cu_seqlens",)}, "max_pieces=0 is not allowed with seq_len=2048; use an int from 1"),
+    (
+        {"max_pieces": 10**13, "seq_len": 8, "extras": ("cu_seqlens",)},
+        "max_pieces=10000000000000 is not allowed with seq_len=8; use an int from 1 to 8, or None",
+    ),
     ({"max_pieces": 4}, "max_pieces=4 has no meaning without cu_seqlens; leave it out, or add"),
     ({"template": "llama"}, "template='llama' is not allowed; use one of 'nanochat', 'chatml'"),
     ({"max_tokens": 0}, "max_tokens=0 is not allowed; use an int from 1 upwards, or None"),
