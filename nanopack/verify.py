@@ -57,7 +57,8 @@ def verify(conversations: Any, tokenizer: Any, *, max_batches: int | None = None
 def compare(expected: Iterator[Batch], got: Iterator[Batch]) -> Verification:
     """Return whether two runs of batches are equal, field by field, to the end."""
     batches = tokens = 0
-    for a, b in itertools.zip_longest(expected, got):
+    # the loader first: of a bad conversation it tells more than the reference does
+    for b, a in itertools.zip_longest(got, expected):
         if a is None or b is None:
             more, fewer = ("reference", "loader") if b is None else ("loader", "reference")
             return Verification(batches, tokens, f"the {fewer} ends after {batches} batches, the {more} goes on")

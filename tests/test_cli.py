@@ -280,7 +280,7 @@ def test_without_safetensors_the_extra_is_named_before_anything_is_packed(run, t
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_broken_line_is_named_with_what_to_do(run, broken, command):
     line = refusal(run(command, broken, *SMALL))
-    assert f"{broken}:17, " in line and line.endswith("Fix it or pass --on-error skip.\n")
+    assert f"{broken}:17, not JSON: " in line and line.endswith("Fix it or pass --on-error skip.\n")
 
 
 @pytest.mark.parametrize("command", ["pack", "inspect"])

@@ -413,3 +413,8 @@ def test_a_launcher_that_did_not_initialise_torch_distributed_is_warned_of(monke
 def test_verify_says_how_much_it_compared_and_that_it_was_equal():
     result = nanopack.verify([{"text": "abcdefg"}] * 5, SMALL, batch_size=2, seq_len=8)
     assert result and (result.batches, result.tokens, result.difference) == (3, 40, None)
+
+
+def test_verify_tells_of_a_bad_conversation_in_the_loaders_words():
+    with pytest.raises(ConversationError, match="messages must alternate user/assistant"):
+        nanopack.verify([[{"role": "user", "content": "a"}] * 2], SMALL, batch_size=1, seq_len=8)
