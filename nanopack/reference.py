@@ -69,16 +69,15 @@ def batches(
 ) -> Iterator[Batch]:
     """Return the batches of one rank, on the CPU; endless where `epochs` is None. Arguments as of `Loader`.
 
-    Raises ValueError for an unknown choice and ConversationError for a conversation that cannot be used.
+    Raises ValueError for an unknown choice, ConversationError for a conversation that cannot be used, and ValueError
+    for messages for which the tokenizer lacks special tokens.
     """
     chosen = dict(packing=packing, loss=loss, weights=weights, template=template, on_error=on_error)
     for name, value in [*chosen.items(), *(("extras", extra) for extra in extras)]:
         if value not in CHOICES[name]:
             raise ValueError(f"{name}={value!r} is not known. Pass one of {CHOICES[name]}.")
     coder = load_tokenizer(tokenizer)
-    for token in SPECIAL_TOKENS[template]:
-        # Asked for once here, so that a tokenizer without it is not taken for many bad conversations.
-        coder.special_id(token)
+    lacking = [token for token in SPECIAL_TOKENS[template] if token not in coder.encoding.special_tokens_set]
     records = open_records(conversations)
     cut = seq_len + 1 if packing in ("best_fit", "best_fit_pad", "pad") else None
     # nanochat's packings keep a document that trains nothing, and so must we to give its batches.
@@ -88,13 +87,16 @@ def batches(
         where, record = records[index]
         try:
             messages, text, weight = conversation(record())
-            tokens = render(messages, text, coder, template)
+            # Asked here, so that a tokenizer that lacks one is not taken for many bad conversations.
+            tokens = [] if messages and lacking else render(messages, text, coder, template)
         except MemoryError:
             raise
         except Exception as error:
             if on_error == "skip":
                 return None
             raise ConversationError(f'{where}, {error}. Fix it or pass on_error="skip".') from error
+        if not tokens:
+            raise ValueError(f"{where}: template={template!r} needs tokens that the tokenizer lacks: {lacking}.")
         tokens = tokens[:max_tokens][:cut]
         if loss == "all":
             tokens = [(id, True) for id, _ in tokens]

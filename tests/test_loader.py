@@ -232,6 +232,36 @@ def test_a_bad_conversation_raises_with_file_line_message_and_remedy(tmp_path):
     assert "chats.jsonl:17, message 1: " in message and "'user'" in message and 'on_error="skip"' in message
 
 
+GPT2 = tiktoken.Encoding(
+    "gpt2-like",
+    pat_str=r"(?s:.)",
+    mergeable_ranks={bytes([i]): i for i in range(256)},
+    special_tokens={"<|endoftext|>": 256},
+)
+
+
+def test_plain_text_needs_no_special_token_but_the_first():
+    for template in ("nanochat", "chatml"):
+        result = nanopack.verify([{"text": "abc"}, {"text": "de"}], GPT2, batch_size=1, seq_len=8, template=template)
+        assert (result.difference, result.tokens) == (None, 7)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_messages_for_which_the_tokenizer_lacks_tokens_are_refused_and_never_skipped(on_error, workers):
+    chat = [{"role": "user", "content": "a"}]
+    arguments = {"packing": "pad", "workers": workers, "on_error": on_error}
+    says = (
+        r"'gpt2-like' lacks special tokens of template='nanochat': <\|user_start\|>.* Give a tokenizer that has them, "
+    )
+    with Loader([{"text": "a"}, chat], GPT2, 1, 8, **arguments) as loader:
+        next(loader)
+        with pytest.raises(ValueError, match=says):
+            next(loader)
+    with pytest.raises(ValueError, match=says):
+        Loader([chat], GPT2, 1, 8, **arguments)
+
+
 def test_skipping_a_bad_conversation_counts_and_logs_it(tmp_path, caplog):
     path = tmp_path / "chats.jsonl"
     path.write_text('{"text": "ab"}\n{"text": 3}\n{"text": "cd"}\n')

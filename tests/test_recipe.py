@@ -91,7 +91,7 @@ def test_each_packing_brings_its_own_window_and_age(packing, window, max_age):
 
 def test_a_tokenizer_without_the_template_s_special_tokens_is_refused_before_the_first_batch():
     with pytest.raises(ValueError, match="im_start"):
-        Loader(DATA, "chat32k", template="chatml")
+        Loader([[{"role": "user", "content": "abc"}]], "chat32k", template="chatml")
 
 
 def test_more_pieces_than_cu_seqlens_has_room_for_is_an_error_that_names_the_argument():

@@ -583,8 +583,11 @@ def test_tokenizer_without_a_special_token_is_not_taken_for_bad_conversations():
     bare = tiktoken.Encoding(
         "bare", pat_str=r"[\s\S]", mergeable_ranks=TOY._mergeable_ranks, special_tokens={"<|bos|>": 256}
     )
-    with pytest.raises(ValueError, match="user_start"):
-        batches([TALK], bare, on_error="skip")
+    mixed = [{"text": "a"}, TALK, {"text": "b"}]
+    found = batches(mixed, bare, on_error="skip", **ONE)
+    assert next(found).targets.tolist() == [[a]]
+    with pytest.raises(ValueError, match=r"^conversation 1: template='nanochat' needs .*user_start"):
+        next(found)
 
 
 # nanochat's loops, written down again in their plainest form: what its generators give, ours must give
