@@ -106,9 +106,11 @@ class Producer:
         self._count_slots(filled)
         self._count_packer()
         progress, last = self._progress()
+        epoch = self.share.epoch(self._ledger.conversations_read)
         return Produced(
             filled=filled,
-            epoch=self.share.epoch(self._ledger.conversations_read),
+            # the end of the last pass begins no other
+            epoch=min(epoch, self.recipe.epochs or epoch),
             progress=progress,
             last=last,
             longest_wait=self._packer.longest_wait,

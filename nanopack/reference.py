@@ -329,7 +329,8 @@ def _batch(
         num_tokens=sum(len(row[:seq_len]) for row in rows),
         weight_sum=math.fsum(weighed.flatten().tolist()),
         max_seqlen=max_seqlen,
-        epoch=reader.epoch,
+        # The end of the last pass begins no other.
+        epoch=min(reader.epoch, reader.epochs or reader.epoch),
         progress=progress,
         last=last,
         word_pieces=tuple(tuple(_pieces(row)) for row in rows),

@@ -148,7 +148,7 @@ def test_host_facts_are_what_the_tensors_say(packing, data):
     conversations = data.draw(data_sets)
     B, T = arguments["batch_size"], arguments["seq_len"]
     for step, batch in enumerate(Loader(conversations, SMALL, **arguments)):
-        assert batch.step == step
+        assert batch.step == step and batch.epoch == 1
         assert batch.num_trained == int((batch.targets != arguments["ignore_index"]).sum())
         assert batch.num_tokens == int((batch.doc_ids >= 0).sum())
         assert batch.weight_sum == math.fsum(batch.weights.flatten().tolist())

@@ -140,7 +140,7 @@ def test_end_of_a_stream_is_padded(text, overlap, last_inputs, last_targets, las
     assert targets(found) == [[[a, b], [c, d]], last_targets]
     assert [[tuple(piece) for piece in row] for row in found[1].word_pieces] == last_pieces
     assert found[1].num_tokens == sum(piece.length for row in found[1].pieces for piece in row)
-    assert facts(found, "progress", "last", "epoch") == [(1.0, True, 2), (1.0, True, 2)]
+    assert facts(found, "progress", "last", "epoch") == [(1.0, True, 1), (1.0, True, 1)]
 
 
 def test_no_batch_is_made_of_the_carried_word_alone():
@@ -173,6 +173,7 @@ def test_finite_epochs_give_every_conversation_that_often_over_all_ranks():
     assert read(zero) == [[0], [2], [4], [1], [3]]
     assert read(one) == [[1], [3], [0], [2], [4]]
     ends = [False, False, False, False, True]
+    assert facts(zero, "epoch") == [(1,), (1,), (2,), (2,), (2,)]
     assert facts(zero, "progress", "last") == list(zip([0.2, 0.4, 0.6, 0.8, 1.0], ends, strict=True))
     assert facts(one, "progress", "last") == list(zip([0.3, 0.5, 0.7, 0.9, 1.0], ends, strict=True))
 
