@@ -69,13 +69,24 @@ def batches(
 ) -> Iterator[Batch]:
     """Return the batches of one rank, on the CPU; endless where `epochs` is None. Arguments as of `Loader`.
 
-    Raises ValueError for an unknown choice, ConversationError for a conversation that cannot be used, and ValueError
-    for messages for which the tokenizer lacks special tokens.
+    Raises ValueError for an unknown choice, an impossible number, or messages for which the tokenizer lacks special
+    tokens, and ConversationError for a conversation that cannot be used.
     """
     chosen = dict(packing=packing, loss=loss, weights=weights, template=template, on_error=on_error)
     for name, value in [*chosen.items(), *(("extras", extra) for extra in extras)]:
         if value not in CHOICES[name]:
             raise ValueError(f"{name}={value!r} is not known. Pass one of {CHOICES[name]}.")
+    counts = dict(batch_size=batch_size, seq_len=seq_len, refill=refill, world_size=world_size)
+    if_given = dict(max_pieces=max_pieces, max_tokens=max_tokens, window=window, max_age=max_age, epochs=epochs)
+    for name, count in [*counts.items(), *((name, count) for name, count in if_given.items() if count is not None)]:
+        if type(count) is not int or count < 1:
+            raise ValueError(f"{name}={count!r} is impossible. Pass an int from 1.")
+    if type(rank) is not int or not 0 <= rank < world_size:
+        raise ValueError(
+            f"rank={rank!r} of world_size={world_size} is impossible. Pass an int from 0, below world_size."
+        )
+    if max_pieces is not None and max_pieces > seq_len:
+        raise ValueError(f"max_pieces={max_pieces} is more than seq_len={seq_len}. Pass at most that.")
     coder = load_tokenizer(tokenizer)
     lacking = [token for token in SPECIAL_TOKENS[template] if token not in coder.encoding.special_tokens_set]
     records = open_records(conversations)

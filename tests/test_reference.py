@@ -580,6 +580,24 @@ def test_unknown_choice_is_refused_before_the_first_batch(name):
         batches(texts("a"), TOY, extras=["positions", "length"])
 
 
+COUNTS = ["batch_size", "seq_len", "refill", "world_size", "max_pieces", "max_tokens", "window", "max_age", "epochs"]
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_impossible_number_is_refused_before_the_first_batch(name):
+    for value in (0, -1, 1.0, True, "1"):
+        with pytest.raises(ValueError, match=f"^{name}={value!r} is impossible"):
+            batches(texts("a"), TOY, **{name: value})
+
+
+def test_rank_outside_the_world_and_room_for_too_many_pieces_are_refused():
+    for rank in (-1, 2, 0.0, None):
+        with pytest.raises(ValueError, match=f"^rank={rank} of world_size=2 is impossible"):
+            batches(texts("a"), TOY, rank=rank, world_size=2)
+    with pytest.raises(ValueError, match=r"^max_pieces=9 is more than seq_len=8"):
+        batches(texts("a"), TOY, seq_len=8, max_pieces=9)
+
+
 def test_tokenizer_without_a_special_token_is_not_taken_for_bad_conversations():
     bare = tiktoken.Encoding(
         "bare", pat_str=r"[\s\S]", mergeable_ranks=TOY._mergeable_ranks, special_tokens={"<|bos|>": 256}
