@@ -53,6 +53,9 @@ from nanopack.verify import compare
 SAVED = ("inputs", "targets", "weights", "positions", "doc_ids", "cu_seqlens")
 # More than the words of these tokens fits on no line.
 SHOWN_TOKENS = 100
+NAMES = "|".join([*RECIPE_DEFAULTS, "tokenizer", "executor"])
+# In an error: what is quoted, or else an argument's name before a value. A path may hold rank=0/ too, quoted or not.
+ARGUMENT = re.compile(rf"""(?<!\w)(['"])(?:\\.|(?!\1).)*\1|(?<![^\s(])({NAMES})=(?=['"(\[]|[-\w]+(?:[\s,;:)]|$))""")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,9 +96,8 @@ def _in_flags(error: Exception) -> str:
     if isinstance(error, ConversationError):
         # The rest may be the words of a file.
         return re.sub(r'pass on_error="skip"\.$', "pass --on-error skip.", message)
-    names = "|".join([*RECIPE_DEFAULTS, "tokenizer", "executor"])
-    message = re.sub(rf"\b({names})=", lambda name: f"--{name[1].replace('_', '-')}=", message)
-    return message.removeprefix("conversations=").replace(", or None", ", or leave it out")
+    message = ARGUMENT.sub(lambda found: f"--{found[2].replace('_', '-')}=" if found[2] else found[0], message)
+    return re.sub(", or None$", ", or leave it out", message.removeprefix("conversations="))
 
 
 def pack(options: Namespace) -> int:

@@ -349,6 +349,28 @@ def test_nothing_to_save_is_an_error(run, chats, tmp_path):
     assert not (tmp_path / "a.npz").exists()
 
 
+def test_a_path_is_told_as_it_stands_though_it_looks_like_arguments(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    missing = "rank=0 seq_len=3, or None.jsonl"
+    assert refusal(run("pack", missing)).startswith(f"nanopack: {missing!r} does not exist")
+    assert "--tokenizer='a rank=1' is no" in refusal(run("pack", "--tokenizer", "a rank=1"))
+    assert '--tokenizer="it\'s rank=1" is no' in refusal(run("pack", "--tokenizer", "it's rank=1"))
+    broken = Path("rank=0/epochs=3.parquet")
+    broken.parent.mkdir()
+    broken.write_bytes(b"PAR1")
+    for path in (broken, broken.absolute()):
+        assert refusal(run("pack", path)).startswith(f"nanopack: {path} cannot be read as Parquet")
+
+
+def test_every_argument_that_an_error_names_is_told_as_a_flag(run):
+    line = refusal(run("pack", "--batch-size", 65536, "--seq-len", 65536))
+    assert line.startswith("nanopack: --batch-size=65536 times --seq-len=65536 is ")
+    line = refusal(run("pack", "--window", 8, "--packing", "stream"))
+    assert "with --packing='stream'; leave it out, or use --packing='best_fit'" in line
+    line = refusal(run("pack", "--extras", "cu_seqlens", "--max-pieces", 1))
+    assert line.startswith("nanopack: --max-pieces=1 is too small") and "(--seq-len=2048 is always enough)" in line
+
+
 def test_words_of_a_file_are_quoted_as_they_stand(run, tmp_path):
     path = tmp_path / "quoted.jsonl"
     path.write_text("seq_len=3, or None")
