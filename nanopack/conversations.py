@@ -15,6 +15,7 @@ import os
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NoReturn, Protocol
 
 from nanopack.files import COLUMNS, ConversationError, Files, open_files
@@ -237,6 +238,9 @@ def _text(text: object, name: str) -> str:
 def _weight(weight: object) -> float:
     if weight is None:
         return 1.0
+    # numpy's numbers: the small ones cannot be compared with float32's largest.
+    if isinstance(weight, Real) and not isinstance(weight, int):
+        weight = float(weight)
     # Beyond float32's largest number a weight would reach the loss as infinity; NaN fails every comparison.
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= FLOAT32_MAX:
         _fail(f"weight must be a number from 0 to {FLOAT32_MAX:.1e} (float32), not {_value(weight)}")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,12 @@ def test_a_text_is_a_conversation_without_messages(text: str) -> None:
     assert check({"text": text, "weight": 3, "messages": None}) == Conversation((), text, 3.0)
 
 
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.int8, np.int64, Fraction])
+def test_a_weight_may_be_any_real_number(kind: type) -> None:
+    weight = check({"text": "x", "weight": kind(3)}).weight
+    assert weight == 3.0 and type(weight) is float
+
+
 def test_the_roles_of_sharegpt_become_ours() -> None:
     roles = ["system", "human", "gpt", "user", "assistant", "chatgpt"]
     checked = check({"conversations": [{"from": role, "value": ""} for role in roles]})
@@ -304,6 +311,8 @@ BAD_RECORDS: dict[str, tuple[object, str]] = {
     "weight-infinite-in-float32": (HI | {"weight": 3.5e38}, r"^weight must be .* not 3.5e\+38"),
     "weight-huge-integer": (HI | {"weight": 10**400}, r"^weight must be .* not 1000"),
     "weight-bool": (HI | {"weight": True}, r"^weight must be .* not True of type bool$"),
+    "weight-numpy-bool": (HI | {"weight": np.True_}, r"^weight must be .* not np.True_ of type bool$"),
+    "weight-infinite-in-float16": (HI | {"weight": np.float16(math.inf)}, r"^weight must be .* not inf"),
     "weight-string": ({"text": "x", "weight": "1"}, r"^weight must be .* not '1' of type str$"),
 }
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pytest
 import tiktoken
 
@@ -394,6 +395,7 @@ def test_token_weights_are_the_conversations_own():
     assert batch.targets.tolist() == [[a, b, BOS, c]]
     assert batch.weights.tolist() == [[0.5, 0.5, 2.0, 2.0]]
     assert batch.weight_sum == 5.0
+    assert only([{"text": "ab", "weight": np.float16(0.5)}], batch_size=1, seq_len=2, weights="token").weight_sum == 1.0
 
 
 def test_conversation_weights_are_shared_among_its_trained_tokens():
