@@ -184,6 +184,27 @@ def test_a_hugging_face_dataset_gives_its_conversations() -> None:
     ]
 
 
+@pytest.mark.parametrize("format", ["numpy", "pandas", "arrow"])
+def test_a_dataset_that_hands_out_arrays_or_tables_is_told_how_to_hand_out_dicts(format: str) -> None:
+    dataset = pytest.importorskip("datasets").Dataset.from_list([HI])
+    pytest.importorskip("pandas")
+    source = open_conversations(dataset.with_format(format))
+    with pytest.raises(ConversationError, match=r"^[^\n]* with \.with_format\(None\)$"):
+        check(source[0])
+
+
+def test_a_table_and_data_sets_of_several_parts_are_told_what_to_give_on_one_line() -> None:
+    datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
+    dataset = datasets.Dataset.from_list([HI])
+    for conversations, remedy in [
+        (pandas.DataFrame([HI]), r"df\.to_dict\('records'\)"),
+        (datasets.DatasetDict(train=dataset), r"data\['train'\]"),
+        (dataset.to_iterable_dataset(), r"list\(\.\.\.\) of it"),
+    ]:
+        with pytest.raises(ValueError, match=rf"^conversations=[^\n]* of type [^\n]*give [^\n]*{remedy}[^\n]*$"):
+            open_conversations(conversations)
+
+
 # Checking
 
 strings = st.text(max_size=8)
