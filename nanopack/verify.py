@@ -15,7 +15,7 @@ import torch
 from nanopack import reference
 from nanopack.batch import Batch
 from nanopack.loader import Loader
-from nanopack.recipe import Recipe
+from nanopack.recipe import Recipe, check_int
 
 DATA_ARGUMENTS = {field.name for field in fields(Recipe)}
 
@@ -44,6 +44,8 @@ def verify(conversations: Any, tokenizer: Any, *, max_batches: int | None = None
 
     Raises ValueError as `Loader` does.
     """
+    if max_batches is not None:
+        check_int("max_batches", max_batches, least=1, or_none=True)
     arguments.setdefault("epochs", 1)
     if arguments["epochs"] is None and max_batches is None:
         raise ValueError("epochs=None is endless; pass max_batches, or a number of epochs")

@@ -448,3 +448,9 @@ def test_verify_says_how_much_it_compared_and_that_it_was_equal():
 def test_verify_tells_of_a_bad_conversation_in_the_loaders_words():
     with pytest.raises(ConversationError, match="messages must alternate user/assistant"):
         nanopack.verify([[{"role": "user", "content": "a"}] * 2], SMALL, batch_size=1, seq_len=8)
+
+
+@pytest.mark.parametrize("max_batches", [-1, 0, 1.5, True, "x"])
+def test_verify_refuses_a_number_of_batches_that_cannot_be(max_batches):
+    with pytest.raises(ValueError, match=f"^max_batches={max_batches!r} is not allowed; use an int from 1 upwards"):
+        nanopack.verify([{"text": "a"}], SMALL, max_batches=max_batches)
