@@ -299,7 +299,7 @@ class Loader:
     def explain(self, batch: Batch, row: int, col: int) -> Explanation:
         """Return which conversation, message, role and text a slot came from, and why it is trained or not.
 
-        Raises IndexError where the batch has no such row or column.
+        Raises IndexError where the batch has no such row or column, TypeError where one is no int.
         """
         return explain(
             batch,

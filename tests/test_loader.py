@@ -424,6 +424,15 @@ def test_explain_refuses_a_place_outside_the_batch(row, col, name):
         loader.explain(next(loader), row, col)
 
 
+@pytest.mark.parametrize(
+    ("row", "col", "says"), [(0.5, "a", "row=0.5 is not an int; use 0 to 0"), (0, "a", "col='a' is")]
+)
+def test_explain_refuses_a_place_that_is_no_int(row, col, says):
+    loader = Loader([{"text": "ab"}], SMALL, 1, 8)
+    with pytest.raises(TypeError, match=f"^{says}"):
+        loader.explain(next(loader), row, col)
+
+
 def test_rank_and_world_size_come_from_torch_distributed_where_it_is_initialised(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
