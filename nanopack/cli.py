@@ -42,7 +42,7 @@ from nanopack.batch import Batch
 from nanopack.conversations import ConversationError, Share
 from nanopack.lengths import Lengths, measure
 from nanopack.loader import Loader
-from nanopack.options import LISTED_PIECES, RECIPE_DEFAULTS, parse
+from nanopack.options import LISTED_PIECES, RECIPE_DEFAULTS, TOKENIZERS, parse
 from nanopack.picture import draw_histogram, draw_rows, list_pieces, table
 from nanopack.progress import Bar, warnings_on_stderr
 from nanopack.render import make_renderer
@@ -96,6 +96,9 @@ def _in_flags(error: Exception) -> str:
     if isinstance(error, ConversationError):
         # The rest may be the words of a file.
         return re.sub(r'pass on_error="skip"\.$', "pass --on-error skip.", message)
+    if message.startswith("tokenizer="):
+        # of what a loader takes, a command line can only name some
+        message = f"{message.rpartition('; ')[0]}; give {TOKENIZERS}; any other goes in from Python"
     message = ARGUMENT.sub(lambda found: f"--{found[2].replace('_', '-')}=" if found[2] else found[0], message)
     return re.sub(", or None$", ", or leave it out", message.removeprefix("conversations="))
 
@@ -155,7 +158,7 @@ def inspect(options: Namespace) -> int:
                 # The rest counts, but is not kept.
                 deque(delivered, maxlen=0)
         if drawn is None and (options.explain or options.batch):
-            there = f"there are {totals.batches} batches, numbered from 0"
+            there = f"there {'is' if totals.batches == 1 else 'are'} {count_batches(totals.batches)}, numbered from 0"
             raise ValueError(f"--batch={options.batch} does not exist; {there}")
         if drawn is not None and options.explain:
             return _explain(loader, drawn, options)

@@ -335,7 +335,8 @@ def _interrupted() -> RuntimeError:
 def _rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, int]:
     """Return both as given, or as torch.distributed knows them."""
     if (rank is None) != (world_size is None):
-        raise ValueError(f"rank={rank!r} and world_size={world_size!r} go together; pass both, or neither")
+        alone = f"rank={rank!r}, but no world_size" if world_size is None else f"world_size={world_size!r}, but no rank"
+        raise ValueError(f"{alone}; pass both, or neither")
     if rank is not None and world_size is not None:
         return rank, world_size
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -23,6 +23,7 @@ from nanopack.recipe import Recipe
 
 COMMANDS = ("pack", "verify", "inspect")
 SMALL = ("--batch-size", "4", "--seq-len", "64")
+RANKS = Path(nanopack.__file__).parent / "data" / "chat32k.tiktoken"
 SHIPPED = Path(nanopack.__file__).parent / "data" / "conversations.jsonl"
 
 
@@ -315,9 +316,15 @@ REFUSED = {
     "unknown packing": (["pack", "--packing", "tight"], "--packing: invalid choice: 'tight'"),
     "window of stream": (["inspect", "--packing", "stream", "--window", "9"], "--window=9 has no meaning"),
     "unknown extra": (["pack", "--extras", "positions,x"], "'x' is not known"),
-    "rank alone": (["pack", "--rank", "1"], "--rank=1 and --world-size=None go together"),
+    "rank alone": (["pack", "--rank", "1"], "nanopack: --rank=1, but no world_size; pass both"),
     "rank too large": (["pack", "--rank", "2", "--world-size", "2"], "use an int from 0 to 1"),
     "no such tokenizer": (["pack", "--tokenizer", "gpt9"], "--tokenizer='gpt9' is no bundled name"),
+    "tokenizer of tiktoken's": (
+        ["pack", "--tokenizer", "gpt2"],
+        "or folder; give a bundled name (chat32k), a nanochat",
+    ),
+    "ranks as tokenizer": (["pack", "--tokenizer", str(RANKS)], "no split pattern; give a bundled name (chat32k), a"),
+    "empty tokenizer": (["pack", "--tokenizer", ""], "--tokenizer='' is empty; give a bundled name (chat32k), a"),
     "template without tokens": (["pack", "--template", "chatml"], "lacks special tokens of --template='chatml'"),
     "endless": (["pack", "--epochs", "0"], "--epochs=0 is not allowed"),
     "no batch": (["pack", "--max-batches", "0"], "--max-batches: '0' is not a number from 1 upwards"),
@@ -330,6 +337,12 @@ REFUSED = {
     "explained column": (["inspect", "--explain", "0,2048"], "col=2048 is outside the batch; use 0 to 2047"),
     "explained what": (["inspect", "--explain", "here"], "'here' is not ROW,COL"),
 }
+
+
+def test_one_batch_is_told_of_as_one(run, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}')
+    line = refusal(run("inspect", tmp_path / "a.jsonl", "--batch", 1))
+    assert "--batch=1 does not exist; there is 1 batch, numbered from 0" in line
 
 
 @pytest.mark.parametrize(("argv", "says"), REFUSED.values(), ids=REFUSED)
