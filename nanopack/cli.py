@@ -322,7 +322,7 @@ def _print_json(report: dict[str, Any]) -> None:
 
 
 def _width() -> int:
-    return max(40, shutil.get_terminal_size().columns)
+    return shutil.get_terminal_size().columns
 
 
 def _colour() -> bool:

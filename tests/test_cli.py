@@ -231,6 +231,16 @@ def test_colours_only_on_a_terminal_that_wants_them(run, chats, monkeypatch):
     assert "\x1b" not in run("inspect", chats, *SMALL)[1]
 
 
+@pytest.mark.parametrize("columns", [1, 9, 24, 39])
+def test_rows_fit_a_terminal_however_narrow(run, chats, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, err = run("inspect", chats, *SMALL)
+    rows = re.findall(r"^(?:col  |row \d).*$", out, re.M)
+    assert (code, err, len(rows)) == (0, "", 5)
+    # a row needs its name, and one character
+    assert max(map(len, rows)) <= max(columns, len("row 0  a"))
+
+
 def test_words_of_a_conversation_cannot_command_the_terminal(run, tmp_path):
     path = tmp_path / "evil.jsonl"
     path.write_text(json.dumps({"text": "red \x1b[31m bell \x07 title \x1b]0;x\x07"}))
