@@ -51,7 +51,7 @@ class Batch:
     max_seqlen: int
     """Length of the longest piece in `cu_seqlens`, padding included."""
     epoch: int
-    """Pass over the data that the reading has reached, from 1."""
+    """Pass over the data that the reading has reached, from 1 to `epochs` where they are given."""
     progress: float
     """Share of the data consumed (of all `epochs` where they are given)."""
     last: bool

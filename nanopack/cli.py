@@ -42,7 +42,7 @@ from nanopack.batch import Batch
 from nanopack.conversations import ConversationError, Share
 from nanopack.lengths import Lengths, measure
 from nanopack.loader import Loader
-from nanopack.options import LISTED_PIECES, RECIPE_DEFAULTS, parse
+from nanopack.options import LISTED_PIECES, RECIPE_DEFAULTS, TOKENIZERS, parse
 from nanopack.picture import draw_histogram, draw_rows, list_pieces, table
 from nanopack.progress import Bar, warnings_on_stderr
 from nanopack.render import make_renderer
@@ -53,6 +53,9 @@ from nanopack.verify import compare
 SAVED = ("inputs", "targets", "weights", "positions", "doc_ids", "cu_seqlens")
 # More than the words of these tokens fits on no line.
 SHOWN_TOKENS = 100
+NAMES = "|".join([*RECIPE_DEFAULTS, "tokenizer", "executor"])
+# In an error: what is quoted, or else an argument's name before a value. A path may hold rank=0/ too, quoted or not.
+ARGUMENT = re.compile(rf"""(?<!\w)(['"])(?:\\.|(?!\1).)*\1|(?<![^\s(])({NAMES})=(?=['"(\[]|[-\w]+(?:[\s,;:)]|$))""")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,9 +96,11 @@ def _in_flags(error: Exception) -> str:
     if isinstance(error, ConversationError):
         # The rest may be the words of a file.
         return re.sub(r'pass on_error="skip"\.$', "pass --on-error skip.", message)
-    names = "|".join([*RECIPE_DEFAULTS, "tokenizer", "executor"])
-    message = re.sub(rf"\b({names})=", lambda name: f"--{name[1].replace('_', '-')}=", message)
-    return message.removeprefix("conversations=").replace(", or None", ", or leave it out")
+    if message.startswith("tokenizer="):
+        # of what a loader takes, a command line can only name some
+        message = f"{message.rpartition('; ')[0]}; give {TOKENIZERS}; any other goes in from Python"
+    message = ARGUMENT.sub(lambda found: f"--{found[2].replace('_', '-')}=" if found[2] else found[0], message)
+    return re.sub(", or None$", ", or leave it out", message.removeprefix("conversations="))
 
 
 def pack(options: Namespace) -> int:
@@ -153,7 +158,7 @@ def inspect(options: Namespace) -> int:
                 # The rest counts, but is not kept.
                 deque(delivered, maxlen=0)
         if drawn is None and (options.explain or options.batch):
-            there = f"there are {totals.batches} batches, numbered from 0"
+            there = f"there {'is' if totals.batches == 1 else 'are'} {count_batches(totals.batches)}, numbered from 0"
             raise ValueError(f"--batch={options.batch} does not exist; {there}")
         if drawn is not None and options.explain:
             return _explain(loader, drawn, options)
@@ -317,7 +322,7 @@ def _print_json(report: dict[str, Any]) -> None:
 
 
 def _width() -> int:
-    return max(40, shutil.get_terminal_size().columns)
+    return shutil.get_terminal_size().columns
 
 
 def _colour() -> bool:

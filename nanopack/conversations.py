@@ -15,6 +15,7 @@ import os
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NoReturn, Protocol
 
 from nanopack.files import COLUMNS, ConversationError, Files, open_files
@@ -136,6 +137,8 @@ def _refuse_unusable(items: Any) -> None:
         why = "is not a path; give it as str"
     elif isinstance(items, Iterator) or not (hasattr(kind, "__len__") and hasattr(kind, "__getitem__")):
         why = "has no len() and [int]; give list(...) of it, or files"
+    elif kind.__name__ == "DataFrame":
+        why = "hands out columns; give df.to_dict('records')"
     elif isinstance(items, (list, tuple)) and items and not any(map(_is_record, items)):
         why = "holds no records; give dicts such as {'messages': [...]}, or paths"
     else:
@@ -179,7 +182,7 @@ def check(record: object) -> Conversation:
     if isinstance(record, (list, tuple)):
         return Conversation(_messages(record, "role", "content", ROLES))
     if not isinstance(record, (dict, Mapping)):
-        _fail(f"a conversation is a dict or a list of messages, not {_value(record)}")
+        _fail(f"a conversation is a dict or a list of messages, not {_value(record)}{_remedy(record)}")
     shapes = [key for key in COLUMNS if record.get(key) is not None]
     if len(shapes) != 1:
         _fail_shape(record, shapes)
@@ -193,7 +196,7 @@ def check(record: object) -> Conversation:
 
 def _messages(messages: object, role_key: str, content_key: str, roles: dict[str, str]) -> tuple[Message, ...]:
     if not isinstance(messages, (list, tuple)):
-        _fail(f"the messages must be a list, not {_value(messages)}")
+        _fail(f"the messages must be a list, not {_value(messages)}{_remedy(messages)}")
     if not messages:
         _fail("the list of messages is empty; there must be at least one")
     checked: list[Message] = []
@@ -237,6 +240,9 @@ def _text(text: object, name: str) -> str:
 def _weight(weight: object) -> float:
     if weight is None:
         return 1.0
+    # numpy's numbers: the small ones cannot be compared with float32's largest.
+    if isinstance(weight, Real) and not isinstance(weight, int):
+        weight = float(weight)
     # Beyond float32's largest number a weight would reach the loss as infinity; NaN fails every comparison.
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= FLOAT32_MAX:
         _fail(f"weight must be a number from 0 to {FLOAT32_MAX:.1e} (float32), not {_value(weight)}")
@@ -265,15 +271,21 @@ def _value(value: object) -> str:
     return f"{short(value)} of type {type(value).__name__}"
 
 
+def _remedy(value: object) -> str:
+    """Return what to do about an array or a table, which a data set of another format hands out instead of lists."""
+    known = type(value).__module__.split(".")[0] in ("numpy", "pandas", "pyarrow", "polars", "torch")
+    return "; give plain lists and dicts: a datasets.Dataset does with .with_format(None)" if known else ""
+
+
 def short(value: object, length: int = 60) -> str:
-    """Return the value as Python writes it, cut in the middle to about `length` characters.
+    """Return the value as Python writes it, on one line, cut in the middle to about `length` characters.
 
     >>> short("a" * 1000, 20)
     "'aaaaaa...aaaaaaaa'"
     """
     writer = reprlib.Repr()
     writer.maxlevel, writer.maxstring, writer.maxother = 2, length, length
-    text = writer.repr(value)
+    text = " ".join(map(str.strip, writer.repr(value).splitlines()))
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 

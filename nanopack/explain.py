@@ -71,9 +71,11 @@ def explain(
 ) -> Explanation:
     """Return what stands at `inputs[row, col]` and `targets[row, col]`.
 
-    Raises IndexError where the batch has no such row or column.
+    Raises IndexError where the batch has no such row or column, TypeError where one is no int.
     """
     for name, index, size in (("row", row, recipe.batch_size), ("col", col, recipe.seq_len)):
+        if not hasattr(index, "__index__"):
+            raise TypeError(f"{name}={index!r} is not an int; use 0 to {size - 1}")
         if not 0 <= index < size:
             raise IndexError(f"{name}={index} is outside the batch; use 0 to {size - 1}")
 

@@ -57,7 +57,7 @@ class Loader:
         weights: None, `"token"` (1.0 where trained) or `"conversation"` (1 / its trained tokens, so that each
             conversation counts once); a conversation's own weight multiplies either.
         extras: any of `"positions"`, `"doc_ids"`, `"cu_seqlens"`.
-        max_pieces: pieces a row for which `cu_seqlens` has room; T // 8 + 1 if None.
+        max_pieces: pieces a row for which `cu_seqlens` has room, at most T; T // 8 + 1 if None.
         template: `"nanochat"` or `"chatml"`.
         max_tokens: a document longer than this is cut (and counted).
         window: documents among which the best_fit packings choose: 64, 100 (`best_fit_pad`), 1000 (`best_fit_crop`).
@@ -300,7 +300,7 @@ class Loader:
     def explain(self, batch: Batch, row: int, col: int) -> Explanation:
         """Return which conversation, message, role and text a slot came from, and why it is trained or not.
 
-        Raises IndexError where the batch has no such row or column.
+        Raises IndexError where the batch has no such row or column, TypeError where one is no int.
         """
         return explain(
             batch,
@@ -336,7 +336,8 @@ def _interrupted() -> RuntimeError:
 def _rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, int]:
     """Return both as given, or as torch.distributed knows them."""
     if (rank is None) != (world_size is None):
-        raise ValueError(f"rank={rank!r} and world_size={world_size!r} go together; pass both, or neither")
+        alone = f"rank={rank!r}, but no world_size" if world_size is None else f"world_size={world_size!r}, but no rank"
+        raise ValueError(f"{alone}; pass both, or neither")
     if rank is not None and world_size is not None:
         return rank, world_size
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -22,6 +22,7 @@ RECIPE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Rec
 LISTED_PIECES = 12
 """Pieces of a row that inspect lists unless asked for one row."""
 
+TOKENIZERS = "a bundled name (chat32k), a nanochat tokenizer folder or its tokenizer.pkl"
 PACKING_HELP = (
     "best_fit: whole documents, hardly any padding; stream: documents end to end, as nanochat midtrains; "
     "best_fit_pad: nanochat's SFT; best_fit_crop: nanochat's pretraining; pad: one document a row"
@@ -87,7 +88,7 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
         group.add_argument(f"--{name.replace('_', '-')}", help=what, default=argparse.SUPPRESS, **settings)
 
     windows = ", ".join(f"{size} {packing}" for packing, size in WINDOWS.items())
-    option("tokenizer", "a bundled name, a nanochat tokenizer folder or its tokenizer.pkl", "chat32k")
+    option("tokenizer", TOKENIZERS, "chat32k")
     option("batch_size", "rows of a batch, B", metavar="B", type=int)
     option("seq_len", "tokens of a row, T", metavar="T", type=int)
     option("packing", PACKING_HELP, choices=PACKINGS)

@@ -17,12 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanopack.conversations import ConversationError, Share, Source
+from nanopack.conversations import ConversationError, Share, Source, check
 from nanopack.ledger import Ledger
 from nanopack.packing import Run, make_packer
 from nanopack.reading import Read, read_documents
 from nanopack.recipe import Recipe
-from nanopack.render import Document, make_renderer
+from nanopack.render import Document, TemplateError, make_renderer, missing_tokens
 from nanopack.ring import FILLING, READING, Filled, Layout, Signs, Slot, Words
 from nanopack.tokenizers import Tokenizer
 
@@ -48,9 +48,9 @@ class Producer:
     def __init__(
         self, source: Source, tokenizer: Tokenizer, recipe: Recipe, *, threads: int = 0, signs: Signs | None = None
     ) -> None:
-        """Raise ValueError where the tokenizer does not go with the template. See `read_documents` for `threads`.
+        """Raise TemplateError where the first conversation needs tokens that the tokenizer lacks.
 
-        What the producer is at is told by `signs`, if anybody looks.
+        See `read_documents` for `threads`. What the producer is at is told by `signs`, if anybody looks.
         """
         self._signs = signs
         self.source = source
@@ -58,6 +58,8 @@ class Producer:
         self.layout = Layout.of(recipe, tokenizer.vocab_size)
         self.share = Share(len(source), recipe.rank, recipe.world_size)
         self.render = make_renderer(tokenizer, recipe.template)
+        if missing_tokens(tokenizer, recipe.template):
+            self._try_the_first()
         reads: Iterable[int] = itertools.count() if recipe.epochs is None else range(self.share.reads(recipe.epochs))
         indexes = map(self.share.conversation, reads)
         self._reading = read_documents(source, self.render, indexes, threads)
@@ -75,10 +77,21 @@ class Producer:
         )
         self._ledger = Ledger()
 
+    def _try_the_first(self) -> None:
+        """Refuse a tokenizer at once, rather than with the first batch, where the data begin with messages."""
+        try:
+            self.render(check(self.source[self.share.conversation(0)]))
+        except TemplateError:
+            raise
+        except Exception:
+            # what else is wrong with it is told in its turn
+            return
+
     def produce(self, slot: Slot) -> Produced | None:
         """Fill the slot with the next batch; return None, and leave it alone, at the end of the data.
 
-        Raises ConversationError for a bad conversation (with on_error="raise"), ValueError where nothing can be packed.
+        Raises ConversationError for a bad conversation (with on_error="raise"), TemplateError for messages for which
+        the tokenizer lacks special tokens, ValueError where nothing can be packed.
         """
         rows = self._packer.next_rows()
         if not rows:
@@ -93,9 +106,11 @@ class Producer:
         self._count_slots(filled)
         self._count_packer()
         progress, last = self._progress()
+        epoch = self.share.epoch(self._ledger.conversations_read)
         return Produced(
             filled=filled,
-            epoch=self.share.epoch(self._ledger.conversations_read),
+            # the end of the last pass begins no other
+            epoch=min(epoch, self.recipe.epochs or epoch),
             progress=progress,
             last=last,
             longest_wait=self._packer.longest_wait,
@@ -146,7 +161,7 @@ class Producer:
     def _refuse(self, read: Read) -> None:
         """Skip a bad conversation, or raise what is wrong with it and where it stands."""
         error = read.error
-        if not isinstance(error, Exception) or isinstance(error, MemoryError):
+        if not isinstance(error, Exception) or isinstance(error, (MemoryError, TemplateError)):
             raise error or AssertionError("a conversation without document and error")
         what = str(error) if isinstance(error, ConversationError) else f"{type(error).__name__}: {error}"
         if self.recipe.on_error == "raise":

@@ -54,9 +54,12 @@ class Recipe:
             check_bool(name, getattr(self, name))
         for name in ("batch_size", "seq_len", "refill", "world_size"):
             check_int(name, getattr(self, name), least=1)
-        for name in ("max_pieces", "max_tokens", "window", "max_age", "epochs"):
+        for name in ("max_tokens", "window", "max_age", "epochs"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), least=1, or_none=True)
+        if self.max_pieces is not None:
+            why = f" with seq_len={self.seq_len}"
+            check_int("max_pieces", self.max_pieces, least=1, most=self.seq_len, or_none=True, why=why)
         check_int("ignore_index", self.ignore_index, least=-(2**63), most=2**63 - 1)
         check_int("rank", self.rank, least=0, most=self.world_size - 1, why=f" with world_size={self.world_size}")
         if self.batch_size * self.seq_len > MAX_SLOTS:

@@ -69,16 +69,26 @@ def batches(
 ) -> Iterator[Batch]:
     """Return the batches of one rank, on the CPU; endless where `epochs` is None. Arguments as of `Loader`.
 
-    Raises ValueError for an unknown choice and ConversationError for a conversation that cannot be used.
+    Raises ValueError for an unknown choice, an impossible number, or messages for which the tokenizer lacks special
+    tokens, and ConversationError for a conversation that cannot be used.
     """
     chosen = dict(packing=packing, loss=loss, weights=weights, template=template, on_error=on_error)
     for name, value in [*chosen.items(), *(("extras", extra) for extra in extras)]:
         if value not in CHOICES[name]:
             raise ValueError(f"{name}={value!r} is not known. Pass one of {CHOICES[name]}.")
+    counts = dict(batch_size=batch_size, seq_len=seq_len, refill=refill, world_size=world_size)
+    if_given = dict(max_pieces=max_pieces, max_tokens=max_tokens, window=window, max_age=max_age, epochs=epochs)
+    for name, count in [*counts.items(), *((name, count) for name, count in if_given.items() if count is not None)]:
+        if type(count) is not int or count < 1:
+            raise ValueError(f"{name}={count!r} is impossible. Pass an int from 1.")
+    if type(rank) is not int or not 0 <= rank < world_size:
+        raise ValueError(
+            f"rank={rank!r} of world_size={world_size} is impossible. Pass an int from 0, below world_size."
+        )
+    if max_pieces is not None and max_pieces > seq_len:
+        raise ValueError(f"max_pieces={max_pieces} is more than seq_len={seq_len}. Pass at most that.")
     coder = load_tokenizer(tokenizer)
-    for token in SPECIAL_TOKENS[template]:
-        # Asked for once here, so that a tokenizer without it is not taken for many bad conversations.
-        coder.special_id(token)
+    lacking = [token for token in SPECIAL_TOKENS[template] if token not in coder.encoding.special_tokens_set]
     records = open_records(conversations)
     cut = seq_len + 1 if packing in ("best_fit", "best_fit_pad", "pad") else None
     # nanochat's packings keep a document that trains nothing, and so must we to give its batches.
@@ -88,13 +98,16 @@ def batches(
         where, record = records[index]
         try:
             messages, text, weight = conversation(record())
-            tokens = render(messages, text, coder, template)
+            # Asked here, so that a tokenizer that lacks one is not taken for many bad conversations.
+            tokens = [] if messages and lacking else render(messages, text, coder, template)
         except MemoryError:
             raise
         except Exception as error:
             if on_error == "skip":
                 return None
             raise ConversationError(f'{where}, {error}. Fix it or pass on_error="skip".') from error
+        if not tokens:
+            raise ValueError(f"{where}: template={template!r} needs tokens that the tokenizer lacks: {lacking}.")
         tokens = tokens[:max_tokens][:cut]
         if loss == "all":
             tokens = [(id, True) for id, _ in tokens]
@@ -327,7 +340,8 @@ def _batch(
         num_tokens=sum(len(row[:seq_len]) for row in rows),
         weight_sum=math.fsum(weighed.flatten().tolist()),
         max_seqlen=max_seqlen,
-        epoch=reader.epoch,
+        # The end of the last pass begins no other.
+        epoch=min(reader.epoch, reader.epochs or reader.epoch),
         progress=progress,
         last=last,
         word_pieces=tuple(tuple(_pieces(row)) for row in rows),

@@ -34,6 +34,10 @@ class Document:
     message that was merged begins where the user's does."""
 
 
+class TemplateError(ValueError):
+    """The tokenizer lacks special tokens of the template: no fault of a conversation, so none is skipped for it."""
+
+
 # A text to encode, or ids that are known already; and whether these tokens are trained.
 _Run: TypeAlias = tuple[str | np.ndarray, bool]
 # A document before encoding: its runs in order, and for each message the index of the run it begins with.
@@ -44,19 +48,15 @@ _Planner: TypeAlias = Callable[[Sequence[Message]], _Plan]
 def make_renderer(tokenizer: Tokenizer, template: str) -> Callable[[Conversation], Document]:
     """Return the function that renders a conversation by `template`: "nanochat" or "chatml".
 
-    ValueError where there is no such template or the tokenizer lacks special tokens of it. The function
-    itself raises `ConversationError` for what the template forbids, naming the message.
+    ValueError where there is no such template. The function itself raises `ConversationError` for what the template
+    forbids, naming the message, and for any messages `TemplateError` where the tokenizer lacks special tokens of it:
+    plain text needs none of them.
     """
     if not isinstance(template, str) or template not in _TEMPLATES:
         raise ValueError(f"template={template!r} is not one of {', '.join(map(repr, _TEMPLATES))}.")
-    make_planner, tokens = _TEMPLATES[template]
-    missing = [token for token in tokens if token not in tokenizer.encoding.special_tokens_set]
-    if missing:
-        raise ValueError(
-            f"tokenizer {tokenizer.name!r} lacks special tokens of template={template!r}: "
-            f"{', '.join(missing)}. Give a tokenizer that has them, or another template."
-        )
-    plan_messages = make_planner(tokenizer)
+    make_planner, _ = _TEMPLATES[template]
+    missing = missing_tokens(tokenizer, template)
+    plan_messages = _refuse_messages(tokenizer, template, missing) if missing else make_planner(tokenizer)
     bos = _known(tokenizer.bos_id)
 
     def render(conversation: Conversation) -> Document:
@@ -73,6 +73,21 @@ def make_renderer(tokenizer: Tokenizer, template: str) -> Callable[[Conversation
         return _fill_in(plan, ids, offsets.tolist())
 
     return render
+
+
+def missing_tokens(tokenizer: Tokenizer, template: str) -> list[str]:
+    """Return the special tokens that messages need in this template, and that the tokenizer lacks."""
+    return [token for token in _TEMPLATES[template][1] if token not in tokenizer.encoding.special_tokens_set]
+
+
+def _refuse_messages(tokenizer: Tokenizer, template: str, missing: list[str]) -> _Planner:
+    def refuse(messages: Sequence[Message]) -> _Plan:
+        raise TemplateError(
+            f"tokenizer {tokenizer.name!r} lacks special tokens of template={template!r}: {', '.join(missing)}. "
+            f"Give a tokenizer that has them, another template, or plain text instead of messages."
+        )
+
+    return refuse
 
 
 def _known(*ids: int) -> np.ndarray:

@@ -33,6 +33,8 @@ from nanopack.recipe import Recipe
 
 ALIGN_BYTES = 64
 ROW_ALIGN = 16  # words
+# Places in a slot are int32, and count int32.
+MAX_SLOT_BYTES = 4 * (2**31 - 1)
 
 
 @dataclass
@@ -109,6 +111,15 @@ class Layout:
     """Whether the table of pieces is written."""
     max_segments: int | None
     """Segments that fit cu_seqlens, None when these are not written."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where a slot has places that its tables cannot name."""
+        if self.nbytes > MAX_SLOT_BYTES:
+            raise ValueError(
+                f"batch_size={self.batch_size} times seq_len={self.seq_len} with what is asked for beside the tokens "
+                f"takes a slot of {self.nbytes} bytes; at most {MAX_SLOT_BYTES} are allowed: make either smaller, or "
+                f"leave out weights or extras"
+            )
 
     @classmethod
     def of(cls, recipe: Recipe, vocab_size: int) -> Layout:

@@ -155,6 +155,8 @@ def load_tokenizer(tokenizer: object) -> Tokenizer:
         return Tokenizer(encoding)
     if isinstance(tokenizer, str) and tokenizer in _BUNDLED:
         return _bundled(tokenizer)
+    if isinstance(tokenizer, str) and not tokenizer:
+        raise ValueError(f"tokenizer='' is empty; give {_ACCEPTED}.")
     if isinstance(tokenizer, (str, os.PathLike)):
         return Tokenizer(_read_path(Path(tokenizer)))
     what = _HUGGING_FACE if _is_hugging_face(tokenizer) else f"of type {type(tokenizer).__name__}"

@@ -15,7 +15,7 @@ import torch
 from nanopack import reference
 from nanopack.batch import Batch
 from nanopack.loader import Loader
-from nanopack.recipe import Recipe
+from nanopack.recipe import Recipe, check_int
 
 DATA_ARGUMENTS = {field.name for field in fields(Recipe)}
 
@@ -44,6 +44,8 @@ def verify(conversations: Any, tokenizer: Any, *, max_batches: int | None = None
 
     Raises ValueError as `Loader` does.
     """
+    if max_batches is not None:
+        check_int("max_batches", max_batches, least=1, or_none=True)
     arguments.setdefault("epochs", 1)
     if arguments["epochs"] is None and max_batches is None:
         raise ValueError("epochs=None is endless; pass max_batches, or a number of epochs")
@@ -57,7 +59,8 @@ def verify(conversations: Any, tokenizer: Any, *, max_batches: int | None = None
 def compare(expected: Iterator[Batch], got: Iterator[Batch]) -> Verification:
     """Return whether two runs of batches are equal, field by field, to the end."""
     batches = tokens = 0
-    for a, b in itertools.zip_longest(expected, got):
+    # the loader first: of a bad conversation it tells more than the reference does
+    for b, a in itertools.zip_longest(got, expected):
         if a is None or b is None:
             more, fewer = ("reference", "loader") if b is None else ("loader", "reference")
             return Verification(batches, tokens, f"the {fewer} ends after {batches} batches, the {more} goes on")

@@ -23,6 +23,7 @@ from nanopack.recipe import Recipe
 
 COMMANDS = ("pack", "verify", "inspect")
 SMALL = ("--batch-size", "4", "--seq-len", "64")
+RANKS = Path(nanopack.__file__).parent / "data" / "chat32k.tiktoken"
 SHIPPED = Path(nanopack.__file__).parent / "data" / "conversations.jsonl"
 
 
@@ -230,6 +231,16 @@ def test_colours_only_on_a_terminal_that_wants_them(run, chats, monkeypatch):
     assert "\x1b" not in run("inspect", chats, *SMALL)[1]
 
 
+@pytest.mark.parametrize("columns", [1, 9, 24, 39])
+def test_rows_fit_a_terminal_however_narrow(run, chats, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, err = run("inspect", chats, *SMALL)
+    rows = re.findall(r"^(?:col  |row \d).*$", out, re.M)
+    assert (code, err, len(rows)) == (0, "", 5)
+    # a row needs its name, and one character
+    assert max(map(len, rows)) <= max(columns, len("row 0  a"))
+
+
 def test_words_of_a_conversation_cannot_command_the_terminal(run, tmp_path):
     path = tmp_path / "evil.jsonl"
     path.write_text(json.dumps({"text": "red \x1b[31m bell \x07 title \x1b]0;x\x07"}))
@@ -280,7 +291,7 @@ def test_without_safetensors_the_extra_is_named_before_anything_is_packed(run, t
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_broken_line_is_named_with_what_to_do(run, broken, command):
     line = refusal(run(command, broken, *SMALL))
-    assert f"{broken}:17, " in line and line.endswith("Fix it or pass --on-error skip.\n")
+    assert f"{broken}:17, not JSON: " in line and line.endswith("Fix it or pass --on-error skip.\n")
 
 
 @pytest.mark.parametrize("command", ["pack", "inspect"])
@@ -315,9 +326,15 @@ REFUSED = {
     "unknown packing": (["pack", "--packing", "tight"], "--packing: invalid choice: 'tight'"),
     "window of stream": (["inspect", "--packing", "stream", "--window", "9"], "--window=9 has no meaning"),
     "unknown extra": (["pack", "--extras", "positions,x"], "'x' is not known"),
-    "rank alone": (["pack", "--rank", "1"], "--rank=1 and --world-size=None go together"),
+    "rank alone": (["pack", "--rank", "1"], "nanopack: --rank=1, but no world_size; pass both"),
     "rank too large": (["pack", "--rank", "2", "--world-size", "2"], "use an int from 0 to 1"),
     "no such tokenizer": (["pack", "--tokenizer", "gpt9"], "--tokenizer='gpt9' is no bundled name"),
+    "tokenizer of tiktoken's": (
+        ["pack", "--tokenizer", "gpt2"],
+        "or folder; give a bundled name (chat32k), a nanochat",
+    ),
+    "ranks as tokenizer": (["pack", "--tokenizer", str(RANKS)], "no split pattern; give a bundled name (chat32k), a"),
+    "empty tokenizer": (["pack", "--tokenizer", ""], "--tokenizer='' is empty; give a bundled name (chat32k), a"),
     "template without tokens": (["pack", "--template", "chatml"], "lacks special tokens of --template='chatml'"),
     "endless": (["pack", "--epochs", "0"], "--epochs=0 is not allowed"),
     "no batch": (["pack", "--max-batches", "0"], "--max-batches: '0' is not a number from 1 upwards"),
@@ -330,6 +347,12 @@ REFUSED = {
     "explained column": (["inspect", "--explain", "0,2048"], "col=2048 is outside the batch; use 0 to 2047"),
     "explained what": (["inspect", "--explain", "here"], "'here' is not ROW,COL"),
 }
+
+
+def test_one_batch_is_told_of_as_one(run, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}')
+    line = refusal(run("inspect", tmp_path / "a.jsonl", "--batch", 1))
+    assert "--batch=1 does not exist; there is 1 batch, numbered from 0" in line
 
 
 @pytest.mark.parametrize(("argv", "says"), REFUSED.values(), ids=REFUSED)
@@ -347,6 +370,28 @@ def test_nothing_to_save_is_an_error(run, chats, tmp_path):
     line = refusal(run("pack", chats, "--rank", 50, "--world-size", 100, "--save", tmp_path / "a.npz"))
     assert f"there is no batch to save to {tmp_path / 'a.npz'}" in line
     assert not (tmp_path / "a.npz").exists()
+
+
+def test_a_path_is_told_as_it_stands_though_it_looks_like_arguments(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    missing = "rank=0 seq_len=3, or None.jsonl"
+    assert refusal(run("pack", missing)).startswith(f"nanopack: {missing!r} does not exist")
+    assert "--tokenizer='a rank=1' is no" in refusal(run("pack", "--tokenizer", "a rank=1"))
+    assert '--tokenizer="it\'s rank=1" is no' in refusal(run("pack", "--tokenizer", "it's rank=1"))
+    broken = Path("rank=0/epochs=3.parquet")
+    broken.parent.mkdir()
+    broken.write_bytes(b"PAR1")
+    for path in (broken, broken.absolute()):
+        assert refusal(run("pack", path)).startswith(f"nanopack: {path} cannot be read as Parquet")
+
+
+def test_every_argument_that_an_error_names_is_told_as_a_flag(run):
+    line = refusal(run("pack", "--batch-size", 65536, "--seq-len", 65536))
+    assert line.startswith("nanopack: --batch-size=65536 times --seq-len=65536 is ")
+    line = refusal(run("pack", "--window", 8, "--packing", "stream"))
+    assert "with --packing='stream'; leave it out, or use --packing='best_fit'" in line
+    line = refusal(run("pack", "--extras", "cu_seqlens", "--max-pieces", 1))
+    assert line.startswith("nanopack: --max-pieces=1 is too small") and "(--seq-len=2048 is always enough)" in line
 
 
 def test_words_of_a_file_are_quoted_as_they_stand(run, tmp_path):

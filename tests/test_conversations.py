@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,27 @@ def test_a_hugging_face_dataset_gives_its_conversations() -> None:
     ]
 
 
+@pytest.mark.parametrize("format", ["numpy", "pandas", "arrow"])
+def test_a_dataset_that_hands_out_arrays_or_tables_is_told_how_to_hand_out_dicts(format: str) -> None:
+    dataset = pytest.importorskip("datasets").Dataset.from_list([HI])
+    pytest.importorskip("pandas")
+    source = open_conversations(dataset.with_format(format))
+    with pytest.raises(ConversationError, match=r"^[^\n]* with \.with_format\(None\)$"):
+        check(source[0])
+
+
+def test_a_table_and_data_sets_of_several_parts_are_told_what_to_give_on_one_line() -> None:
+    datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
+    dataset = datasets.Dataset.from_list([HI])
+    for conversations, remedy in [
+        (pandas.DataFrame([HI]), r"df\.to_dict\('records'\)"),
+        (datasets.DatasetDict(train=dataset), r"data\['train'\]"),
+        (dataset.to_iterable_dataset(), r"list\(\.\.\.\) of it"),
+    ]:
+        with pytest.raises(ValueError, match=rf"^conversations=[^\n]* of type [^\n]*give [^\n]*{remedy}[^\n]*$"):
+            open_conversations(conversations)
+
+
 # Checking
 
 strings = st.text(max_size=8)
@@ -217,6 +239,12 @@ def test_every_shape_of_a_conversation_becomes_the_same(
 @pytest.mark.parametrize("text", ["x", "", "<|bos|>", "\ud800"])
 def test_a_text_is_a_conversation_without_messages(text: str) -> None:
     assert check({"text": text, "weight": 3, "messages": None}) == Conversation((), text, 3.0)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.int8, np.int64, Fraction])
+def test_a_weight_may_be_any_real_number(kind: type) -> None:
+    weight = check({"text": "x", "weight": kind(3)}).weight
+    assert weight == 3.0 and type(weight) is float
 
 
 def test_the_roles_of_sharegpt_become_ours() -> None:
@@ -304,6 +332,8 @@ BAD_RECORDS: dict[str, tuple[object, str]] = {
     "weight-infinite-in-float32": (HI | {"weight": 3.5e38}, r"^weight must be .* not 3.5e\+38"),
     "weight-huge-integer": (HI | {"weight": 10**400}, r"^weight must be .* not 1000"),
     "weight-bool": (HI | {"weight": True}, r"^weight must be .* not True of type bool$"),
+    "weight-numpy-bool": (HI | {"weight": np.True_}, r"^weight must be .* not np.True_ of type bool$"),
+    "weight-infinite-in-float16": (HI | {"weight": np.float16(math.inf)}, r"^weight must be .* not inf"),
     "weight-string": ({"text": "x", "weight": "1"}, r"^weight must be .* not '1' of type str$"),
 }
 

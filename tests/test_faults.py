@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import gc
 import logging
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from faulty import CHATS, SMALL, TOKENIZER, Faulty, is_gone, raising, within
 
 import nanopack
 from nanopack import ConversationError, Loader, process, reference
@@ -24,55 +24,10 @@ from nanopack.process import ProducerError
 from nanopack.verify import compare
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="signals and /proc as on Linux")
-TOKENIZER = "chat32k"
-SMALL = {"batch_size": 1, "seq_len": 8, "packing": "stream", "loss": "all"}
-# Ten tokens each with bos: one batch of nine tokens or more a conversation.
-CHATS = [{"text": f"a b c d e f g {i}"} for i in range(40)]
-
-
-class Faulty(list):
-    """A data set that does something at one of its conversations."""
-
-    def __init__(self, at, do):
-        super().__init__(CHATS)
-        self.at, self.do = at, do
-
-    def __getitem__(self, index):
-        if index == self.at:
-            self.do()
-        return super().__getitem__(index)
 
 
 def producer_of(loader):
     return loader._feed._process
-
-
-def is_gone(pid, within=2.0):
-    end = time.monotonic() + within
-    while time.monotonic() < end:
-        with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
-                return True
-        if not os.path.exists(f"/proc/{pid}"):
-            return True
-        time.sleep(0.02)
-    return False
-
-
-@contextlib.contextmanager
-def within(seconds):
-    """Fail where the body takes longer; a hang is ended by the alarm."""
-
-    def late(*_):
-        raise AssertionError(f"not done within {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def batches_until_error(loader):
@@ -83,13 +38,6 @@ def batches_until_error(loader):
     except Exception as error:
         return batches, error
     return batches, None
-
-
-def raising(error):
-    def do():
-        raise error
-
-    return do
 
 
 class Hard(BaseException):

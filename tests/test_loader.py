@@ -149,7 +149,7 @@ def test_host_facts_are_what_the_tensors_say(packing, data):
     conversations = data.draw(data_sets)
     B, T = arguments["batch_size"], arguments["seq_len"]
     for step, batch in enumerate(Loader(conversations, SMALL, **arguments)):
-        assert batch.step == step
+        assert batch.step == step and batch.epoch == 1
         assert batch.num_trained == int((batch.targets != arguments["ignore_index"]).sum())
         assert batch.num_tokens == int((batch.doc_ids >= 0).sum())
         assert batch.weight_sum == math.fsum(batch.weights.flatten().tolist())
@@ -231,6 +231,36 @@ def test_a_bad_conversation_raises_with_file_line_message_and_remedy(tmp_path):
         list(Loader(path, SMALL, 1, 16, epochs=1))
     message = str(raised.value)
     assert "chats.jsonl:17, message 1: " in message and "'user'" in message and 'on_error="skip"' in message
+
+
+GPT2 = tiktoken.Encoding(
+    "gpt2-like",
+    pat_str=r"(?s:.)",
+    mergeable_ranks={bytes([i]): i for i in range(256)},
+    special_tokens={"<|endoftext|>": 256},
+)
+
+
+def test_plain_text_needs_no_special_token_but_the_first():
+    for template in ("nanochat", "chatml"):
+        result = nanopack.verify([{"text": "abc"}, {"text": "de"}], GPT2, batch_size=1, seq_len=8, template=template)
+        assert (result.difference, result.tokens) == (None, 7)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_messages_for_which_the_tokenizer_lacks_tokens_are_refused_and_never_skipped(on_error, workers):
+    chat = [{"role": "user", "content": "a"}]
+    arguments = {"packing": "pad", "workers": workers, "on_error": on_error}
+    says = (
+        r"'gpt2-like' lacks special tokens of template='nanochat': <\|user_start\|>.* Give a tokenizer that has them, "
+    )
+    with Loader([{"text": "a"}, chat], GPT2, 1, 8, **arguments) as loader:
+        next(loader)
+        with pytest.raises(ValueError, match=says):
+            next(loader)
+    with pytest.raises(ValueError, match=says):
+        Loader([chat], GPT2, 1, 8, **arguments)
 
 
 def test_skipping_a_bad_conversation_counts_and_logs_it(tmp_path, caplog):
@@ -397,6 +427,15 @@ def test_explain_refuses_a_place_outside_the_batch(row, col, name):
         loader.explain(next(loader), row, col)
 
 
+@pytest.mark.parametrize(
+    ("row", "col", "says"), [(0.5, "a", "row=0.5 is not an int; use 0 to 0"), (0, "a", "col='a' is")]
+)
+def test_explain_refuses_a_place_that_is_no_int(row, col, says):
+    loader = Loader([{"text": "ab"}], SMALL, 1, 8)
+    with pytest.raises(TypeError, match=f"^{says}"):
+        loader.explain(next(loader), row, col)
+
+
 def test_rank_and_world_size_come_from_torch_distributed_where_it_is_initialised(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
@@ -416,3 +455,14 @@ def test_a_launcher_that_did_not_initialise_torch_distributed_is_warned_of(monke
 def test_verify_says_how_much_it_compared_and_that_it_was_equal():
     result = nanopack.verify([{"text": "abcdefg"}] * 5, SMALL, batch_size=2, seq_len=8)
     assert result and (result.batches, result.tokens, result.difference) == (3, 40, None)
+
+
+def test_verify_tells_of_a_bad_conversation_in_the_loaders_words():
+    with pytest.raises(ConversationError, match="messages must alternate user/assistant"):
+        nanopack.verify([[{"role": "user", "content": "a"}] * 2], SMALL, batch_size=1, seq_len=8)
+
+
+@pytest.mark.parametrize("max_batches", [-1, 0, 1.5, True, "x"])
+def test_verify_refuses_a_number_of_batches_that_cannot_be(max_batches):
+    with pytest.raises(ValueError, match=f"^max_batches={max_batches!r} is not allowed; use an int from 1 upwards"):
+        nanopack.verify([{"text": "a"}], SMALL, max_batches=max_batches)

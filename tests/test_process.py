@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from faulty import CHATS, SMALL, TOKENIZER, Faulty, is_gone, raising, within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,50 +32,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="signals and /proc as on Linux"),
 ]
-TOKENIZER = "chat32k"
-SMALL = {"batch_size": 1, "seq_len": 8, "packing": "stream", "loss": "all"}
-CHATS = [{"text": f"a b c d e f g {i}"} for i in range(40)]
-
-
-class DoingAt(list):
-    """A data set that does something at one of its conversations, or at all."""
-
-    def __init__(self, at, do):
-        super().__init__(CHATS)
-        self.at, self.do = at, do
-
-    def __getitem__(self, index):
-        if self.at in (index, "all"):
-            self.do()
-        return super().__getitem__(index)
-
-
-def is_gone(pid, within=2.0):
-    end = time.monotonic() + within
-    while time.monotonic() < end:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
-                return True
-        except OSError:
-            return True
-        time.sleep(0.02)
-    return False
-
-
-@contextlib.contextmanager
-def within(seconds):
-    """Fail where the body takes longer; a hang is ended by the alarm."""
-
-    def late(*_):
-        raise AssertionError(f"not done within {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def wait_until(true, seconds=3.0):
@@ -86,13 +43,6 @@ def wait_until(true, seconds=3.0):
 
 def expected(count, **arguments):
     return itertools.islice(reference.batches(CHATS, TOKENIZER, **(SMALL | arguments)), count)
-
-
-def raising(error):
-    def do():
-        raise error
-
-    return do
 
 
 class Untellable(Exception):
@@ -139,7 +89,7 @@ class Stillborn(MemoryError):
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
 def test_an_error_that_is_hard_to_tell_is_told(error, kind, message):
-    with Loader(DoingAt(20, raising(error)), TOKENIZER, **SMALL) as loader, within(5):
+    with Loader(Faulty(20, raising(error)), TOKENIZER, **SMALL) as loader, within(5):
         got = []
         with pytest.raises(kind, match=message) as raised:
             for batch in loader:
@@ -174,7 +124,7 @@ def hog():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_memory_that_runs_out_is_a_memory_error(workers):
-    with Loader(DoingAt(20, hog), TOKENIZER, workers=workers, **SMALL) as loader, within(5):
+    with Loader(Faulty(20, hog), TOKENIZER, workers=workers, **SMALL) as loader, within(5):
         with pytest.raises(MemoryError):
             for _ in loader:
                 pass
@@ -185,7 +135,7 @@ def test_memory_that_runs_out_is_a_memory_error(workers):
 @pytest.mark.parametrize("prefetch", [1, 4, 8])
 def test_every_batch_that_was_ready_comes_before_the_death(number, prefetch):
     # without pytest's own handler, which would print the stack
-    with Loader(DoingAt(0, faulthandler.disable), TOKENIZER, prefetch=prefetch, **SMALL) as loader:
+    with Loader(Faulty(0, faulthandler.disable), TOKENIZER, prefetch=prefetch, **SMALL) as loader:
         process = loader._feed._process
         got = [next(loader)]
         # it fills all slots, and waits
@@ -213,7 +163,7 @@ def test_a_death_is_noticed_though_a_stranger_holds_the_pipe_open(monkeypatch):
         start(process)
 
     monkeypatch.setattr("nanopack.process._start", start_late)
-    loader = Loader(DoingAt(20, lambda: os.kill(os.getpid(), signal.SIGKILL)), TOKENIZER, **SMALL)
+    loader = Loader(Faulty(20, lambda: os.kill(os.getpid(), signal.SIGKILL)), TOKENIZER, **SMALL)
     try:
         with within(4), pytest.raises(ProducerError, match="killed by SIGKILL"):
             for _ in loader:
@@ -226,7 +176,7 @@ def test_a_death_is_noticed_though_a_stranger_holds_the_pipe_open(monkeypatch):
 
 
 def test_a_stall_names_the_stage_and_a_stop_in_it(caplog):
-    stop = DoingAt(20, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    stop = Faulty(20, lambda: os.kill(os.getpid(), signal.SIGSTOP))
     with Loader(stop, TOKENIZER, epochs=1, **SMALL) as loader, caplog.at_level(logging.WARNING, "nanopack"):
         pid = loader._feed._process.pid
         threading.Timer(2.5, os.kill, (pid, signal.SIGCONT)).start()
@@ -293,7 +243,7 @@ def test_closing_at_any_moment_ends_next_with_the_same_error():
 
 
 def test_two_threads_may_close_at_once_while_a_third_waits():
-    loader = Loader(DoingAt(5, lambda: time.sleep(60)), TOKENIZER, **SMALL)
+    loader = Loader(Faulty(5, lambda: time.sleep(60)), TOKENIZER, **SMALL)
     errors = []
 
     def wait():
@@ -496,7 +446,7 @@ print(time.time() - began < 1.5, os.path.exists(f"/proc/{pid}"))
 
 
 def test_a_loader_dropped_unclosed_in_a_cycle_ends_a_busy_producer():
-    loader = Loader(DoingAt(20, lambda: time.sleep(60)), TOKENIZER, **SMALL)
+    loader = Loader(Faulty(20, lambda: time.sleep(60)), TOKENIZER, **SMALL)
     loader.cycle = loader
     next(loader)
     pid = loader._feed._process.pid
@@ -616,7 +566,7 @@ def test_a_slow_trainer_does_not_wait_and_a_slow_data_set_is_waited_for():
             next(loader)
         assert loader.stats()["waited_for_producer_s"] - began["waited_for_producer_s"] < 0.02
         assert loader.stats()["queue_depth"] >= 1
-    with Loader(DoingAt("all", lambda: time.sleep(0.02)), TOKENIZER, **SMALL) as loader, within(20):
+    with Loader(Faulty("all", lambda: time.sleep(0.02)), TOKENIZER, **SMALL) as loader, within(20):
         for _ in range(20):
             next(loader)
         stats = loader.stats()

@@ -15,6 +15,10 @@ BAD = [
     ({"seq_len": -1}, "seq_len=-1 is not allowed; use an int from 1 upwards"),
     ({"seq_len": "8"}, "seq_len='8' is not allowed"),
     ({"batch_size": 2**16, "seq_len": 2**16}, "batch_size=65536 times seq_len=65536 is 4294967296 tokens"),
+    (
+        {"batch_size": 2**15, "seq_len": 2**15, "weights": "token"},
+        "batch_size=32768 times seq_len=32768 with what is asked for beside the tokens takes a slot of 10739",
+    ),
     ({"packing": "bestfit"}, "packing='bestfit' is not allowed; use one of 'best_fit', 'stream'"),
     ({"packing": None}, "packing=None is not allowed"),
     ({"loss": "user"}, "loss='user' is not allowed; use one of 'assistant', 'all'"),
@@ -23,7 +27,11 @@ BAD = [
     ({"extras": "positions"}, "extras='positions' is not allowed; use a tuple"),
     ({"extras": ("position",)}, "'position' is not known; use any of 'positions', 'doc_ids', 'cu_seqlens'"),
     ({"extras": 3}, "extras=3 is not allowed; use a tuple"),
-    ({"max_pieces": 0, "extras": ("cu_seqlens",)}, "max_pieces=0 is not allowed; use an int from 1 upwards, or None"),
+    ({"max_pieces": 0, "extras": ("cu_seqlens",)}, "max_pieces=0 is not allowed with seq_len=2048; use an int from 1"),
+    (
+        {"max_pieces": 10**13, "seq_len": 8, "extras": ("cu_seqlens",)},
+        "max_pieces=10000000000000 is not allowed with seq_len=8; use an int from 1 to 8, or None",
+    ),
     ({"max_pieces": 4}, "max_pieces=4 has no meaning without cu_seqlens; leave it out, or add"),
     ({"template": "llama"}, "template='llama' is not allowed; use one of 'nanochat', 'chatml'"),
     ({"max_tokens": 0}, "max_tokens=0 is not allowed; use an int from 1 upwards, or None"),
@@ -44,7 +52,8 @@ BAD = [
     ({"ignore_index": 2**63}, f"ignore_index={2**63} is not allowed"),
     ({"rank": 2, "world_size": 2}, "rank=2 is not allowed with world_size=2; use an int from 0 to 1"),
     ({"rank": 0, "world_size": 0}, "world_size=0 is not allowed"),
-    ({"rank": 1}, "rank=1 and world_size=None go together; pass both, or neither"),
+    ({"rank": 1}, "rank=1, but no world_size; pass both, or neither"),
+    ({"world_size": 2}, "world_size=2, but no rank; pass both, or neither"),
     ({"epochs": 0}, "epochs=0 is not allowed; use an int from 1 upwards, or None"),
     ({"epochs": 1.5}, "epochs=1.5 is not allowed"),
     ({"on_error": "ignore"}, "on_error='ignore' is not allowed; use one of 'raise', 'skip'"),
@@ -83,7 +92,7 @@ def test_each_packing_brings_its_own_window_and_age(packing, window, max_age):
 
 def test_a_tokenizer_without_the_template_s_special_tokens_is_refused_before_the_first_batch():
     with pytest.raises(ValueError, match="im_start"):
-        Loader(DATA, "chat32k", template="chatml")
+        Loader([[{"role": "user", "content": "abc"}]], "chat32k", template="chatml")
 
 
 def test_more_pieces_than_cu_seqlens_has_room_for_is_an_error_that_names_the_argument():

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pytest
 import tiktoken
 
@@ -140,7 +141,7 @@ def test_end_of_a_stream_is_padded(text, overlap, last_inputs, last_targets, las
     assert targets(found) == [[[a, b], [c, d]], last_targets]
     assert [[tuple(piece) for piece in row] for row in found[1].word_pieces] == last_pieces
     assert found[1].num_tokens == sum(piece.length for row in found[1].pieces for piece in row)
-    assert facts(found, "progress", "last", "epoch") == [(1.0, True, 2), (1.0, True, 2)]
+    assert facts(found, "progress", "last", "epoch") == [(1.0, True, 1), (1.0, True, 1)]
 
 
 def test_no_batch_is_made_of_the_carried_word_alone():
@@ -173,6 +174,7 @@ def test_finite_epochs_give_every_conversation_that_often_over_all_ranks():
     assert read(zero) == [[0], [2], [4], [1], [3]]
     assert read(one) == [[1], [3], [0], [2], [4]]
     ends = [False, False, False, False, True]
+    assert facts(zero, "epoch") == [(1,), (1,), (2,), (2,), (2,)]
     assert facts(zero, "progress", "last") == list(zip([0.2, 0.4, 0.6, 0.8, 1.0], ends, strict=True))
     assert facts(one, "progress", "last") == list(zip([0.3, 0.5, 0.7, 0.9, 1.0], ends, strict=True))
 
@@ -393,6 +395,7 @@ def test_token_weights_are_the_conversations_own():
     assert batch.targets.tolist() == [[a, b, BOS, c]]
     assert batch.weights.tolist() == [[0.5, 0.5, 2.0, 2.0]]
     assert batch.weight_sum == 5.0
+    assert only([{"text": "ab", "weight": np.float16(0.5)}], batch_size=1, seq_len=2, weights="token").weight_sum == 1.0
 
 
 def test_conversation_weights_are_shared_among_its_trained_tokens():
@@ -579,12 +582,33 @@ def test_unknown_choice_is_refused_before_the_first_batch(name):
         batches(texts("a"), TOY, extras=["positions", "length"])
 
 
+COUNTS = ["batch_size", "seq_len", "refill", "world_size", "max_pieces", "max_tokens", "window", "max_age", "epochs"]
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_impossible_number_is_refused_before_the_first_batch(name):
+    for value in (0, -1, 1.0, True, "1"):
+        with pytest.raises(ValueError, match=f"^{name}={value!r} is impossible"):
+            batches(texts("a"), TOY, **{name: value})
+
+
+def test_rank_outside_the_world_and_room_for_too_many_pieces_are_refused():
+    for rank in (-1, 2, 0.0, None):
+        with pytest.raises(ValueError, match=f"^rank={rank} of world_size=2 is impossible"):
+            batches(texts("a"), TOY, rank=rank, world_size=2)
+    with pytest.raises(ValueError, match=r"^max_pieces=9 is more than seq_len=8"):
+        batches(texts("a"), TOY, seq_len=8, max_pieces=9)
+
+
 def test_tokenizer_without_a_special_token_is_not_taken_for_bad_conversations():
     bare = tiktoken.Encoding(
         "bare", pat_str=r"[\s\S]", mergeable_ranks=TOY._mergeable_ranks, special_tokens={"<|bos|>": 256}
     )
-    with pytest.raises(ValueError, match="user_start"):
-        batches([TALK], bare, on_error="skip")
+    mixed = [{"text": "a"}, TALK, {"text": "b"}]
+    found = batches(mixed, bare, on_error="skip", **ONE)
+    assert next(found).targets.tolist() == [[a]]
+    with pytest.raises(ValueError, match=r"^conversation 1: template='nanochat' needs .*user_start"):
+        next(found)
 
 
 # nanochat's loops, written down again in their plainest form: what its generators give, ours must give

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanopack.conversations import Conversation, ConversationError, Message, Part, check
-from nanopack.render import Document, make_renderer
+from nanopack.render import Document, TemplateError, make_renderer
 from nanopack.tokenizers import Tokenizer, from_ranks, load_tokenizer
 
 DATA = resources.files("nanopack") / "data"
@@ -390,11 +390,21 @@ def test_messages_that_only_together_cannot_be_encoded_are_a_conversation_error(
 
 
 @pytest.mark.parametrize(
+    ("template", "error"),
+    [
+        pytest.param("llama3", "template='llama3' is not one of 'nanochat', 'chatml'", id="unknown"),
+        pytest.param(None, "template=None is not one of", id="none"),
+        pytest.param(["chatml"], r"template=\['chatml'\] is not one of", id="a-list"),
+    ],
+)
+def test_a_template_that_is_not_known_is_refused(template, error):
+    with pytest.raises(ValueError, match=error):
+        make_renderer(NANOCHAT, template)
+
+
+@pytest.mark.parametrize(
     ("tokenizer", "template", "error"),
     [
-        pytest.param(NANOCHAT, "llama3", "template='llama3' is not one of 'nanochat', 'chatml'", id="unknown"),
-        pytest.param(NANOCHAT, None, "template=None is not one of", id="none"),
-        pytest.param(NANOCHAT, ["chatml"], r"template=\['chatml'\] is not one of", id="a-list"),
         pytest.param(
             NANOCHAT,
             "chatml",
@@ -409,6 +419,8 @@ def test_messages_that_only_together_cannot_be_encoded_are_a_conversation_error(
         ),
     ],
 )
-def test_a_template_that_does_not_go_with_the_tokenizer_is_refused(tokenizer, template, error):
-    with pytest.raises(ValueError, match=error):
-        make_renderer(tokenizer, template)
+def test_messages_are_refused_and_texts_are_not_where_the_tokenizer_lacks_tokens(tokenizer, template, error):
+    render = make_renderer(tokenizer, template)
+    with pytest.raises(TemplateError, match=error):
+        render(Conversation((Message("user", "a"),)))
+    assert render(Conversation((), "a")).ids.tolist() == [tokenizer.bos_id, *tokenizer.encode("a")]

@@ -296,6 +296,7 @@ class HuggingFace:
         ),
         pytest.param(lambda folder: RANKS_FILE, r"no split pattern; give .*from_ranks\(path, pattern=", id="ranks"),
         pytest.param(lambda folder: empty_file(folder / "a.bin"), "a.bin' is not a .pkl file", id="other-file"),
+        pytest.param(lambda folder: "", "tokenizer='' is empty; give a bundled", id="empty-name"),
         pytest.param(lambda folder: None, "tokenizer is of type NoneType; give a bundled", id="none"),
         pytest.param(lambda folder: 32768, "tokenizer is of type int", id="number"),
         pytest.param(lambda folder: b"chat32k", "tokenizer is of type bytes", id="bytes"),
