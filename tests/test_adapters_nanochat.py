@@ -254,6 +254,22 @@ def test_documents_may_be_strings_records_or_files(tmp_path):
         assert [(x.tolist(), y.tolist()) for x, y in islice(loader, 5)] == expected
 
 
+def test_a_text_of_more_than_2048_tokens_is_not_cut_where_a_row_has_room():
+    texts = ["night shift " * 1200, "night", "shift"]
+    records = [{"text": text} for text in texts]
+    assert 2048 < len(RENDER(records[0])[0]) < 3000
+    ours = base_loader(texts, TOKENIZER, 1, 3000, device="cpu")
+    for made, (x, y) in islice(zip(nanochat_loops.base(records, RENDER, 1, 3000, 0, 1), ours, strict=False), 3):
+        assert (x.tolist(), y.tolist()) == made[:2]
+
+
+def test_base_loader_reads_the_share_that_torch_distributed_says(monkeypatch):
+    for name, value in {"is_initialized": True, "get_rank": 2, "get_world_size": W}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    x, y = next(base_loader(TEXTS, TOKENIZER, B, T, device="cpu"))
+    assert (x.tolist(), y.tolist()) == next(nanochat_loops.base(RECORDS, RENDER, B, T, 2, W))[:2]
+
+
 def test_strings_that_only_begin_like_paths_are_texts():
     documents = ["see shard.parquet", "b"]
     x, _ = next(base_loader(documents, TOKENIZER, 1, 32, device="cpu", workers=0))
@@ -327,6 +343,7 @@ def test_a_wrong_argument_is_refused_at_the_call(loader, data, changed, message)
         (lambda: Progress(-2), "num_iterations=-2"),
         (lambda: Progress(timing="later"), "timing='later'"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_only_one_of_them_takes_is_refused_at_the_call_too(call, message):
     with pytest.raises(ValueError, match=message):
