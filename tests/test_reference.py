@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import gzip
 import random
-from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
+import nanochat_loops
 import numpy as np
 import pytest
 import tiktoken
@@ -611,116 +612,7 @@ def test_tokenizer_without_a_special_token_is_not_taken_for_bad_conversations():
         next(found)
 
 
-# nanochat's loops, written down again in their plainest form: what its generators give, ours must give
-
-
-def render(record: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """What nanochat's tokenizer makes of messages that are strings; of a text, its base loader."""
-    if "text" in record:
-        ids = [BOS, *record["text"].encode()]
-        return ids, [1] * len(ids)
-    ids, mask = [BOS], [0]
-    for message in record["messages"]:
-        text = list(message["content"].encode())
-        if message["role"] == "user":
-            ids += [USER, *text, USER_END]
-            mask += [0] * (len(text) + 2)
-        else:
-            ids += [ASSISTANT, *text, ASSISTANT_END]
-            mask += [0] + [1] * (len(text) + 1)
-    return ids, mask
-
-
-Made = tuple[list[list[int]], list[list[int]], float, bool, int]
-
-
-def midtraining(dataset: list[Any], B: int, T: int, rank: int, world_size: int) -> Iterator[Made]:
-    tokens: list[int] = []
-    cursor, epoch, last_step = rank, 1, False
-    while True:
-        while len(tokens) < B * T + 1:
-            tokens += render(dataset[cursor])[0]
-            cursor += world_size
-            if cursor >= len(dataset):
-                cursor -= len(dataset)
-                epoch += 1
-                last_step = True
-        scratch, tokens = tokens[: B * T + 1], tokens[B * T + 1 :]
-        x = [scratch[i * T : (i + 1) * T] for i in range(B)]
-        y = [scratch[i * T + 1 : (i + 1) * T + 1] for i in range(B)]
-        yield x, y, cursor / len(dataset), last_step, epoch
-
-
-def sft(dataset: list[Any], B: int, T: int, rank: int, world_size: int, buffer_size: int) -> Iterator[Made]:
-    buffer: list[tuple[list[int], list[int]]] = []
-    cursor = consumed = rank
-    epoch, last_step = 1, False
-    while True:
-        rows, masks = [], []
-        for _ in range(B):
-            row: list[int] = []
-            mask: list[int] = []
-            while len(row) < T + 1:
-                while len(buffer) < buffer_size:
-                    buffer.append(render(dataset[cursor]))
-                    cursor += world_size
-                    if cursor >= len(dataset):
-                        cursor -= len(dataset)
-                        epoch += 1
-                best, best_len = -1, 0
-                for i, (ids, _) in enumerate(buffer):
-                    if best_len < len(ids) <= T + 1 - len(row):
-                        best, best_len = i, len(ids)
-                if best < 0:
-                    mask += [0] * (T + 1 - len(row))
-                    row += [BOS] * (T + 1 - len(row))
-                    break
-                ids, its_mask = buffer.pop(best)
-                row += ids
-                mask += its_mask
-                consumed += world_size
-            rows.append(row)
-            masks.append(mask)
-        last_step = last_step or consumed >= len(dataset)
-        x = [row[:-1] for row in rows]
-        y = [
-            [token if bit else -1 for token, bit in zip(row[1:], mask[1:], strict=True)]
-            for row, mask in zip(rows, masks, strict=True)
-        ]
-        yield x, y, consumed / len(dataset), last_step, epoch
-
-
-def base(
-    dataset: list[Any], B: int, T: int, rank: int, world_size: int, buffer_size: int, chunk: int
-) -> Iterator[Made]:  # fmt: skip
-    buffer: list[list[int]] = []
-    cursor = consumed = rank
-    epoch = 1
-    while True:
-        rows = []
-        for _ in range(B):
-            row: list[int] = []
-            while len(row) < T + 1:
-                while len(buffer) < buffer_size:
-                    for _ in range(chunk):
-                        buffer.append(render(dataset[cursor])[0])
-                        cursor += world_size
-                        if cursor >= len(dataset):
-                            cursor -= len(dataset)
-                            epoch += 1
-                room = T + 1 - len(row)
-                best, best_len = -1, 0
-                for i, ids in enumerate(buffer):
-                    if best_len < len(ids) <= room:
-                        best, best_len = i, len(ids)
-                if best < 0:
-                    best = min(range(len(buffer)), key=lambda i: len(buffer[i]))
-                row += buffer.pop(best)[:room]
-                consumed += world_size
-            rows.append(row)
-        x, y = [row[:-1] for row in rows], [row[1:] for row in rows]
-        # nanochat's base loader tells no progress; ours tells what it tells of every packing by rows.
-        yield x, y, consumed / len(dataset), consumed >= len(dataset), epoch
+# nanochat's loops, written down again in nanochat_loops.py: what its generators give, ours must give
 
 
 def random_talks(seed: int, n: int, most: int) -> list[dict[str, Any]]:
@@ -738,10 +630,15 @@ def random_talks(seed: int, n: int, most: int) -> list[dict[str, Any]]:
 
 
 # Each loop with its settings, ours, and how long a text may be: in SFT, every document must fit a row.
-CASES: dict[str, tuple[Any, tuple[int, ...], dict[str, Any], int]] = {
-    "midtraining": (midtraining, (), {"packing": "stream", "loss": "all"}, 30),
-    "sft": (sft, (10,), {"packing": "best_fit_pad", "window": 10}, 4),
-    "base": (base, (12, 5), {"packing": "best_fit_crop", "loss": "all", "window": 12, "refill": 5}, 30),
+CASES: dict[str, tuple[Any, dict[str, int], dict[str, Any], int]] = {
+    "midtraining": (nanochat_loops.midtraining, {}, {"packing": "stream", "loss": "all"}, 30),
+    "sft": (nanochat_loops.sft, {"buffer_size": 10}, {"packing": "best_fit_pad", "window": 10}, 4),
+    "base": (
+        nanochat_loops.base,
+        {"buffer_size": 12, "chunk": 5},
+        {"packing": "best_fit_crop", "loss": "all", "window": 12, "refill": 5},
+        30,
+    ),
 }
 
 
@@ -753,7 +650,7 @@ def test_batches_are_nanochats(name, n, rank):
     dataset = random_talks(seed=n, n=n, most=most)
     size = {"batch_size": 3, "seq_len": 31, "ignore_index": -1}
     ours = batches(dataset, TOY, rank=rank, world_size=3, **size, **arguments)
-    theirs = loop(dataset, 3, 31, rank, 3, *settings)
+    theirs = loop(dataset, partial(nanochat_loops.render, TOY), 3, 31, rank, 3, **settings)
     for made, batch in islice(zip(theirs, ours, strict=False), 300):
         told = (batch.inputs.tolist(), batch.targets.tolist(), batch.progress, batch.last, batch.epoch)
         assert told == made, f"batch {batch.step}"
