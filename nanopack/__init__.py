@@ -8,7 +8,8 @@ from nanopack.conversations import ConversationError
 from nanopack.explain import Explanation
 from nanopack.loader import Loader
 from nanopack.process import ProducerError
+from nanopack.state import merge_states
 from nanopack.verify import verify
 
-__all__ = ["Batch", "ConversationError", "Explanation", "Loader", "Piece", "ProducerError", "verify"]
+__all__ = ["Batch", "ConversationError", "Explanation", "Loader", "Piece", "ProducerError", "merge_states", "verify"]
 __version__ = "0.1.0"

@@ -39,10 +39,11 @@ import torch
 
 from nanopack import reference
 from nanopack.batch import Batch
-from nanopack.conversations import ConversationError, Share
+from nanopack.conversations import ConversationError
 from nanopack.lengths import Lengths, measure
 from nanopack.loader import Loader
 from nanopack.options import LISTED_PIECES, RECIPE_DEFAULTS, TOKENIZERS, parse
+from nanopack.order import Share
 from nanopack.picture import draw_histogram, draw_rows, list_pieces, table
 from nanopack.progress import Bar, warnings_on_stderr
 from nanopack.render import make_renderer
@@ -254,7 +255,7 @@ def _safetensors(path: Path) -> Any:
 def _measure(loader: Loader, read: int) -> Lengths:
     """Return the lengths of what the loader has read in its first pass."""
     recipe, source = loader.recipe, loader.source
-    share = Share(len(source), recipe.rank, recipe.world_size)
+    share = Share(len(source), recipe.rank, recipe.world_size, recipe.shuffle_seed)
     count = min(read, share.reads(1))
     with Bar("measuring") as bar:
 

@@ -1,4 +1,4 @@
-"""Open a data set of conversations, bring each into one shape, and say which rank reads which.
+"""Open a data set of conversations, and bring each into one shape.
 
     files, lists, data sets   ->   open_conversations()[i]   ->   check()   ->   Conversation
           files.py                    i from Share                     render.py makes it a document
@@ -25,7 +25,6 @@ __all__ = [
     "ConversationError",
     "Message",
     "Part",
-    "Share",
     "Source",
     "check",
     "open_conversations",
@@ -287,32 +286,3 @@ def short(value: object, length: int = 60) -> str:
     writer.maxlevel, writer.maxstring, writer.maxother = 2, length, length
     text = " ".join(map(str.strip, writer.repr(value).splitlines()))
     return text if len(text) <= length else f"{text[: length - 3]}..."
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which conversations one rank reads: rank, rank + world_size, ... , wrapping at n.
-
-    >>> [Share(5, rank=1, world_size=2).conversation(read) for read in range(5)]
-    [1, 3, 0, 2, 4]
-    """
-
-    n: int
-    rank: int
-    world_size: int
-
-    def conversation(self, read: int) -> int:
-        """Return the conversation that reading number `read` (from 0) takes."""
-        return (self.rank + read * self.world_size) % self.n
-
-    def epoch(self, read: int) -> int:
-        """Return the epoch, from 1, in force once `read` conversations have been read: 1 + wraps so far."""
-        # With more ranks than conversations every reading wraps, however often n fits into world_size.
-        return 1 + (read if self.world_size > self.n else (self.rank + read * self.world_size) // self.n)
-
-    def reads(self, epochs: int) -> int:
-        """Return how many readings of this rank lie in `epochs` passes over the data.
-
-        Over all ranks together, every conversation is read exactly `epochs` times.
-        """
-        return -((self.rank - epochs * self.n) // self.world_size)

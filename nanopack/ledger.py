@@ -1,13 +1,17 @@
 """Count what happened to every conversation, token and slot, so that nothing is lost without a number.
 
-producer.py counts as it reads and packs   ->   Ledger   ->   loader.ledger(), nanopack pack
+lane.py counts as it reads and packs   ->   Ledger   ->   loader.ledger(), nanopack pack
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+DROPPED = ("untrained",)
+CUT = ("max_tokens", "seq_len", "crop")
 
 
 @dataclass
@@ -36,11 +40,30 @@ class Ledger:
     slots_padding: int = 0
     targets_trained: int = 0
 
-    def copy(self) -> Ledger:
-        """Return the ledger as it stands."""
-        return replace(
-            self, conversations_dropped=Counter(self.conversations_dropped), tokens_cut=Counter(self.tokens_cut)
-        )
+    def state(self) -> dict[str, Any]:
+        """Return the counters as plain data (JSON-able), always with the same keys."""
+        return {
+            **{name: value for name, value in vars(self).items() if isinstance(value, int)},
+            "conversations_dropped": {reason: self.conversations_dropped[reason] for reason in DROPPED},
+            "tokens_cut": {reason: self.tokens_cut[reason] for reason in CUT},
+        }
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Ledger:
+        """Return the ledger of that state."""
+        ledger = cls()
+        for name, value in state.items():
+            setattr(ledger, name, Counter(value) if isinstance(value, Mapping) else value)
+        return ledger
+
+    @classmethod
+    def total(cls, ledgers: Iterable[Ledger]) -> Ledger:
+        """Return the sums of all counters."""
+        total = cls()
+        for ledger in ledgers:
+            for counter in fields(cls):
+                setattr(total, counter.name, getattr(total, counter.name) + getattr(ledger, counter.name))
+        return total
 
     def imbalances(self) -> list[str]:
         """Return what does not add up, in words; nothing in a sound ledger."""
@@ -72,14 +95,14 @@ class Ledger:
             "conversations": {
                 "read": self.conversations_read,
                 "packed": self.conversations_packed,
-                "dropped": dict(self.conversations_dropped),
+                "dropped": dict(+self.conversations_dropped),
                 "skipped": self.conversations_skipped,
                 "waiting": self.conversations_waiting,
             },
             "tokens": {
                 "read": self.tokens_read,
                 "emitted": self.tokens_emitted,
-                "cut": dict(self.tokens_cut),
+                "cut": dict(+self.tokens_cut),
                 "dropped": self.tokens_dropped,
                 "waiting": self.tokens_waiting,
             },

@@ -8,13 +8,14 @@ arguments gives the same batches, slowly.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import pickle
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,9 +29,10 @@ from nanopack.feed import End, Feed, Inline, News
 from nanopack.ledger import Ledger
 from nanopack.memory import Memory
 from nanopack.process import Process
-from nanopack.producer import Produced, Producer
+from nanopack.producer import Produced, Producer, Start
 from nanopack.recipe import Recipe, check_bool, check_int
 from nanopack.ring import Ring
+from nanopack.state import FORMAT, check_state, fingerprint
 from nanopack.stats import Stats
 from nanopack.tokenizers import load_tokenizer
 from nanopack.upload import Upload
@@ -68,7 +70,11 @@ class Loader:
         ignore_index: what `targets` holds where nothing is trained.
         rank, world_size: which share of the conversations this process reads; from `torch.distributed` where that is
             initialised, else 0 of 1.
-        epochs: passes over the data, all of it delivered, the last rows padded; None: endless.
+        shard: `"rank"`: each rank packs its own share of the conversations; `"row"`: each row of all ranks' batches
+            together does, so that these do not depend on the number of ranks, and a run can go on with another.
+        shuffle_seed: a new order of the conversations in each pass, the same on all ranks; None: their own order.
+        epochs: passes over the data, all of it delivered, the last rows padded; None: endless. All ranks deliver
+            equally many batches: those that have fewer end with batches of padding.
         device: where the tensors lie: a CUDA device (ROCm included) or the CPU; None: CUDA where there is one.
         executor: `"torch"` or `"triton"` (on the CPU only under Triton's interpreter, TRITON_INTERPRET=1); None: triton
             on a GPU, torch elsewhere.
@@ -78,6 +84,8 @@ class Loader:
         overlap_copy: copies run on a stream of their own; False: on the caller's, in order with its work.
         static: every batch is written into the same tensors (for CUDA graphs); they hold until the next call.
         on_error: `"raise"` at a bad conversation, or `"skip"` it (counted and logged).
+        group: with `epochs`, the process group (gloo, NCCL) of all ranks, through which they agree here, by one
+            all_reduce, how many batches the longest has; without, a rank that is done renders the others' shares.
 
     Raises:
         ValueError: an argument cannot be; the message names it, its value and what is allowed.
@@ -112,6 +120,8 @@ class Loader:
         ignore_index: int = -100,
         rank: int | None = None,
         world_size: int | None = None,
+        shard: str = "rank",
+        shuffle_seed: int | None = None,
         epochs: int | None = None,
         device: str | torch.device | None = None,
         executor: str | None = None,
@@ -120,6 +130,7 @@ class Loader:
         overlap_copy: bool = True,
         static: bool = False,
         on_error: str = "raise",
+        group: Any = None,
     ) -> None:
         rank, world_size = _rank_and_world_size(rank, world_size)
         self.recipe = Recipe(
@@ -140,6 +151,8 @@ class Loader:
             ignore_index=ignore_index,
             rank=rank,
             world_size=world_size,
+            shard=shard,
+            shuffle_seed=shuffle_seed,
             epochs=epochs,
             on_error=on_error,
         )
@@ -153,29 +166,40 @@ class Loader:
         self.source = open_conversations(conversations)
         self._producer = Producer(self.source, self.tokenizer, self.recipe)
         layout = self._producer.layout
-        kernel = make_kernel(executor, self.device, layout, self.tokenizer.bos_id, ignore_index)
-        outputs = outputs_maker(self.recipe, layout, self.device)
-        if workers == 0:
-            ring = Ring(layout, slots=1)
+        self._kernel = make_kernel(executor, self.device, layout, self.tokenizer.bos_id, ignore_index)
+        self._make_outputs = outputs_maker(self.recipe, layout, self.device)
+        self._device: Device = device_api
+        self._workers, self._prefetch = workers, prefetch
+        self._ahead, self._static = overlap_copy, static
+        self._owner = os.getpid()
+        self._batches = None if group is None else self._agree(group)
+        self._start(None)
+
+    def _start(self, state: dict[str, Any] | None) -> None:
+        """Set the stages up, to go on from a state or to begin."""
+        start = Start(state, self._batches)
+        parts = (self.source, self.tokenizer, self.recipe)
+        if self._workers == 0:
+            self._producer = Producer(*parts, start)
+            ring = Ring(self._producer.layout, slots=1)
             self._feed: Feed = Inline(self._producer, ring)
         else:
             # one slot beside those that are ready: the one being filled
-            threads = workers if workers > 1 else 0
-            process = Process(self.source, self.tokenizer, self.recipe, layout, prefetch + 1, threads)
+            threads = self._workers if self._workers > 1 else 0
+            process = Process(*parts, self._producer.layout, self._prefetch + 1, threads, start)
             ring, self._feed = process.ring, process
-        self._owner = os.getpid()
-        self._memory = Memory(device_api, self._feed, ring, self._owner)
+        self._memory = Memory(self._device, self._feed, ring, self._owner)
         # runs also when the loader is dropped, and at the interpreter's exit
         self._shut = weakref.finalize(self, self._memory.give_back)
         self._memory.pin()
         slots = [torch.from_numpy(slot.buffer) for slot in ring.slots]
-        self._upload = Upload(device_api, slots, outputs, kernel, overlap_copy=overlap_copy, static=static)
+        self._upload = Upload(
+            self._device, slots, self._make_outputs, self._kernel, overlap_copy=self._ahead, static=self._static
+        )
         self._memory.upload = self._upload
-        self._device: Device = device_api
-        self._ahead = overlap_copy
         self._facts: deque[Produced] = deque()
-        self._step = 0
-        self._books = self._producer.books()
+        self._books = pickle.dumps(state) if state else self._producer.books()
+        self._step = state["step"] if state else 0
         self._last_books: bytes | None = None
         self._end: Callable[[], BaseException] | None = None
         self._stats = Stats(ring_bytes=len(ring.buffer))
@@ -188,8 +212,7 @@ class Loader:
         """Return the next batch. After the end or an error every further call raises that again."""
         if self._end is _closed:
             raise _closed()
-        if os.getpid() != self._owner:
-            raise RuntimeError(f"this loader belongs to process {self._owner}; make one in this process")
+        self._refuse_fork()
         if self._device.capturing():
             raise RuntimeError(
                 "next(loader) inside a CUDA graph capture: its copies would become part of the graph; take the batch "
@@ -219,6 +242,10 @@ class Loader:
         self._stats.queued = self._feed.ready
         self._stats.count(batch, produced, time.perf_counter() - began)
         return batch
+
+    def _refuse_fork(self) -> None:
+        if os.getpid() != self._owner:
+            raise RuntimeError(f"this loader belongs to process {self._owner}; make one in this process")
 
     def _submit_ready(self, *, ahead: bool = False) -> None:
         """Submit what is ready; unless it is work ahead, wait until there is something to deliver, or the end."""
@@ -278,7 +305,7 @@ class Loader:
             doc_ids=outputs.doc_ids,
             cu_seqlens=cu_seqlens,
             step=self._step,
-            num_trained=filled.num_trained,
+            num_trained=sum(filled.row_trained),
             num_tokens=filled.num_tokens,
             weight_sum=filled.weight_sum,
             max_seqlen=filled.max_seqlen,
@@ -290,8 +317,84 @@ class Loader:
 
     def ledger(self) -> dict[str, Any]:
         """Return what happened to every conversation, token and slot up to the batch delivered last; see `Ledger`."""
-        ledger: Ledger = pickle.loads(self._books)
-        return ledger.report()
+        return self._ledger().report()
+
+    def _ledger(self) -> Ledger:
+        lanes = pickle.loads(self._books)["lanes"].values()
+        return Ledger.total(Ledger.of(lane["ledger"]) for lane in lanes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the run stands after the batch delivered last: plain data (JSON-able), kilobytes.
+
+        `load_state_dict` of a loader with the same arguments goes on from there, with the very batches that this one
+        would have given next. What was prefetched is not part of it.
+        """
+        return {"format": FORMAT, **pickle.loads(self._books), "fingerprint": self._fingerprint}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, strict: bool = True) -> None:
+        """Go on from a state: of this rank, or of all ranks (`nanopack.merge_states`). It may come at any time.
+
+        Only the conversations that waited for a row are read again, so it takes as long at any step. `device`,
+        `executor`, `workers`, `prefetch`, `extras` and `on_error` may differ from what they were; with shard="row" also
+        `world_size`, when `batch_size * world_size` is the same.
+
+        Raises ValueError, naming every difference, for a state of other data, tokenizer or arguments; with
+        strict=False it is loaded all the same, as far as that is possible.
+        """
+        if self._end is _closed:
+            raise _closed()
+        self._refuse_fork()
+        state = check_state(state_dict, self._fingerprint, self.recipe, strict=strict)
+        self._shut()
+        self._start(state)
+
+    @functools.cached_property
+    def _fingerprint(self) -> dict[str, Any]:
+        return fingerprint(self.source, self.tokenizer, self.recipe)
+
+    def __len__(self) -> int:
+        """Return how many batches there are in all, from the first one on; exact.
+
+        All the data are rendered for it, once, unless `group` was given. Raises TypeError where `epochs` is None.
+        """
+        if self.recipe.epochs is None:
+            raise TypeError("the batches are endless; pass epochs to have a number of them")
+        if self._batches is None:
+            self._batches, _ = self._count_batches(of_all_ranks=True)
+        return self._batches
+
+    def __bool__(self) -> bool:
+        """Return True: a loader is something, whether it has batches or not."""
+        return True
+
+    @functools.cached_property
+    def tokens_total(self) -> int:
+        """Tokens that this rank trains on in all epochs, padding not counted; exact.
+
+        This rank's data are rendered for it, once. Raises TypeError where `epochs` is None.
+        """
+        if self.recipe.epochs is None:
+            raise TypeError("the tokens are endless; pass epochs to have a number of them")
+        return self._count_batches(of_all_ranks=False)[1]
+
+    def _count_batches(self, *, of_all_ranks: bool) -> tuple[int, int]:
+        threads = max(1, self._workers)
+        counter = Producer(self.source, self.tokenizer, self.recipe, threads=threads)
+        return counter.count_batches(of_all_ranks=of_all_ranks)
+
+    def _agree(self, group: Any) -> int:
+        """Return how many batches the rank with most of them has. All ranks of the group call it."""
+        if self.recipe.epochs is None:
+            raise ValueError("group has no meaning without epochs; leave it out, or pass epochs")
+        if torch.distributed.get_world_size(group) != self.recipe.world_size:
+            raise ValueError(
+                f"group has {torch.distributed.get_world_size(group)} ranks, but world_size={self.recipe.world_size}; "
+                f"pass the group of all ranks that share the data"
+            )
+        on_gpu = torch.distributed.get_backend(group) == "nccl"
+        count = torch.tensor(self._count_batches(of_all_ranks=False)[0], device=self.device if on_gpu else "cpu")
+        torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX, group)
+        return int(count)
 
     def stats(self) -> dict[str, Any]:
         """Return where time and memory went so far; see `Stats` for the names and units."""

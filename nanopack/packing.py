@@ -3,29 +3,32 @@
     lengths of what is read   ->   packer.next_rows()   ->   rows of runs (document, offset, length)
           producer.py                                             ring.py writes them out
 
-Only lengths come in and only integers go out: no tokens, no tensors, no GPU. A packer asks for documents itself, by
-calling `read()`, because when to read is part of each rule: it returns (document, length), or None at the end of the
-data. A document is a number, unique in the life of the packer and growing in the order of reading.
+Only lengths count here: no tokens, no tensors, no GPU. A packer asks for documents itself, by calling `read()`, because
+when to read is part of each rule: it returns (document, length), or None at the end of the data. What a document is
+does not matter, as long as it can be a key and equals only itself.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import OrderedDict, deque
-from collections.abc import Callable, Container
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
-Read = Callable[[], "tuple[int, int] | None"]
+Read = Callable[[], "tuple[Any, int] | None"]
+State = dict[str, Any]
+"""Numbers and lists of numbers, by name."""
 
 PACKINGS = ("best_fit", "stream", "best_fit_pad", "best_fit_crop", "pad")
 WINDOWS = {"best_fit": 64, "best_fit_pad": 100, "best_fit_crop": 1000}
 MAX_AGE = 128
+_COUNTERS = ("emitted", "cropped", "packed", "longest_wait")
 
 
 class Run(NamedTuple):
     """Tokens `offset` to `offset + length` of one document, side by side in one row."""
 
-    document: int
+    document: Any
     offset: int
     length: int
 
@@ -61,9 +64,14 @@ class Packer(Protocol):
     def next_rows(self) -> list[Row]:
         """Return the rows of the next batch; at the end of the data fewer than its rows, then none."""
 
-    @property
-    def held(self) -> Container[int]:
-        """The documents of which later rows will take something."""
+    def held(self) -> list[Any]:
+        """Return the documents of which later rows will take something, in the order that `restore` wants."""
+
+    def state(self) -> State:
+        """Return what else than the documents held decides the rows to come, and the counters."""
+
+    def restore(self, state: State, held: Sequence[tuple[Any, int]]) -> None:
+        """Stand where a packer stood: its state, and (document, length) of what it held."""
 
     @property
     def waiting_documents(self) -> int:
@@ -72,6 +80,15 @@ class Packer(Protocol):
     @property
     def waiting_tokens(self) -> int:
         """Their tokens that are still to come."""
+
+
+def _counters(packer: Packer) -> State:
+    return {name: getattr(packer, name) for name in _COUNTERS}
+
+
+def _set_counters(packer: Packer, state: State) -> None:
+    for name in _COUNTERS:
+        setattr(packer, name, state[name])
 
 
 def make_packer(
@@ -118,15 +135,29 @@ class Stream:
         self._overlap = overlap
         self._carried: Run | None = None
         # the documents of which something waits, in order; of the first one `_offset` tokens are gone
-        self._queue: deque[tuple[int, int]] = deque()
+        self._queue: deque[tuple[Any, int]] = deque()
         self._offset = 0
         self.waiting_tokens = 0
         self.emitted = self.cropped = self.packed = self.longest_wait = 0
 
-    @property
-    def held(self) -> Container[int]:
-        """The documents of which later rows will take something."""
-        return {document for document, *_ in (*self._queue, *filter(None, [self._carried]))}
+    def held(self) -> list[Any]:
+        """Return the document of the carried token, if there is one, then those in the queue."""
+        return [item[0] for item in (*filter(None, [self._carried]), *self._queue)]
+
+    def state(self) -> State:
+        """Return the counters, and where in the first documents it stands."""
+        carried = -1 if self._carried is None else self._carried.offset
+        return {"carried": carried, "offset": self._offset, **_counters(self)}
+
+    def restore(self, state: State, held: Sequence[tuple[Any, int]]) -> None:
+        """Stand where a packer stood: its state, and (document, length) of what it held."""
+        _set_counters(self, state)
+        self._offset = state["offset"]
+        if state["carried"] >= 0:
+            (document, _), *held = held
+            self._carried = Run(document, state["carried"], 1)
+        self._queue = deque(held)
+        self.waiting_tokens = sum(length for _, length in held) - self._offset
 
     @property
     def waiting_documents(self) -> int:
@@ -196,9 +227,20 @@ class OneEach:
     def __init__(self, read: Read, batch_size: int) -> None:
         self._read = read
         self._batch_size = batch_size
-        self.held: Container[int] = ()
         self.waiting_documents = self.waiting_tokens = 0
         self.emitted = self.cropped = self.packed = self.longest_wait = 0
+
+    def held(self) -> list[Any]:
+        """Return nothing: no document waits."""
+        return []
+
+    def state(self) -> State:
+        """Return the counters."""
+        return _counters(self)
+
+    def restore(self, state: State, held: Sequence[tuple[Any, int]]) -> None:
+        """Stand where a packer stood: its counters."""
+        _set_counters(self, state)
 
     def next_rows(self) -> list[Row]:
         """Return the rows of the next batch; at the end of the data fewer than its rows, then none."""
@@ -241,11 +283,25 @@ class BestFit:
         self._ended = False
         self._row = 0
         # document -> (length, row in which it was read); the first entry has waited longest
-        self._waiting: OrderedDict[int, tuple[int, int]] = OrderedDict()
-        self.held: Container[int] = self._waiting
+        self._waiting: OrderedDict[Any, tuple[int, int]] = OrderedDict()
         self._lengths = _Lengths(capacity)
         self.waiting_tokens = 0
         self.emitted = self.cropped = self.packed = self.longest_wait = 0
+
+    def held(self) -> list[Any]:
+        """Return what waits, in the order of reading."""
+        return list(self._waiting)
+
+    def state(self) -> State:
+        """Return the counters, the row that comes next, and the rows in which what waits was read."""
+        return {"row": self._row, "since": [row for _, row in self._waiting.values()], **_counters(self)}
+
+    def restore(self, state: State, held: Sequence[tuple[Any, int]]) -> None:
+        """Stand where a packer stood: its state, and (document, length) of what it held."""
+        _set_counters(self, state)
+        self._row = state["row"]
+        for (document, length), since in zip(held, state["since"], strict=True):
+            self._add(document, length, since)
 
     @property
     def waiting_documents(self) -> int:
@@ -282,10 +338,12 @@ class BestFit:
                 if item is None:
                     self._ended = True
                     break
-                document, length = item
-                self._waiting[document] = (length, self._row)
-                self._lengths.add(document, length)
-                self.waiting_tokens += length
+                self._add(*item, self._row)
+
+    def _add(self, document: Any, length: int, row: int) -> None:
+        self._waiting[document] = (length, row)
+        self._lengths.add(document, length)
+        self.waiting_tokens += length
 
     def _choose(self, room: int, *, opens: bool) -> int | None:
         """Return the length of the document to place next (the first that came with it is meant), or None."""
@@ -298,7 +356,7 @@ class BestFit:
         fitting = self._lengths.longest(room)
         return self._lengths.shortest() if fitting is None and self._crop else fitting
 
-    def _place(self, document: int, taken: int) -> None:
+    def _place(self, document: Any, taken: int) -> None:
         length, read_in_row = self._waiting.pop(document)
         self.waiting_tokens -= length
         self.emitted += taken
@@ -316,12 +374,12 @@ class _Lengths:
     """
 
     def __init__(self, capacity: int) -> None:
-        self._queues: dict[int, deque[int]] = {}
+        self._queues: dict[int, deque[Any]] = {}
         self._bits = 0
         self._capacity = capacity
         self._over_long: list[int] = []
 
-    def add(self, document: int, length: int) -> None:
+    def add(self, document: Any, length: int) -> None:
         queue = self._queues.get(length)
         if queue is None:
             self._queues[length] = deque((document,))
@@ -341,7 +399,7 @@ class _Lengths:
         """Return the least length that waits."""
         return (self._bits & -self._bits).bit_length() - 1 if self._bits else self._over_long[0]
 
-    def pop(self, length: int) -> int:
+    def pop(self, length: int) -> Any:
         """Take out the document of that length that came first; of over-long ones only the shortest can be meant."""
         queue = self._queues[length]
         document = queue.popleft()

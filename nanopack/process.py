@@ -39,7 +39,7 @@ if sys.platform == "linux":
 
 from nanopack.conversations import Source
 from nanopack.feed import End, News
-from nanopack.producer import Produced, Producer
+from nanopack.producer import Produced, Producer, Start
 from nanopack.recipe import Recipe
 from nanopack.ring import WAITING, Filled, Layout, PieceTable, Ring
 from nanopack.tokenizers import Tokenizer
@@ -83,7 +83,14 @@ class Process:
     """A feed whose producer runs in a process of its own. See `Feed` for what its methods do."""
 
     def __init__(
-        self, source: Source, tokenizer: Tokenizer, recipe: Recipe, layout: Layout, slots: int, threads: int
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        recipe: Recipe,
+        layout: Layout,
+        slots: int,
+        threads: int,
+        start: Start,
     ) -> None:
         """Start the process. Raises ValueError where it cannot be started here, and says what else is possible."""
         context: Any = multiprocessing.get_context(START_METHOD)
@@ -96,7 +103,7 @@ class Process:
         self._trainer = os.getpid()
         self._lock = threading.RLock()
         _open.add(self)
-        arguments = (source, tokenizer, recipe, threads, self.ring, news, alive, self._trainer)
+        arguments = (source, tokenizer, recipe, threads, start, self.ring, news, alive, self._trainer)
         self._process: Any = context.Process(target=_serve, args=arguments, name="nanopack producer", daemon=True)
         try:
             _widen(news)
@@ -277,6 +284,7 @@ def _serve(
     tokenizer: Tokenizer,
     recipe: Recipe,
     threads: int,
+    start: Start,
     ring: Ring,
     news: Connection,
     alive: Connection,
@@ -285,7 +293,8 @@ def _serve(
     """Be the producer process: fill each slot that comes free, in order, until the data or the trainer end."""
     try:
         _settle(news, alive, trainer)
-        _produce(Producer(source, tokenizer, recipe, threads=threads, signs=ring.signs), ring, news, alive)
+        producer = Producer(source, tokenizer, recipe, start, threads=threads, signs=ring.signs)
+        _produce(producer, ring, news, alive)
     except (EOFError, BrokenPipeError):
         pass  # the trainer has closed the loader, or is gone
     except BaseException as error:

@@ -1,6 +1,6 @@
 """Read and render conversations one after the other, or chunks of them in threads, and hand them on in order.
 
-    conversations.py, render.py   ->   read_documents()   ->   producer.py
+    conversations.py, render.py   ->   read_documents()   ->   lane.py
        by number         to tokens        in order
 
 Tokenizers work outside the GIL, so threads render at the same time. Records are read by the caller's thread alone:
@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
 from nanopack.conversations import Conversation, Source, check
@@ -34,26 +34,31 @@ class Read:
 
 
 def read_documents(
-    source: Source, render: Callable[[Conversation], Document], indexes: Iterable[int], threads: int = 0
+    source: Source,
+    render: Callable[[Conversation], Document],
+    indexes: Iterable[int],
+    pool: Executor | None = None,
+    *,
+    ahead: int = 1,
+    chunk: int = CHUNK,
 ) -> Iterator[Read]:
     """Yield the conversations of these numbers, rendered, in this order.
 
-    Without threads each is read when it is asked for and not before. With `threads`, so many chunks are in work, and
-    one waits to be handed on.
+    Without a pool each is read when it is asked for and not before. With one, `ahead` chunks of so many conversations
+    are in work in its threads, and one waits to be handed on.
     """
-    if threads < 1:
+    if pool is None:
         for index in indexes:
             yield _render(render, *_record(source, index))
         return
     numbers = iter(indexes)
-    with ThreadPoolExecutor(threads, thread_name_prefix="nanopack") as pool:
-        work: deque[Future[list[Read]]] = deque()
-        while chunk := list(itertools.islice(numbers, CHUNK)):
-            work.append(pool.submit(_render_chunk, render, [_record(source, index) for index in chunk]))
-            if len(work) > threads:
-                yield from work.popleft().result()
-        while work:
+    work: deque[Future[list[Read]]] = deque()
+    while records := [_record(source, index) for index in itertools.islice(numbers, chunk)]:
+        work.append(pool.submit(_render_chunk, render, records))
+        if len(work) > ahead:
             yield from work.popleft().result()
+    while work:
+        yield from work.popleft().result()
 
 
 def _record(source: Source, index: int) -> tuple[Read, object]:

@@ -17,6 +17,7 @@ WEIGHTS = (None, "token", "conversation")
 EXTRAS = ("positions", "doc_ids", "cu_seqlens")
 TEMPLATES = ("nanochat", "chatml")
 ON_ERROR = ("raise", "skip")
+SHARDS = ("rank", "row")
 
 # A column of a batch is an int32 in cu_seqlens.
 MAX_SLOTS = 2**31 - 1
@@ -43,12 +44,14 @@ class Recipe:
     ignore_index: int = -100
     rank: int = 0
     world_size: int = 1
+    shard: str = "rank"
+    shuffle_seed: int | None = None
     epochs: int | None = None
     on_error: str = "raise"
 
     def __post_init__(self) -> None:
         """Raise ValueError for the first argument that cannot be, and fill in what the packing decides."""
-        for name in ("packing", "loss", "weights", "template", "on_error"):
+        for name in ("packing", "loss", "weights", "template", "shard", "on_error"):
             _check_choice(name, getattr(self, name))
         for name in ("overlap", "boundary_loss"):
             check_bool(name, getattr(self, name))
@@ -61,6 +64,8 @@ class Recipe:
             why = f" with seq_len={self.seq_len}"
             check_int("max_pieces", self.max_pieces, least=1, most=self.seq_len, or_none=True, why=why)
         check_int("ignore_index", self.ignore_index, least=-(2**63), most=2**63 - 1)
+        if self.shuffle_seed is not None:
+            check_int("shuffle_seed", self.shuffle_seed, least=0, most=2**64 - 1, or_none=True)
         check_int("rank", self.rank, least=0, most=self.world_size - 1, why=f" with world_size={self.world_size}")
         if self.batch_size * self.seq_len > MAX_SLOTS:
             raise ValueError(
@@ -100,6 +105,28 @@ class Recipe:
         ]
 
     @property
+    def global_rows(self) -> int:
+        """Rows of all ranks' batches together."""
+        return self.batch_size * self.world_size
+
+    @property
+    def lanes(self) -> range:
+        """The lanes of this rank, and how all ranks together number them: one a rank, or one a row."""
+        if self.shard == "rank":
+            return range(self.rank, self.rank + 1)
+        return range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+
+    @property
+    def all_lanes(self) -> range:
+        """The lanes of all ranks."""
+        return range(self.world_size if self.shard == "rank" else self.global_rows)
+
+    @property
+    def lane_rows(self) -> int:
+        """Rows that a lane gives a batch."""
+        return self.batch_size if self.shard == "rank" else 1
+
+    @property
     def row_tokens(self) -> int:
         """Most tokens in a row: T inputs, and the last target."""
         return self.seq_len + 1
@@ -121,6 +148,7 @@ def _check_choice(name: str, value: object) -> None:
         "loss": LOSSES,
         "weights": WEIGHTS,
         "template": TEMPLATES,
+        "shard": SHARDS,
         "on_error": ON_ERROR,
     }[name]
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):

@@ -3,10 +3,10 @@
     conversations, tokenizer, arguments   ->   batches()   ->   what a Loader must give, bit for bit
                                                                 verify.py
 
-To be read from top to bottom, the way the data travel: reference_documents.py makes the documents, this file packs
-them. Written to be right, not fast: choices are scans over lists, tensors appear in the last lines. It shares
-nothing with the fast path but the tokenizing of one string, the `Batch` class and the name of an error, so that no
-mistake can hide in both.
+To be read from top to bottom, the way the data travel: reference_documents.py makes the documents, reference_order.py
+says in which order they are read, this file packs them. Written to be right, not fast: choices are scans over lists,
+tensors appear in the last lines. It shares nothing with the fast path but the tokenizing of one string, the `Batch`
+class and the name of an error, so that no mistake can hide in both.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from nanopack.batch import Batch, Piece
 from nanopack.conversations import ConversationError
 from nanopack.reference_documents import conversation, open_records, render
+from nanopack.reference_order import Reader
 from nanopack.tokenizers import load_tokenizer
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -30,6 +31,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "weights": (None, "token", "conversation"),
     "extras": ("positions", "doc_ids", "cu_seqlens"),
     "template": ("nanochat", "chatml"),
+    "shard": ("rank", "row"),
     "on_error": ("raise", "skip"),
 }
 WINDOWS = {"best_fit": 64, "best_fit_pad": 100, "best_fit_crop": 1000, "pad": 1}
@@ -64,6 +66,8 @@ def batches(
     ignore_index: int = -100,
     rank: int = 0,
     world_size: int = 1,
+    shard: str = "rank",
+    shuffle_seed: int | None = None,
     epochs: int | None = None,
     on_error: str = "raise",
 ) -> Iterator[Batch]:
@@ -72,7 +76,7 @@ def batches(
     Raises ValueError for an unknown choice, an impossible number, or messages for which the tokenizer lacks special
     tokens, and ConversationError for a conversation that cannot be used.
     """
-    chosen = dict(packing=packing, loss=loss, weights=weights, template=template, on_error=on_error)
+    chosen = dict(packing=packing, loss=loss, weights=weights, template=template, shard=shard, on_error=on_error)
     for name, value in [*chosen.items(), *(("extras", extra) for extra in extras)]:
         if value not in CHOICES[name]:
             raise ValueError(f"{name}={value!r} is not known. Pass one of {CHOICES[name]}.")
@@ -85,6 +89,8 @@ def batches(
         raise ValueError(
             f"rank={rank!r} of world_size={world_size} is impossible. Pass an int from 0, below world_size."
         )
+    if shuffle_seed is not None and (type(shuffle_seed) is not int or not 0 <= shuffle_seed < 2**64):
+        raise ValueError(f"shuffle_seed={shuffle_seed!r} is impossible. Pass an int from 0, below 2**64, or None.")
     if max_pieces is not None and max_pieces > seq_len:
         raise ValueError(f"max_pieces={max_pieces} is more than seq_len={seq_len}. Pass at most that.")
     coder = load_tokenizer(tokenizer)
@@ -116,17 +122,28 @@ def batches(
         document = Document(index, tokens, weight)
         return None if drops and document.num_trained == 0 else document
 
-    reader = Reader(len(records), read, rank, world_size, epochs)
-    if packing == "stream":
-        packed = _pack_stream(reader, batch_size, seq_len, overlap)
-    else:
-        window = WINDOWS[packing] if window is None or packing == "pad" else window
+    # A lane is a share of the conversations, packed by itself: one a rank, or one a row of the global batch.
+    by_row = shard == "row"
+    lanes, lane_rows = (batch_size * world_size, 1) if by_row else (world_size, batch_size)
+    own = range(rank * batch_size, (rank + 1) * batch_size) if by_row else [rank]
+
+    def lane(number: int) -> Lane:
+        reader = Reader(len(records), read, number, lanes, epochs, shuffle_seed)
+        if packing == "stream":
+            return Lane(reader, _pack_stream(reader, lane_rows, seq_len, overlap))
+        choices = WINDOWS[packing] if window is None or packing == "pad" else window
         age = MAX_AGE if max_age is None else max_age
         bound = age if packing == "best_fit" else math.inf
-        packed = _pack_rows(reader, packing, batch_size, seq_len, window, refill, bound)
-    build = partial(_batch, reader, packing, seq_len, weights, extras, max_pieces, coder.bos_id, ignore_index)
-    # Lazy: each batch is built, with what the reader tells then, before the next one is packed.
-    return (build(step, rows, done) for step, (rows, done) in enumerate(packed))
+        return Lane(reader, _pack_rows(reader, packing, lane_rows, seq_len, choices, refill, bound))
+
+    def longest() -> int:
+        """Count the batches of the lane that has most."""
+        return max(sum(1 for _ in lane(number).packed) for number in range(lanes)) if world_size > 1 else 0
+
+    build = partial(_batch, packing, seq_len, weights, extras, max_pieces, coder.bos_id, ignore_index)
+    # Lazy: each batch is built, with what the readers tell then, before the next one is packed.
+    packed = _side_by_side([lane(number) for number in own], lane_rows, longest)
+    return (build(step, rows, lanes) for step, (rows, lanes) in enumerate(packed))
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,66 +179,6 @@ class Word(NamedTuple):
     offset: int
 
 
-# The share: which conversations the rank reads, in which order.
-
-
-@dataclass
-class Reader:
-    """The walk of one rank over N conversations, from document to document."""
-
-    n: int
-    read: Callable[[int], Document | None]
-    rank: int
-    world_size: int
-    epochs: int | None
-    reads: int = 0
-    left_out: int = 0
-    """Readings that gave no document: dropped or skipped."""
-    epoch: int = 1
-
-    def __post_init__(self) -> None:
-        if self.n == 0:
-            raise ValueError("conversations is empty. Pass at least one conversation.")
-        # A rank lies beyond the end only where W exceeds N.
-        self.cursor = self.rank % self.n
-
-    def next_document(self) -> Document | None:
-        """Return the next document, or None at the end of the last epoch."""
-        in_vain = 0
-        while self.epochs is None or self.rank + self.world_size * self.reads < self.epochs * self.n:
-            document = self.read(self.advance())
-            if document is not None:
-                return document
-            self.left_out += 1
-            in_vain += 1
-            # Whatever W is, N readings have been at every conversation that this rank will ever read.
-            if self.epochs is None and in_vain == self.n:
-                raise ValueError("conversations: each is bad or trains nothing. Check the data and loss=.")
-        return None
-
-    def advance(self) -> int:
-        """Return the conversation under the cursor, and move on by W."""
-        index = self.cursor
-        self.reads += 1
-        self.cursor += self.world_size
-        if self.cursor >= self.n:
-            # By subtraction: a later epoch starts where the wrap lands, not at the rank.
-            self.cursor -= self.n
-            self.epoch += 1
-        # Once is enough, but for W > N.
-        self.cursor %= self.n
-        return index
-
-    def progress(self, packing: str, done: int) -> tuple[float, bool]:
-        """Return which share of the data is used up with `done` conversations, and whether that is all."""
-        position = self.rank + self.world_size * done
-        if self.epochs is not None:
-            end = self.epochs * self.n
-            return min(1.0, position / end), position >= end
-        # As nanochat has them: the cursor of the midtraining stream wraps, the count by rows goes on.
-        return (self.cursor if packing == "stream" else position) / self.n, position >= self.n
-
-
 # Packing: which words make a row. A row is cut from up to T + 1 words: the word in column T is only a target.
 
 Rows = list[list[Word]]
@@ -229,8 +186,44 @@ Rows = list[list[Word]]
 WaitingList = list[tuple[Document, int]]
 
 
-def _pack_stream(reader: Reader, batch_size: int, seq_len: int, overlap: bool) -> Iterator[tuple[Rows, int]]:
-    """Yield a batch's rows, and how many conversations are done with: those read."""
+@dataclass
+class Lane:
+    """A share of the conversations as it is packed."""
+
+    reader: Reader[Document]
+    packed: Iterator[tuple[Rows, int]]
+    """Its rows of each batch, and how many conversations have been placed (by the stream: read) then."""
+    placed: int = 0
+
+    def progress(self, streams: bool) -> tuple[float, bool]:
+        """Return which share of the data is used up, and whether that is all."""
+        # By rows, a conversation is done with when it is placed, dropped or skipped.
+        return self.reader.progress(streams, self.reader.reads if streams else self.placed + self.reader.left_out)
+
+
+def _side_by_side(lanes: list[Lane], lane_rows: int, longest: Callable[[], int]) -> Iterator[tuple[Rows, list[Lane]]]:
+    """Yield the rows of all these lanes, batch by batch, until the longest lane of all ranks is done."""
+    batches = 0
+    while True:
+        rows: Rows = []
+        ended = True
+        for lane in lanes:
+            lane_batch = next(lane.packed, None)
+            if lane_batch is None:
+                rows += [[]] * lane_rows
+            else:
+                lane.placed = lane_batch[1]
+                rows += lane_batch[0]
+                ended = False
+        # All ranks must give equally many batches: who is done gives padding.
+        if ended and batches >= longest():
+            return
+        yield rows, lanes
+        batches += 1
+
+
+def _pack_stream(reader: Reader[Document], batch_size: int, seq_len: int, overlap: bool) -> Iterator[tuple[Rows, int]]:
+    """Yield a batch's rows, and how many conversations have been read."""
     waiting: list[Word] = []
     carried = 0
     while True:
@@ -250,9 +243,9 @@ def _pack_stream(reader: Reader, batch_size: int, seq_len: int, overlap: bool) -
 
 
 def _pack_rows(
-    reader: Reader, packing: str, batch_size: int, seq_len: int, window: int, refill: int, max_age: float
+    reader: Reader[Document], packing: str, batch_size: int, seq_len: int, window: int, refill: int, max_age: float
 ) -> Iterator[tuple[Rows, int]]:
-    """Yield a batch's rows, and how many conversations are done with: placed, dropped or skipped."""
+    """Yield a batch's rows, and how many conversations have been placed."""
     waiting: WaitingList = []
     placed = row_number = 0
     while True:
@@ -277,10 +270,10 @@ def _pack_rows(
             row_number += 1
         if not any(rows):
             return
-        yield rows, placed + reader.left_out
+        yield rows, placed
 
 
-def _refill(reader: Reader, waiting: WaitingList, window: int, refill: int, row_number: int) -> None:
+def _refill(reader: Reader[Document], waiting: WaitingList, window: int, refill: int, row_number: int) -> None:
     while len(waiting) < window:
         for _ in range(refill):
             document = reader.next_document()
@@ -305,8 +298,8 @@ def _choose(waiting: WaitingList, room: int, packing: str) -> int | None:
 
 
 def _batch(
-    reader: Reader, packing: str, seq_len: int, weights: str | None, extras: Sequence[str],
-    max_pieces: int | None, bos_id: int, ignore_index: int, step: int, rows: Rows, done: int,
+    packing: str, seq_len: int, weights: str | None, extras: Sequence[str],
+    max_pieces: int | None, bos_id: int, ignore_index: int, step: int, rows: Rows, lanes: list[Lane],
 ) -> Batch:  # fmt: skip
     inputs, targets, target_weights, positions, doc_ids, starts = [], [], [], [], [], []
     padding = Document(-1, [(bos_id, False)] * (seq_len + 1), 0.0)
@@ -327,7 +320,7 @@ def _batch(
         starts = _filled(starts, step, len(rows), seq_len // 8 + 1 if max_pieces is None else max_pieces)
     # Each weight is rounded to float32 once; their sum has no error of its own.
     weighed = torch.tensor(target_weights, dtype=torch.float32)
-    progress, last = reader.progress(packing, done)
+    progress, last = zip(*(lane.progress(packing == "stream") for lane in lanes), strict=True)
     return Batch(
         inputs=torch.tensor(inputs, dtype=torch.int32),
         targets=torch.tensor(targets, dtype=torch.int64),
@@ -341,9 +334,9 @@ def _batch(
         weight_sum=math.fsum(weighed.flatten().tolist()),
         max_seqlen=max_seqlen,
         # The end of the last pass begins no other.
-        epoch=min(reader.epoch, reader.epochs or reader.epoch),
-        progress=progress,
-        last=last,
+        epoch=max(lane.reader.epoch_reached for lane in lanes),
+        progress=math.fsum(progress) / len(lanes),
+        last=all(last),
         word_pieces=tuple(tuple(_pieces(row)) for row in rows),
     )
 

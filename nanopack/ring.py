@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -37,10 +37,12 @@ ROW_ALIGN = 16  # words
 MAX_SLOT_BYTES = 4 * (2**31 - 1)
 
 
-@dataclass
+@dataclass(eq=False)
 class Words:
-    """A document as it waits: its words, and what the batch tells of it."""
+    """A document as it waits: its words, and what the batch tells of it. Equal only to itself."""
 
+    read: int
+    """Number of the reading that it came from, in its share."""
     conversation: int
     """Index of the conversation in the data set."""
     words: np.ndarray
@@ -92,7 +94,8 @@ class Filled(NamedTuple):
 
     used_bytes: int
     """Bytes of the slot, from the front, that the device needs."""
-    num_trained: int
+    row_trained: list[int]
+    """Trained targets in each row."""
     num_tokens: int
     weight_sum: float
     max_seqlen: int
@@ -229,28 +232,28 @@ class Slot:
         self.words = buffer.view(layout.word_dtype)
         self.table = buffer.view(np.int32)
 
-    def fill(self, rows: Sequence[Row], documents: Mapping[int, Words]) -> Filled:
-        """Write a batch and return what the host knows of it. Rows that are missing at the end become padding.
+    def fill(self, rows: Sequence[Row]) -> Filled:
+        """Write a batch of runs of `Words` and return what the host knows of it. Rows without any become padding.
 
         Raises ValueError where the batch has more pieces than cu_seqlens has room for.
         """
         layout = self.layout
-        rows = [*rows, *[[]] * (layout.batch_size - len(rows))]
         runs = [run for row in rows for run in row]
         columns = [list(accumulate((run.length for run in row), initial=0)) for row in rows]
         segments = _segments(columns, layout.seq_len)
         if layout.max_segments is not None and len(segments) - 1 > layout.max_segments:
             raise _too_many_pieces(len(segments) - 1, layout)
-        weights = np.array([documents[run.document].weight for run in runs], np.float32)
-        starts, end = self._write_words(rows, columns, documents)
+        weights = np.array([run.document.weight for run in runs], np.float32)
+        starts, end = self._write_words(rows, columns)
         head = self.table[: 4 * (layout.batch_size + 1)].reshape(-1, 4)
         head[:-1, 0] = starts // ROW_ALIGN
         head[:-1, 1] = [ends[-1] for ends in columns]
         at = self._write_tables(head, end, columns, weights, segments)
         trained = self._count_trained(columns, starts, end)
+        so_far = [0, *np.cumsum(trained).tolist()]
         return Filled(
             used_bytes=4 * at,
-            num_trained=int(trained.sum()),
+            row_trained=[so_far[b] - so_far[a] for a, b in pairwise(accumulate(map(len, rows), initial=0))],
             num_tokens=sum(min(ends[-1], layout.seq_len) for ends in columns),
             # the product of a count and a float32 is exact in a float64, and fsum adds exactly
             weight_sum=math.fsum((trained * weights.astype(np.float64)).tolist()),
@@ -258,7 +261,7 @@ class Slot:
             word_pieces=PieceTable(
                 np.array(
                     [
-                        (documents[run.document].conversation, start, run.length, run.offset)
+                        (run.document.conversation, start, run.length, run.offset)
                         for row, ends in zip(rows, columns, strict=True)
                         for run, start in zip(row, ends, strict=False)
                     ],
@@ -268,15 +271,13 @@ class Slot:
             ),
         )
 
-    def _write_words(
-        self, rows: Sequence[Row], columns: list[list[int]], documents: Mapping[int, Words]
-    ) -> tuple[np.ndarray, int]:
+    def _write_words(self, rows: Sequence[Row], columns: list[list[int]]) -> tuple[np.ndarray, int]:
         """Write the words; return where each row starts, and where the last one ends."""
         words, at, starts = self.words, self.layout.first_word, []
         for row, ends in zip(rows, columns, strict=True):
             starts.append(at)
             for (document, offset, length), start in zip(row, ends, strict=False):
-                words[at + start : at + start + length] = documents[document].words[offset : offset + length]
+                words[at + start : at + start + length] = document.words[offset : offset + length]
             end = at + ends[-1]
             at = _round_up(end, ROW_ALIGN)
             words[end:at] = 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import hashlib
 import io
 import os
 import pickle
@@ -71,6 +72,14 @@ class Tokenizer:
         self.vocab_size = largest + 1
         old_name_only = encoding.special_tokens_set & {"<|bos|>", "<|endoftext|>"} == {"<|endoftext|>"}
         self.bos_id = self.special_id("<|endoftext|>" if old_name_only else "<|bos|>")
+
+    def fingerprint(self) -> str:
+        """Return a digest of all that decides which ids a text has."""
+        digest = hashlib.sha256(self.encoding._pat_str.encode())
+        for token, rank in sorted(self.encoding._mergeable_ranks.items()):
+            digest.update(b"%d %d " % (len(token), rank) + token)
+        digest.update(repr(sorted(self.encoding._special_tokens.items())).encode())
+        return digest.hexdigest()
 
     def special_id(self, token: str) -> int:
         """Return the id of the special token `token`. ValueError where it has none, naming those it has."""

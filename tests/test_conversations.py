@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from nanopack.conversations import (
     ConversationError,
     Message,
     Part,
-    Share,
     check,
     open_conversations,
 )
@@ -349,42 +347,3 @@ def test_a_bad_record_is_an_error_that_names_message_value_and_remedy(edge: str)
 
 
 # Sharing
-
-
-def walk(n: int, rank: int, world_size: int) -> Iterator[tuple[int, int]]:
-    """Yield what a rank reads next and the epoch before it, by a cursor that wraps by subtraction.
-
-    With more ranks than conversations subtracting once does not suffice; there it is modulo.
-    """
-    cursor, epoch = rank % n, 1
-    while True:
-        yield cursor, epoch
-        cursor += world_size
-        if cursor >= n:
-            cursor = cursor - n if world_size <= n else cursor % n
-            epoch += 1
-
-
-ranks = st.tuples(st.integers(1, 30), st.integers(1, 40)).flatmap(
-    lambda sizes: st.builds(Share, st.just(sizes[0]), st.integers(0, sizes[1] - 1), st.just(sizes[1]))
-)
-
-
-@given(share=ranks)
-def test_a_share_is_the_walk_of_a_cursor(share: Share) -> None:
-    steps = walk(share.n, share.rank, share.world_size)
-    for read, step in zip(range(100), steps, strict=False):
-        assert (share.conversation(read), share.epoch(read)) == step
-
-
-@given(n=st.integers(1, 30), world_size=st.integers(1, 40), epochs=st.integers(0, 4))
-def test_all_ranks_together_read_every_conversation_once_an_epoch(n: int, world_size: int, epochs: int) -> None:
-    shares = [Share(n, rank, world_size) for rank in range(world_size)]
-    read = [share.conversation(k) for share in shares for k in range(share.reads(epochs))]
-    assert sorted(read) == sorted([*range(n)] * epochs)
-
-
-@given(share=ranks, epochs=st.integers(0, 4))
-def test_reads_counts_what_lies_before_the_end(share: Share, epochs: int) -> None:
-    end = epochs * share.n
-    assert share.reads(epochs) == sum(share.rank + k * share.world_size < end for k in range(end + 1))

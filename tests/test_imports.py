@@ -17,11 +17,13 @@ ORDER = [
     "conversations",
     "tokenizers",
     "render",
+    "order",
     "reading",
     "packing",
     "recipe",
     "ring",
     "ledger",
+    "lane",
     "producer",
     "feed",
     "process",
@@ -33,8 +35,10 @@ ORDER = [
     "memory",
     "stats",
     "explain",
+    "state",
     "loader",
     "reference_documents",
+    "reference_order",
     "reference",
     "verify",
     "adapters",
@@ -92,10 +96,10 @@ def test_kernels_import_torch_and_triton_only():
         assert outside <= {"torch", "triton", "pack_torch"}, path
 
 
-@pytest.mark.parametrize("half", ["reference", "reference_documents"])
+@pytest.mark.parametrize("half", ["reference", "reference_documents", "reference_order"])
 def test_the_reference_shares_no_code_with_the_fast_path(half):
     path = ROOT / "nanopack" / f"{half}.py"
-    assert stages(path) <= {"batch", "tokenizers", "conversations", "reference_documents"}
+    assert stages(path) <= {"batch", "tokenizers", "conversations", "reference_documents", "reference_order"}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module == "nanopack.conversations":
             assert [alias.name for alias in node.names] == ["ConversationError"]

@@ -1,0 +1,277 @@
+"""Walk through one share of the conversations, from document to document, and pack them into rows.
+
+    documents, in order   ->   Lane.next_rows()   ->   rows of runs of words
+         reading.py          packing.py says when to read      producer.py brings the lanes together in a slot
+                               and what goes where
+
+A rank has one lane, or with shard="row" one for each of its rows. Everything that is read is counted here, and a lane
+can tell where it stands and stand there again. No torch, no GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nanopack.conversations import ConversationError, Source
+from nanopack.ledger import Ledger
+from nanopack.order import Share
+from nanopack.packing import Packer, Row, make_packer
+from nanopack.reading import Read
+from nanopack.recipe import Recipe
+from nanopack.render import Document, TemplateError
+from nanopack.ring import Layout, Words
+
+log = logging.getLogger("nanopack")
+
+ReadAll = Callable[[Iterable[int]], Iterator[Read]]
+
+
+class Fitted(NamedTuple):
+    """A document as the packing gets it."""
+
+    ids: np.ndarray
+    """(n,) uint32."""
+    mask: np.ndarray
+    """(n,) bool: the loss bits."""
+    cut: dict[str, int]
+    """Tokens that were cut off, by reason."""
+
+
+def fit(document: Document, recipe: Recipe) -> Fitted:
+    """Cut a document as the recipe says, and decide which of its tokens are trained."""
+    length, cut = len(document.ids), {}
+    limits = {"max_tokens": recipe.max_tokens, "seq_len": recipe.row_tokens if recipe.cuts_to_row else None}
+    for reason, limit in limits.items():
+        if limit is not None and length > limit:
+            cut[reason] = length - limit
+            length = limit
+    mask = np.ones(length, bool) if recipe.loss == "all" else document.mask[:length].copy()
+    if not recipe.boundary_loss:
+        mask[0] = False
+    return Fitted(document.ids[:length], mask, cut)
+
+
+def refuse(read: Read, source: Source, recipe: Recipe) -> str:
+    """Raise what is wrong with a conversation and where it stands, or return that where it is to be skipped."""
+    error = read.error
+    if not isinstance(error, Exception) or isinstance(error, (MemoryError, TemplateError)):
+        raise error or AssertionError("a conversation without document and error")
+    what = str(error) if isinstance(error, ConversationError) else f"{type(error).__name__}: {error}"
+    what = f"{source.where(read.index)}, {what}"
+    if recipe.on_error == "raise":
+        raise ConversationError(f'{what}. Fix it or pass on_error="skip".') from error
+    return what
+
+
+def _make_packer(recipe: Recipe, read: Callable[[], tuple[Any, int] | None]) -> Packer:
+    return make_packer(
+        recipe.packing,
+        read,
+        batch_size=recipe.lane_rows,
+        seq_len=recipe.seq_len,
+        window=recipe.window,
+        max_age=recipe.max_age,
+        refill=recipe.refill,
+        overlap=recipe.overlap,
+    )
+
+
+class Lane:
+    """One share of the conversations and the packing of it."""
+
+    def __init__(self, number: int, source: Source, recipe: Recipe, layout: Layout, read_all: ReadAll) -> None:
+        """Be lane `number` of all ranks' lanes. `read_all` reads the conversations of these numbers, in order."""
+        self.number = number
+        self.share = Share(len(source), number, len(recipe.all_lanes), recipe.shuffle_seed)
+        self.ledger = Ledger()
+        self._source = source
+        self._recipe = recipe
+        self._layout = layout
+        self._read_all = read_all
+        self._fruitless = 0
+        self._packer = _make_packer(recipe, self._read)
+        self._reading = self._read_from(0)
+
+    def next_rows(self) -> list[Row]:
+        """Return the rows of the next batch; at the end of the data fewer than there should be, then none.
+
+        Raises ConversationError for a bad conversation (with on_error="raise"), ValueError where nothing can be packed.
+        """
+        rows = self._packer.next_rows()
+        if self._recipe.packing == "best_fit_crop":
+            self._weigh_what_was_cropped(rows)
+        self._count_packer()
+        return rows
+
+    def count_slots(self, tokens: int, trained: int) -> None:
+        """Count a batch's slots that are this lane's: those with tokens, and the trained targets."""
+        slots = self._recipe.lane_rows * self._recipe.seq_len
+        self.ledger.slots += slots
+        self.ledger.slots_tokens += tokens
+        self.ledger.slots_padding += slots - tokens
+        self.ledger.targets_trained += trained
+
+    @property
+    def longest_wait(self) -> int:
+        """Most rows that a document has waited so far."""
+        return self._packer.longest_wait
+
+    @property
+    def epoch(self) -> int:
+        """Pass over the data that the reading has reached, from 1."""
+        epoch = self.share.epoch(self.ledger.conversations_read)
+        # the end of the last pass begins no other
+        return min(epoch, self._recipe.epochs or epoch)
+
+    def progress(self) -> tuple[float, bool]:
+        """Return the share of the data consumed, and whether that is all of it."""
+        ledger, share, passes = self.ledger, self.share, self._recipe.epochs or 1
+        stream = self._recipe.packing == "stream"
+        done = ledger.conversations_read
+        if not stream:
+            done = ledger.conversations_packed + ledger.conversations_dropped.total() + ledger.conversations_skipped
+        consumed = share.rank + share.world_size * done
+        last = consumed >= passes * share.n
+        if self._recipe.epochs is not None:
+            return min(1.0, consumed / (passes * share.n)), last
+        # nanochat's: the stream tells where it reads, the rows how much they have consumed, past 1 in a second pass
+        return (share.place(done) if stream else consumed) / share.n, last
+
+    def state(self) -> dict[str, Any]:
+        """Return where the lane stands, as plain data (JSON-able): what waits is told by its reading numbers."""
+        return {
+            "fruitless": self._fruitless,
+            "waiting": [words.read for words in self._packer.held()],
+            "packer": self._packer.state(),
+            "ledger": self.ledger.state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Stand where a lane stood. Only the documents that waited there are read again.
+
+        Raises ValueError where they are not what they were, or the state is none of such a lane.
+        """
+        self.ledger = Ledger.of(state["ledger"])
+        self._fruitless = state["fruitless"]
+        waiting = sorted(set(state["waiting"]))
+        reads = self._read_all(self.share.conversation(read) for read in waiting)
+        words = {number: self._words_again(number, read) for number, read in zip(waiting, reads, strict=True)}
+        held = [(words[number], len(words[number].words)) for number in state["waiting"]]
+        self._packer.restore(state["packer"], held)
+        if self._packer.waiting_tokens != self.ledger.tokens_waiting:
+            raise ValueError(
+                f"the documents that waited had {self.ledger.tokens_waiting} tokens when the state was saved, and have "
+                f"{self._packer.waiting_tokens} now: the data or the tokenizer have changed; resume with what was used"
+            )
+        self._reading = self._read_from(self.ledger.conversations_read)
+
+    def _words_again(self, number: int, read: Read) -> Words:
+        if read.document is None:
+            raise ConversationError(f"{refuse(read, self._source, self._recipe)}. It could be read before.")
+        ids, mask, _ = fit(read.document, self._recipe)
+        return self._words(number, read, ids, mask)
+
+    def _read_from(self, start: int) -> Iterator[Read]:
+        epochs = self._recipe.epochs
+        stop = None if epochs is None else self.share.reads(epochs)
+        return self._read_all(self.share.conversations(start, stop))
+
+    def _read(self) -> tuple[Words, int] | None:
+        """Read on until a document is good for packing; return it and its length, None at the end of the data."""
+        for read in self._reading:
+            number = self.ledger.conversations_read
+            self.ledger.conversations_read += 1
+            if (words := self._words_of(number, read)) is not None:
+                self._fruitless = 0
+                return words, len(words.words)
+            self._fruitless += 1
+            # where each pass has an order of its own, only 2 n readings are sure to hold a whole one
+            enough = self.share.n if self.share.shuffle_seed is None else 2 * self.share.n
+            if self._recipe.epochs is None and self._fruitless >= enough:
+                raise ValueError(
+                    f"nothing to pack: in a whole pass over the data ({self.share.n} conversations) each one was "
+                    f"dropped because nothing in it is trained, or skipped as bad; look at the first, or use loss='all'"
+                )
+        return None
+
+    def _words_of(self, number: int, read: Read) -> Words | None:
+        """Return what the packing gets of one conversation, None if it is skipped or dropped; count what is lost."""
+        ledger = self.ledger
+        if read.document is None:
+            log.warning("skipped %s", refuse(read, self._source, self._recipe))
+            ledger.conversations_skipped += 1
+            return None
+        ids, mask, cut = fit(read.document, self._recipe)
+        ledger.tokens_read += len(read.document.ids)
+        ledger.tokens_cut.update(cut)
+        if self._recipe.drops_untrained and not mask.any():
+            ledger.conversations_dropped["untrained"] += 1
+            ledger.tokens_dropped += len(ids)
+            return None
+        return self._words(number, read, ids, mask)
+
+    def _words(self, number: int, read: Read, ids: np.ndarray, mask: np.ndarray) -> Words:
+        words = ids.astype(self._layout.word_dtype)
+        words[mask] |= words.dtype.type(self._layout.loss_bit)
+        weight = self._weight(read.weight, int(np.count_nonzero(mask)))
+        return Words(number, read.index, words, weight, read.weight)
+
+    def _weight(self, conversation_weight: float, trained: int) -> float:
+        if self._recipe.weights == "conversation":
+            return conversation_weight / trained if trained else 0.0
+        return 1.0 if self._recipe.weights is None else conversation_weight
+
+    def _weigh_what_was_cropped(self, rows: list[Row]) -> None:
+        """Weigh documents that were placed in part by what was placed."""
+        for words, _, length in (run for row in rows for run in row):
+            if length < len(words.words):
+                trained = int(np.count_nonzero(words.words[:length] >= self._layout.loss_bit))
+                words.weight = self._weight(words.conversation_weight, trained)
+
+    def _count_packer(self) -> None:
+        ledger, packer = self.ledger, self._packer
+        ledger.conversations_packed = packer.packed
+        ledger.conversations_waiting = packer.waiting_documents
+        ledger.tokens_emitted = packer.emitted
+        ledger.tokens_waiting = packer.waiting_tokens
+        ledger.tokens_cut["crop"] = packer.cropped
+
+
+def count_batches(source: Source, recipe: Recipe, lanes: Iterable[int], read_all: ReadAll) -> tuple[int, int]:
+    """Return how many batches these lanes give until the last of them is done, and the tokens that they emit.
+
+    Each conversation is rendered once, and only its length kept: 8 bytes. Raises as `Lane.next_rows` does.
+    """
+    epochs, n, width = recipe.epochs or 1, len(source), len(recipe.all_lanes)
+    shares = [Share(n, number, width, recipe.shuffle_seed) for number in lanes]
+    # every conversation, unless the lanes are few: in one pass each reads its own part
+    wanted = np.zeros(n, bool)
+    for share in shares:
+        wanted[np.fromiter(share.conversations(0, share.reads(epochs)), np.int64)] = True
+    lengths = np.zeros(n, np.int64)
+    for read in read_all(np.flatnonzero(wanted).tolist()):
+        lengths[read.index] = _packed_length(read, source, recipe)
+    batches = tokens = 0
+    for share in shares:
+        these = lengths[np.fromiter(share.conversations(0, share.reads(epochs)), np.int64)]
+        numbered = enumerate(these[these > 0].tolist())
+        packer = _make_packer(recipe, partial(next, numbered, None))
+        count = 0
+        while packer.next_rows():
+            count += 1
+        batches, tokens = max(batches, count), tokens + packer.emitted
+    return batches, tokens
+
+
+def _packed_length(read: Read, source: Source, recipe: Recipe) -> int:
+    """Return how long a conversation is for the packing; 0 where it is dropped or skipped."""
+    if read.document is None:
+        refuse(read, source, recipe)
+        return 0
+    ids, mask, _ = fit(read.document, recipe)
+    return 0 if recipe.drops_untrained and not mask.any() else len(ids)

@@ -1,0 +1,116 @@
+"""The slow packer's order: which conversation is read when, one after the other.
+
+    number of conversations, share, seed   ->   Reader.next_document()   ->   reference.py packs what it reads
+
+A part of the definition. It shares nothing with the fast path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+Document = TypeVar("Document")
+BITS64 = 2**64 - 1
+
+
+@dataclass
+class Reader(Generic[Document]):
+    """The walk of one rank, or of one row, over N conversations, from document to document."""
+
+    n: int
+    read: Callable[[int], Document | None]
+    rank: int
+    world_size: int
+    epochs: int | None
+    shuffle_seed: int | None
+    reads: int = 0
+    left_out: int = 0
+    """Readings that gave no document: dropped or skipped."""
+    epoch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.n == 0:
+            raise ValueError("conversations is empty. Pass at least one conversation.")
+        # A rank lies beyond the end only where W exceeds N.
+        self.cursor = self.rank % self.n
+        self.orders: dict[int, list[int]] = {}
+
+    def next_document(self) -> Document | None:
+        """Return the next document, or None at the end of the last epoch."""
+        in_vain = 0
+        while self.epochs is None or self.rank + self.world_size * self.reads < self.epochs * self.n:
+            document = self.read(self.advance())
+            if document is not None:
+                return document
+            self.left_out += 1
+            in_vain += 1
+            # Whatever W is, N readings have been at every conversation that this rank will ever read; where each pass
+            # has an order of its own, 2 N hold a whole one.
+            if self.epochs is None and in_vain == (self.n if self.shuffle_seed is None else 2 * self.n):
+                raise ValueError("conversations: each is bad or trains nothing. Check the data and loss=.")
+        return None
+
+    def advance(self) -> int:
+        """Return the conversation under the cursor, and move on by W."""
+        place, number = self.cursor, (self.rank + self.world_size * self.reads) // self.n
+        self.reads += 1
+        self.cursor += self.world_size
+        if self.cursor >= self.n:
+            # By subtraction: a later epoch starts where the wrap lands, not at the rank.
+            self.cursor -= self.n
+            self.epoch += 1
+        # Once is enough, but for W > N.
+        self.cursor %= self.n
+        if self.shuffle_seed is None:
+            return place
+        if number not in self.orders:
+            self.orders = {number: shuffled(self.n, self.shuffle_seed, number)}
+        return self.orders[number][place]
+
+    @property
+    def epoch_reached(self) -> int:
+        """The epoch; the end of the last one begins no other."""
+        return self.epoch if self.epochs is None else min(self.epoch, self.epochs)
+
+    def progress(self, streams: bool, done: int) -> tuple[float, bool]:
+        """Return which share of the data is used up with `done` conversations, and whether that is all."""
+        position = self.rank + self.world_size * done
+        if self.epochs is not None:
+            end = self.epochs * self.n
+            return min(1.0, position / end), position >= end
+        # As nanochat has them: the cursor of the midtraining stream wraps, the count by rows goes on.
+        return (self.cursor if streams else position) / self.n, position >= self.n
+
+
+def shuffled(n: int, seed: int, number: int) -> list[int]:
+    """Return the order of pass `number` (from 0): a list of 0 to n - 1.
+
+    The smallest square table of 2^h by 2^h places that has at least n is shuffled by eight rounds of a Feistel network;
+    whoever lands beyond n goes on from there until he does not.
+    """
+    h = 1
+    while 4**h < n:
+        h += 1
+    base = _mix(_mix(seed) ^ number)
+    order = []
+    for place in range(n):
+        while True:
+            left, right = divmod(place, 2**h)
+            for round_number in range(8):
+                key = _mix((base + round_number * 0x9E3779B97F4A7C15) & BITS64)
+                left, right = right, left ^ _mix((right + key) & BITS64) % 2**h
+            place = left * 2**h + right
+            if place < n:
+                break
+        order.append(place)
+    return order
+
+
+def _mix(x: int) -> int:
+    """Return splitmix64's number that follows x."""
+    x = (x + 0x9E3779B97F4A7C15) & BITS64
+    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & BITS64
+    x = ((x ^ x >> 27) * 0x94D049BB133111EB) & BITS64
+    return x ^ x >> 31

@@ -1,0 +1,143 @@
+"""Say where a run stands, and for which data and arguments that holds.
+
+    Producer.state() + fingerprint()   ->   Loader.state_dict()   ->   merge_states()   ->   Loader.load_state_dict()
+     where each lane stands                                        of all ranks                check_state()
+
+A state is plain data (JSON-able): a step, and for each lane (a rank's, or with shard="row" a row's) where it stands.
+Its keys do not depend on the progress of the run, and those of two ranks' lanes differ: torch.distributed.checkpoint
+needs both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from nanopack.conversations import Source, check
+from nanopack.recipe import Recipe
+from nanopack.tokenizers import Tokenizer
+
+FORMAT = 1
+SAMPLE = 16
+# What does not decide which token lands where, and what the lanes themselves tell.
+_FREE = ("rank", "extras", "max_pieces", "on_error")
+
+
+def fingerprint(source: Source, tokenizer: Tokenizer, recipe: Recipe) -> dict[str, Any]:
+    """Return what a state depends on: number of conversations and a sample of them, tokenizer, arguments."""
+    arguments = {
+        field.name: _plain(getattr(recipe, field.name))
+        for field in dataclasses.fields(recipe)
+        if field.name not in _FREE
+    }
+    if recipe.shard == "row":
+        # the global batch is what counts, however many ranks share it
+        del arguments["batch_size"], arguments["world_size"]
+        arguments["batch_size * world_size"] = recipe.global_rows
+    return {
+        "conversations": len(source),
+        "sample": _digest(_sample(source)),
+        "tokenizer": tokenizer.fingerprint(),
+        "arguments": arguments,
+    }
+
+
+def _plain(value: object) -> object:
+    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
+
+
+def _sample(source: Source) -> Iterator[str]:
+    """Yield what stands at evenly spaced places, the first and the last among them."""
+    for index in sorted({round(k * (len(source) - 1) / (SAMPLE - 1)) for k in range(SAMPLE)}):
+        try:
+            yield repr(check(source[index]))
+        # a bad conversation is part of the data too
+        except ValueError as error:
+            yield repr(error)
+
+
+def _digest(texts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()
+
+
+def check_state(state: Any, ours: Mapping[str, Any], recipe: Recipe, *, strict: bool) -> dict[str, Any]:
+    """Return step and lanes of a state, as `Producer.restore` takes them.
+
+    Raises ValueError where it is no state, lacks lanes of this rank, or (with `strict`) is one of other data or
+    arguments: the message names each difference.
+    """
+    _refuse_foreign(state)
+    if strict and (differences := _differences(state["fingerprint"], ours)):
+        raise ValueError(
+            f"the state belongs to another run: {'; '.join(differences)}; resume with what the run was started with, "
+            f"or pass strict=False to go on all the same"
+        )
+    wanted = [str(number) for number in recipe.lanes]
+    if missing := [number for number in wanted if number not in state["lanes"]]:
+        what = "rank" if recipe.shard == "rank" else "row"
+        raise ValueError(
+            f"the state has {what}s {', '.join(state['lanes'])}, but not {', '.join(missing)}, which "
+            f"rank={recipe.rank} of world_size={recipe.world_size} needs; put the states of all ranks together with "
+            f"nanopack.merge_states"
+        )
+    return {"step": state["step"], "lanes": {number: state["lanes"][number] for number in wanted}}
+
+
+def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return one state of the states of all ranks, which any rank's loader takes.
+
+    With shard="row" it may be loaded by another number of ranks, as long as batch_size * world_size is the same.
+
+    Raises ValueError where the states are not of one moment of one run, or a rank is missing.
+    """
+    if not states:
+        raise ValueError("merge_states([]) has nothing to merge; pass the states of all ranks")
+    for number, state in enumerate(states):
+        try:
+            _refuse_foreign(state)
+        except ValueError as error:
+            raise ValueError(f"state {number}: {error}") from None
+    first, lanes = states[0], {}
+    for number, state in enumerate(states):
+        if differences := _differences(first["fingerprint"], state["fingerprint"]):
+            raise ValueError(f"states 0 and {number} are of different runs: {'; '.join(differences)}")
+        if state["step"] != first["step"]:
+            raise ValueError(
+                f"states 0 and {number} are of different moments: steps {first['step']} and {state['step']}; "
+                f"save the states of all ranks at the same step"
+            )
+        lanes.update(state["lanes"])
+    arguments = first["fingerprint"]["arguments"]
+    count = arguments.get("batch_size * world_size", arguments.get("world_size"))
+    if missing := [number for number in map(str, range(count)) if number not in lanes]:
+        what = "rank" if arguments["shard"] == "rank" else "row"
+        raise ValueError(f"{what}s {', '.join(missing)} of {count} are in none of the states; pass those of all ranks")
+    return {**first, "lanes": {str(number): lanes[str(number)] for number in range(count)}}
+
+
+def _refuse_foreign(state: Any) -> None:
+    if not isinstance(state, Mapping) or "format" not in state:
+        raise ValueError(f"a {type(state).__name__} is no state of nanopack; pass what state_dict() returned")
+    if state["format"] != FORMAT:
+        raise ValueError(f"the state has format {state['format']!r}; this version of nanopack reads format {FORMAT}")
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Return what differs between two fingerprints, in words."""
+    found = []
+    if theirs["conversations"] != ours["conversations"]:
+        found.append(f"conversations were {theirs['conversations']}, are {ours['conversations']}")
+    elif theirs["sample"] != ours["sample"]:
+        found.append("conversations have other contents or another order (seen in a sample)")
+    if theirs["tokenizer"] != ours["tokenizer"]:
+        found.append("tokenizer is another one")
+    was, now = theirs["arguments"], ours["arguments"]
+    for name in {**was, **now}:
+        if was.get(name) != now.get(name):
+            found.append(f"{name} was {was.get(name)!r}, is {now.get(name)!r}")
+    return found
