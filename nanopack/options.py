@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from nanopack import __version__
 from nanopack.packing import MAX_AGE, PACKINGS, WINDOWS
-from nanopack.recipe import EXTRAS, LOSSES, ON_ERROR, TEMPLATES, WEIGHTS, Recipe
+from nanopack.recipe import EXTRAS, LOSSES, ON_ERROR, SHARDS, TEMPLATES, WEIGHTS, Recipe
 
 RECIPE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Recipe)}
 LISTED_PIECES = 12
@@ -118,6 +118,8 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
     option("ignore_index", "the target where nothing is trained", metavar="I", type=int)
     option("rank", "which share of the conversations to read", "0", metavar="R", type=int)
     option("world_size", "number of shares", metavar="W", type=int)
+    option("shard", "what reads a share: a rank, or a row of all ranks' batches together", choices=SHARDS)
+    option("shuffle_seed", "a new order in each pass", metavar="S", type=int)
     option("epochs", "passes over the conversations", "1", metavar="N", type=int)
     option("executor", "what makes the tensors", "torch", choices=("torch", "triton"))
     option("on_error", "at a conversation that is not valid", choices=ON_ERROR)

@@ -71,7 +71,7 @@ def permute(place: np.ndarray, n: int, seed: int, number: np.ndarray) -> np.ndar
     below n (Black and Rogaway, 2002); its rounds are keyed and mixed by splitmix64 (Steele and others, 2014).
 
     >>> permute(np.arange(5), 5, seed=2, number=np.zeros(5, int)).tolist()
-    [3, 0, 1, 2, 4]
+    [2, 0, 4, 3, 1]
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)

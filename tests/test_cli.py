@@ -53,6 +53,13 @@ def chats(tmp_path):
 
 
 @pytest.fixture
+def untrained(tmp_path):
+    path = tmp_path / "untrained.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "Is anybody there?"}]}\n')
+    return path
+
+
+@pytest.fixture
 def broken(chats, tmp_path):
     lines = chats.read_text().splitlines()
     lines[16] = '{"messages": [{"role": "user", "content": "hi"'
@@ -213,9 +220,16 @@ def test_max_batches_stops_and_tells_what_still_waits(run, chats):
     assert "without the last batch" not in out
 
 
-def test_a_share_without_conversations_is_told_as_nothing(run, chats):
+def test_a_share_without_conversations_is_told_as_padding(run, chats):
     for command in ("pack", "inspect"):
         code, out, err = run(command, chats, "--rank", 50, "--world-size", 100)
+        assert (code, err) == (0, "")
+        assert row_of(out, "batches")[1] == "1" and row_of(out, "padding")[1] == "100.0%"
+
+
+def test_data_of_which_nothing_is_packed_are_told_as_nothing(run, untrained):
+    for command in ("pack", "inspect"):
+        code, out, err = run(command, untrained)
         assert (code, err) == (0, "")
         assert row_of(out, "batches")[1] == "0" and row_of(out, "padding")[1] == "-"
 
@@ -366,8 +380,8 @@ def test_a_folder_is_no_place_to_save_at(run, tmp_path):
     assert "a.npz' cannot be written: it is a folder" in refusal(run("pack", "--save", tmp_path / "a.npz"))
 
 
-def test_nothing_to_save_is_an_error(run, chats, tmp_path):
-    line = refusal(run("pack", chats, "--rank", 50, "--world-size", 100, "--save", tmp_path / "a.npz"))
+def test_nothing_to_save_is_an_error(run, untrained, tmp_path):
+    line = refusal(run("pack", untrained, "--save", tmp_path / "a.npz"))
     assert f"there is no batch to save to {tmp_path / 'a.npz'}" in line
     assert not (tmp_path / "a.npz").exists()
 
@@ -469,6 +483,8 @@ GIVEN = {
     "ignore_index": (["--ignore-index", "-1"], -1),
     "rank": (["--rank", "1"], 1),
     "world_size": (["--world-size", "2"], 2),
+    "shard": (["--shard", "row"], "row"),
+    "shuffle_seed": (["--shuffle-seed", "6"], 6),
     "epochs": (["--epochs", "4"], 4),
     "on_error": (["--on-error", "skip"], "skip"),
     "executor": (["--executor", "torch"], "torch"),

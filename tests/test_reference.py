@@ -185,7 +185,7 @@ def test_more_ranks_than_conversations():
     assert read(found) == [[1], [0], [1]]
     assert facts(found, "epoch", "progress", "last") == [(2, 0.0, True), (3, 0.5, True), (4, 0.0, True)]
     shares = [take(None, texts("a", "b"), rank=rank, world_size=5, epochs=3, **ONE) for rank in range(5)]
-    assert [read(share) for share in shares] == [[[0], [1]], [[1]], [[0]], [[1]], [[0]]]
+    assert [read(share) for share in shares] == [[[0], [1]], [[1], []], [[0], []], [[1], []], [[0], []]]
 
 
 # packings by rows

@@ -1,0 +1,304 @@
+"""An interrupted run gives the batches of an uninterrupted one: at every step, for every packing, on other ranks."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_loader import PACKINGS, SMALL, data_sets, recipes
+
+import nanopack
+from nanopack import merge_states, reference
+from nanopack.verify import first_difference
+
+Loader = functools.partial(nanopack.Loader, workers=0)
+# Beside arguments that decide what a batch is: those that may change when a run goes on.
+FREE = st.fixed_dictionaries({"prefetch": st.integers(1, 8), "overlap_copy": st.booleans()})
+
+
+def through_json(state):
+    """A state as it comes back from a file; its keys and values survive."""
+    text = json.dumps(state)
+    assert json.loads(text) == state
+    return json.loads(text)
+
+
+def differences(expected, got):
+    return [first_difference(a, b) for a, b in zip(expected, got, strict=True)]
+
+
+def same_books(one, other):
+    return one.ledger() == other.ledger() and one.state_dict() == other.state_dict()
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@given(data=st.data())
+def test_interrupted_any_number_of_times_equals_uninterrupted(packing, data):
+    conversations, arguments = data.draw(data_sets), data.draw(recipes(packing))
+    expected, whole, error = [], Loader(conversations, SMALL, **arguments), None
+    try:
+        expected = list(itertools.islice(whole, 9))
+    except ValueError as raised:
+        error = raised
+    if error is not None:
+        return
+    loader, got = Loader(conversations, SMALL, **arguments), []
+    for stop in sorted(data.draw(st.lists(st.integers(0, len(expected)), max_size=4))):
+        got += itertools.islice(loader, stop - len(got))
+        state = through_json(loader.state_dict())
+        assert state["step"] == stop
+        # in vain: what is delivered from here on is not part of the state
+        for _ in itertools.islice(loader, data.draw(st.integers(0, 2))):
+            pass
+        loader = Loader(conversations, SMALL, **arguments, **data.draw(FREE))
+        loader.load_state_dict(state)
+        assert loader.state_dict() == state
+        assert loader.ledger()["balanced"]
+    got += itertools.islice(loader, 9 - len(got))
+    assert differences(expected, got) == [None] * len(expected)
+    assert same_books(loader, whole)
+
+
+@settings(max_examples=15)
+@given(data=st.data())
+def test_a_producer_process_goes_on_as_exactly_whatever_its_workers_and_prefetch(data):
+    conversations, packing = data.draw(data_sets), data.draw(st.sampled_from(PACKINGS))
+    arguments = {**data.draw(recipes(packing)), "epochs": 2}
+    expected = list(Loader(conversations, SMALL, **arguments))
+    stop, got = data.draw(st.integers(0, len(expected))), []
+    settings_of = st.fixed_dictionaries({"workers": st.sampled_from([0, 1, 2]), "prefetch": st.integers(1, 8)})
+    with nanopack.Loader(conversations, SMALL, **arguments, **data.draw(settings_of)) as loader:
+        got += itertools.islice(loader, stop)
+        state = through_json(loader.state_dict())
+    with nanopack.Loader(conversations, SMALL, **arguments, **data.draw(settings_of)) as loader:
+        next(loader, None)
+        loader.load_state_dict(state)
+        got += loader
+    assert differences(expected, got) == [None] * len(expected)
+
+
+def global_batches(conversations, world_size, rows, arguments):
+    """The loaders of all ranks, side by side."""
+    return [
+        Loader(conversations, SMALL, rows // world_size, rank=rank, world_size=world_size, **arguments)
+        for rank in range(world_size)
+    ]
+
+
+def global_rows(batches):
+    """What all ranks' batches hold together, row by row."""
+    return [
+        (batch.inputs[row].tolist(), batch.targets[row].tolist(), batch.weights[row].tolist(), batch.word_pieces[row])
+        for batch in batches
+        for row in range(len(batch.inputs))
+    ]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@settings(max_examples=12)
+@given(data=st.data())
+def test_the_global_batch_sharded_by_rows_does_not_depend_on_the_ranks_though_they_change_twice(packing, data):
+    conversations = data.draw(data_sets)
+    arguments = {**data.draw(recipes(packing)), "weights": "conversation", "shard": "row", "epochs": 2}
+    for name in ("rank", "world_size", "batch_size"):
+        del arguments[name]
+    rows, steps = 24, 6
+    [whole] = global_batches(conversations, 1, rows, arguments)
+    expected = [global_rows([batch]) for batch in itertools.islice(whole, steps)]
+    got, state = [], None
+    world_sizes = st.sampled_from([1, 2, 3, 4, 6, 8])
+    for stop in [*sorted(data.draw(st.lists(st.integers(0, steps), min_size=2, max_size=2))), steps]:
+        loaders = global_batches(conversations, data.draw(world_sizes), rows, arguments)
+        if state is not None:
+            for loader in loaders:
+                loader.load_state_dict(state)
+        while len(got) < min(stop, len(expected)):
+            got.append(global_rows([next(loader) for loader in loaders]))
+        state = through_json(merge_states([loader.state_dict() for loader in loaders]))
+    assert got == expected
+    assert state["lanes"] == whole.state_dict()["lanes"] or len(expected) < steps
+
+
+def test_micro_batches_are_ranks():
+    """Accumulating over two micro-batches on two ranks is what four ranks do, in the same order of rows."""
+    chats = [{"text": "abcdefg"[: 1 + k % 7] * (1 + k % 3)} for k in range(60)]
+    arguments = dict(seq_len=12, shard="row", weights=None)
+    four = [next(Loader(chats, SMALL, 3, rank=rank, world_size=4, **arguments)) for rank in range(4)]
+    accumulated = [next(Loader(chats, SMALL, 6, rank=rank, world_size=2, **arguments)) for rank in range(2)]
+    micro = [inputs for batch in accumulated for inputs in batch.inputs.chunk(2)]
+    assert [inputs.tolist() for inputs in micro] == [batch.inputs.tolist() for batch in four]
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_all_ranks_give_equally_many_batches_and_together_everything_just_as_often(data):
+    packing = data.draw(st.sampled_from(PACKINGS))
+    conversations = data.draw(data_sets)
+    arguments = {**data.draw(recipes(packing)), "loss": "all", "max_tokens": None}
+    arguments["epochs"] = data.draw(st.integers(1, 3))
+    world_size = arguments["world_size"]
+    loaders = [Loader(conversations, SMALL, **{**arguments, "rank": rank}) for rank in range(world_size)]
+    delivered = [list(loader) for loader in loaders]
+    assert {len(batches) for batches in delivered} == {len(loaders[0])}
+    read = sum(loader.ledger()["conversations"]["read"] for loader in loaders)
+    packed = sum(loader.ledger()["conversations"]["packed"] for loader in loaders)
+    assert read == packed == arguments["epochs"] * len(conversations)
+    assert all(loader.ledger()["balanced"] for loader in loaders)
+    for batches, loader in zip(delivered, loaders, strict=True):
+        assert loader.tokens_total == loader.ledger()["tokens"]["emitted"]
+        ends = itertools.dropwhile(lambda batch: batch.num_tokens, batches)
+        assert all(batch.num_trained == batch.num_tokens == 0 and batch.last for batch in ends)
+
+
+def test_len_is_refused_where_there_is_no_end_and_a_loader_is_true():
+    loader = Loader([{"text": "ab"}], SMALL, 1, 4)
+    with pytest.raises(TypeError, match="pass epochs"):
+        len(loader)
+    with pytest.raises(TypeError, match="pass epochs"):
+        _ = loader.tokens_total
+    assert loader
+
+
+def test_a_finished_run_is_finished_when_it_goes_on():
+    chats = [{"text": "abc"}] * 5
+    loader = Loader(chats, SMALL, 2, 8, epochs=1)
+    count = len(list(loader))
+    again = Loader(chats, SMALL, 2, 8, epochs=1)
+    again.load_state_dict(loader.state_dict())
+    assert list(again) == [] and again.state_dict()["step"] == count and again.ledger() == loader.ledger()
+
+
+def test_a_run_that_met_a_bad_conversation_goes_on_with_skipping():
+    chats = [{"text": "abc"}] * 4 + [{"text": 5}] + [{"text": "de"}] * 4
+    arguments = dict(batch_size=1, seq_len=4, packing="pad", epochs=1)
+    loader = Loader(chats, SMALL, **arguments)
+    before = list(itertools.islice(loader, 4))
+    with pytest.raises(nanopack.ConversationError):
+        next(loader)
+    again = Loader(chats, SMALL, **arguments, on_error="skip")
+    again.load_state_dict(loader.state_dict())
+    skipping = reference.batches(chats, SMALL, **arguments, on_error="skip")
+    assert differences(list(skipping), before + list(again)) == [None] * 8
+
+
+def test_going_on_reads_only_what_waits(tmp_path):
+    reads = []
+
+    class Counting(list):
+        def __getitem__(self, index):
+            reads.append(index)
+            return super().__getitem__(index)
+
+    chats = Counting([{"text": "abcdefghij"[: 1 + k % 10]} for k in range(5000)])
+    loader = Loader(chats, SMALL, 2, 16, window=20)
+    for _ in itertools.islice(loader, 200):
+        pass
+    state = loader.state_dict()
+    again = Loader(chats, SMALL, 2, 16, window=20)
+    _ = again.state_dict()
+    reads.clear()
+    again.load_state_dict(state)
+    assert len(reads) == len(state["lanes"]["0"]["waiting"]) <= 20 < state["lanes"]["0"]["ledger"]["conversations_read"]
+
+
+CHATS = [{"text": f"text {k}"} for k in range(20)]
+BASE = dict(batch_size=2, seq_len=8, window=4)
+
+
+def refusal(state, conversations=CHATS, tokenizer=SMALL, strict=True, **changes):
+    with pytest.raises(ValueError) as caught:
+        Loader(conversations, tokenizer, **{**BASE, **changes}).load_state_dict(state, strict=strict)
+    return str(caught.value)
+
+
+def state_after(steps, conversations=CHATS, **changes):
+    loader = Loader(conversations, SMALL, **{**BASE, **changes})
+    for _ in itertools.islice(loader, steps):
+        pass
+    return loader.state_dict()
+
+
+def test_a_state_of_another_run_is_refused_and_every_difference_named():
+    state = state_after(2)
+    line = refusal(state, seq_len=9, loss="all")
+    assert "seq_len was 8, is 9" in line and "loss was 'assistant', is 'all'" in line and "strict=False" in line
+    assert "conversations were 20, are 19" in refusal(state, CHATS[:19])
+    assert "other contents or another order" in refusal(state, CHATS[::-1])
+    other = nanopack.tokenizers.load_tokenizer("chat32k").encoding
+    assert "tokenizer is another one" in refusal(state, tokenizer=other)
+
+
+def test_a_difference_is_let_through_on_request():
+    loader = Loader([*CHATS[:-1], {"text": "another end"}], SMALL, **BASE)
+    loader.load_state_dict(state_after(2), strict=False)
+    assert next(loader).step == 2
+
+
+def test_data_that_changed_where_the_sample_does_not_look_are_noticed_by_what_waits():
+    state = state_after(1, packing="best_fit_pad")
+    waiting = state["lanes"]["0"]["waiting"][0]
+    changed = [*CHATS]
+    changed[waiting] = {"text": "longer than it was"}
+    assert "have changed" in refusal(state, changed, packing="best_fit_pad", strict=False)
+
+
+def test_what_is_no_state_is_refused():
+    assert "a list is no state of nanopack" in refusal([])
+    assert "a dict is no state of nanopack" in refusal({"step": 3})
+    assert "has format 99" in refusal({**state_after(1), "format": 99})
+
+
+def test_the_state_of_another_rank_is_refused_and_a_merged_one_taken():
+    states = [state_after(2, rank=rank, world_size=2) for rank in range(2)]
+    line = refusal(states[0], rank=1, world_size=2)
+    assert "the state has ranks 0, but not 1" in line and "merge_states" in line
+    loader = Loader(CHATS, SMALL, **BASE, rank=1, world_size=2)
+    loader.load_state_dict(merge_states(states[::-1]))
+    assert loader.state_dict() == states[1]
+
+
+def test_states_that_do_not_belong_together_are_not_merged():
+    def merging(*states):
+        with pytest.raises(ValueError) as caught:
+            merge_states(states)
+        return str(caught.value)
+
+    zero, one = (state_after(2, rank=rank, world_size=2) for rank in range(2))
+    assert "pass the states of all ranks" in merging()
+    assert "ranks 1 of 2 are in none of the states" in merging(zero)
+    assert "steps 2 and 3" in merging(zero, state_after(3, rank=1, world_size=2))
+    assert "seq_len was 8, is 9" in merging(zero, state_after(2, rank=1, world_size=2, seq_len=9))
+    assert "state 1: a str is no state" in merging(zero, "x")
+    assert merge_states([one, zero])["lanes"].keys() == {"0", "1"}
+
+
+def test_a_run_sharded_by_ranks_is_not_taken_up_by_other_ranks():
+    merged = merge_states([state_after(2, rank=rank, world_size=2) for rank in range(2)])
+    assert "world_size was 2, is 1" in refusal(merged)
+
+
+def test_a_closed_loader_takes_no_state():
+    loader = Loader(CHATS, SMALL, **BASE)
+    state = loader.state_dict()
+    loader.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        loader.load_state_dict(state)
+
+
+def test_keys_of_a_state_do_not_depend_on_how_far_the_run_is():
+    def keys(state):
+        return {name: keys(value) for name, value in state.items()} if isinstance(state, dict) else None
+
+    assert keys(state_after(0)) == keys(state_after(7))
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_state_takes_kilobytes(packing):
+    loader = Loader(CHATS * 500, SMALL, 8, 32, packing=packing)
+    for _ in itertools.islice(loader, 50):
+        pass
+    assert len(json.dumps(loader.state_dict())) < 12_000, "a thousand documents wait in best_fit_crop"
