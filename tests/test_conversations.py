@@ -20,6 +20,7 @@ from nanopack.conversations import (
     Message,
     Part,
     Share,
+    Source,
     check,
     open_conversations,
 )
@@ -132,6 +133,44 @@ def test_what_holds_no_conversations_is_an_error_that_names_value_and_remedy(
         pytest.importorskip("pyarrow.parquet").write_table(table, "columns.parquet")
     with pytest.raises(ValueError, match=message):
         open_conversations(conversations)
+
+
+class Verses(Source):
+    """Conversations of a kind that open_conversations does not know."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> object:
+        return {"text": "x"}
+
+    def where(self, index: int) -> str:
+        return "a verse"
+
+
+def test_a_source_stays_as_it_is() -> None:
+    for source in (Verses(), open_conversations([HI])):
+        assert open_conversations(source) is source
+
+
+def test_an_empty_source_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Verses, "__len__", lambda self: 0)
+    with pytest.raises(ValueError, match="holds no conversation"):
+        open_conversations(Verses())
+
+
+def test_a_data_set_whose_where_means_something_else_is_no_source() -> None:
+    class Series:
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> object:
+            return {"text": "x"}
+
+        def where(self, condition: object) -> str:
+            raise AssertionError("a pandas.Series gives the elements for which the condition holds")
+
+    assert open_conversations(Series()).where(0) == "conversation 0"
 
 
 class Task:

@@ -20,6 +20,7 @@ ORDER = [
     "reading",
     "packing",
     "recipe",
+    "mixture",
     "ring",
     "ledger",
     "producer",
