@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import nanopack
 from nanopack import ConversationError, Loader, mixture, reference
+from nanopack.conversations import Source
 from nanopack.mixture import MAX_PICKS, Mixture
 from nanopack.tokenizers import NANOCHAT_SPECIAL_TOKENS
 from nanopack.verify import compare
@@ -162,6 +163,19 @@ def test_picks_are_the_same_in_any_order_of_asking() -> None:
     assert mixed[np.int64(3)] == mixed[3]
 
 
+def test_sources_are_asked_with_pythons_integers() -> None:
+    class Strict(Numbers, Source):
+        def __getitem__(self, index: int) -> Any:
+            return type(index)
+
+        def where(self, index: int) -> str:
+            return type(index).__name__
+
+    mixed = mixture([(Strict(3), 1, "strict")])
+    assert mixed[np.int64(1)] is int
+    assert mixed.where(np.int64(1)) == "int of strict"
+
+
 @pytest.mark.parametrize("index", [-1, 12, 2**40])
 def test_outside_there_is_nothing(index: int) -> None:
     mixed = mix([(9, 3), (3, 1)])
@@ -194,7 +208,7 @@ def test_where_names_the_place_in_the_source(folder: Path) -> None:
     mixed = mixture([("?.jsonl", 1, "files"), (items, 2, "tales")])
     assert len(mixed) == 18
     for index in range(len(mixed)):
-        assert mixed.where(index) == mixed[index]["text"]  # type: ignore[index]
+        assert mixed.where(index) == mixed[index]["text"]
 
 
 def test_mixtures_mix(folder: Path) -> None:
@@ -271,6 +285,15 @@ def test_a_sample_of_bad_conversations_is_an_error(source: Any, first: str) -> N
     message = rf"^sources\[1\]: its length cannot be measured: all 3 .* are bad. The first: .*{first}.* Fix"
     with pytest.raises(ValueError, match=message):
         mixture([(texts(1, tokens=2), 1), (source, 1)], by="token", tokenizer=BYTES)
+
+
+def test_running_out_of_memory_makes_no_conversation_bad() -> None:
+    class Huge(Numbers):
+        def __getitem__(self, index: int) -> Any:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        mixture([(Huge(2), 1)], by="token", tokenizer=BYTES)
 
 
 # Errors
