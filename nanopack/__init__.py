@@ -1,15 +1,28 @@
 """nanopack: chat conversations in, exact packed (B, T) training batches out.
 
 Loader makes batches; `reference.batches` makes the same ones slowly, in plain Python; `verify` compares the two.
+mixture makes one data set of several, each with its share.
 """
 
 from nanopack.batch import Batch, Piece
 from nanopack.conversations import ConversationError
 from nanopack.explain import Explanation
 from nanopack.loader import Loader
+from nanopack.mixture import Mixture, mixture
 from nanopack.process import ProducerError
 from nanopack.state import merge_states
 from nanopack.verify import verify
 
-__all__ = ["Batch", "ConversationError", "Explanation", "Loader", "Piece", "ProducerError", "merge_states", "verify"]
+__all__ = [
+    "Batch",
+    "ConversationError",
+    "Explanation",
+    "Loader",
+    "Mixture",
+    "Piece",
+    "ProducerError",
+    "merge_states",
+    "mixture",
+    "verify",
+]
 __version__ = "0.1.0"

@@ -16,7 +16,7 @@ import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeGuard
 
 from nanopack.files import COLUMNS, ConversationError, Files, open_files
 
@@ -38,7 +38,7 @@ FLOAT32_MAX = 3.4028234663852886e38
 
 
 class Source(Protocol):
-    """Conversations by number, as every other module sees them."""
+    """Conversations by number, as every other module sees them. Whoever has them in this form inherits from it."""
 
     def __len__(self) -> int: ...
 
@@ -52,7 +52,7 @@ class Source(Protocol):
         """
 
 
-class Items:
+class Items(Source):
     """The records of an object with len and [int]: list, datasets.Dataset, torch Dataset, nanochat task."""
 
     def __init__(self, items: Any) -> None:
@@ -72,17 +72,17 @@ class Items:
 
 
 def open_conversations(conversations: Any) -> Source:
-    """Return the conversations of an object with len and [int], or of one or more paths or globs.
+    """Return the conversations of an object with len and [int], or of one or more paths or globs; a Source as it is.
 
     Files end in .jsonl, .jsonl.gz or .parquet. A glob gives its files sorted, a list keeps its order. Raises
     ValueError for what is empty, missing or unreadable, ImportError for a .parquet file without pyarrow.
     """
-    if isinstance(conversations, (Items, Files)):
-        return conversations
     if isinstance(conversations, (str, os.PathLike)):
         conversations = [conversations]
-    if isinstance(conversations, (list, tuple)) and any(map(_is_path, conversations)):
-        source: Items | Files = open_files([path for item in conversations for path in find_files(item)])
+    if _is_source(conversations):
+        source: Source = conversations
+    elif isinstance(conversations, (list, tuple)) and any(map(_is_path, conversations)):
+        source = open_files([path for item in conversations for path in find_files(item)])
     else:
         _refuse_unusable(conversations)
         source = Items(conversations)
@@ -104,6 +104,11 @@ def find_files(item: Any) -> list[str]:
     for path in paths:
         _refuse_unreadable(path)
     return paths
+
+
+def _is_source(item: object) -> TypeGuard[Source]:
+    # By descent, not by its methods: a pandas.Series has all of them, and means something else by where().
+    return isinstance(item, Files) or Source in type(item).__mro__
 
 
 def _is_path(item: object) -> bool:

@@ -19,6 +19,7 @@ import numpy as np
 
 from nanopack.conversations import ConversationError, Source
 from nanopack.ledger import Ledger
+from nanopack.mixture import Mixture
 from nanopack.order import Share
 from nanopack.packing import Packer, Row, make_packer
 from nanopack.reading import Read
@@ -93,6 +94,9 @@ class Lane:
         self._recipe = recipe
         self._layout = layout
         self._read_all = read_all
+        # a mixture's sources are counted each by itself too
+        self._mixture = source if isinstance(source, Mixture) else None
+        self.sources = [Ledger() for _ in self._mixture.names] if self._mixture else []
         self._fruitless = 0
         self._packer = _make_packer(recipe, self._read)
         self._reading = self._read_from(0)
@@ -106,6 +110,8 @@ class Lane:
         if self._recipe.packing == "best_fit_crop":
             self._weigh_what_was_cropped(rows)
         self._count_packer()
+        if self._mixture is not None:
+            self._count_sources(rows)
         return rows
 
     def count_slots(self, tokens: int, trained: int) -> None:
@@ -149,6 +155,7 @@ class Lane:
             "waiting": [words.read for words in self._packer.held()],
             "packer": self._packer.state(),
             "ledger": self.ledger.state(),
+            "sources": [ledger.state() for ledger in self.sources],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -157,12 +164,17 @@ class Lane:
         Raises ValueError where they are not what they were, or the state is none of such a lane.
         """
         self.ledger = Ledger.of(state["ledger"])
+        self.sources = [Ledger.of(ledger) for ledger in state["sources"]]
         self._fruitless = state["fruitless"]
         waiting = sorted(set(state["waiting"]))
         reads = self._read_all(self.share.conversation(read) for read in waiting)
         words = {number: self._words_again(number, read) for number, read in zip(waiting, reads, strict=True)}
         held = [(words[number], len(words[number].words)) for number in state["waiting"]]
         self._packer.restore(state["packer"], held)
+        # of what is held but not left, the stream has only its last token to give again
+        left = dict(self._packer.left())
+        for document, length in held:
+            document.taken = length - left.get(document, 0)
         if self._packer.waiting_tokens != self.ledger.tokens_waiting:
             raise ValueError(
                 f"the documents that waited had {self.ledger.tokens_waiting} tokens when the state was saved, and have "
@@ -184,9 +196,7 @@ class Lane:
     def _read(self) -> tuple[Words, int] | None:
         """Read on until a document is good for packing; return it and its length, None at the end of the data."""
         for read in self._reading:
-            number = self.ledger.conversations_read
-            self.ledger.conversations_read += 1
-            if (words := self._words_of(number, read)) is not None:
+            if (words := self._words_of(self.ledger.conversations_read, read)) is not None:
                 self._fruitless = 0
                 return words, len(words.words)
             self._fruitless += 1
@@ -201,17 +211,23 @@ class Lane:
 
     def _words_of(self, number: int, read: Read) -> Words | None:
         """Return what the packing gets of one conversation, None if it is skipped or dropped; count what is lost."""
-        ledger = self.ledger
+        ledgers = [self.ledger, *self._ledger_of(read.index)]
+        for ledger in ledgers:
+            ledger.conversations_read += 1
         if read.document is None:
             log.warning("skipped %s", refuse(read, self._source, self._recipe))
-            ledger.conversations_skipped += 1
+            for ledger in ledgers:
+                ledger.conversations_skipped += 1
             return None
         ids, mask, cut = fit(read.document, self._recipe)
-        ledger.tokens_read += len(read.document.ids)
-        ledger.tokens_cut.update(cut)
-        if self._recipe.drops_untrained and not mask.any():
-            ledger.conversations_dropped["untrained"] += 1
-            ledger.tokens_dropped += len(ids)
+        dropped = self._recipe.drops_untrained and not mask.any()
+        for ledger in ledgers:
+            ledger.tokens_read += len(read.document.ids)
+            ledger.tokens_cut.update(cut)
+            if dropped:
+                ledger.conversations_dropped["untrained"] += 1
+                ledger.tokens_dropped += len(ids)
+        if dropped:
             return None
         return self._words(number, read, ids, mask)
 
@@ -232,6 +248,29 @@ class Lane:
             if length < len(words.words):
                 trained = int(np.count_nonzero(words.words[:length] >= self._layout.loss_bit))
                 words.weight = self._weight(words.conversation_weight, trained)
+
+    def _ledger_of(self, conversation: int) -> list[Ledger]:
+        """Return the ledger of the source that a conversation is from, where there are several."""
+        return [self.sources[self._mixture.source_of(conversation)]] if self._mixture else []
+
+    def _count_sources(self, rows: list[Row]) -> None:
+        """Count, document by document, what the packer counts in all."""
+        for words, offset, length in (run for row in rows for run in row):
+            [ledger] = self._ledger_of(words.conversation)
+            # the stream gives a token twice where two rows or batches share it
+            new = max(0, offset + length - words.taken)
+            words.taken += new
+            ledger.tokens_emitted += new
+            cropped = len(words.words) - length if self._recipe.packing == "best_fit_crop" else 0
+            ledger.tokens_cut["crop"] += cropped
+            if new and words.taken + cropped == len(words.words):
+                ledger.conversations_packed += 1
+        for ledger in self.sources:
+            ledger.conversations_waiting = ledger.tokens_waiting = 0
+        for words, left in self._packer.left():
+            [ledger] = self._ledger_of(words.conversation)
+            ledger.conversations_waiting += left > 0
+            ledger.tokens_waiting += left
 
     def _count_packer(self) -> None:
         ledger, packer = self.ledger, self._packer

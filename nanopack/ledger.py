@@ -88,9 +88,34 @@ class Ledger:
             wrong.append(f"trained targets: {self.targets_trained}, more than the {self.tokens_emitted} tokens emitted")
         return wrong
 
-    def report(self) -> dict[str, Any]:
-        """Return the counters as nested plain data (JSON-able), with `balanced` and, if it is false, `imbalances`."""
+    def report(self, sources: Mapping[str, Ledger] | None = None) -> dict[str, Any]:
+        """Return the counters as nested plain data (JSON-able), with `balanced` and, if it is false, `imbalances`.
+
+        With `sources`, the counters of each source of a mixture, which must add up to these.
+        """
         wrong = self.imbalances()
+        if sources:
+            wrong += [f"{name}: {what}" for name, ledger in sources.items() for what in ledger.imbalances()]
+            wrong += self._beside(Ledger.total(sources.values()))
+        return {
+            **self._read_and_packed(),
+            "slots": {"total": self.slots, "tokens": self.slots_tokens, "padding": self.slots_padding},
+            "targets": {"trained": self.targets_trained},
+            **({"sources": {name: ledger._read_and_packed() for name, ledger in sources.items()}} if sources else {}),
+            "balanced": not wrong,
+            "imbalances": wrong,
+        }
+
+    def _beside(self, total: Ledger) -> list[str]:
+        """Return where the sources do not add up to the whole, in words. Slots are of no source."""
+        whole, parts = self.state(), total.state()
+        return [
+            f"{name}: {whole[name]} in all, {parts[name]} in the sources"
+            for name in whole
+            if name.startswith(("conversations", "tokens")) and whole[name] != parts[name]
+        ]
+
+    def _read_and_packed(self) -> dict[str, Any]:
         return {
             "conversations": {
                 "read": self.conversations_read,
@@ -106,8 +131,4 @@ class Ledger:
                 "dropped": self.tokens_dropped,
                 "waiting": self.tokens_waiting,
             },
-            "slots": {"total": self.slots, "tokens": self.slots_tokens, "padding": self.slots_padding},
-            "targets": {"trained": self.targets_trained},
-            "balanced": not wrong,
-            "imbalances": wrong,
         }

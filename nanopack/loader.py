@@ -28,6 +28,7 @@ from nanopack.explain import Explanation, explain
 from nanopack.feed import End, Feed, Inline, News
 from nanopack.ledger import Ledger
 from nanopack.memory import Memory
+from nanopack.mixture import Mixture
 from nanopack.process import Process
 from nanopack.producer import Produced, Producer, Start
 from nanopack.recipe import Recipe, check_bool, check_int
@@ -316,12 +317,17 @@ class Loader:
         )
 
     def ledger(self) -> dict[str, Any]:
-        """Return what happened to every conversation, token and slot up to the batch delivered last; see `Ledger`."""
-        return self._ledger().report()
+        """Return what happened to every conversation, token and slot up to the batch delivered last; see `Ledger`.
 
-    def _ledger(self) -> Ledger:
+        Of a mixture, `sources` tells it for each source.
+        """
+        names = self.source.names if isinstance(self.source, Mixture) else ()
+        return self._ledger().report({name: self._ledger(number) for number, name in enumerate(names)})
+
+    def _ledger(self, source: int | None = None) -> Ledger:
         lanes = pickle.loads(self._books)["lanes"].values()
-        return Ledger.total(Ledger.of(lane["ledger"]) for lane in lanes)
+        counted = [lane["ledger"] if source is None else lane["sources"][source] for lane in lanes]
+        return Ledger.total(map(Ledger.of, counted))
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the run stands after the batch delivered last: plain data (JSON-able), kilobytes.

@@ -67,6 +67,9 @@ class Packer(Protocol):
     def held(self) -> list[Any]:
         """Return the documents of which later rows will take something, in the order that `restore` wants."""
 
+    def left(self) -> list[tuple[Any, int]]:
+        """Return each document of which something is still to come, and how many of its tokens."""
+
     def state(self) -> State:
         """Return what else than the documents held decides the rows to come, and the counters."""
 
@@ -143,6 +146,10 @@ class Stream:
     def held(self) -> list[Any]:
         """Return the document of the carried token, if there is one, then those in the queue."""
         return [item[0] for item in (*filter(None, [self._carried]), *self._queue)]
+
+    def left(self) -> list[tuple[Any, int]]:
+        """Return each document of which something is still to come, and how many of its tokens."""
+        return [(item[0], item[1] - (self._offset if n == 0 else 0)) for n, item in enumerate(self._queue)]
 
     def state(self) -> State:
         """Return the counters, and where in the first documents it stands."""
@@ -234,6 +241,10 @@ class OneEach:
         """Return nothing: no document waits."""
         return []
 
+    def left(self) -> list[tuple[Any, int]]:
+        """Return nothing: no document waits."""
+        return []
+
     def state(self) -> State:
         """Return the counters."""
         return _counters(self)
@@ -291,6 +302,10 @@ class BestFit:
     def held(self) -> list[Any]:
         """Return what waits, in the order of reading."""
         return list(self._waiting)
+
+    def left(self) -> list[tuple[Any, int]]:
+        """Return each document of which something is still to come, and how many of its tokens."""
+        return [(document, length) for document, (length, _) in self._waiting.items()]
 
     def state(self) -> State:
         """Return the counters, the row that comes next, and the rows in which what waits was read."""

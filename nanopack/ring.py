@@ -51,6 +51,8 @@ class Words:
     """Loss weight of each of its trained tokens."""
     conversation_weight: float = 1.0
     """The conversation's own weight, which that follows from."""
+    taken: int = 0
+    """Tokens of it that have been placed, where that is counted."""
 
 
 class PieceTable(Sequence[tuple[Piece, ...]]):

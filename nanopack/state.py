@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from nanopack.conversations import Source, check
+from nanopack.mixture import Mixture
 from nanopack.recipe import Recipe
 from nanopack.tokenizers import Tokenizer
 
@@ -36,9 +37,10 @@ def fingerprint(source: Source, tokenizer: Tokenizer, recipe: Recipe) -> dict[st
         # the global batch is what counts, however many ranks share it
         del arguments["batch_size"], arguments["world_size"]
         arguments["batch_size * world_size"] = recipe.global_rows
+    mixed = source.picks_digest() if isinstance(source, Mixture) else ""
     return {
         "conversations": len(source),
-        "sample": _digest(_sample(source)),
+        "sample": _digest([mixed, *_sample(source)]),
         "tokenizer": tokenizer.fingerprint(),
         "arguments": arguments,
     }

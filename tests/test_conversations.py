@@ -19,6 +19,7 @@ from nanopack.conversations import (
     ConversationError,
     Message,
     Part,
+    Source,
     check,
     open_conversations,
 )
@@ -133,6 +134,39 @@ def test_what_holds_no_conversations_is_an_error_that_names_value_and_remedy(
         open_conversations(conversations)
 
 
+class Verses(Source):
+    """Conversations of a kind that open_conversations does not know."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> object:
+        return {"text": "x"}
+
+    def where(self, index: int) -> str:
+        return "a verse"
+
+
+def test_an_empty_source_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Verses, "__len__", lambda self: 0)
+    with pytest.raises(ValueError, match="holds no conversation"):
+        open_conversations(Verses())
+
+
+def test_a_data_set_whose_where_means_something_else_is_no_source() -> None:
+    class Series:
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> object:
+            return {"text": "x"}
+
+        def where(self, condition: object) -> str:
+            raise AssertionError("a pandas.Series gives the elements for which the condition holds")
+
+    assert open_conversations(Series()).where(0) == "conversation 0"
+
+
 class Task:
     """An object with len and [int] that takes Python's integers only and notes what it is asked for."""
 
@@ -166,6 +200,8 @@ def test_a_source_opens_as_itself(folder: Path) -> None:
     for conversations in ("a.jsonl", [HI]):
         source = open_conversations(conversations)
         assert open_conversations(source) is source
+    verses = Verses()
+    assert open_conversations(verses) is verses
 
 
 def test_a_hugging_face_dataset_gives_its_conversations() -> None:

@@ -21,6 +21,7 @@ ORDER = [
     "reading",
     "packing",
     "recipe",
+    "mixture",
     "ring",
     "ledger",
     "lane",

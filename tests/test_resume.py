@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import pickle
 
 import pytest
 from hypothesis import given, settings
@@ -302,3 +303,47 @@ def test_a_state_takes_kilobytes(packing):
     for _ in itertools.islice(loader, 50):
         pass
     assert len(json.dumps(loader.state_dict())) < 12_000, "a thousand documents wait in best_fit_crop"
+
+
+MIXED = nanopack.mixture(
+    [(CHATS, 3, "chats"), ([{"text": "x" * k} for k in range(9)], 1, "letters"), ([{"text": 5}], 0.5, "bad")]
+)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@given(data=st.data())
+def test_the_sources_of_a_mixture_balance_after_every_batch_and_go_on_counting_when_a_run_does(packing, data):
+    arguments = {**data.draw(recipes(packing)), "on_error": "skip", "epochs": 2}
+    loader = Loader(MIXED, SMALL, **arguments)
+    while next(loader, None) is not None:
+        ledger = loader.ledger()
+        assert ledger["balanced"], ledger["imbalances"]
+        if data.draw(st.booleans()):
+            state = through_json(loader.state_dict())
+            loader = Loader(MIXED, SMALL, **arguments)
+            loader.load_state_dict(state)
+            assert loader.ledger() == ledger
+    sources = loader.ledger()["sources"]
+    assert sum(source["conversations"]["read"] for source in sources.values()) == loader._ledger().conversations_read
+    assert sources["bad"]["conversations"]["skipped"] == sources["bad"]["conversations"]["read"]
+
+
+@pytest.mark.parametrize("source", [0, 1])
+@pytest.mark.parametrize(
+    "counter", ["conversations_read", "conversations_packed", "tokens_read", "tokens_emitted", "tokens_waiting"]
+)
+def test_the_ledger_notices_a_counter_of_a_source_that_is_off_by_one(source, counter):
+    loader = Loader(MIXED, SMALL, 2, 8, on_error="skip")
+    next(loader)
+    assert loader.ledger()["balanced"]
+    books = pickle.loads(loader._books)
+    books["lanes"]["0"]["sources"][source][counter] += 1
+    loader._books = pickle.dumps(books)
+    name = MIXED.names[source]
+    wrong = loader.ledger()["imbalances"]
+    assert any(line.startswith(name) for line in wrong) and any(line.startswith(counter) for line in wrong)
+
+
+def test_a_mixture_of_other_picks_is_another_run():
+    other = nanopack.mixture([(CHATS, 1)], seed=5), nanopack.mixture([(CHATS, 1)], seed=6)
+    assert "other contents or another order" in refusal(state_after(1, other[0]), other[1])
