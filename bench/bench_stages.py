@@ -14,7 +14,7 @@ import torch
 
 from nanopack import Loader
 from nanopack.conversations import check, open_conversations
-from nanopack.executor import make_kernel, make_outputs
+from nanopack.executor import make_kernel, outputs_maker
 from nanopack.packing import PACKINGS, make_packer
 from nanopack.producer import Producer
 from nanopack.recipe import Recipe
@@ -74,7 +74,8 @@ def test_filling_and_unpacking_one_batch(benchmark):
     cpu = torch.device("cpu")
     kernel = make_kernel("torch", cpu, producer.layout, TOKENIZER.bos_id, -100)
     staged = torch.from_numpy(ring.slots[0].buffer)
-    benchmark(lambda: kernel(staged, make_outputs(RECIPE, producer.layout, cpu)))
+    make_outputs = outputs_maker(RECIPE, producer.layout, cpu)
+    benchmark(lambda: kernel(staged, make_outputs()))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])

@@ -16,7 +16,9 @@ import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NoReturn, Protocol, TypeGuard
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeGuard
+
+import numpy as np
 
 from nanopack.files import COLUMNS, ConversationError, Files, open_files
 
@@ -164,21 +166,32 @@ class Message:
     content: str | tuple[Part, ...]
 
 
+class Tokens(NamedTuple):
+    """A document that is rendered already."""
+
+    ids: np.ndarray
+    """(n,) of any integers; whether the tokenizer has them, render.py checks."""
+    mask: np.ndarray | None
+    """(n,) bool: which are trained; None: all."""
+
+
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages or, for a plain text document, `text`; never both."""
+    """Messages, or the text of a plain document, or the tokens of one that is rendered already."""
 
     messages: tuple[Message, ...]
     text: str | None = None
     weight: float = 1.0
+    tokens: Tokens | None = None
 
 
 def check(record: object) -> Conversation:
     """Return the conversation of a record of any accepted shape; ConversationError says what is wrong.
 
     Shapes: {"messages": [{"role", "content"}, ...]}; that list bare; ShareGPT's {"conversations": [{"from",
-    "value"}, ...]}; {"text": str}. A "weight" may stand beside them. Other keys are ignored, and a key that
-    is None counts as absent.
+    "value"}, ...]}; {"text": str}; {"input_ids": ints, "loss_mask": bools or 0 and 1}, as arrays or lists, taken as
+    they are; without loss_mask all are trained. A "weight" may stand beside them. Other keys are ignored, and a key
+    that is None counts as absent.
 
     >>> check({"conversations": [{"from": "human", "value": "hi"}]})
     Conversation(messages=(Message(role='user', content='hi'),), text=None, weight=1.0)
@@ -193,6 +206,8 @@ def check(record: object) -> Conversation:
     weight = _weight(record.get("weight"))
     if shapes == ["text"]:
         return Conversation((), _text(record["text"], "text"), weight)
+    if shapes == ["input_ids"]:
+        return Conversation((), None, weight, _tokens(record["input_ids"], record.get("loss_mask")))
     if shapes == ["messages"]:
         return Conversation(_messages(record["messages"], "role", "content", ROLES), None, weight)
     return Conversation(_messages(record["conversations"], "from", "value", SHAREGPT_ROLES), None, weight)
@@ -239,6 +254,34 @@ def _text(text: object, name: str) -> str:
     if not isinstance(text, str):
         _fail(f"{name} must be a str, not {_value(text)}")
     return text
+
+
+def _tokens(ids: object, mask: object) -> Tokens:
+    array = _array(ids, "input_ids")
+    if array.dtype.kind not in "iu":
+        _fail(f"input_ids must be ints, not {array.dtype}")
+    if not len(array):
+        _fail("input_ids is empty; a document has at least one token")
+    if mask is None:
+        return Tokens(array, None)
+    trained = _array(mask, "loss_mask")
+    if trained.dtype != bool:
+        if trained.dtype.kind not in "iu" or trained.min(initial=0) < 0 or trained.max(initial=0) > 1:
+            _fail(f"loss_mask must be bools or 0 and 1, not {short(mask)} of {trained.dtype}")
+        trained = trained.astype(bool)
+    if len(trained) != len(array):
+        _fail(f"loss_mask has {len(trained)} entries for {len(array)} input_ids; give one for each")
+    return Tokens(array, trained)
+
+
+def _array(values: object, name: str) -> np.ndarray:
+    try:
+        array = np.asarray(values)
+    except (ValueError, OverflowError, TypeError) as error:
+        _fail(f"{name} is no flat array or list of numbers ({error})")
+    if array.ndim != 1:
+        _fail(f"{name} must be flat, not of shape {array.shape}: {short(values)}")
+    return array
 
 
 def _weight(weight: object) -> float:

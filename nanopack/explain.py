@@ -35,6 +35,8 @@ class Token:
     text: str
     trained: bool
     """Whether the loss counts it where it is a target."""
+    masked: bool = False
+    """Whether it came as input_ids, with a mask."""
 
     def __str__(self) -> str:
         """Return text and origin in a few words."""
@@ -111,6 +113,7 @@ def _token(
         id=token_id,
         text=tokenizer.decode([token_id]),
         trained=bool(recipe.loss == "all" or document.mask[offset]) and (recipe.boundary_loss or offset > 0),
+        masked=conversation.tokens is not None,
     )
 
 
@@ -123,6 +126,8 @@ def _reason(here: Token | None, target: Token | None, recipe: Recipe) -> str:
         return "the target begins another document, and boundary_loss=False"
     if recipe.loss == "all":
         return 'loss="all" trains every token'
+    if target.masked:
+        return f"its loss_mask {'trains' if target.trained else 'does not train'} it"
     if target.message is None:
         return "the text is trained as a whole" if target.trained else "the target begins another document"
     if target.trained:

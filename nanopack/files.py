@@ -26,7 +26,9 @@ import numpy as np
 
 Value = TypeVar("Value")
 
-COLUMNS = ("messages", "conversations", "text")
+COLUMNS = ("messages", "conversations", "text", "input_ids")
+BESIDE = ("loss_mask", "weight")
+NUMBERS = {"bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
 OPEN_FILES = 64
 SCAN_BYTES = 256 << 10
 BLOCK_BYTES = 8 << 20
@@ -279,7 +281,7 @@ class Rows:
                 f"{version.path} has the columns {', '.join(found)}, but none of {', '.join(COLUMNS)}; "
                 "give the column with the conversations one of these names"
             )
-        self._columns = tuple(name for name in (*COLUMNS, "weight") if name in found)
+        self._columns = tuple(name for name in (*COLUMNS, *BESIDE) if name in found)
         self._ends = list(accumulate(sizes))
 
     def _footer(self, parquet: Any) -> tuple[list[str], list[int]]:
@@ -300,10 +302,18 @@ class Rows:
         group = bisect_right(self._ends, row)
         table = self._groups.get(self._version, group, self._columns)
         at = row - (self._ends[group - 1] if group else 0)
-        return {name: table.column(name)[at].as_py() for name in self._columns}
+        return {name: _value(table.column(name)[at]) for name in self._columns}
 
     def where(self, row: int) -> str:
         return f"{self._version.path} row {row}"
+
+
+def _value(scalar: Any) -> object:
+    """Return a cell as Python has it; ids and masks as an array, for they are long."""
+    numbers = getattr(scalar, "values", None)
+    if numbers is not None and str(numbers.type) in NUMBERS and not numbers.null_count:
+        return numbers.to_numpy(zero_copy_only=False)
+    return scalar.as_py()
 
 
 class Files:

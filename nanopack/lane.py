@@ -45,16 +45,17 @@ class Fitted(NamedTuple):
 
 def fit(document: Document, recipe: Recipe) -> Fitted:
     """Cut a document as the recipe says, and decide which of its tokens are trained."""
-    length, cut = len(document.ids), {}
-    limits = {"max_tokens": recipe.max_tokens, "seq_len": recipe.row_tokens if recipe.cuts_to_row else None}
-    for reason, limit in limits.items():
-        if limit is not None and length > limit:
-            cut[reason] = length - limit
-            length = limit
-    mask = np.ones(length, bool) if recipe.loss == "all" else document.mask[:length].copy()
+    ids, mask, cut = document.ids, document.mask, {}
+    for reason, limit in recipe.limits:
+        if len(ids) > limit:
+            cut[reason] = len(ids) - limit
+            ids, mask = ids[:limit], mask[:limit]
+    if recipe.loss == "all":
+        mask = np.ones(len(ids), bool)
     if not recipe.boundary_loss:
+        mask = mask.copy()
         mask[0] = False
-    return Fitted(document.ids[:length], mask, cut)
+    return Fitted(ids, mask, cut)
 
 
 def refuse(read: Read, source: Source, recipe: Recipe) -> str:
@@ -93,6 +94,7 @@ class Lane:
         self._source = source
         self._recipe = recipe
         self._layout = layout
+        self._loss_bit = layout.word_dtype.type(layout.loss_bit)
         self._read_all = read_all
         # a mixture's sources are counted each by itself too
         self._mixture = source if isinstance(source, Mixture) else None
@@ -211,7 +213,7 @@ class Lane:
 
     def _words_of(self, number: int, read: Read) -> Words | None:
         """Return what the packing gets of one conversation, None if it is skipped or dropped; count what is lost."""
-        ledgers = [self.ledger, *self._ledger_of(read.index)]
+        ledgers = [self.ledger] if self._mixture is None else [self.ledger, *self._ledger_of(read.index)]
         for ledger in ledgers:
             ledger.conversations_read += 1
         if read.document is None:
@@ -223,7 +225,8 @@ class Lane:
         dropped = self._recipe.drops_untrained and not mask.any()
         for ledger in ledgers:
             ledger.tokens_read += len(read.document.ids)
-            ledger.tokens_cut.update(cut)
+            if cut:
+                ledger.tokens_cut.update(cut)
             if dropped:
                 ledger.conversations_dropped["untrained"] += 1
                 ledger.tokens_dropped += len(ids)
@@ -233,12 +236,12 @@ class Lane:
 
     def _words(self, number: int, read: Read, ids: np.ndarray, mask: np.ndarray) -> Words:
         words = ids.astype(self._layout.word_dtype)
-        words[mask] |= words.dtype.type(self._layout.loss_bit)
-        weight = self._weight(read.weight, int(np.count_nonzero(mask)))
-        return Words(number, read.index, words, weight, read.weight)
+        words |= np.multiply(mask, self._loss_bit, dtype=words.dtype)
+        return Words(number, read.index, words, self._weight(read.weight, mask), read.weight)
 
-    def _weight(self, conversation_weight: float, trained: int) -> float:
+    def _weight(self, conversation_weight: float, mask: np.ndarray) -> float:
         if self._recipe.weights == "conversation":
+            trained = int(np.count_nonzero(mask))
             return conversation_weight / trained if trained else 0.0
         return 1.0 if self._recipe.weights is None else conversation_weight
 
@@ -246,8 +249,7 @@ class Lane:
         """Weigh documents that were placed in part by what was placed."""
         for words, _, length in (run for row in rows for run in row):
             if length < len(words.words):
-                trained = int(np.count_nonzero(words.words[:length] >= self._layout.loss_bit))
-                words.weight = self._weight(words.conversation_weight, trained)
+                words.weight = self._weight(words.conversation_weight, words.words[:length] >= self._loss_bit)
 
     def _ledger_of(self, conversation: int) -> list[Ledger]:
         """Return the ledger of the source that a conversation is from, where there are several."""

@@ -45,10 +45,11 @@ class Loader:
     """An iterator over packed `(B, T)` batches of chat conversations.
 
     Args:
-        conversations: a data set (any object with `len` and `[int]`: a list, a `datasets.Dataset`), or path(s) or globs
-            of `.jsonl`, `.jsonl.gz`, `.parquet`. A conversation is `{"messages": [{"role", "content"}, ...]}`, a bare
-            list of messages, ShareGPT's `{"conversations": [{"from", "value"}, ...]}` or `{"text": ...}`; `"weight"` (a
-            float >= 0) is its own loss weight.
+        conversations: a data set (any object with `len` and `[int]`: a list, a `datasets.Dataset`, a
+            `nanopack.mixture`), or path(s) or globs of `.jsonl`, `.jsonl.gz`, `.parquet`. A conversation is
+            `{"messages": [{"role", "content"}, ...]}`, a bare list of messages, ShareGPT's `{"conversations": [{"from",
+            "value"}, ...]}`, `{"text": ...}`, or tokens that are ready, `{"input_ids": ..., "loss_mask": ...}` (arrays
+            or lists, taken as they are); `"weight"` (a float >= 0) is its own loss weight.
         tokenizer: a `tiktoken.Encoding`, a nanochat tokenizer folder or its `tokenizer.pkl`, an object whose `.enc` is
             an `Encoding`, or `"chat32k"`, which ships with nanopack.
         batch_size: rows of a batch, B.

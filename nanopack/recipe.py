@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from nanopack.packing import MAX_AGE, PACKINGS, WINDOWS
 
@@ -135,6 +136,12 @@ class Recipe:
     def cuts_to_row(self) -> bool:
         """Whether a document is cut to a row before it waits."""
         return self.packing in ("best_fit", "best_fit_pad", "pad")
+
+    @cached_property
+    def limits(self) -> list[tuple[str, int]]:
+        """Tokens to which a document is cut before it waits, each with the reason, in order."""
+        limits = [("max_tokens", self.max_tokens), ("seq_len", self.row_tokens if self.cuts_to_row else None)]
+        return [(reason, limit) for reason, limit in limits if limit is not None]
 
     @property
     def drops_untrained(self) -> bool:

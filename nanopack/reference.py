@@ -21,7 +21,7 @@ import torch
 
 from nanopack.batch import Batch, Piece
 from nanopack.conversations import ConversationError
-from nanopack.reference_documents import conversation, open_records, render
+from nanopack.reference_documents import check_ids, conversation, open_records, render
 from nanopack.reference_order import Reader
 from nanopack.tokenizers import load_tokenizer
 
@@ -103,9 +103,12 @@ def batches(
     def read(index: int) -> Document | None:
         where, record = records[index]
         try:
-            messages, text, weight = conversation(record())
-            # Asked here, so that a tokenizer that lacks one is not taken for many bad conversations.
-            tokens = [] if messages and lacking else render(messages, text, coder, template)
+            messages, text, ready, weight = conversation(record())
+            if ready is not None:
+                tokens = check_ids(ready, coder.vocab_size)
+            else:
+                # Asked here, so that a tokenizer that lacks one is not taken for many bad conversations.
+                tokens = [] if messages and lacking else render(messages, text, coder, template)
         except MemoryError:
             raise
         except Exception as error:

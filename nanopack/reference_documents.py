@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -72,29 +72,50 @@ def _parse(line: bytes) -> object:
 # that renders them checks what they are.
 
 Messages = list[tuple[object, object]]
+Tokens = list[tuple[int, bool]]
 
 
-def conversation(record: object) -> tuple[Messages, str | None, float]:
-    """Return messages, text and weight of a record; ConversationError where it is none."""
+def conversation(record: object) -> tuple[Messages, str | None, Tokens | None, float]:
+    """Return messages, text, tokens that are ready, and weight of a record; ConversationError where it is none."""
     if isinstance(record, (list, tuple)):
         record = {"messages": record}
     if not isinstance(record, Mapping):
         raise ConversationError(f"it is a {type(record).__name__}; it must be a dict or a list of messages")
     # A Parquet file has every column in every row: what is null is not there.
-    shapes = [key for key in ("messages", "conversations", "text") if record.get(key) is not None]
+    shapes = [key for key in ("messages", "conversations", "text", "input_ids") if record.get(key) is not None]
     if len(shapes) != 1:
-        raise ConversationError("it must have exactly one of 'messages', 'conversations' and 'text'")
+        raise ConversationError("it must have exactly one of 'messages', 'conversations', 'text' and 'input_ids'")
     weight = 1.0 if record.get("weight") is None else record["weight"]
     if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= float(weight) <= FLOAT32_MAX:
         raise ConversationError(f"weight is {weight!r}; it must be a number from 0 that float32 can hold")
     if shapes == ["messages"]:
-        return _messages(record["messages"], "role", "content"), None, float(weight)
+        return _messages(record["messages"], "role", "content"), None, None, float(weight)
     if shapes == ["conversations"]:
         messages = _messages(record["conversations"], "from", "value")
-        return [(SHAREGPT_ROLES.get(str(role), role), value) for role, value in messages], None, float(weight)
+        return [(SHAREGPT_ROLES.get(str(role), role), value) for role, value in messages], None, None, float(weight)
+    if shapes == ["input_ids"]:
+        return [], None, _ready(record["input_ids"], record.get("loss_mask")), float(weight)
     if not isinstance(record["text"], str):
         raise ConversationError("its text must be a string")
-    return [], record["text"], float(weight)
+    return [], record["text"], None, float(weight)
+
+
+def _ready(ids: Any, mask: Any) -> Tokens:
+    ids, mask = list(ids), [True] * len(ids) if mask is None else list(mask)
+    if not ids or len(ids) != len(mask):
+        raise ConversationError(f"it has {len(ids)} input_ids and {len(mask)} entries of loss_mask")
+    for id, trained in zip(ids, mask, strict=True):
+        if not isinstance(id, Integral) or isinstance(id, bool) or trained not in (0, 1):
+            raise ConversationError(f"input_ids has {id!r} with loss_mask {trained!r}")
+    return [(int(id), bool(trained)) for id, trained in zip(ids, mask, strict=True)]
+
+
+def check_ids(tokens: Tokens, vocab_size: int) -> Tokens:
+    """Return the tokens; ConversationError where a tokenizer of that size has not all of them."""
+    for id, _ in tokens:
+        if not 0 <= id < vocab_size:
+            raise ConversationError(f"input_ids has {id}; the tokenizer has ids from 0 to {vocab_size - 1}")
+    return tokens
 
 
 def _messages(messages: object, role: str, content: str) -> Messages:
@@ -118,7 +139,7 @@ def _string(index: int, content: object) -> str:
 Span = tuple[str, str, bool]
 
 
-def render(messages: Messages, text: str | None, coder: Tokenizer, template: str) -> list[tuple[int, bool]]:
+def render(messages: Messages, text: str | None, coder: Tokenizer, template: str) -> Tokens:
     """Return the tokens (id, trained) of a conversation."""
     if text is not None:
         spans: Iterator[Span] = iter([("text", text, True)])

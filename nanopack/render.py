@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from nanopack.conversations import Conversation, ConversationError, Message, Part
+from nanopack.conversations import Conversation, ConversationError, Message, Part, Tokens
 from nanopack.tokenizers import NANOCHAT_SPECIAL_TOKENS, Tokenizer
 
 
@@ -26,7 +26,7 @@ class Document:
     """A rendered conversation. Its first token is the beginning of sequence."""
 
     ids: np.ndarray
-    """(n,) uint32: token ids."""
+    """(n,) uint32, or of other integers where it was rendered elsewhere: token ids."""
     mask: np.ndarray
     """(n,) bool: True where the token is trained."""
     starts: tuple[int, ...]
@@ -60,6 +60,8 @@ def make_renderer(tokenizer: Tokenizer, template: str) -> Callable[[Conversation
     bos = _known(tokenizer.bos_id)
 
     def render(conversation: Conversation) -> Document:
+        if conversation.tokens is not None:
+            return _take_over(conversation.tokens, tokenizer)
         if conversation.text is not None:
             plan: _Plan = [(bos, True), (conversation.text, True)], []
         elif conversation.messages:
@@ -73,6 +75,17 @@ def make_renderer(tokenizer: Tokenizer, template: str) -> Callable[[Conversation
         return _fill_in(plan, ids, offsets.tolist())
 
     return render
+
+
+def _take_over(tokens: Tokens, tokenizer: Tokenizer) -> Document:
+    """Return the document that was rendered elsewhere; ConversationError where the tokenizer lacks its ids."""
+    ids, mask = tokens
+    if ids.max() >= tokenizer.vocab_size or (ids.dtype.kind == "i" and ids.min() < 0):
+        wrong = ids[(ids < 0) | (ids >= tokenizer.vocab_size)][0]
+        raise ConversationError(
+            f"input_ids has {wrong}; tokenizer {tokenizer.name!r} has ids from 0 to {tokenizer.vocab_size - 1}"
+        )
+    return Document(ids, np.ones(len(ids), bool) if mask is None else mask, ())
 
 
 def missing_tokens(tokenizer: Tokenizer, template: str) -> list[str]:

@@ -382,4 +382,35 @@ def test_a_bad_record_is_an_error_that_names_message_value_and_remedy(edge: str)
     assert len(str(caught.value)) < 250
 
 
-# Sharing
+# Documents that are rendered already
+
+
+def test_ids_and_mask_are_taken_as_they_are() -> None:
+    ids, mask = np.array([5, 6, 7], np.uint16), np.array([False, True, True])
+    found = check({"input_ids": ids, "loss_mask": mask, "weight": 2}).tokens
+    assert found is not None and found.ids is ids and found.mask is mask
+    listed = check({"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1]}).tokens
+    assert listed is not None and listed.mask is not None
+    assert listed.ids.tolist() == [5, 6, 7] and listed.mask.tolist() == [False, True, True]
+    assert check({"input_ids": (1, 2)}).tokens.mask is None
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        pytest.param({"input_ids": []}, "input_ids must be ints|is empty", id="empty"),
+        pytest.param({"input_ids": [1.5]}, "input_ids must be ints, not float64", id="floats"),
+        pytest.param({"input_ids": [True]}, "input_ids must be ints, not bool", id="bools"),
+        pytest.param({"input_ids": ["a"]}, "input_ids must be ints", id="text"),
+        pytest.param({"input_ids": [[1], [2]]}, r"must be flat, not of shape \(2, 1\)", id="nested"),
+        pytest.param({"input_ids": [[1], [2, 3]]}, "no flat array", id="ragged"),
+        pytest.param({"input_ids": 7}, r"must be flat, not of shape \(\)", id="number"),
+        pytest.param({"input_ids": [1, 2], "loss_mask": [1]}, "1 entries for 2 input_ids", id="mask-short"),
+        pytest.param({"input_ids": [1, 2], "loss_mask": [1, 2]}, "bools or 0 and 1", id="mask-of-2"),
+        pytest.param({"input_ids": [1, 2], "loss_mask": [0.0, 1.0]}, "bools or 0 and 1", id="mask-of-floats"),
+        pytest.param({"input_ids": [1], "text": "a"}, "text and input_ids", id="two-shapes"),
+    ],
+)
+def test_what_is_no_document_is_refused(record: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConversationError, match=message):
+        check(record)

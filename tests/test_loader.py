@@ -8,6 +8,7 @@ import json
 import logging
 import math
 
+import numpy as np
 import pytest
 import tiktoken
 import torch
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 import nanopack
 from nanopack import ConversationError, reference
+from nanopack.conversations import open_conversations
 from nanopack.tokenizers import NANOCHAT_SPECIAL_TOKENS
 from nanopack.verify import compare
 
@@ -55,7 +57,19 @@ def chats(draw):
 
 
 plain_texts = st.fixed_dictionaries({"text": texts}, optional={"weight": st.floats(0, 2)})
-data_sets = st.lists(chats() | plain_texts, min_size=1, max_size=12)
+
+
+@st.composite
+def rendered_elsewhere(draw):
+    ids = draw(st.lists(st.integers(0, 255), min_size=1, max_size=30))
+    record = {"input_ids": draw(st.sampled_from([list, np.uint8, np.int32, np.uint64]))(ids)}
+    if draw(st.booleans()):
+        mask = draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
+        record["loss_mask"] = draw(st.sampled_from([list, np.array, np.int8]))(mask)
+    return record
+
+
+data_sets = st.lists(chats() | plain_texts | rendered_elsewhere(), min_size=1, max_size=12)
 
 
 @st.composite
@@ -467,3 +481,23 @@ def test_verify_tells_of_a_bad_conversation_in_the_loaders_words():
 def test_verify_refuses_a_number_of_batches_that_cannot_be(max_batches):
     with pytest.raises(ValueError, match=f"^max_batches={max_batches!r} is not allowed; use an int from 1 upwards"):
         nanopack.verify([{"text": "a"}], SMALL, max_batches=max_batches)
+
+
+def test_a_token_that_came_with_a_mask_is_explained_by_it():
+    loader = Loader([{"input_ids": [97, 98, 99], "loss_mask": [1, 0, 1]}], SMALL, 1, 8, packing="pad")
+    batch = next(loader)
+    assert batch.inputs[0, :3].tolist() == [97, 98, 99] and batch.targets[0, :3].tolist() == [-100, 99, -100]
+    assert loader.explain(batch, 0, 0).reason == "its loss_mask does not train it"
+    assert loader.explain(batch, 0, 1).reason == "its loss_mask trains it"
+
+
+def test_documents_rendered_elsewhere_come_from_parquet_as_arrays(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    columns = {"input_ids": [[97, 98, 99], [100, 101]], "loss_mask": [[True, False, True], [False, True]]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "ready.parquet")
+    arguments = dict(batch_size=1, seq_len=4, epochs=1)
+    assert nanopack.verify(str(tmp_path / "ready.parquet"), SMALL, workers=0, **arguments)
+    record = open_conversations(tmp_path / "ready.parquet")[0]
+    assert isinstance(record["input_ids"], np.ndarray) and record["loss_mask"].tolist() == [True, False, True]

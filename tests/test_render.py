@@ -424,3 +424,12 @@ def test_messages_are_refused_and_texts_are_not_where_the_tokenizer_lacks_tokens
     with pytest.raises(TemplateError, match=error):
         render(Conversation((Message("user", "a"),)))
     assert render(Conversation((), "a")).ids.tolist() == [tokenizer.bos_id, *tokenizer.encode("a")]
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int64, np.uint32, np.uint64])
+def test_ids_that_the_tokenizer_does_not_have_are_refused(dtype):
+    render = make_renderer(NANOCHAT, "nanochat")
+    assert render(check({"input_ids": np.array([1, 2, 3], dtype)})).ids.tolist() == [1, 2, 3]
+    wrong = -1 if np.issubdtype(dtype, np.signedinteger) else NANOCHAT.vocab_size
+    with pytest.raises(ConversationError, match=f"input_ids has {wrong}; tokenizer .* has ids from 0 to"):
+        render(check({"input_ids": np.array([1, wrong, 3], dtype)}))
