@@ -7,9 +7,9 @@ mixture makes one data set of several, each with its share.
 from nanopack.batch import Batch, Piece
 from nanopack.conversations import ConversationError
 from nanopack.explain import Explanation
+from nanopack.failure import ProducerError
 from nanopack.loader import Loader
 from nanopack.mixture import Mixture, mixture
-from nanopack.process import ProducerError
 from nanopack.state import merge_states
 from nanopack.verify import verify
 

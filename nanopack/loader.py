@@ -187,8 +187,8 @@ class Loader:
             self._feed: Feed = Inline(self._producer, ring)
         else:
             # one slot beside those that are ready: the one being filled
-            threads = self._workers if self._workers > 1 else 0
-            process = Process(*parts, self._producer.layout, self._prefetch + 1, threads, start)
+            helpers = self._workers if self._workers > 1 else 0
+            process = Process(*parts, self._producer.layout, self._prefetch + 1, helpers, start)
             ring, self._feed = process.ring, process
         self._memory = Memory(self._device, self._feed, ring, self._owner)
         # runs also when the loader is dropped, and at the interpreter's exit
@@ -385,8 +385,7 @@ class Loader:
         return self._count_batches(of_all_ranks=False)[1]
 
     def _count_batches(self, *, of_all_ranks: bool) -> tuple[int, int]:
-        threads = max(1, self._workers)
-        counter = Producer(self.source, self.tokenizer, self.recipe, threads=threads)
+        counter = Producer(self.source, self.tokenizer, self.recipe)
         return counter.count_batches(of_all_ranks=of_all_ranks)
 
     def _agree(self, group: Any) -> int:
