@@ -471,9 +471,9 @@ def test_a_stopped_worker_is_waited_for_with_a_warning_and_nothing_is_lost(caplo
             os.kill(worker, signal.SIGSTOP)
         threading.Timer(2.2, lambda: [os.kill(worker, signal.SIGCONT) for worker in workers]).start()
         with within(20):
-            got += itertools.islice(loader, 150)
+            got += itertools.islice(loader, 500)
     assert "reading and tokenizing, from conversation" in caplog.text
-    expected = itertools.islice(reference.batches(CHATS, TOKENIZER, **SMALL), 151)
+    expected = itertools.islice(reference.batches(CHATS, TOKENIZER, **SMALL), 501)
     assert compare(expected, iter(got)).difference is None
 
 
