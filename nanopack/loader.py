@@ -58,7 +58,7 @@ class Loader:
             conversation counts once); a conversation's own weight multiplies either.
         extras: any of `"positions"`, `"doc_ids"`, `"cu_seqlens"`.
         max_pieces: pieces a row for which `cu_seqlens` has room; T // 8 + 1 if None.
-        template: `"nanochat"` or `"chatml"`.
+        template: `"nanochat"`, `"chatml"` or `"llama3"`.
         max_tokens: a document longer than this is cut (and counted).
         window: documents among which the best_fit packings choose: 64, 100 (`best_fit_pad`), 1000 (`best_fit_crop`).
         max_age: `best_fit` only: a document that has waited so many rows opens the next one; 128 if None.

@@ -15,7 +15,7 @@ from nanopack.packing import MAX_AGE, PACKINGS, WINDOWS
 LOSSES = ("assistant", "all")
 WEIGHTS = (None, "token", "conversation")
 EXTRAS = ("positions", "doc_ids", "cu_seqlens")
-TEMPLATES = ("nanochat", "chatml")
+TEMPLATES = ("nanochat", "chatml", "llama3")
 ON_ERROR = ("raise", "skip")
 
 # A column of a batch is an int32 in cu_seqlens.

@@ -29,7 +29,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "loss": ("assistant", "all"),
     "weights": (None, "token", "conversation"),
     "extras": ("positions", "doc_ids", "cu_seqlens"),
-    "template": ("nanochat", "chatml"),
+    "template": ("nanochat", "chatml", "llama3"),
     "on_error": ("raise", "skip"),
 }
 WINDOWS = {"best_fit": 64, "best_fit_pad": 100, "best_fit_crop": 1000, "pad": 1}
@@ -40,6 +40,7 @@ SPECIAL_TOKENS = {
         *("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"),
     ],
     "chatml": ["<|im_start|>", "<|im_end|>"],
+    "llama3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
 }
 
 

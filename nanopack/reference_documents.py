@@ -123,7 +123,7 @@ def render(messages: Messages, text: str | None, coder: Tokenizer, template: str
     if text is not None:
         spans: Iterator[Span] = iter([("text", text, True)])
     else:
-        spans = _nanochat(messages) if template == "nanochat" else _chatml(messages)
+        spans = {"nanochat": _nanochat, "chatml": _chatml, "llama3": _llama3}[template](messages)
     # Plain text is trained throughout, the first token included.
     tokens = [(coder.bos_id, text is not None)]
     for kind, string, trained in spans:
@@ -178,3 +178,15 @@ def _chatml(messages: Messages) -> Iterator[Span]:
         yield "text", _string(index, content), role == "assistant"
         yield "special", "<|im_end|>", role == "assistant"
         yield "text", "\n", False
+
+
+def _llama3(messages: Messages) -> Iterator[Span]:
+    for index, (role, content) in enumerate(messages):
+        if role not in ("system", "user", "assistant"):
+            raise ConversationError(f"message {index}: role is {role!r}; not system, user or assistant")
+        yield "special", "<|start_header_id|>", False
+        yield "text", str(role), False
+        yield "special", "<|end_header_id|>", False
+        yield "text", "\n\n", False
+        yield "text", _string(index, content).strip(), role == "assistant"
+        yield "special", "<|eot_id|>", role == "assistant"

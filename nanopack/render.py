@@ -10,6 +10,7 @@ here: the sequence length does not come in.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -18,6 +19,7 @@ from typing import TypeAlias
 import numpy as np
 
 from nanopack.conversations import Conversation, ConversationError, Message, Part
+from nanopack.templates import CHATML, LLAMA3, Template, Turn
 from nanopack.tokenizers import NANOCHAT_SPECIAL_TOKENS, Tokenizer
 
 
@@ -41,22 +43,17 @@ _Plan: TypeAlias = tuple[list[_Run], list[int]]
 _Planner: TypeAlias = Callable[[Sequence[Message]], _Plan]
 
 
-def make_renderer(tokenizer: Tokenizer, template: str) -> Callable[[Conversation], Document]:
-    """Return the function that renders a conversation by `template`: "nanochat" or "chatml".
+def make_renderer(tokenizer: Tokenizer, template: str | Template) -> Callable[[Conversation], Document]:
+    """Return the function that renders a conversation by `template`: "nanochat", "chatml", "llama3" or a `Template`.
 
     ValueError where there is no such template or the tokenizer lacks special tokens of it. The function
     itself raises `ConversationError` for what the template forbids, naming the message.
     """
-    if not isinstance(template, str) or template not in _TEMPLATES:
-        raise ValueError(f"template={template!r} is not one of {', '.join(map(repr, _TEMPLATES))}.")
-    make_planner, tokens = _TEMPLATES[template]
-    missing = [token for token in tokens if token not in tokenizer.encoding.special_tokens_set]
-    if missing:
-        raise ValueError(
-            f"tokenizer {tokenizer.name!r} lacks special tokens of template={template!r}: "
-            f"{', '.join(missing)}. Give a tokenizer that has them, or another template."
-        )
-    plan_messages = make_planner(tokenizer)
+    if template == "nanochat":
+        _refuse_lacking(tokenizer, "nanochat", NANOCHAT_SPECIAL_TOKENS[1:])
+        plan_messages = _nanochat(tokenizer)
+    else:
+        plan_messages = _templated(tokenizer, _find(template))
     bos = _known(tokenizer.bos_id)
 
     def render(conversation: Conversation) -> Document:
@@ -73,6 +70,24 @@ def make_renderer(tokenizer: Tokenizer, template: str) -> Callable[[Conversation
         return _fill_in(plan, ids, offsets.tolist())
 
     return render
+
+
+def _find(template: str | Template) -> Template:
+    if isinstance(template, Template):
+        return template
+    if not isinstance(template, str) or template not in _NAMED:
+        names = ", ".join(map(repr, ("nanochat", *_NAMED)))
+        raise ValueError(f"template={template!r} is not one of {names}, or a nanopack.Template.")
+    return _NAMED[template]
+
+
+def _refuse_lacking(tokenizer: Tokenizer, name: str, tokens: Sequence[str]) -> None:
+    missing = [token for token in tokens if token not in tokenizer.special_tokens]
+    if missing:
+        raise ValueError(
+            f"tokenizer {tokenizer.name!r} lacks special tokens of template={name!r}: "
+            f"{', '.join(missing)}. Give a tokenizer that has them, or another template."
+        )
 
 
 def _known(*ids: int) -> np.ndarray:
@@ -146,7 +161,7 @@ def _nanochat(tokenizer: Tokenizer) -> _Planner:
     return plan_messages
 
 
-def _merge_system(messages: Sequence[Message]) -> Sequence[Message]:
+def _merge_system(messages: Sequence[Message], before: str = "", after: str = "\n\n") -> Sequence[Message]:
     """Put a first system message in front of the user's text, as nanochat does."""
     if messages[0].role != "system":
         return messages
@@ -155,14 +170,14 @@ def _merge_system(messages: Sequence[Message]) -> Sequence[Message]:
         raise ConversationError("message 0: role is 'system' and no message follows; a user's must")
     if messages[1].role != "user":
         raise ConversationError(_wrong_role(messages, 1))
-    return (Message("user", f"{system}\n\n{_string(1, messages[1])}"), *messages[2:])
+    return (Message("user", f"{before}{system}{after}{_string(1, messages[1])}"), *messages[2:])
 
 
 def _wrong_role(messages: Sequence[Message], index: int) -> str:
     role = messages[index].role
     what = f"message {index}: role is {role!r}"
-    if role not in _ROLES:
-        return f"{what}; it must be system, user or assistant"
+    if role == "tool":
+        return f"{what}; template='nanochat' has none: what a tool gave back is a python_output part of the assistant's"
     if role == "system":
         return f"{what}; only message 0 may be a system message"
     order = "messages must alternate user/assistant after an optional system message"
@@ -178,31 +193,65 @@ def _string(index: int, message: Message) -> str:
     raise ConversationError(f"{what}; for role {message.role!r} it must be a string")
 
 
-def _chatml(tokenizer: Tokenizer) -> _Planner:
-    """Plan messages as ChatML: `<|im_start|>`, role, newline, content, `<|im_end|>`, newline."""
+def _templated(tokenizer: Tokenizer, template: Template) -> _Planner:
+    """Plan messages as a `Template` says."""
+    _refuse_lacking(tokenizer, template.name, template.special_tokens)
+    # Longest first: one special token may begin like another.
+    tokens = sorted(template.special_tokens, key=len, reverse=True)
+    special = re.compile(f"({'|'.join(map(re.escape, tokens))})" if tokens else r"(?!)")
+
+    def encode(text: str) -> np.ndarray:
+        pieces = [piece for piece in special.split(text) if piece]
+        for piece in pieces:
+            for token in () if piece in tokens else tokenizer.special_tokens:
+                if token in piece:
+                    raise ValueError(_unlisted(template, text, token))
+        arrays = [_known(tokenizer.special_id(p)) if p in tokens else tokenizer.encode(p) for p in pieces]
+        return np.concatenate([_known(), *arrays])
+
     bos = (_known(tokenizer.bos_id), False)
-    start, end = (_known(tokenizer.special_id(token)) for token in ("<|im_start|>", "<|im_end|>"))
-    newline = (tokenizer.encode("\n"), False)
-    headers = {role: (np.concatenate([start, tokenizer.encode(f"{role}\n")]), False) for role in _ROLES}
+    merged_system = template.system if template.merge_system else None
+
+    def runs_around(turn: Turn) -> tuple[_Run, bool, tuple[_Run, ...]]:
+        """What stands before, whether the content is trained, what stands behind."""
+        behind = [(encode(turn.end), turn.trained), (encode(turn.after), False)]
+        return (encode(turn.before), False), turn.trained, tuple(run for run in behind if len(run[0]))
+
+    around = {role: runs_around(turn) for role, turn in template.turns().items() if turn is not merged_system}
 
     def plan_messages(messages: Sequence[Message]) -> _Plan:
+        turns = messages
+        if template.strip:
+            turns = [Message(m.role, m.content.strip()) if isinstance(m.content, str) else m for m in turns]
+        if merged_system:
+            turns = _merge_system(turns, merged_system.before, merged_system.after)
+        merged = len(messages) - len(turns)
         runs: list[_Run] = [bos]
-        firsts = []
-        for index, message in enumerate(messages):
-            role = message.role
-            if role not in headers:
-                raise ConversationError(_wrong_role(messages, index))
+        firsts = [1] * merged
+        for index, message in enumerate(turns, merged):
+            if message.role not in around:
+                raise ConversationError(_no_such_role(template, index, message.role))
             firsts.append(len(runs))
-            trained = role == "assistant"
-            runs += (headers[role], (_string(index, message), trained), (end, trained), newline)
+            before, trained, behind = around[message.role]
+            runs += (before, (_string(index, message), trained), *behind)
         return runs, firsts
 
     return plan_messages
 
 
-_ROLES = ("system", "user", "assistant")
-# Each template's planner, and the special tokens it needs beside the beginning of sequence.
-_TEMPLATES: dict[str, tuple[Callable[[Tokenizer], _Planner], tuple[str, ...]]] = {
-    "nanochat": (_nanochat, NANOCHAT_SPECIAL_TOKENS[1:]),
-    "chatml": (_chatml, ("<|im_start|>", "<|im_end|>")),
-}
+def _unlisted(template: Template, text: str, token: str) -> str:
+    return (
+        f"template={template.name!r}: {text!r} holds {token!r}, a special token of the tokenizer that special_tokens "
+        "does not list, so it would be encoded as text; list it"
+    )
+
+
+def _no_such_role(template: Template, index: int, role: str) -> str:
+    what = f"message {index}: role is {role!r}"
+    if role == "system" and template.merge_system:
+        return f"{what}; only message 0 may be a system message"
+    return f"{what}; template={template.name!r} has {', '.join(template.turns())}"
+
+
+# The templates that have a name, beside nanochat's.
+_NAMED = {template.name: template for template in (CHATML, LLAMA3)}

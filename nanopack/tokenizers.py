@@ -16,7 +16,7 @@ import functools
 import io
 import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from importlib import resources
 from itertools import accumulate
 from pathlib import Path
@@ -35,6 +35,8 @@ NANOCHAT_SPECIAL_TOKENS = (
     "<|output_start|>",
     "<|output_end|>",
 )
+# What a beginning of sequence is called, in the order of preference.
+BOS_TOKENS = ("<|bos|>", "<|begin_of_text|>", "<|endoftext|>")
 
 # Name of each ranks file in nanopack/data, and its split pattern: GPT-4's with at most two digits.
 _BUNDLED = {
@@ -58,7 +60,7 @@ class Tokenizer:
     vocab_size: int
     """One more than the largest id, special tokens included. Some ids below may be unused."""
     bos_id: int
-    """Id of `<|bos|>`, or of `<|endoftext|>` where there is no `<|bos|>`."""
+    """Id of the first of `<|bos|>`, `<|begin_of_text|>` (Llama 3's) and `<|endoftext|>` that there is."""
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         """Wrap `encoding`. ValueError where it has no beginning of sequence, or ids of more than 31 bits."""
@@ -69,8 +71,14 @@ class Tokenizer:
         if largest >= 2**31:
             raise ValueError(f"tokenizer {self.name!r} has id {largest}; give one whose ids are below 2**31.")
         self.vocab_size = largest + 1
-        old_name_only = encoding.special_tokens_set & {"<|bos|>", "<|endoftext|>"} == {"<|endoftext|>"}
-        self.bos_id = self.special_id("<|endoftext|>" if old_name_only else "<|bos|>")
+        self.bos_id = self.special_id(
+            next((token for token in BOS_TOKENS if token in self.special_tokens), BOS_TOKENS[0])
+        )
+
+    @property
+    def special_tokens(self) -> Set[str]:
+        """The special tokens by name."""
+        return self.encoding.special_tokens_set
 
     def special_id(self, token: str) -> int:
         """Return the id of the special token `token`. ValueError where it has none, naming those it has."""

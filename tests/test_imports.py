@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "files",
     "conversations",
+    "templates",
     "tokenizers",
     "render",
     "reading",

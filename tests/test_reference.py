@@ -20,6 +20,7 @@ from nanopack.reference import batches
 
 NAMES = ["bos", "user_start", "user_end", "assistant_start", "assistant_end"]
 NAMES += ["python_start", "python_end", "output_start", "output_end", "im_start", "im_end"]
+NAMES += ["start_header_id", "end_header_id", "eot_id", "begin_of_text"]
 # Every byte is a token, so that ids can be read: a is 97.
 TOY = tiktoken.Encoding(
     "toy",
@@ -29,6 +30,7 @@ TOY = tiktoken.Encoding(
 )
 BOS, USER, USER_END, ASSISTANT, ASSISTANT_END = range(256, 261)
 PYTHON, PYTHON_END, OUTPUT, OUTPUT_END, START, END = range(261, 267)
+HEADER, HEADER_END, EOT = range(267, 270)
 a, b, c, d, e, f, g, h = range(97, 105)
 NL, o, p, q, s, t, u = 10, 111, 112, 113, 115, 116, 117
 NO = -100
@@ -343,6 +345,16 @@ def test_chatml():
     assert batch.inputs.tolist() == [[BOS, *system, *question, *answer]]
     # Of the 35 tokens the last is a new line that is not trained.
     assert batch.targets.tolist() == [[NO] * 31 + [a, END, NO]]
+
+
+def test_llama3():
+    spaced = [{"role": "system", "content": " s\n"}, user("\n\nu"), assistant(" a ")]
+    batch = only([spaced], packing="pad", batch_size=1, seq_len=38, template="llama3")
+    system = [HEADER, *b"system", HEADER_END, NL, NL, s, EOT]
+    question = [HEADER, *b"user", HEADER_END, NL, NL, u, EOT]
+    answer = [HEADER, *b"assistant", HEADER_END, NL, NL, a, EOT]
+    assert batch.inputs.tolist() == [[BOS, *system, *question, *answer]]
+    assert batch.targets.tolist() == [[NO] * 35 + [a, EOT, NO]]
 
 
 def test_text_that_looks_like_a_special_token_stays_text():

@@ -198,9 +198,12 @@ def test_vocab_size_is_one_more_than_the_largest_id_whatever_lies_between():
         pytest.param({"<|bos|>": 300}, 300, id="bos"),
         pytest.param({"<|endoftext|>": 301}, 301, id="endoftext"),
         pytest.param({"<|endoftext|>": 301, "<|bos|>": 302}, 302, id="bos-before-endoftext"),
+        pytest.param({"<|begin_of_text|>": 303, "<|end_of_text|>": 304}, 303, id="llama3"),
+        pytest.param({"<|begin_of_text|>": 303, "<|endoftext|>": 304}, 303, id="llama3-before-endoftext"),
+        pytest.param({"<|begin_of_text|>": 303, "<|bos|>": 302}, 302, id="bos-before-llama3"),
     ],
 )
-def test_bos_is_bos_else_endoftext(specials, bos_id):
+def test_bos_is_bos_else_llama3s_else_endoftext(specials, bos_id):
     assert Tokenizer(small_encoding(specials)).bos_id == bos_id
 
 
