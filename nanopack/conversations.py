@@ -31,8 +31,11 @@ __all__ = [
 ]
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+# Llama 3 calls a tool ipython.
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "ipython": "tool"}
+# A function call is what the assistant says, an observation what comes of it.
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", **ROLES}
+SHAREGPT_ROLES |= {"function_call": "assistant", "observation": "tool"}
 PART_TYPES = ("text", "python", "python_output")
 FLOAT32_MAX = 3.4028234663852886e38
 

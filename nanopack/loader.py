@@ -45,7 +45,7 @@ class Loader:
         conversations: a data set (any object with `len` and `[int]`: a list, a `datasets.Dataset`), or path(s) or globs
             of `.jsonl`, `.jsonl.gz`, `.parquet`. A conversation is `{"messages": [{"role", "content"}, ...]}`, a bare
             list of messages, ShareGPT's `{"conversations": [{"from", "value"}, ...]}` or `{"text": ...}`; `"weight"` (a
-            float >= 0) is its own loss weight.
+            float >= 0) is its own loss weight. Roles: system, user, assistant, and where the template has it tool.
         tokenizer: a `tiktoken.Encoding`, a nanochat tokenizer folder or its `tokenizer.pkl`, an object whose `.enc` is
             an `Encoding`, or `"chat32k"`, which ships with nanopack.
         batch_size: rows of a batch, B.

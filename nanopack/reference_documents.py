@@ -24,7 +24,14 @@ from nanopack.conversations import ConversationError
 from nanopack.tokenizers import Tokenizer
 
 FLOAT32_MAX = 3.4028234663852886e38
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "ipython": "tool",
+}
 
 # Reading: where each record stands, and a function that reads it. A broken line errs when its turn comes.
 
@@ -88,7 +95,8 @@ def conversation(record: object) -> tuple[Messages, str | None, float]:
     if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= float(weight) <= FLOAT32_MAX:
         raise ConversationError(f"weight is {weight!r}; it must be a number from 0 that float32 can hold")
     if shapes == ["messages"]:
-        return _messages(record["messages"], "role", "content"), None, float(weight)
+        messages = _messages(record["messages"], "role", "content")
+        return [("tool" if role == "ipython" else role, content) for role, content in messages], None, float(weight)
     if shapes == ["conversations"]:
         messages = _messages(record["conversations"], "from", "value")
         return [(SHAREGPT_ROLES.get(str(role), role), value) for role, value in messages], None, float(weight)
@@ -171,8 +179,8 @@ def _nanochat_part(index: int, part: object) -> Iterator[Span]:
 
 def _chatml(messages: Messages) -> Iterator[Span]:
     for index, (role, content) in enumerate(messages):
-        if role not in ("system", "user", "assistant"):
-            raise ConversationError(f"message {index}: role is {role!r}; not system, user or assistant")
+        if role not in ("system", "user", "assistant", "tool"):
+            raise ConversationError(f"message {index}: role is {role!r}; not system, user, assistant or tool")
         yield "special", "<|im_start|>", False
         yield "text", f"{role}\n", False
         yield "text", _string(index, content), role == "assistant"
@@ -182,10 +190,10 @@ def _chatml(messages: Messages) -> Iterator[Span]:
 
 def _llama3(messages: Messages) -> Iterator[Span]:
     for index, (role, content) in enumerate(messages):
-        if role not in ("system", "user", "assistant"):
-            raise ConversationError(f"message {index}: role is {role!r}; not system, user or assistant")
+        if role not in ("system", "user", "assistant", "tool"):
+            raise ConversationError(f"message {index}: role is {role!r}; not system, user, assistant or tool")
         yield "special", "<|start_header_id|>", False
-        yield "text", str(role), False
+        yield "text", "ipython" if role == "tool" else str(role), False
         yield "special", "<|end_header_id|>", False
         yield "text", "\n\n", False
         yield "text", _string(index, content).strip(), role == "assistant"

@@ -33,6 +33,9 @@ def shipped(count: int) -> list[dict]:
 EDGES = [
     {"messages": [{"role": "user", "content": "  <|eot_id|><|im_end|> "}, {"role": "assistant", "content": "\n"}]},
     {"messages": [{"role": "assistant", "content": "\u00a0a\u2028"}, {"role": "system", "content": ""}]},
+    {"messages": [{"role": "assistant", "content": "call"}, {"role": "ipython", "content": " 7 "}]},
+    {"conversations": [{"from": "function_call", "value": "f()"}, {"from": "observation", "value": "8"}]},
+    {"conversations": [{"from": "tool", "value": ""}, {"from": "gpt", "value": "9"}]},
     {"text": " plain <|im_start|>text "},
 ]
 
