@@ -8,7 +8,18 @@ from nanopack.conversations import ConversationError
 from nanopack.explain import Explanation
 from nanopack.loader import Loader
 from nanopack.process import ProducerError
+from nanopack.templates import Template, Turn
 from nanopack.verify import verify
 
-__all__ = ["Batch", "ConversationError", "Explanation", "Loader", "Piece", "ProducerError", "verify"]
+__all__ = [
+    "Batch",
+    "ConversationError",
+    "Explanation",
+    "Loader",
+    "Piece",
+    "ProducerError",
+    "Template",
+    "Turn",
+    "verify",
+]
 __version__ = "0.1.0"

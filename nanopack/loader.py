@@ -32,6 +32,7 @@ from nanopack.producer import Produced, Producer
 from nanopack.recipe import Recipe, check_bool, check_int
 from nanopack.ring import Ring
 from nanopack.stats import Stats
+from nanopack.templates import Template
 from nanopack.tokenizers import load_tokenizer
 from nanopack.upload import Upload
 
@@ -58,7 +59,7 @@ class Loader:
             conversation counts once); a conversation's own weight multiplies either.
         extras: any of `"positions"`, `"doc_ids"`, `"cu_seqlens"`.
         max_pieces: pieces a row for which `cu_seqlens` has room; T // 8 + 1 if None.
-        template: `"nanochat"`, `"chatml"` or `"llama3"`.
+        template: `"nanochat"`, `"chatml"`, `"llama3"` or a `nanopack.Template` of your own.
         max_tokens: a document longer than this is cut (and counted).
         window: documents among which the best_fit packings choose: 64, 100 (`best_fit_pad`), 1000 (`best_fit_crop`).
         max_age: `best_fit` only: a document that has waited so many rows opens the next one; 128 if None.
@@ -102,7 +103,7 @@ class Loader:
         weights: str | None = None,
         extras: Sequence[str] = (),
         max_pieces: int | None = None,
-        template: str = "nanochat",
+        template: str | Template = "nanochat",
         max_tokens: int | None = None,
         window: int | None = None,
         max_age: int | None = None,

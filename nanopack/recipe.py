@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanopack.packing import MAX_AGE, PACKINGS, WINDOWS
+from nanopack.templates import Template
 
 LOSSES = ("assistant", "all")
 WEIGHTS = (None, "token", "conversation")
@@ -33,7 +34,7 @@ class Recipe:
     weights: str | None = None
     extras: Sequence[str] = ()
     max_pieces: int | None = None
-    template: str = "nanochat"
+    template: str | Template = "nanochat"
     max_tokens: int | None = None
     window: int | None = None
     max_age: int | None = None
@@ -97,6 +98,11 @@ class Recipe:
         ]
 
     @property
+    def template_name(self) -> str:
+        """What messages call the template."""
+        return self.template if isinstance(self.template, str) else self.template.name
+
+    @property
     def row_tokens(self) -> int:
         """Most tokens in a row: T inputs, and the last target."""
         return self.seq_len + 1
@@ -120,8 +126,11 @@ def _check_choice(name: str, value: object) -> None:
         "template": TEMPLATES,
         "on_error": ON_ERROR,
     }[name]
+    if name == "template" and isinstance(value, Template):
+        return
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
-        raise ValueError(f"{name}={value!r} is not allowed; use one of {', '.join(map(repr, allowed))}")
+        or_own = ", or a nanopack.Template" if name == "template" else ""
+        raise ValueError(f"{name}={value!r} is not allowed; use one of {', '.join(map(repr, allowed))}{or_own}")
 
 
 def check_bool(name: str, value: object) -> None:

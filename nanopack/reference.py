@@ -22,6 +22,7 @@ import torch
 from nanopack.batch import Batch, Piece
 from nanopack.conversations import ConversationError
 from nanopack.reference_documents import conversation, open_records, render
+from nanopack.templates import Template
 from nanopack.tokenizers import load_tokenizer
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -55,7 +56,7 @@ def batches(
     weights: str | None = None,
     extras: Sequence[str] = (),
     max_pieces: int | None = None,
-    template: str = "nanochat",
+    template: str | Template = "nanochat",
     max_tokens: int | None = None,
     window: int | None = None,
     max_age: int | None = None,
@@ -74,10 +75,10 @@ def batches(
     """
     chosen = dict(packing=packing, loss=loss, weights=weights, template=template, on_error=on_error)
     for name, value in [*chosen.items(), *(("extras", extra) for extra in extras)]:
-        if value not in CHOICES[name]:
+        if value not in CHOICES[name] and not isinstance(value, Template):
             raise ValueError(f"{name}={value!r} is not known. Pass one of {CHOICES[name]}.")
     coder = load_tokenizer(tokenizer)
-    for token in SPECIAL_TOKENS[template]:
+    for token in template.special_tokens if isinstance(template, Template) else SPECIAL_TOKENS[template]:
         # Asked for once here, so that a tokenizer without it is not taken for many bad conversations.
         coder.special_id(token)
     records = open_records(conversations)

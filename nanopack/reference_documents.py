@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nanopack.conversations import ConversationError
+from nanopack.templates import Template
 from nanopack.tokenizers import Tokenizer
 
 FLOAT32_MAX = 3.4028234663852886e38
@@ -126,10 +127,12 @@ def _string(index: int, content: object) -> str:
 Span = tuple[str, str, bool]
 
 
-def render(messages: Messages, text: str | None, coder: Tokenizer, template: str) -> list[tuple[int, bool]]:
+def render(messages: Messages, text: str | None, coder: Tokenizer, template: str | Template) -> list[tuple[int, bool]]:
     """Return the tokens (id, trained) of a conversation."""
     if text is not None:
         spans: Iterator[Span] = iter([("text", text, True)])
+    elif isinstance(template, Template):
+        spans = _own(messages, template)
     else:
         spans = {"nanochat": _nanochat, "chatml": _chatml, "llama3": _llama3}[template](messages)
     # Plain text is trained throughout, the first token included.
@@ -198,3 +201,42 @@ def _llama3(messages: Messages) -> Iterator[Span]:
         yield "text", "\n\n", False
         yield "text", _string(index, content).strip(), role == "assistant"
         yield "special", "<|eot_id|>", role == "assistant"
+
+
+def _own(messages: Messages, template: Template) -> Iterator[Span]:
+    """Read a template of the user's own."""
+    turns = {"user": template.user, "assistant": template.assistant, "system": template.system, "tool": template.tool}
+    front = None
+    for index, (role, content) in enumerate(messages):
+        turn = turns.get(str(role))
+        if turn is None:
+            raise ConversationError(f"message {index}: template {template.name!r} has no role {role!r}")
+        said = _string(index, content)
+        if template.strip:
+            said = said.strip()
+        if role == "system" and template.merge_system:
+            if index > 0 or len(messages) == 1 or messages[1][0] != "user":
+                raise ConversationError(f"message {index}: only message 0, before a user's, may be a system message")
+            front = turn.before + said + turn.after
+            continue
+        if index == 1 and front is not None:
+            said = front + said
+        yield from _marked(turn.before, template.special_tokens, False)
+        yield "text", said, turn.trained
+        yield from _marked(turn.end, template.special_tokens, turn.trained)
+        yield from _marked(turn.after, template.special_tokens, False)
+
+
+def _marked(text: str, special_tokens: tuple[str, ...], trained: bool) -> Iterator[Span]:
+    """Yield the special tokens in a template's text, and the texts between them."""
+    plain = ""
+    while text:
+        # The longest that the text begins with: one may begin like another.
+        special = max((token for token in special_tokens if text.startswith(token)), key=len, default=None)
+        if special is None:
+            plain, text = plain + text[0], text[1:]
+            continue
+        yield "text", plain, trained
+        yield "special", special, trained
+        plain, text = "", text[len(special) :]
+    yield "text", plain, trained

@@ -89,10 +89,13 @@ def test_kernels_import_torch_and_triton_only():
 @pytest.mark.parametrize("half", ["reference", "reference_documents"])
 def test_the_reference_shares_no_code_with_the_fast_path(half):
     path = ROOT / "nanopack" / f"{half}.py"
-    assert stages(path) <= {"batch", "tokenizers", "conversations", "reference_documents"}
+    assert stages(path) <= {"batch", "tokenizers", "conversations", "templates", "reference_documents"}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module == "nanopack.conversations":
             assert [alias.name for alias in node.names] == ["ConversationError"]
+        # what a template is, and not those that have a name
+        if isinstance(node, ast.ImportFrom) and node.module == "nanopack.templates":
+            assert [alias.name for alias in node.names] == ["Template"]
 
 
 def test_importing_nanopack_imports_nothing_heavy_beside_torch():

@@ -25,7 +25,10 @@ BAD = [
     ({"extras": 3}, "extras=3 is not allowed; use a tuple"),
     ({"max_pieces": 0, "extras": ("cu_seqlens",)}, "max_pieces=0 is not allowed; use an int from 1 upwards, or None"),
     ({"max_pieces": 4}, "max_pieces=4 has no meaning without cu_seqlens; leave it out, or add"),
-    ({"template": "llama"}, "template='llama' is not allowed; use one of 'nanochat', 'chatml', 'llama3'"),
+    (
+        {"template": "llama"},
+        "template='llama' is not allowed; use one of 'nanochat', 'chatml', 'llama3', or a nano",
+    ),
     ({"max_tokens": 0}, "max_tokens=0 is not allowed; use an int from 1 upwards, or None"),
     ({"window": 0}, "window=0 is not allowed"),
     (
