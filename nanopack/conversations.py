@@ -14,7 +14,7 @@ import operator
 import os
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
 from nanopack.files import COLUMNS, ConversationError, Files, open_files
@@ -158,6 +158,8 @@ class Part:
 class Message:
     role: str
     content: str | tuple[Part, ...]
+    rest: Mapping[str, Any] | None = field(default=None, repr=False)
+    """What else the message holds that is not None, such as tool_calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +175,8 @@ def check(record: object) -> Conversation:
     """Return the conversation of a record of any accepted shape; ConversationError says what is wrong.
 
     Shapes: {"messages": [{"role", "content"}, ...]}; that list bare; ShareGPT's {"conversations": [{"from",
-    "value"}, ...]}; {"text": str}. A "weight" may stand beside them. Other keys are ignored, and a key that
-    is None counts as absent.
+    "value"}, ...]}; {"text": str}. A "weight" may stand beside them. Other keys of the record are ignored, those of a
+    message are for template="hf"; a key that is None counts as absent, and so may content beside tool_calls.
 
     >>> check({"conversations": [{"from": "human", "value": "hi"}]})
     Conversation(messages=(Message(role='user', content='hi'),), text=None, weight=1.0)
@@ -214,7 +216,12 @@ def _message(message: object, role_key: str, content_key: str, roles: dict[str, 
     role, content = message.get(role_key), message.get(content_key)
     if not isinstance(role, str) or role not in roles:
         _fail_role(message, role_key, roles)
-    return Message(roles[role], content if isinstance(content, str) else _parts(content, content_key))
+    rest = None
+    if len(message) > 2 or content is None:
+        rest = {k: v for k, v in message.items() if k not in (role_key, content_key) and v is not None}
+        # Who calls a tool need not say anything.
+        content = "" if content is None and rest.get("tool_calls") else content
+    return Message(roles[role], content if isinstance(content, str) else _parts(content, content_key), rest or None)
 
 
 def _parts(content: object, key: str) -> tuple[Part, ...]:

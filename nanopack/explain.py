@@ -15,7 +15,7 @@ from nanopack.batch import Batch, Piece
 from nanopack.conversations import Conversation, Source, check
 from nanopack.recipe import Recipe
 from nanopack.render import Document
-from nanopack.tokenizers import Tokenizer
+from nanopack.tokenizers import AnyTokenizer
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def explain(
     col: int,
     *,
     source: Source,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     render: Callable[[Conversation], Document],
     recipe: Recipe,
 ) -> Explanation:
@@ -90,7 +90,7 @@ def _token(
     piece: Piece,
     column: int,
     source: Source,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     render: Callable[[Conversation], Document],
     recipe: Recipe,
 ) -> Token:
@@ -121,6 +121,8 @@ def _reason(here: Token | None, target: Token | None, recipe: Recipe) -> str:
         return "the target begins another document, and boundary_loss=False"
     if recipe.loss == "all":
         return 'loss="all" trains every token'
+    if recipe.template == "hf":
+        return f"template 'hf' {'trains' if target.trained else 'does not train'} this token"
     if target.message is None:
         return "the text is trained as a whole" if target.trained else "the target begins another document"
     if target.trained:

@@ -42,7 +42,7 @@ from nanopack.feed import End, News
 from nanopack.producer import Produced, Producer
 from nanopack.recipe import Recipe
 from nanopack.ring import WAITING, Filled, Layout, PieceTable, Ring
-from nanopack.tokenizers import Tokenizer
+from nanopack.tokenizers import AnyTokenizer
 
 log = logging.getLogger("nanopack")
 
@@ -83,7 +83,7 @@ class Process:
     """A feed whose producer runs in a process of its own. See `Feed` for what its methods do."""
 
     def __init__(
-        self, source: Source, tokenizer: Tokenizer, recipe: Recipe, layout: Layout, slots: int, threads: int
+        self, source: Source, tokenizer: AnyTokenizer, recipe: Recipe, layout: Layout, slots: int, threads: int
     ) -> None:
         """Start the process. Raises ValueError where it cannot be started here, and says what else is possible."""
         context: Any = multiprocessing.get_context(START_METHOD)
@@ -274,7 +274,7 @@ def _widen(pipe: Connection) -> None:
 
 def _serve(
     source: Source,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     recipe: Recipe,
     threads: int,
     ring: Ring,

@@ -24,7 +24,7 @@ from nanopack.reading import Read, read_documents
 from nanopack.recipe import Recipe
 from nanopack.render import Document, make_renderer
 from nanopack.ring import FILLING, READING, Filled, Layout, Signs, Slot, Words
-from nanopack.tokenizers import Tokenizer
+from nanopack.tokenizers import AnyTokenizer
 
 log = logging.getLogger("nanopack")
 
@@ -46,7 +46,7 @@ class Producer:
     """Fills slots with the batches of a recipe, one after the other."""
 
     def __init__(
-        self, source: Source, tokenizer: Tokenizer, recipe: Recipe, *, threads: int = 0, signs: Signs | None = None
+        self, source: Source, tokenizer: AnyTokenizer, recipe: Recipe, *, threads: int = 0, signs: Signs | None = None
     ) -> None:
         """Raise ValueError where the tokenizer does not go with the template. See `read_documents` for `threads`.
 

@@ -16,7 +16,7 @@ from nanopack.templates import Template
 LOSSES = ("assistant", "all")
 WEIGHTS = (None, "token", "conversation")
 EXTRAS = ("positions", "doc_ids", "cu_seqlens")
-TEMPLATES = ("nanochat", "chatml", "llama3")
+TEMPLATES = ("nanochat", "chatml", "llama3", "hf")
 ON_ERROR = ("raise", "skip")
 
 # A column of a batch is an int32 in cu_seqlens.

@@ -30,7 +30,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "loss": ("assistant", "all"),
     "weights": (None, "token", "conversation"),
     "extras": ("positions", "doc_ids", "cu_seqlens"),
-    "template": ("nanochat", "chatml", "llama3"),
+    "template": ("nanochat", "chatml", "llama3", "hf"),
     "on_error": ("raise", "skip"),
 }
 WINDOWS = {"best_fit": 64, "best_fit_pad": 100, "best_fit_crop": 1000, "pad": 1}
@@ -42,6 +42,7 @@ SPECIAL_TOKENS = {
     ],
     "chatml": ["<|im_start|>", "<|im_end|>"],
     "llama3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "hf": [],
 }
 
 

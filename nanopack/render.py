@@ -18,9 +18,10 @@ from typing import TypeAlias
 
 import numpy as np
 
+from nanopack.chat_template import make_chat_renderer
 from nanopack.conversations import Conversation, ConversationError, Message, Part
 from nanopack.templates import CHATML, LLAMA3, Template, Turn
-from nanopack.tokenizers import NANOCHAT_SPECIAL_TOKENS, Tokenizer
+from nanopack.tokenizers import NANOCHAT_SPECIAL_TOKENS, AnyTokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +33,8 @@ class Document:
     mask: np.ndarray
     """(n,) bool: True where the token is trained."""
     starts: tuple[int, ...]
-    """Index of the token that each message begins with, one per message; none for plain text. A system
-    message that was merged begins where the user's does."""
+    """Index of the token that each message begins with, one per message; none for plain text and with
+    template="hf". A system message that was merged begins where the user's does."""
 
 
 # A text to encode, or ids that are known already; and whether these tokens are trained.
@@ -43,12 +44,14 @@ _Plan: TypeAlias = tuple[list[_Run], list[int]]
 _Planner: TypeAlias = Callable[[Sequence[Message]], _Plan]
 
 
-def make_renderer(tokenizer: Tokenizer, template: str | Template) -> Callable[[Conversation], Document]:
-    """Return the function that renders a conversation by `template`: "nanochat", "chatml", "llama3" or a `Template`.
+def make_renderer(tokenizer: AnyTokenizer, template: str | Template) -> Callable[[Conversation], Document]:
+    """Return the function that renders a conversation by `template`: a name, "hf" or a `Template`.
 
     ValueError where there is no such template or the tokenizer lacks special tokens of it. The function
     itself raises `ConversationError` for what the template forbids, naming the message.
     """
+    if template == "hf":
+        return _make_hf_renderer(tokenizer)
     if template == "nanochat":
         _refuse_lacking(tokenizer, "nanochat", NANOCHAT_SPECIAL_TOKENS[1:])
         plan_messages = _nanochat(tokenizer)
@@ -60,6 +63,7 @@ def make_renderer(tokenizer: Tokenizer, template: str | Template) -> Callable[[C
         if conversation.text is not None:
             plan: _Plan = [(bos, True), (conversation.text, True)], []
         elif conversation.messages:
+            _refuse_tool_calls(conversation.messages)
             plan = plan_messages(conversation.messages)
         else:
             raise ConversationError("there are no messages; a conversation needs at least one")
@@ -72,16 +76,38 @@ def make_renderer(tokenizer: Tokenizer, template: str | Template) -> Callable[[C
     return render
 
 
+def _make_hf_renderer(tokenizer: AnyTokenizer) -> Callable[[Conversation], Document]:
+    encode_chat = make_chat_renderer(tokenizer)
+    bos = _known(tokenizer.bos_id)
+
+    def render(conversation: Conversation) -> Document:
+        if conversation.text is not None:
+            ids = np.concatenate([bos, tokenizer.encode(conversation.text)])
+            return Document(ids, np.ones(len(ids), bool), ())
+        # Where in it each message begins the template does not tell.
+        return Document(*encode_chat(conversation.messages), ())
+
+    return render
+
+
+def _refuse_tool_calls(messages: Sequence[Message]) -> None:
+    for index, message in enumerate(messages):
+        if message.rest and message.rest.get("tool_calls"):
+            raise ConversationError(
+                f"message {index}: it has tool_calls, which only template='hf' writes; write them into the content"
+            )
+
+
 def _find(template: str | Template) -> Template:
     if isinstance(template, Template):
         return template
     if not isinstance(template, str) or template not in _NAMED:
-        names = ", ".join(map(repr, ("nanochat", *_NAMED)))
+        names = ", ".join(map(repr, ("nanochat", *_NAMED, "hf")))
         raise ValueError(f"template={template!r} is not one of {names}, or a nanopack.Template.")
     return _NAMED[template]
 
 
-def _refuse_lacking(tokenizer: Tokenizer, name: str, tokens: Sequence[str]) -> None:
+def _refuse_lacking(tokenizer: AnyTokenizer, name: str, tokens: Sequence[str]) -> None:
     missing = [token for token in tokens if token not in tokenizer.special_tokens]
     if missing:
         raise ValueError(
@@ -104,7 +130,7 @@ def _fill_in(plan: _Plan, ids: np.ndarray, offsets: list[int]) -> Document:
     return Document(np.concatenate(arrays), mask, tuple([begins[first] for first in firsts]))
 
 
-def _blame(tokenizer: Tokenizer, messages: Sequence[Message], error: ValueError) -> str:
+def _blame(tokenizer: AnyTokenizer, messages: Sequence[Message], error: ValueError) -> str:
     """Say which message holds the text that cannot be encoded. Slow, so only after the fact."""
     for index, message in enumerate(messages):
         content = message.content
@@ -116,7 +142,7 @@ def _blame(tokenizer: Tokenizer, messages: Sequence[Message], error: ValueError)
     return str(error)
 
 
-def _nanochat(tokenizer: Tokenizer) -> _Planner:
+def _nanochat(tokenizer: AnyTokenizer) -> _Planner:
     """Plan messages as karpathy/nanochat does: `render_conversation` in its nanochat/tokenizer.py."""
     known = {token: _known(tokenizer.special_id(token)) for token in NANOCHAT_SPECIAL_TOKENS[1:]}
     bos = (_known(tokenizer.bos_id), False)
@@ -193,7 +219,7 @@ def _string(index: int, message: Message) -> str:
     raise ConversationError(f"{what}; for role {message.role!r} it must be a string")
 
 
-def _templated(tokenizer: Tokenizer, template: Template) -> _Planner:
+def _templated(tokenizer: AnyTokenizer, template: Template) -> _Planner:
     """Plan messages as a `Template` says."""
     _refuse_lacking(tokenizer, template.name, template.special_tokens)
     # Longest first: one special token may begin like another.

@@ -179,7 +179,7 @@ def test_a_hugging_face_dataset_gives_its_conversations() -> None:
     source = open_conversations(datasets.Dataset.from_list(rows))
     assert [check(source[k]) for k in range(2)] == [
         Conversation((Message("user", (Part("text", "x"),)),)),
-        Conversation((Message("assistant", (Part("text", "x"), Part("python", "1"))),), None, 2.0),
+        Conversation((Message("assistant", (Part("text", "x"), Part("python", "1")), {"name": "a"}),), None, 2.0),
     ]
 
 
