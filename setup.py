@@ -23,7 +23,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["nanopack", "nanopack.kernels"],
+    packages=["nanopack", "nanopack.adapters", "nanopack.kernels"],
     package_dir={"nanopack.kernels": "kernels"},
     package_data={"nanopack": ["py.typed", "data/*"]},
     install_requires=[
