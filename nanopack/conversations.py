@@ -14,7 +14,7 @@ import operator
 import os
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 from nanopack.files import COLUMNS, ConversationError, Files, open_files
@@ -158,7 +158,7 @@ class Part:
 class Message:
     role: str
     content: str | tuple[Part, ...]
-    rest: Mapping[str, Any] | None = field(default=None, repr=False)
+    rest: Mapping[str, Any] | None = None
     """What else the message holds that is not None, such as tool_calls."""
 
 
@@ -179,7 +179,7 @@ def check(record: object) -> Conversation:
     message are for template="hf"; a key that is None counts as absent, and so may content beside tool_calls.
 
     >>> check({"conversations": [{"from": "human", "value": "hi"}]})
-    Conversation(messages=(Message(role='user', content='hi'),), text=None, weight=1.0)
+    Conversation(messages=(Message(role='user', content='hi', rest=None),), text=None, weight=1.0)
     """
     if isinstance(record, (list, tuple)):
         return Conversation(_messages(record, "role", "content", ROLES))

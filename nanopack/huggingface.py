@@ -8,6 +8,7 @@ text. Nothing of transformers or tokenizers is imported: what is given brings it
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence, Set
 from itertools import accumulate
 from typing import Any
@@ -73,6 +74,12 @@ class HuggingFaceTokenizer:
                 "plain texts begin and rows are padded; set its bos_token to one of its special tokens."
             )
         return self._special_ids[names[0]]
+
+    def fingerprint(self) -> str:
+        """Return a digest of all that decides which ids a text or a conversation has."""
+        # What a tokenizer holds besides, such as its name or the length that it was made for, decides nothing here.
+        parts = (self._core.to_str(), self.bos_id, getattr(self.chat, "chat_template", None))
+        return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
     def special_tokens(self) -> Set[str]:

@@ -130,6 +130,19 @@ def test_special_ids_decode_to_their_names_and_what_is_no_id_is_refused():
             FAST.decode(wrong)
 
 
+def test_a_fingerprint_tells_of_all_that_decides_ids_and_of_nothing_else():
+    same = [
+        make_tokenizer(),
+        make_tokenizer(name_or_path="elsewhere", model_max_length=7),
+        pickle.loads(pickle.dumps(FAST)),
+    ]
+    assert {load_tokenizer(tokenizer).fingerprint() for tokenizer in same} == {FAST.fingerprint()}
+    more = make_tokenizer()
+    more.add_tokens(["<tool>"], special_tokens=True)
+    others = [make_tokenizer(chat_template="{{ messages }}"), make_tokenizer(bos_token="<|im_start|>"), more]
+    assert len({load_tokenizer(tokenizer).fingerprint() for tokenizer in [*same, *others]}) == 4
+
+
 def test_nanochats_object_and_a_loaded_one_are_accepted():
     assert load_tokenizer(SimpleNamespace(tokenizer=CORE)).encode("hi").tolist() == BARE.encode("hi").tolist()
     assert load_tokenizer(FAST) is FAST
