@@ -83,6 +83,8 @@ def _strings(value: object) -> Iterator[str]:
 def _apply(chat: Any, messages: list[dict[str, Any]], **how: Any) -> Any:
     try:
         return chat.apply_chat_template(messages, **how)
+    except MemoryError:
+        raise
     # A template is a program of its own: what it raises can be anything.
     except Exception as error:
         what = next(iter(str(error).splitlines()), "")
