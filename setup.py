@@ -12,6 +12,7 @@ TEST = [
     "datasets>=3",
     "safetensors>=0.4",
 ]
+HF = ["transformers>=5", "accelerate>=1.1", "trl>=1"]
 LINT = ["ruff>=0.6", "mypy>=1.11"]
 
 setup(
@@ -34,6 +35,7 @@ setup(
     extras_require={
         "parquet": ["pyarrow>=15"],
         "safetensors": ["safetensors>=0.4"],
+        "hf": HF,
         "test": TEST,
         "dev": TEST + LINT,
     },

@@ -11,6 +11,7 @@ from nanopack.failure import ProducerError
 from nanopack.loader import Loader
 from nanopack.mixture import Mixture, mixture
 from nanopack.state import merge_states
+from nanopack.templates import Template, Turn
 from nanopack.verify import verify
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "Mixture",
     "Piece",
     "ProducerError",
+    "Template",
+    "Turn",
     "merge_states",
     "mixture",
     "verify",

@@ -35,6 +35,7 @@ from nanopack.recipe import Recipe, check_bool, check_int
 from nanopack.ring import Ring
 from nanopack.state import FORMAT, check_state, fingerprint
 from nanopack.stats import Stats
+from nanopack.templates import Template
 from nanopack.tokenizers import load_tokenizer
 from nanopack.upload import Upload
 
@@ -49,9 +50,10 @@ class Loader:
             `nanopack.mixture`), or path(s) or globs of `.jsonl`, `.jsonl.gz`, `.parquet`. A conversation is
             `{"messages": [{"role", "content"}, ...]}`, a bare list of messages, ShareGPT's `{"conversations": [{"from",
             "value"}, ...]}`, `{"text": ...}`, or tokens that are ready, `{"input_ids": ..., "loss_mask": ...}` (arrays
-            or lists, taken as they are); `"weight"` (a float >= 0) is its own loss weight.
+            or lists, taken as they are); `"weight"` (a float >= 0) is its own loss weight. Roles: system, user,
+            assistant, and where the template has it tool.
         tokenizer: a `tiktoken.Encoding`, a nanochat tokenizer folder or its `tokenizer.pkl`, an object whose `.enc` is
-            an `Encoding`, or `"chat32k"`, which ships with nanopack.
+            an `Encoding`, a fast Hugging Face tokenizer, or `"chat32k"`, which ships with nanopack.
         batch_size: rows of a batch, B.
         seq_len: tokens of a row, T.
         packing: `"best_fit"` (rows of whole documents, hardly any padding, none waits long), `"stream"` (documents end
@@ -62,7 +64,8 @@ class Loader:
             conversation counts once); a conversation's own weight multiplies either.
         extras: any of `"positions"`, `"doc_ids"`, `"cu_seqlens"`.
         max_pieces: pieces a row for which `cu_seqlens` has room, at most T; T // 8 + 1 if None.
-        template: `"nanochat"` or `"chatml"`.
+        template: `"nanochat"`, `"chatml"`, `"llama3"`, a `nanopack.Template` of your own, or `"hf"`: the chat template
+            of a transformers tokenizer (what {% generation %} marks is trained; see `nanopack/chat_template.py`).
         max_tokens: a document longer than this is cut (and counted).
         window: documents among which the best_fit packings choose: 64, 100 (`best_fit_pad`), 1000 (`best_fit_crop`).
         max_age: `best_fit` only: a document that has waited so many rows opens the next one; 128 if None.
@@ -112,7 +115,7 @@ class Loader:
         weights: str | None = None,
         extras: Sequence[str] = (),
         max_pieces: int | None = None,
-        template: str = "nanochat",
+        template: str | Template = "nanochat",
         max_tokens: int | None = None,
         window: int | None = None,
         max_age: int | None = None,

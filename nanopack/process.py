@@ -22,7 +22,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -31,16 +30,13 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
-if sys.platform == "linux":
-    pass
-
 from nanopack.conversations import Source
 from nanopack.failure import Failure, ProducerError
 from nanopack.feed import End, News
 from nanopack.producer import Produced, Producer, Start
 from nanopack.recipe import Recipe
 from nanopack.ring import WAITING, Filled, Layout, PieceTable, Ring
-from nanopack.tokenizers import Tokenizer
+from nanopack.tokenizers import AnyTokenizer
 from nanopack.workers import START_METHOD, WATCH, how_it_ended, leave_parent_behind, widen
 
 log = logging.getLogger("nanopack")
@@ -59,7 +55,7 @@ class Process:
     def __init__(
         self,
         source: Source,
-        tokenizer: Tokenizer,
+        tokenizer: AnyTokenizer,
         recipe: Recipe,
         layout: Layout,
         slots: int,
@@ -242,7 +238,7 @@ def _ctrl_c_waits() -> Iterator[None]:
 
 def _serve(
     source: Source,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     recipe: Recipe,
     workers: int,
     start: Start,

@@ -20,7 +20,7 @@ from nanopack.reading import Read, Reader
 from nanopack.recipe import Recipe
 from nanopack.render import TemplateError, missing_tokens
 from nanopack.ring import FILLING, READING, Filled, Layout, Signs, Slot
-from nanopack.tokenizers import Tokenizer
+from nanopack.tokenizers import AnyTokenizer
 from nanopack.workers import Workers
 
 
@@ -55,7 +55,7 @@ class Producer:
     def __init__(
         self,
         source: Source,
-        tokenizer: Tokenizer,
+        tokenizer: AnyTokenizer,
         recipe: Recipe,
         start: Start = FROM_THE_BEGINNING,
         *,

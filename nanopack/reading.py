@@ -16,7 +16,7 @@ from nanopack.conversations import Source, check
 from nanopack.recipe import Recipe
 from nanopack.render import Document, make_renderer
 from nanopack.ring import Layout
-from nanopack.tokenizers import Tokenizer
+from nanopack.tokenizers import AnyTokenizer
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Read:
 class Reader:
     """Reads conversations by number. Nothing in it changes, so that any process may do it."""
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, recipe: Recipe, layout: Layout) -> None:
+    def __init__(self, source: Source, tokenizer: AnyTokenizer, recipe: Recipe, layout: Layout) -> None:
         """See `make_renderer` for what it raises."""
         self._arguments = source, tokenizer, recipe, layout
         self._source = source
@@ -51,7 +51,7 @@ class Reader:
         self._loss_bit = layout.word_dtype.type(layout.loss_bit)
         self.render = make_renderer(tokenizer, recipe.template)
 
-    def __reduce__(self) -> tuple[type[Reader], tuple[Source, Tokenizer, Recipe, Layout]]:
+    def __reduce__(self) -> tuple[type[Reader], tuple[Source, AnyTokenizer, Recipe, Layout]]:
         # closures do not pickle
         return Reader, self._arguments
 
