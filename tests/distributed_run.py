@@ -133,7 +133,9 @@ def main(folder: Path) -> None:
     chats = [json.loads(line) for line in itertools.islice(CONVERSATIONS.open(encoding="utf-8"), 200)]
     model = Model()
     optimizer = Adam(model)
-    arguments = dict(shard="row", shuffle_seed=7, extras=("positions", "doc_ids"), workers=1)
+    # small, so that documents become old and what a state says of their ages counts
+    ages = dict(window=16, max_age=4)
+    arguments = dict(shard="row", shuffle_seed=7, extras=("positions", "doc_ids"), workers=1, **ages)
     with nanopack.Loader(chats, BYTES, GLOBAL_ROWS // world_size, SEQ_LEN, **arguments) as loader:
         start = 0
         with contextlib.suppress(FileNotFoundError):

@@ -194,8 +194,8 @@ def together(answers):
 
 
 def test_a_checkpoint_in_the_background_holds_the_moment_at_which_it_was_begun(ranks, tmp_path):
-    saved = ranks(2, save_and_go_on, tmp_path, 5, 9, rows=4, asynchronous=True)
-    assert together(ranks(2, load_and_go_on, tmp_path, 0, 9, rows=4)) == together(saved)
+    saved = ranks(2, save_and_go_on, tmp_path, 5, 9, rows=4, workers=1, asynchronous=True)
+    assert together(ranks(2, load_and_go_on, tmp_path, 0, 9, rows=4, workers=1)) == together(saved)
 
 
 def test_a_checkpoint_sharded_by_ranks_is_refused_by_other_ranks(ranks, tmp_path):
