@@ -128,7 +128,6 @@ class Lane:
     def state(self) -> dict[str, Any]:
         """Return where the lane stands, as plain data (JSON-able): what waits is told by its reading numbers."""
         return {
-            "fruitless": self._fruitless,
             "waiting": [words.read for words in self._packer.held()],
             "packer": self._packer.state(),
             "ledger": self.ledger.state(),
@@ -142,7 +141,6 @@ class Lane:
         """
         self.ledger = Ledger.of(state["ledger"])
         self.sources = [Ledger.of(ledger) for ledger in state["sources"]]
-        self._fruitless = state["fruitless"]
         waiting = sorted(set(state["waiting"]))
         reads = self._read_all(self.share.conversation(read) for read in waiting)
         words = {number: self._words_again(number, read) for number, read in zip(waiting, reads, strict=True)}

@@ -8,6 +8,7 @@ arguments gives the same batches, slowly.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import os
@@ -339,7 +340,8 @@ class Loader:
         `load_state_dict` of a loader with the same arguments goes on from there, with the very batches that this one
         would have given next. What was prefetched is not part of it.
         """
-        return {"format": FORMAT, **pickle.loads(self._books), "fingerprint": self._fingerprint}
+        # torch.distributed.checkpoint loads into what it is given: that must not be the fingerprint to compare with
+        return {"format": FORMAT, **pickle.loads(self._books), "fingerprint": copy.deepcopy(self._fingerprint)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, strict: bool = True) -> None:
         """Go on from a state: of this rank, or of all ranks (`nanopack.merge_states`). It may come at any time.
