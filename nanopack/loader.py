@@ -409,7 +409,7 @@ class Loader:
 
     def stats(self) -> dict[str, Any]:
         """Return where time and memory went so far; see `Stats` for the names and units."""
-        return self._stats.report()
+        return self._stats.report(None if self.recipe.epochs is None else self._ledger().slots_tokens)
 
     def explain(self, batch: Batch, row: int, col: int) -> Explanation:
         """Return which conversation, message, role and text a slot came from, and why it is trained or not.

@@ -21,6 +21,7 @@ class Stats:
         self.waited_for_producer = 0.0
         self.queued = 0
         self._in_next = 0.0
+        self._progress = 0.0
         self._batches = self._tokens = self._slots = self._bytes = self._longest_wait = 0
 
     def count(self, batch: Batch, produced: Produced, seconds: float) -> None:
@@ -31,14 +32,18 @@ class Stats:
         self._bytes += produced.filled.used_bytes
         self._longest_wait = produced.longest_wait
         self._in_next += seconds
+        self._progress = batch.progress
 
-    def report(self) -> dict[str, Any]:
-        """Return the totals since the loader was made.
+    def report(self, tokens_so_far: int | None) -> dict[str, Any]:
+        """Return the totals since the loader was made, or took up a state.
+
+        `tokens_so_far` are those of the whole run, None where it has no end.
 
         batches, tokens (without padding), tokens_per_s (of wall time, the caller's own work included), padding (share
         of the slots), next_s (seconds in `next`), waited_for_producer_s (of these, with nothing ready), bytes_copied,
         longest_wait_rows (of a document, for its row), queue_depth (batches ready when `next` last returned),
-        ring_bytes (shared memory of the slots).
+        ring_bytes (shared memory of the slots), tokens_total_estimated (of the whole run: those so far by the progress;
+        `Loader.tokens_total` is exact. None without `epochs`, or before the first batch).
         """
         elapsed = time.perf_counter() - self._began
         return {
@@ -52,4 +57,7 @@ class Stats:
             "longest_wait_rows": self._longest_wait,
             "queue_depth": self.queued,
             "ring_bytes": self._ring_bytes,
+            "tokens_total_estimated": round(tokens_so_far / self._progress)
+            if tokens_so_far is not None and self._progress
+            else None,
         }

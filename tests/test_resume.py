@@ -382,3 +382,18 @@ def test_the_ledger_notices_a_counter_of_a_source_that_is_off_by_one(source, cou
 def test_a_mixture_of_other_picks_is_another_run():
     other = nanopack.mixture([(CHATS, 1)], seed=5), nanopack.mixture([(CHATS, 1)], seed=6)
     assert "other contents or another order" in refusal(state_after(1, other[0]), other[1])
+
+
+def test_tokens_are_estimated_by_the_progress_also_when_a_run_goes_on_and_exact_when_counted():
+    loader = Loader(CHATS * 10, SMALL, 2, 16, epochs=1)
+    assert loader.stats()["tokens_total_estimated"] is None
+    for _ in itertools.islice(loader, 20):
+        pass
+    again = Loader(CHATS * 10, SMALL, 2, 16, epochs=1)
+    again.load_state_dict(loader.state_dict())
+    next(again)
+    batches = list(again)
+    assert again.tokens_total == again.ledger()["tokens"]["emitted"]
+    assert again.stats()["tokens_total_estimated"] == again.ledger()["slots"]["tokens"] and batches[-1].last
+    assert abs(loader.stats()["tokens_total_estimated"] / again.tokens_total - 1) < 0.2
+    assert Loader(CHATS, SMALL, 2, 16).stats()["tokens_total_estimated"] is None
