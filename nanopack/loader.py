@@ -84,8 +84,8 @@ class Loader:
         device: where the tensors lie: a CUDA device (ROCm included) or the CPU; None: CUDA where there is one.
         executor: `"torch"` or `"triton"` (on the CPU only under Triton's interpreter, TRITON_INTERPRET=1); None: triton
             on a GPU, torch elsewhere.
-        workers: tokenizing workers of the producer, which is a process of its own; 0: no process, conversations are
-            tokenized in the caller's thread.
+        workers: 1: the producer, a process of its own, reads and tokenizes; 2 and more: so many further processes do
+            that for it; 0: no process, conversations are tokenized in the caller's thread.
         prefetch: batches that the producer makes ahead.
         overlap_copy: copies run on a stream of their own; False: on the caller's, in order with its work.
         static: every batch is written into the same tensors (for CUDA graphs); they hold until the next call.
