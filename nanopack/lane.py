@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
-
-import numpy as np
 
 from nanopack.conversations import ConversationError, Source
 from nanopack.failure import ProducerError
@@ -45,7 +42,7 @@ def refuse(read: Read, source: Source, recipe: Recipe) -> str:
     return what
 
 
-def _make_packer(recipe: Recipe, read: Callable[[], tuple[Any, int] | None]) -> Packer:
+def packer_of(recipe: Recipe, read: Callable[[], tuple[Any, int] | None]) -> Packer:
     return make_packer(
         recipe.packing,
         read,
@@ -75,7 +72,7 @@ class Lane:
         self._mixture = source if isinstance(source, Mixture) else None
         self.sources = [Ledger() for _ in self._mixture.names] if self._mixture else []
         self._fruitless = 0
-        self._packer = _make_packer(recipe, self._read)
+        self._packer = packer_of(recipe, self._read)
         self._reading = self._read_from(0)
 
     def next_rows(self) -> list[Row]:
@@ -240,36 +237,3 @@ class Lane:
         ledger.tokens_emitted = packer.emitted
         ledger.tokens_waiting = packer.waiting_tokens
         ledger.tokens_cut["crop"] = packer.cropped
-
-
-def count_batches(source: Source, recipe: Recipe, lanes: Iterable[int], read_all: ReadAll) -> tuple[int, int]:
-    """Return how many batches these lanes give until the last of them is done, and the tokens that they emit.
-
-    Each conversation is rendered once, and only its length kept: 8 bytes. Raises as `Lane.next_rows` does.
-    """
-    epochs, n, width = recipe.epochs or 1, len(source), len(recipe.all_lanes)
-    shares = [Share(n, number, width, recipe.shuffle_seed) for number in lanes]
-    # every conversation, unless the lanes are few: in one pass each reads its own part
-    wanted = np.zeros(n, bool)
-    for share in shares:
-        wanted[np.fromiter(share.conversations(0, share.reads(epochs)), np.int64)] = True
-    lengths = np.zeros(n, np.int64)
-    for read in read_all(np.flatnonzero(wanted).tolist()):
-        lengths[read.index] = _packed_length(read, source, recipe)
-    batches = tokens = 0
-    for share in shares:
-        these = lengths[np.fromiter(share.conversations(0, share.reads(epochs)), np.int64)]
-        numbered = enumerate(these[these > 0].tolist())
-        packer = _make_packer(recipe, partial(next, numbered, None))
-        count = 0
-        while packer.next_rows():
-            count += 1
-        batches, tokens = max(batches, count), tokens + packer.emitted
-    return batches, tokens
-
-
-def _packed_length(read: Read, source: Source, recipe: Recipe) -> int:
-    """Return how long a conversation is for the packing; 0 where it is dropped or skipped."""
-    if read.error is not None:
-        refuse(read, source, recipe)
-    return 0 if read.words is None else len(read.words)

@@ -14,7 +14,8 @@ from math import fsum
 from typing import Any, NamedTuple
 
 from nanopack.conversations import Source, check
-from nanopack.lane import Lane, count_batches
+from nanopack.counting import count_batches
+from nanopack.lane import Lane
 from nanopack.packing import Row
 from nanopack.reading import Read, Reader
 from nanopack.recipe import Recipe

@@ -30,6 +30,7 @@ ORDER = [
     "workers",
     "ledger",
     "lane",
+    "counting",
     "producer",
     "feed",
     "process",
