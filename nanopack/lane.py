@@ -43,6 +43,7 @@ def refuse(read: Read, source: Source, recipe: Recipe) -> str:
 
 
 def packer_of(recipe: Recipe, read: Callable[[], tuple[Any, int] | None]) -> Packer:
+    """Return the packer of one lane, which asks for documents by `read`."""
     return make_packer(
         recipe.packing,
         read,
