@@ -23,6 +23,7 @@ from torch import nn
 from nanopack.bench import nanochat
 from nanopack.bench.data import ROW, ROWS, Data
 from nanopack.bench.end_to_end import MIDTRAINING, SFT
+from nanopack.bench.peers import NotHereError, need
 from nanopack.bench.turns import Pace, Row, Spread, Table, Turn, not_measured, ratio, spreads, take_turns
 from nanopack.conversations import open_conversations
 from nanopack.executor import make_kernel, outputs_maker
@@ -55,6 +56,11 @@ def measure(data: Data, pace: Pace) -> list[Table]:
 
 def _kernel_rows(data: Data, pace: Pace, device: torch.device, kind: str, settings: dict[str, Any]) -> list[Row]:
     """Return the rows of kernel, device copy and host copy for a batch of this kind."""
+    try:
+        need("triton")
+    except NotHereError as why:
+        return [not_measured(f"kernel, {kind}", str(why))]
+    # imports Triton
     from nanopack.kernels.pack import pack_bytes
 
     recipe = Recipe(batch_size=ROWS, seq_len=ROW, max_tokens=ROW, **settings)

@@ -26,7 +26,7 @@ SECTIONS: dict[str, ModuleType] = {
     "e": growth,
     "f": gpu,
 }
-ROUNDS, SECONDS = 5, 1.2
+ROUNDS, SECONDS = 5, 1.0
 QUICK_ROUNDS, QUICK_SECONDS = 2, 0.1
 NO_PLOT = "matplotlib is not installed; pip install nanopack[plot]"
 
