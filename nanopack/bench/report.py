@@ -24,6 +24,7 @@ from nanopack.bench.turns import Number, Row, Spread, Table
 from nanopack.picture import columns
 
 PACKAGES = ("torch", "tiktoken", "numpy")
+PEERS = ("triton", "trl", "grain", "transformers")
 RATIOS = ("_x", "_share")
 # Below this a logarithmic axis of shares is linear, down to 0.
 LEAST_SHARE = 1e-4
@@ -41,8 +42,15 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(terse=True),
         "nanopack": __version__,
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        **{name: version for name in (*PACKAGES, *PEERS) if (version := _version(name))},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu() -> str:
@@ -54,7 +62,8 @@ def _cpu() -> str:
 
 def tell_head(facts: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     """Return the head of the report."""
-    versions = ", ".join(f"{name} {facts[name]}" for name in ("nanopack", "python", *PACKAGES))
+    names = [name for name in ("nanopack", "python", *PACKAGES, *PEERS) if name in facts]
+    versions = ", ".join(f"{name} {facts[name]}" for name in names)
     left_out = f", {data['left_out']:,} left out" if data["left_out"] else ""
     load = "" if facts["load"] is None else f", load before this run {facts['load']}"
     return (
