@@ -13,6 +13,7 @@ TEST = [
     "safetensors>=0.4",
 ]
 PLOT = ["matplotlib>=3.8"]
+HF = ["transformers>=5", "accelerate>=1.1", "trl>=1"]
 LINT = ["ruff>=0.6", "mypy>=1.11"]
 
 setup(
@@ -36,6 +37,7 @@ setup(
         "parquet": ["pyarrow>=15"],
         "safetensors": ["safetensors>=0.4"],
         "plot": PLOT,
+        "hf": HF,
         "test": TEST,
         "dev": TEST + PLOT + LINT,
     },

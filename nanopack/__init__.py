@@ -7,10 +7,11 @@ mixture makes one data set of several, each with its share.
 from nanopack.batch import Batch, Piece
 from nanopack.conversations import ConversationError
 from nanopack.explain import Explanation
+from nanopack.failure import ProducerError
 from nanopack.loader import Loader
 from nanopack.mixture import Mixture, mixture
-from nanopack.process import ProducerError
 from nanopack.state import merge_states
+from nanopack.templates import Template, Turn
 from nanopack.verify import verify
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "Mixture",
     "Piece",
     "ProducerError",
+    "Template",
+    "Turn",
     "merge_states",
     "mixture",
     "verify",

@@ -50,7 +50,7 @@ from nanopack.order import Share
 from nanopack.picture import draw_histogram, draw_rows, list_pieces, table
 from nanopack.progress import Bar, warnings_on_stderr
 from nanopack.render import make_renderer
-from nanopack.tokenizers import Tokenizer, load_tokenizer
+from nanopack.tokenizers import AnyTokenizer, load_tokenizer
 from nanopack.totals import Totals, count_batches
 from nanopack.verify import compare
 
@@ -329,9 +329,9 @@ def _file_and_line(loader: Loader) -> Callable[[int], str]:
     return lambda conversation: loader.source.where(conversation).rpartition(os.sep)[2]
 
 
-def _first_words(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
+def _first_words(tokenizer: AnyTokenizer) -> Callable[[Sequence[int]], str]:
     """Return a function that decodes ids; special tokens between two texts become a bar."""
-    special = {tokenizer.encoding.encode_single_token(token) for token in tokenizer.encoding.special_tokens_set}
+    special = {tokenizer.special_id(token) for token in tokenizer.special_tokens}
 
     def text(ids: Sequence[int]) -> str:
         runs = itertools.groupby(ids[:SHOWN_TOKENS], key=lambda token: token in special)

@@ -33,8 +33,11 @@ __all__ = [
 ]
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+# Llama 3 calls a tool ipython.
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "ipython": "tool"}
+# A function call is what the assistant says, an observation what comes of it.
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", **ROLES}
+SHAREGPT_ROLES |= {"function_call": "assistant", "observation": "tool"}
 PART_TYPES = ("text", "python", "python_output")
 FLOAT32_MAX = 3.4028234663852886e38
 
@@ -164,6 +167,8 @@ class Part:
 class Message:
     role: str
     content: str | tuple[Part, ...]
+    rest: Mapping[str, Any] | None = None
+    """What else the message holds that is not None, such as tool_calls."""
 
 
 class Tokens(NamedTuple):
@@ -190,11 +195,12 @@ def check(record: object) -> Conversation:
 
     Shapes: {"messages": [{"role", "content"}, ...]}; that list bare; ShareGPT's {"conversations": [{"from",
     "value"}, ...]}; {"text": str}; {"input_ids": ints, "loss_mask": bools or 0 and 1}, as arrays or lists, taken as
-    they are; without loss_mask all are trained. A "weight" may stand beside them. Other keys are ignored, and a key
-    that is None counts as absent.
+    they are; without loss_mask all are trained. A "weight" may stand beside them. Other keys of the record are
+    ignored, those of a message are for template="hf"; a key that is None counts as absent, and so may content beside
+    tool_calls.
 
     >>> check({"conversations": [{"from": "human", "value": "hi"}]})
-    Conversation(messages=(Message(role='user', content='hi'),), text=None, weight=1.0)
+    Conversation(messages=(Message(role='user', content='hi', rest=None),), text=None, weight=1.0, tokens=None)
     """
     if isinstance(record, (list, tuple)):
         return Conversation(_messages(record, "role", "content", ROLES))
@@ -233,7 +239,12 @@ def _message(message: object, role_key: str, content_key: str, roles: dict[str, 
     role, content = message.get(role_key), message.get(content_key)
     if not isinstance(role, str) or role not in roles:
         _fail_role(message, role_key, roles)
-    return Message(roles[role], content if isinstance(content, str) else _parts(content, content_key))
+    rest = None
+    if len(message) > 2 or content is None:
+        rest = {k: v for k, v in message.items() if k not in (role_key, content_key) and v is not None}
+        # Who calls a tool need not say anything.
+        content = "" if content is None and rest.get("tool_calls") else content
+    return Message(roles[role], content if isinstance(content, str) else _parts(content, content_key), rest or None)
 
 
 def _parts(content: object, key: str) -> tuple[Part, ...]:

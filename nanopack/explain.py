@@ -15,7 +15,7 @@ from nanopack.batch import Batch, Piece
 from nanopack.conversations import Conversation, Source, check
 from nanopack.recipe import Recipe
 from nanopack.render import Document
-from nanopack.tokenizers import Tokenizer
+from nanopack.tokenizers import AnyTokenizer
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def explain(
     col: int,
     *,
     source: Source,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     render: Callable[[Conversation], Document],
     recipe: Recipe,
 ) -> Explanation:
@@ -94,7 +94,7 @@ def _token(
     piece: Piece,
     column: int,
     source: Source,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     render: Callable[[Conversation], Document],
     recipe: Recipe,
 ) -> Token:
@@ -128,10 +128,12 @@ def _reason(here: Token | None, target: Token | None, recipe: Recipe) -> str:
         return 'loss="all" trains every token'
     if target.masked:
         return f"its loss_mask {'trains' if target.trained else 'does not train'} it"
+    if recipe.template == "hf":
+        return f"template 'hf' {'trains' if target.trained else 'does not train'} this token"
     if target.message is None:
         return "the text is trained as a whole" if target.trained else "the target begins another document"
     if target.trained:
-        return f"template {recipe.template!r} trains this part of the assistant's message"
+        return f"template {recipe.template_name!r} trains this part of the assistant's message"
     if target.role == "assistant":
-        return f"template {recipe.template!r} does not train this part of an assistant's message"
-    return f"template {recipe.template!r} trains no {target.role} message"
+        return f"template {recipe.template_name!r} does not train this part of an assistant's message"
+    return f"template {recipe.template_name!r} trains no {target.role} message"

@@ -13,18 +13,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from nanopack.conversations import ConversationError, Source
+from nanopack.failure import ProducerError
 from nanopack.ledger import Ledger
 from nanopack.mixture import Mixture
 from nanopack.order import Share
 from nanopack.packing import Packer, Row, make_packer
-from nanopack.reading import Read
+from nanopack.reading import Read, weigh
 from nanopack.recipe import Recipe
-from nanopack.render import Document, TemplateError
+from nanopack.render import TemplateError
 from nanopack.ring import Layout, Words
 
 log = logging.getLogger("nanopack")
@@ -32,36 +33,10 @@ log = logging.getLogger("nanopack")
 ReadAll = Callable[[Iterable[int]], Iterator[Read]]
 
 
-class Fitted(NamedTuple):
-    """A document as the packing gets it."""
-
-    ids: np.ndarray
-    """(n,) uint32."""
-    mask: np.ndarray
-    """(n,) bool: the loss bits."""
-    cut: dict[str, int]
-    """Tokens that were cut off, by reason."""
-
-
-def fit(document: Document, recipe: Recipe) -> Fitted:
-    """Cut a document as the recipe says, and decide which of its tokens are trained."""
-    ids, mask, cut = document.ids, document.mask, {}
-    for reason, limit in recipe.limits:
-        if len(ids) > limit:
-            cut[reason] = len(ids) - limit
-            ids, mask = ids[:limit], mask[:limit]
-    if recipe.loss == "all":
-        mask = np.ones(len(ids), bool)
-    if not recipe.boundary_loss:
-        mask = mask.copy()
-        mask[0] = False
-    return Fitted(ids, mask, cut)
-
-
 def refuse(read: Read, source: Source, recipe: Recipe) -> str:
     """Raise what is wrong with a conversation and where it stands, or return that where it is to be skipped."""
     error = read.error
-    if not isinstance(error, Exception) or isinstance(error, (MemoryError, TemplateError)):
+    if not isinstance(error, Exception) or isinstance(error, (MemoryError, TemplateError, ProducerError)):
         raise error or AssertionError("a conversation without document and error")
     what = str(error) if isinstance(error, ConversationError) else f"{type(error).__name__}: {error}"
     what = f"{source.where(read.index)}, {what}"
@@ -153,7 +128,6 @@ class Lane:
     def state(self) -> dict[str, Any]:
         """Return where the lane stands, as plain data (JSON-able): what waits is told by its reading numbers."""
         return {
-            "fruitless": self._fruitless,
             "waiting": [words.read for words in self._packer.held()],
             "packer": self._packer.state(),
             "ledger": self.ledger.state(),
@@ -167,7 +141,6 @@ class Lane:
         """
         self.ledger = Ledger.of(state["ledger"])
         self.sources = [Ledger.of(ledger) for ledger in state["sources"]]
-        self._fruitless = state["fruitless"]
         waiting = sorted(set(state["waiting"]))
         reads = self._read_all(self.share.conversation(read) for read in waiting)
         words = {number: self._words_again(number, read) for number, read in zip(waiting, reads, strict=True)}
@@ -185,10 +158,11 @@ class Lane:
         self._reading = self._read_from(self.ledger.conversations_read)
 
     def _words_again(self, number: int, read: Read) -> Words:
-        if read.document is None:
+        if read.error is not None:
             raise ConversationError(f"{refuse(read, self._source, self._recipe)}. It could be read before.")
-        ids, mask, _ = fit(read.document, self._recipe)
-        return self._words(number, read, ids, mask)
+        if read.words is None:
+            raise ValueError(f"{self._source.where(read.index)} has changed: nothing in it is trained any more")
+        return Words(number, read.index, read.words, read.weight, read.own_weight)
 
     def _read_from(self, start: int) -> Iterator[Read]:
         epochs = self._recipe.epochs
@@ -216,40 +190,25 @@ class Lane:
         ledgers = [self.ledger] if self._mixture is None else [self.ledger, *self._ledger_of(read.index)]
         for ledger in ledgers:
             ledger.conversations_read += 1
-        if read.document is None:
+        if read.error is not None:
             log.warning("skipped %s", refuse(read, self._source, self._recipe))
             for ledger in ledgers:
                 ledger.conversations_skipped += 1
             return None
-        ids, mask, cut = fit(read.document, self._recipe)
-        dropped = self._recipe.drops_untrained and not mask.any()
         for ledger in ledgers:
-            ledger.tokens_read += len(read.document.ids)
-            if cut:
-                ledger.tokens_cut.update(cut)
-            if dropped:
+            ledger.tokens_read += read.tokens
+            if read.cut:
+                ledger.tokens_cut.update(read.cut)
+            if read.words is None:
                 ledger.conversations_dropped["untrained"] += 1
-                ledger.tokens_dropped += len(ids)
-        if dropped:
-            return None
-        return self._words(number, read, ids, mask)
-
-    def _words(self, number: int, read: Read, ids: np.ndarray, mask: np.ndarray) -> Words:
-        words = ids.astype(self._layout.word_dtype)
-        words |= np.multiply(mask, self._loss_bit, dtype=words.dtype)
-        return Words(number, read.index, words, self._weight(read.weight, mask), read.weight)
-
-    def _weight(self, conversation_weight: float, mask: np.ndarray) -> float:
-        if self._recipe.weights == "conversation":
-            trained = int(np.count_nonzero(mask))
-            return conversation_weight / trained if trained else 0.0
-        return 1.0 if self._recipe.weights is None else conversation_weight
+                ledger.tokens_dropped += read.tokens - sum(read.cut.values())
+        return None if read.words is None else Words(number, read.index, read.words, read.weight, read.own_weight)
 
     def _weigh_what_was_cropped(self, rows: list[Row]) -> None:
         """Weigh documents that were placed in part by what was placed."""
         for words, _, length in (run for row in rows for run in row):
             if length < len(words.words):
-                words.weight = self._weight(words.conversation_weight, words.words[:length] >= self._loss_bit)
+                words.weight = weigh(self._recipe, words.own_weight, words.words[:length] >= self._loss_bit)
 
     def _ledger_of(self, conversation: int) -> list[Ledger]:
         """Return the ledger of the source that a conversation is from, where there are several."""
@@ -311,8 +270,6 @@ def count_batches(source: Source, recipe: Recipe, lanes: Iterable[int], read_all
 
 def _packed_length(read: Read, source: Source, recipe: Recipe) -> int:
     """Return how long a conversation is for the packing; 0 where it is dropped or skipped."""
-    if read.document is None:
+    if read.error is not None:
         refuse(read, source, recipe)
-        return 0
-    ids, mask, _ = fit(read.document, recipe)
-    return 0 if recipe.drops_untrained and not mask.any() else len(ids)
+    return 0 if read.words is None else len(read.words)

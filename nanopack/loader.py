@@ -8,6 +8,7 @@ arguments gives the same batches, slowly.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import os
@@ -35,6 +36,7 @@ from nanopack.recipe import Recipe, check_bool, check_int
 from nanopack.ring import Ring
 from nanopack.state import FORMAT, check_state, fingerprint
 from nanopack.stats import Stats
+from nanopack.templates import Template
 from nanopack.tokenizers import load_tokenizer
 from nanopack.upload import Upload
 
@@ -49,9 +51,10 @@ class Loader:
             `nanopack.mixture`), or path(s) or globs of `.jsonl`, `.jsonl.gz`, `.parquet`. A conversation is
             `{"messages": [{"role", "content"}, ...]}`, a bare list of messages, ShareGPT's `{"conversations": [{"from",
             "value"}, ...]}`, `{"text": ...}`, or tokens that are ready, `{"input_ids": ..., "loss_mask": ...}` (arrays
-            or lists, taken as they are); `"weight"` (a float >= 0) is its own loss weight.
+            or lists, taken as they are); `"weight"` (a float >= 0) is its own loss weight. Roles: system, user,
+            assistant, and where the template has it tool.
         tokenizer: a `tiktoken.Encoding`, a nanochat tokenizer folder or its `tokenizer.pkl`, an object whose `.enc` is
-            an `Encoding`, or `"chat32k"`, which ships with nanopack.
+            an `Encoding`, a fast Hugging Face tokenizer, or `"chat32k"`, which ships with nanopack.
         batch_size: rows of a batch, B.
         seq_len: tokens of a row, T.
         packing: `"best_fit"` (rows of whole documents, hardly any padding, none waits long), `"stream"` (documents end
@@ -62,7 +65,8 @@ class Loader:
             conversation counts once); a conversation's own weight multiplies either.
         extras: any of `"positions"`, `"doc_ids"`, `"cu_seqlens"`.
         max_pieces: pieces a row for which `cu_seqlens` has room, at most T; T // 8 + 1 if None.
-        template: `"nanochat"` or `"chatml"`.
+        template: `"nanochat"`, `"chatml"`, `"llama3"`, a `nanopack.Template` of your own, or `"hf"`: the chat template
+            of a transformers tokenizer (what {% generation %} marks is trained; see `nanopack/chat_template.py`).
         max_tokens: a document longer than this is cut (and counted).
         window: documents among which the best_fit packings choose: 64, 100 (`best_fit_pad`), 1000 (`best_fit_crop`).
         max_age: `best_fit` only: a document that has waited so many rows opens the next one; 128 if None.
@@ -112,7 +116,7 @@ class Loader:
         weights: str | None = None,
         extras: Sequence[str] = (),
         max_pieces: int | None = None,
-        template: str = "nanochat",
+        template: str | Template = "nanochat",
         max_tokens: int | None = None,
         window: int | None = None,
         max_age: int | None = None,
@@ -187,8 +191,8 @@ class Loader:
             self._feed: Feed = Inline(self._producer, ring)
         else:
             # one slot beside those that are ready: the one being filled
-            threads = self._workers if self._workers > 1 else 0
-            process = Process(*parts, self._producer.layout, self._prefetch + 1, threads, start)
+            helpers = self._workers if self._workers > 1 else 0
+            process = Process(*parts, self._producer.layout, self._prefetch + 1, helpers, start)
             ring, self._feed = process.ring, process
         self._memory = Memory(self._device, self._feed, ring, self._owner)
         # runs also when the loader is dropped, and at the interpreter's exit
@@ -336,7 +340,8 @@ class Loader:
         `load_state_dict` of a loader with the same arguments goes on from there, with the very batches that this one
         would have given next. What was prefetched is not part of it.
         """
-        return {"format": FORMAT, **pickle.loads(self._books), "fingerprint": self._fingerprint}
+        # torch.distributed.checkpoint loads into what it is given: that must not be the fingerprint to compare with
+        return {"format": FORMAT, **pickle.loads(self._books), "fingerprint": copy.deepcopy(self._fingerprint)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, strict: bool = True) -> None:
         """Go on from a state: of this rank, or of all ranks (`nanopack.merge_states`). It may come at any time.
@@ -385,8 +390,7 @@ class Loader:
         return self._count_batches(of_all_ranks=False)[1]
 
     def _count_batches(self, *, of_all_ranks: bool) -> tuple[int, int]:
-        threads = max(1, self._workers)
-        counter = Producer(self.source, self.tokenizer, self.recipe, threads=threads)
+        counter = Producer(self.source, self.tokenizer, self.recipe)
         return counter.count_batches(of_all_ranks=of_all_ranks)
 
     def _agree(self, group: Any) -> int:

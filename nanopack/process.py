@@ -16,67 +16,37 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import gc
 import itertools
 import logging
 import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import threading
 import time
-import traceback
 import warnings
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-if sys.platform == "linux":
-    import fcntl
-
 from nanopack.conversations import Source
+from nanopack.failure import Failure, ProducerError
 from nanopack.feed import End, News
 from nanopack.producer import Produced, Producer, Start
 from nanopack.recipe import Recipe
 from nanopack.ring import WAITING, Filled, Layout, PieceTable, Ring
-from nanopack.tokenizers import Tokenizer
+from nanopack.tokenizers import AnyTokenizer
+from nanopack.workers import START_METHOD, WATCH, how_it_ended, leave_parent_behind, widen
 
 log = logging.getLogger("nanopack")
 
-START_METHOD = "fork" if sys.platform == "linux" else "spawn"
-# Seconds: when a wait is worth a warning, and between looks at whether the trainer still lives.
+# Seconds after which a wait is worth a warning.
 STALL = 1.5
-WATCH = 0.3
 # Seconds between a producer's looks for a free slot.
 LOOK = 0.002
-# What Linux lets anybody have; 64 KiB, as a pipe is made, hold the news of three batches of 32 * 2048.
-PIPE_BYTES = 1 << 20
 # Seconds that close() leaves a producer to end by itself.
 GRACE = 0.1
-
-
-class ProducerError(RuntimeError):
-    """The producer process is gone, or was stopped by what is no ordinary exception."""
-
-
-class ProducerTraceback(Exception):
-    """The traceback of an error as the producer process saw it; the cause of the error raised in the trainer's."""
-
-    def __str__(self) -> str:
-        return f"\n{self.args[0]}"
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What stopped the producer, as it travels over the pipe."""
-
-    error: bytes | None
-    """The exception, pickled; None if it cannot be, or is no ordinary one."""
-    summary: str
-    trace: str
 
 
 class Process:
@@ -85,11 +55,11 @@ class Process:
     def __init__(
         self,
         source: Source,
-        tokenizer: Tokenizer,
+        tokenizer: AnyTokenizer,
         recipe: Recipe,
         layout: Layout,
         slots: int,
-        threads: int,
+        workers: int,
         start: Start,
     ) -> None:
         """Start the process. Raises ValueError where it cannot be started here, and says what else is possible."""
@@ -103,10 +73,10 @@ class Process:
         self._trainer = os.getpid()
         self._lock = threading.RLock()
         _open.add(self)
-        arguments = (source, tokenizer, recipe, threads, start, self.ring, news, alive, self._trainer)
+        arguments = (source, tokenizer, recipe, workers, start, self.ring, news, alive, self._trainer)
         self._process: Any = context.Process(target=_serve, args=arguments, name="nanopack producer", daemon=True)
         try:
-            _widen(news)
+            widen(news)
             _start(self._process)
         except BaseException:
             # Ctrl-C may have come when the process stood already, and nobody else has it to close
@@ -128,7 +98,7 @@ class Process:
                     continue
                 self._received += 1
                 if isinstance(message, Failure):
-                    raise _raised(message)
+                    raise message.error()
                 return message if isinstance(message, End) else _news(message)
         return None
 
@@ -201,13 +171,8 @@ class Process:
         return f"waited {waited:.1f} s for the producer process (pid {pid}{stopped}): {self.ring.signs}"
 
     def _death(self) -> ProducerError:
-        self._process.join(1)
-        code, doing = self._process.exitcode, self.ring.signs
-        if code is not None and code < 0:
-            name = signal.Signals(-code).name
-            hint = "; the system kills so when memory runs out" if name == "SIGKILL" else ""
-            return ProducerError(f"the producer process (pid {self._process.pid}) was killed by {name} ({doing}){hint}")
-        return ProducerError(f"the producer process (pid {self._process.pid}) exited with code {code} ({doing})")
+        ended = how_it_ended(self._process, self.ring.signs)
+        return ProducerError(f"the producer process (pid {self._process.pid}) {ended}")
 
 
 _open: weakref.WeakSet[Process] = weakref.WeakSet()
@@ -271,19 +236,11 @@ def _ctrl_c_waits() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _widen(pipe: Connection) -> None:
-    """Make room for the news of all slots: a producer that cannot send does not work ahead."""
-    # only Linux can, and there no further than the limit of the system
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-
-
 def _serve(
     source: Source,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     recipe: Recipe,
-    threads: int,
+    workers: int,
     start: Start,
     ring: Ring,
     news: Connection,
@@ -293,13 +250,13 @@ def _serve(
     """Be the producer process: fill each slot that comes free, in order, until the data or the trainer end."""
     try:
         _settle(news, alive, trainer)
-        producer = Producer(source, tokenizer, recipe, start, threads=threads, signs=ring.signs)
+        producer = Producer(source, tokenizer, recipe, start, workers=workers, signs=ring.signs)
         _produce(producer, ring, news, alive)
     except (EOFError, BrokenPipeError):
         pass  # the trainer has closed the loader, or is gone
     except BaseException as error:
         with contextlib.suppress(OSError):
-            _post(_failure(error), ring, news)
+            _post(Failure.of(error), ring, news)
     finally:
         # nothing here is worth waiting for, and what the trainer had in its buffers is not ours to write
         os._exit(0)
@@ -339,17 +296,7 @@ def _post(message: tuple[Any, ...] | End | Failure, ring: Ring, news: Connection
 
 def _settle(news: Connection, alive: Connection, trainer: int) -> None:
     """Leave behind what a forked process has of its parent, and end with it."""
-    for number in signal.valid_signals():
-        if callable(signal.getsignal(number)):
-            signal.signal(number, signal.SIG_DFL)
-    # Ctrl-C goes to the whole group: the trainer decides what it means
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    if "torch" in sys.modules:
-        # a data set may use torch, whose threads are not there any more
-        sys.modules["torch"].set_num_threads(1)
-    gc.freeze()
+    leave_parent_behind()
     log.handlers, log.propagate = [_ToTrainer(news)], False
     threading.Thread(target=_end_with, args=(alive, trainer), daemon=True).start()
 
@@ -371,27 +318,3 @@ class _ToTrainer(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         record.msg, record.args, record.exc_info = record.getMessage(), None, None
         self._news.send(record)
-
-
-def _failure(error: BaseException) -> Failure:
-    pickled = None
-    if isinstance(error, Exception):
-        with contextlib.suppress(Exception):
-            dumped = pickle.dumps(error)
-            pickled = dumped if type(pickle.loads(dumped)) is type(error) else None
-    what = type(error).__name__
-    # an error that cannot even be told must not end in silence
-    with contextlib.suppress(Exception):
-        what += f": {error}"
-    summary = f"the producer was stopped by {what}"
-    return Failure(pickled, summary, "".join(traceback.format_exception(error)))
-
-
-def _raised(failure: Failure) -> Exception:
-    error: Exception
-    try:
-        error = pickle.loads(failure.error) if failure.error else ProducerError(failure.summary)
-    except Exception:
-        error = ProducerError(failure.summary)
-    error.__cause__ = ProducerTraceback(failure.trace)
-    return error

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from math import fsum
 from typing import Any, NamedTuple
 
 from nanopack.conversations import Source, check
 from nanopack.lane import Lane, count_batches
 from nanopack.packing import Row
-from nanopack.reading import CHUNK, Read, read_documents
+from nanopack.reading import Read, Reader
 from nanopack.recipe import Recipe
-from nanopack.render import TemplateError, make_renderer, missing_tokens
+from nanopack.render import TemplateError, missing_tokens
 from nanopack.ring import FILLING, READING, Filled, Layout, Signs, Slot
-from nanopack.tokenizers import Tokenizer
+from nanopack.tokenizers import AnyTokenizer
+from nanopack.workers import Workers
 
 
 class Produced(NamedTuple):
@@ -56,28 +55,28 @@ class Producer:
     def __init__(
         self,
         source: Source,
-        tokenizer: Tokenizer,
+        tokenizer: AnyTokenizer,
         recipe: Recipe,
         start: Start = FROM_THE_BEGINNING,
         *,
-        threads: int = 0,
+        workers: int = 0,
         signs: Signs | None = None,
     ) -> None:
         """Raise TemplateError where the first conversation needs tokens that the tokenizer lacks; see `Lane.restore`.
 
-        With `threads`, so many render, and read ahead; without, a conversation is read when it is needed and not
-        before. What the producer is at is told by `signs`, if anybody looks.
+        With `workers`, so many processes read ahead; without, a conversation is read when it is needed and not before.
+        What the producer is at is told by `signs`, if anybody looks.
         """
         self._signs = signs
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="nanopack") if threads else None
-        self._ahead = threads
         self.source = source
         self.recipe = recipe
         self.layout = Layout.of(recipe, tokenizer.vocab_size)
-        self.render = make_renderer(tokenizer, recipe.template)
+        self._reader = Reader(source, tokenizer, recipe, self.layout)
+        self.render = self._reader.render
         if missing_tokens(tokenizer, recipe.template):
             self._try_the_first()
-        self._lanes = [Lane(number, source, recipe, self.layout, self._read_ahead) for number in recipe.lanes]
+        self._workers = Workers(workers, self._reader) if workers else None
+        self._lanes = [Lane(number, source, recipe, self.layout, self._read_all) for number in recipe.lanes]
         self._step = 0
         self._batches = start.batches
         if start.state is not None:
@@ -134,7 +133,7 @@ class Producer:
         It renders all the data, or this rank's share of them, and packs their lengths.
         """
         lanes = self.recipe.all_lanes if of_all_ranks else self.recipe.lanes
-        return count_batches(self.source, self.recipe, lanes, partial(self._read_ahead, chunk=CHUNK))
+        return count_batches(self.source, self.recipe, lanes, self._read_all)
 
     def _batches_of_the_longest(self) -> int:
         """Return how many batches the rank with most of them has. Called when this one has no more."""
@@ -144,12 +143,11 @@ class Producer:
             self._batches, _ = self.count_batches(of_all_ranks=True)
         return self._batches
 
-    def _read_ahead(self, indexes: Iterable[int], chunk: int | None = None) -> Iterator[Read]:
-        if chunk is None:
-            # lanes read side by side
-            chunk = max(1, CHUNK // len(self.recipe.lanes))
+    def _read_all(self, indexes: Iterable[int]) -> Iterator[Read]:
         told = self._tell(indexes)
-        return read_documents(self.source, self.render, told, self._pool, ahead=self._ahead, chunk=chunk)
+        if self._workers is None:
+            return map(self._reader.read, told)
+        return self._workers.read_all(told, lanes=len(self.recipe.lanes))
 
     def _tell(self, indexes: Iterable[int]) -> Iterator[int]:
         for index in indexes:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from nanopack.packing import MAX_AGE, PACKINGS, WINDOWS
+from nanopack.templates import Template
 
 LOSSES = ("assistant", "all")
 WEIGHTS = (None, "token", "conversation")
 EXTRAS = ("positions", "doc_ids", "cu_seqlens")
-TEMPLATES = ("nanochat", "chatml")
+TEMPLATES = ("nanochat", "chatml", "llama3", "hf")
 ON_ERROR = ("raise", "skip")
 SHARDS = ("rank", "row")
 
@@ -35,7 +36,7 @@ class Recipe:
     weights: str | None = None
     extras: Sequence[str] = ()
     max_pieces: int | None = None
-    template: str = "nanochat"
+    template: str | Template = "nanochat"
     max_tokens: int | None = None
     window: int | None = None
     max_age: int | None = None
@@ -106,6 +107,11 @@ class Recipe:
         ]
 
     @property
+    def template_name(self) -> str:
+        """What messages call the template."""
+        return self.template if isinstance(self.template, str) else self.template.name
+
+    @property
     def global_rows(self) -> int:
         """Rows of all ranks' batches together."""
         return self.batch_size * self.world_size
@@ -158,8 +164,11 @@ def _check_choice(name: str, value: object) -> None:
         "shard": SHARDS,
         "on_error": ON_ERROR,
     }[name]
+    if name == "template" and isinstance(value, Template):
+        return
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
-        raise ValueError(f"{name}={value!r} is not allowed; use one of {', '.join(map(repr, allowed))}")
+        or_own = ", or a nanopack.Template" if name == "template" else ""
+        raise ValueError(f"{name}={value!r} is not allowed; use one of {', '.join(map(repr, allowed))}{or_own}")
 
 
 def check_bool(name: str, value: object) -> None:

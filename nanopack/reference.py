@@ -23,6 +23,7 @@ from nanopack.batch import Batch, Piece
 from nanopack.conversations import ConversationError
 from nanopack.reference_documents import check_ids, conversation, open_records, render
 from nanopack.reference_order import Reader
+from nanopack.templates import Template
 from nanopack.tokenizers import load_tokenizer
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -30,7 +31,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "loss": ("assistant", "all"),
     "weights": (None, "token", "conversation"),
     "extras": ("positions", "doc_ids", "cu_seqlens"),
-    "template": ("nanochat", "chatml"),
+    "template": ("nanochat", "chatml", "llama3", "hf"),
     "shard": ("rank", "row"),
     "on_error": ("raise", "skip"),
 }
@@ -42,6 +43,8 @@ SPECIAL_TOKENS = {
         *("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"),
     ],
     "chatml": ["<|im_start|>", "<|im_end|>"],
+    "llama3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "hf": [],
 }
 
 
@@ -56,7 +59,7 @@ def batches(
     weights: str | None = None,
     extras: Sequence[str] = (),
     max_pieces: int | None = None,
-    template: str = "nanochat",
+    template: str | Template = "nanochat",
     max_tokens: int | None = None,
     window: int | None = None,
     max_age: int | None = None,
@@ -78,7 +81,7 @@ def batches(
     """
     chosen = dict(packing=packing, loss=loss, weights=weights, template=template, shard=shard, on_error=on_error)
     for name, value in [*chosen.items(), *(("extras", extra) for extra in extras)]:
-        if value not in CHOICES[name]:
+        if value not in CHOICES[name] and not isinstance(value, Template):
             raise ValueError(f"{name}={value!r} is not known. Pass one of {CHOICES[name]}.")
     counts = dict(batch_size=batch_size, seq_len=seq_len, refill=refill, world_size=world_size)
     if_given = dict(max_pieces=max_pieces, max_tokens=max_tokens, window=window, max_age=max_age, epochs=epochs)
@@ -94,7 +97,8 @@ def batches(
     if max_pieces is not None and max_pieces > seq_len:
         raise ValueError(f"max_pieces={max_pieces} is more than seq_len={seq_len}. Pass at most that.")
     coder = load_tokenizer(tokenizer)
-    lacking = [token for token in SPECIAL_TOKENS[template] if token not in coder.encoding.special_tokens_set]
+    needed = template.special_tokens if isinstance(template, Template) else SPECIAL_TOKENS[template]
+    lacking = [token for token in needed if token not in coder.special_tokens]
     records = open_records(conversations)
     cut = seq_len + 1 if packing in ("best_fit", "best_fit_pad", "pad") else None
     # nanochat's packings keep a document that trains nothing, and so must we to give its batches.

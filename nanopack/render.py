@@ -10,6 +10,7 @@ here: the sequence length does not come in.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -17,8 +18,10 @@ from typing import TypeAlias
 
 import numpy as np
 
+from nanopack.chat_template import make_chat_renderer
 from nanopack.conversations import Conversation, ConversationError, Message, Part, Tokens
-from nanopack.tokenizers import NANOCHAT_SPECIAL_TOKENS, Tokenizer
+from nanopack.templates import CHATML, LLAMA3, Template, Turn
+from nanopack.tokenizers import NANOCHAT_SPECIAL_TOKENS, AnyTokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +33,8 @@ class Document:
     mask: np.ndarray
     """(n,) bool: True where the token is trained."""
     starts: tuple[int, ...]
-    """Index of the token that each message begins with, one per message; none for plain text. A system
-    message that was merged begins where the user's does."""
+    """Index of the token that each message begins with, one per message; none for plain text and with
+    template="hf". A system message that was merged begins where the user's does."""
 
 
 class TemplateError(ValueError):
@@ -45,18 +48,20 @@ _Plan: TypeAlias = tuple[list[_Run], list[int]]
 _Planner: TypeAlias = Callable[[Sequence[Message]], _Plan]
 
 
-def make_renderer(tokenizer: Tokenizer, template: str) -> Callable[[Conversation], Document]:
-    """Return the function that renders a conversation by `template`: "nanochat" or "chatml".
+def make_renderer(tokenizer: AnyTokenizer, template: str | Template) -> Callable[[Conversation], Document]:
+    """Return the function that renders a conversation by `template`: a name, "hf" or a `Template`.
 
     ValueError where there is no such template. The function itself raises `ConversationError` for what the template
     forbids, naming the message, and for any messages `TemplateError` where the tokenizer lacks special tokens of it:
     plain text needs none of them.
     """
-    if not isinstance(template, str) or template not in _TEMPLATES:
-        raise ValueError(f"template={template!r} is not one of {', '.join(map(repr, _TEMPLATES))}.")
-    make_planner, _ = _TEMPLATES[template]
-    missing = missing_tokens(tokenizer, template)
-    plan_messages = _refuse_messages(tokenizer, template, missing) if missing else make_planner(tokenizer)
+    if template == "hf":
+        return _make_hf_renderer(tokenizer)
+    known = template if template == "nanochat" else _find(template)
+    if missing := missing_tokens(tokenizer, template):
+        plan_messages = _refuse_messages(tokenizer, template, missing)
+    else:
+        plan_messages = _nanochat(tokenizer) if isinstance(known, str) else _templated(tokenizer, known)
     bos = _known(tokenizer.bos_id)
 
     def render(conversation: Conversation) -> Document:
@@ -65,6 +70,7 @@ def make_renderer(tokenizer: Tokenizer, template: str) -> Callable[[Conversation
         if conversation.text is not None:
             plan: _Plan = [(bos, True), (conversation.text, True)], []
         elif conversation.messages:
+            _refuse_tool_calls(conversation.messages)
             plan = plan_messages(conversation.messages)
         else:
             raise ConversationError("there are no messages; a conversation needs at least one")
@@ -77,7 +83,23 @@ def make_renderer(tokenizer: Tokenizer, template: str) -> Callable[[Conversation
     return render
 
 
-def _take_over(tokens: Tokens, tokenizer: Tokenizer) -> Document:
+def _make_hf_renderer(tokenizer: AnyTokenizer) -> Callable[[Conversation], Document]:
+    encode_chat = make_chat_renderer(tokenizer)
+    bos = _known(tokenizer.bos_id)
+
+    def render(conversation: Conversation) -> Document:
+        if conversation.tokens is not None:
+            return _take_over(conversation.tokens, tokenizer)
+        if conversation.text is not None:
+            ids = np.concatenate([bos, tokenizer.encode(conversation.text)])
+            return Document(ids, np.ones(len(ids), bool), ())
+        # Where in it each message begins the template does not tell.
+        return Document(*encode_chat(conversation.messages), ())
+
+    return render
+
+
+def _take_over(tokens: Tokens, tokenizer: AnyTokenizer) -> Document:
     """Return the document that was rendered elsewhere; ConversationError where the tokenizer lacks its ids."""
     ids, mask = tokens
     if ids.max() >= tokenizer.vocab_size or (ids.dtype.kind == "i" and ids.min() < 0):
@@ -88,15 +110,37 @@ def _take_over(tokens: Tokens, tokenizer: Tokenizer) -> Document:
     return Document(ids, np.ones(len(ids), bool) if mask is None else mask, ())
 
 
-def missing_tokens(tokenizer: Tokenizer, template: str) -> list[str]:
+def _refuse_tool_calls(messages: Sequence[Message]) -> None:
+    for index, message in enumerate(messages):
+        if message.rest and message.rest.get("tool_calls"):
+            raise ConversationError(
+                f"message {index}: it has tool_calls, which only template='hf' writes; write them into the content"
+            )
+
+
+def _find(template: str | Template) -> Template:
+    if isinstance(template, Template):
+        return template
+    if not isinstance(template, str) or template not in _NAMED:
+        names = ", ".join(map(repr, ("nanochat", *_NAMED, "hf")))
+        raise ValueError(f"template={template!r} is not one of {names}, or a nanopack.Template.")
+    return _NAMED[template]
+
+
+def missing_tokens(tokenizer: AnyTokenizer, template: str | Template) -> list[str]:
     """Return the special tokens that messages need in this template, and that the tokenizer lacks."""
-    return [token for token in _TEMPLATES[template][1] if token not in tokenizer.encoding.special_tokens_set]
+    if template == "hf":
+        return []
+    needed = NANOCHAT_SPECIAL_TOKENS[1:] if template == "nanochat" else _find(template).special_tokens
+    return [token for token in needed if token not in tokenizer.special_tokens]
 
 
-def _refuse_messages(tokenizer: Tokenizer, template: str, missing: list[str]) -> _Planner:
+def _refuse_messages(tokenizer: AnyTokenizer, template: str | Template, missing: list[str]) -> _Planner:
+    name = template if isinstance(template, str) else template.name
+
     def refuse(messages: Sequence[Message]) -> _Plan:
         raise TemplateError(
-            f"tokenizer {tokenizer.name!r} lacks special tokens of template={template!r}: {', '.join(missing)}. "
+            f"tokenizer {tokenizer.name!r} lacks special tokens of template={name!r}: {', '.join(missing)}. "
             f"Give a tokenizer that has them, another template, or plain text instead of messages."
         )
 
@@ -117,7 +161,7 @@ def _fill_in(plan: _Plan, ids: np.ndarray, offsets: list[int]) -> Document:
     return Document(np.concatenate(arrays), mask, tuple([begins[first] for first in firsts]))
 
 
-def _blame(tokenizer: Tokenizer, messages: Sequence[Message], error: ValueError) -> str:
+def _blame(tokenizer: AnyTokenizer, messages: Sequence[Message], error: ValueError) -> str:
     """Say which message holds the text that cannot be encoded. Slow, so only after the fact."""
     for index, message in enumerate(messages):
         content = message.content
@@ -129,7 +173,7 @@ def _blame(tokenizer: Tokenizer, messages: Sequence[Message], error: ValueError)
     return str(error)
 
 
-def _nanochat(tokenizer: Tokenizer) -> _Planner:
+def _nanochat(tokenizer: AnyTokenizer) -> _Planner:
     """Plan messages as karpathy/nanochat does: `render_conversation` in its nanochat/tokenizer.py."""
     known = {token: _known(tokenizer.special_id(token)) for token in NANOCHAT_SPECIAL_TOKENS[1:]}
     bos = (_known(tokenizer.bos_id), False)
@@ -174,7 +218,7 @@ def _nanochat(tokenizer: Tokenizer) -> _Planner:
     return plan_messages
 
 
-def _merge_system(messages: Sequence[Message]) -> Sequence[Message]:
+def _merge_system(messages: Sequence[Message], before: str = "", after: str = "\n\n") -> Sequence[Message]:
     """Put a first system message in front of the user's text, as nanochat does."""
     if messages[0].role != "system":
         return messages
@@ -183,14 +227,14 @@ def _merge_system(messages: Sequence[Message]) -> Sequence[Message]:
         raise ConversationError("message 0: role is 'system' and no message follows; a user's must")
     if messages[1].role != "user":
         raise ConversationError(_wrong_role(messages, 1))
-    return (Message("user", f"{system}\n\n{_string(1, messages[1])}"), *messages[2:])
+    return (Message("user", f"{before}{system}{after}{_string(1, messages[1])}"), *messages[2:])
 
 
 def _wrong_role(messages: Sequence[Message], index: int) -> str:
     role = messages[index].role
     what = f"message {index}: role is {role!r}"
-    if role not in _ROLES:
-        return f"{what}; it must be system, user or assistant"
+    if role == "tool":
+        return f"{what}; template='nanochat' has none: what a tool gave back is a python_output part of the assistant's"
     if role == "system":
         return f"{what}; only message 0 may be a system message"
     order = "messages must alternate user/assistant after an optional system message"
@@ -206,31 +250,64 @@ def _string(index: int, message: Message) -> str:
     raise ConversationError(f"{what}; for role {message.role!r} it must be a string")
 
 
-def _chatml(tokenizer: Tokenizer) -> _Planner:
-    """Plan messages as ChatML: `<|im_start|>`, role, newline, content, `<|im_end|>`, newline."""
+def _templated(tokenizer: AnyTokenizer, template: Template) -> _Planner:
+    """Plan messages as a `Template` says."""
+    # Longest first: one special token may begin like another.
+    tokens = sorted(template.special_tokens, key=len, reverse=True)
+    special = re.compile(f"({'|'.join(map(re.escape, tokens))})" if tokens else r"(?!)")
+
+    def encode(text: str) -> np.ndarray:
+        pieces = [piece for piece in special.split(text) if piece]
+        for piece in pieces:
+            for token in () if piece in tokens else tokenizer.special_tokens:
+                if token in piece:
+                    raise ValueError(_unlisted(template, text, token))
+        arrays = [_known(tokenizer.special_id(p)) if p in tokens else tokenizer.encode(p) for p in pieces]
+        return np.concatenate([_known(), *arrays])
+
     bos = (_known(tokenizer.bos_id), False)
-    start, end = (_known(tokenizer.special_id(token)) for token in ("<|im_start|>", "<|im_end|>"))
-    newline = (tokenizer.encode("\n"), False)
-    headers = {role: (np.concatenate([start, tokenizer.encode(f"{role}\n")]), False) for role in _ROLES}
+    merged_system = template.system if template.merge_system else None
+
+    def runs_around(turn: Turn) -> tuple[_Run, bool, tuple[_Run, ...]]:
+        """What stands before, whether the content is trained, what stands behind."""
+        behind = [(encode(turn.end), turn.trained), (encode(turn.after), False)]
+        return (encode(turn.before), False), turn.trained, tuple(run for run in behind if len(run[0]))
+
+    around = {role: runs_around(turn) for role, turn in template.turns().items() if turn is not merged_system}
 
     def plan_messages(messages: Sequence[Message]) -> _Plan:
+        turns = messages
+        if template.strip:
+            turns = [Message(m.role, m.content.strip()) if isinstance(m.content, str) else m for m in turns]
+        if merged_system:
+            turns = _merge_system(turns, merged_system.before, merged_system.after)
+        merged = len(messages) - len(turns)
         runs: list[_Run] = [bos]
-        firsts = []
-        for index, message in enumerate(messages):
-            role = message.role
-            if role not in headers:
-                raise ConversationError(_wrong_role(messages, index))
+        firsts = [1] * merged
+        for index, message in enumerate(turns, merged):
+            if message.role not in around:
+                raise ConversationError(_no_such_role(template, index, message.role))
             firsts.append(len(runs))
-            trained = role == "assistant"
-            runs += (headers[role], (_string(index, message), trained), (end, trained), newline)
+            before, trained, behind = around[message.role]
+            runs += (before, (_string(index, message), trained), *behind)
         return runs, firsts
 
     return plan_messages
 
 
-_ROLES = ("system", "user", "assistant")
-# Each template's planner, and the special tokens it needs beside the beginning of sequence.
-_TEMPLATES: dict[str, tuple[Callable[[Tokenizer], _Planner], tuple[str, ...]]] = {
-    "nanochat": (_nanochat, NANOCHAT_SPECIAL_TOKENS[1:]),
-    "chatml": (_chatml, ("<|im_start|>", "<|im_end|>")),
-}
+def _unlisted(template: Template, text: str, token: str) -> str:
+    return (
+        f"template={template.name!r}: {text!r} holds {token!r}, a special token of the tokenizer that special_tokens "
+        "does not list, so it would be encoded as text; list it"
+    )
+
+
+def _no_such_role(template: Template, index: int, role: str) -> str:
+    what = f"message {index}: role is {role!r}"
+    if role == "system" and template.merge_system:
+        return f"{what}; only message 0 may be a system message"
+    return f"{what}; template={template.name!r} has {', '.join(template.turns())}"
+
+
+# The templates that have a name, beside nanochat's.
+_NAMED = {template.name: template for template in (CHATML, LLAMA3)}

@@ -49,7 +49,7 @@ class Words:
     """(n,) uint16 or uint32: ids, with the loss bit on top."""
     weight: float = 1.0
     """Loss weight of each of its trained tokens."""
-    conversation_weight: float = 1.0
+    own_weight: float = 1.0
     """The conversation's own weight, which that follows from."""
     taken: int = 0
     """Tokens of it that have been placed, where that is counted."""

@@ -18,7 +18,7 @@ from typing import Any
 from nanopack.conversations import Source, check
 from nanopack.mixture import Mixture
 from nanopack.recipe import Recipe
-from nanopack.tokenizers import Tokenizer
+from nanopack.tokenizers import AnyTokenizer
 
 FORMAT = 1
 SAMPLE = 16
@@ -26,7 +26,7 @@ SAMPLE = 16
 _FREE = ("rank", "extras", "max_pieces", "on_error")
 
 
-def fingerprint(source: Source, tokenizer: Tokenizer, recipe: Recipe) -> dict[str, Any]:
+def fingerprint(source: Source, tokenizer: AnyTokenizer, recipe: Recipe) -> dict[str, Any]:
     """Return what a state depends on: number of conversations and a sample of them, tokenizer, arguments."""
     arguments = {
         field.name: _plain(getattr(recipe, field.name))

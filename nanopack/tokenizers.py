@@ -1,6 +1,7 @@
 """Turn texts into token ids: one small face over tiktoken, and the ways to get one.
 
     Encoding, nanochat folder, bundled name   ->   load_tokenizer()           ->   Tokenizer
+    Hugging Face tokenizer                    ->   load_tokenizer()           ->   HuggingFaceTokenizer
     ranks file                                ->   from_ranks()               ->   Tokenizer
     many texts                                ->   Tokenizer.encode_batch()   ->   flat ids and offsets
                                                                                    render.py
@@ -17,13 +18,16 @@ import hashlib
 import io
 import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from importlib import resources
 from itertools import accumulate
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import tiktoken
+
+from nanopack.huggingface import HuggingFaceTokenizer, is_hugging_face
 
 NANOCHAT_SPECIAL_TOKENS = (
     "<|bos|>",
@@ -36,6 +40,8 @@ NANOCHAT_SPECIAL_TOKENS = (
     "<|output_start|>",
     "<|output_end|>",
 )
+# What a beginning of sequence is called, in the order of preference.
+BOS_TOKENS = ("<|bos|>", "<|begin_of_text|>", "<|endoftext|>")
 
 # Name of each ranks file in nanopack/data, and its split pattern: GPT-4's with at most two digits.
 _BUNDLED = {
@@ -43,10 +49,9 @@ _BUNDLED = {
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 }
 _ACCEPTED = (
-    f"a bundled name ({', '.join(map(repr, _BUNDLED))}), a tiktoken.Encoding, a nanochat tokenizer, "
-    "its folder or its tokenizer.pkl, or what nanopack.tokenizers.from_ranks returns"
+    f"a bundled name ({', '.join(map(repr, _BUNDLED))}), a tiktoken.Encoding, a fast Hugging Face "
+    "tokenizer, a nanochat tokenizer, its folder or its tokenizer.pkl, or what nanopack.tokenizers.from_ranks returns"
 )
-_HUGGING_FACE = "a Hugging Face tokenizer, which is not supported yet"
 _STATE_KEYS = {"name", "pat_str", "mergeable_ranks", "special_tokens"}
 _NOTHING: frozenset[str] = frozenset()
 
@@ -59,7 +64,7 @@ class Tokenizer:
     vocab_size: int
     """One more than the largest id, special tokens included. Some ids below may be unused."""
     bos_id: int
-    """Id of `<|bos|>`, or of `<|endoftext|>` where there is no `<|bos|>`."""
+    """Id of the first of `<|bos|>`, `<|begin_of_text|>` (Llama 3's) and `<|endoftext|>` that there is."""
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         """Wrap `encoding`. ValueError where it has no beginning of sequence, or ids of more than 31 bits."""
@@ -70,8 +75,14 @@ class Tokenizer:
         if largest >= 2**31:
             raise ValueError(f"tokenizer {self.name!r} has id {largest}; give one whose ids are below 2**31.")
         self.vocab_size = largest + 1
-        old_name_only = encoding.special_tokens_set & {"<|bos|>", "<|endoftext|>"} == {"<|endoftext|>"}
-        self.bos_id = self.special_id("<|endoftext|>" if old_name_only else "<|bos|>")
+        self.bos_id = self.special_id(
+            next((token for token in BOS_TOKENS if token in self.special_tokens), BOS_TOKENS[0])
+        )
+
+    @property
+    def special_tokens(self) -> Set[str]:
+        """The special tokens by name."""
+        return self.encoding.special_tokens_set
 
     def fingerprint(self) -> str:
         """Return a digest of all that decides which ids a text has."""
@@ -150,14 +161,18 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def load_tokenizer(tokenizer: object) -> Tokenizer:
-    """Return the `Tokenizer` for whatever names or holds one.
+AnyTokenizer: TypeAlias = Tokenizer | HuggingFaceTokenizer
+
+
+def load_tokenizer(tokenizer: object) -> AnyTokenizer:
+    """Return the `Tokenizer` for whatever names or holds one, or the `HuggingFaceTokenizer`.
 
     Accepted: the name of a bundled one ("chat32k"; it wins over a folder of that name), a `Tokenizer`, a
     `tiktoken.Encoding`, an object whose `.enc` is one (nanochat's), the path of a nanochat tokenizer folder
-    or of its tokenizer.pkl. ValueError says what was given and what is accepted.
+    or of its tokenizer.pkl; a `transformers.PreTrainedTokenizerFast`, a `tokenizers.Tokenizer` or an object whose
+    `.tokenizer` is one (nanochat's). ValueError says what was given and what is accepted.
     """
-    if isinstance(tokenizer, Tokenizer):
+    if isinstance(tokenizer, (Tokenizer, HuggingFaceTokenizer)):
         return tokenizer
     encoding = getattr(tokenizer, "enc", tokenizer)
     if isinstance(encoding, tiktoken.Encoding):
@@ -168,8 +183,10 @@ def load_tokenizer(tokenizer: object) -> Tokenizer:
         raise ValueError(f"tokenizer='' is empty; give {_ACCEPTED}.")
     if isinstance(tokenizer, (str, os.PathLike)):
         return Tokenizer(_read_path(Path(tokenizer)))
-    what = _HUGGING_FACE if _is_hugging_face(tokenizer) else f"of type {type(tokenizer).__name__}"
-    raise ValueError(f"tokenizer is {what}; give {_ACCEPTED}.")
+    held = getattr(tokenizer, "tokenizer", tokenizer)
+    if is_hugging_face(held):
+        return HuggingFaceTokenizer(held)
+    raise ValueError(f"tokenizer is of type {type(tokenizer).__name__}; give {_ACCEPTED}.")
 
 
 def from_ranks(
@@ -200,19 +217,13 @@ def _bundled(name: str) -> Tokenizer:
         return from_ranks(path, pattern=_BUNDLED[name], name=name)
 
 
-def _is_hugging_face(tokenizer: object) -> bool:
-    # nanochat's HuggingFaceTokenizer holds the real one in `.tokenizer`.
-    held = getattr(tokenizer, "tokenizer", tokenizer)
-    return any(cls.__module__.split(".")[0] in ("transformers", "tokenizers") for cls in type(held).__mro__)
-
-
 def _read_path(path: Path) -> tiktoken.Encoding:
     folder = os.path.isdir(path)
     file = path / "tokenizer.pkl" if folder else path
     if os.path.isfile(file) and file.suffix == ".pkl":
         return _unpickle(file)
     if path.name == "tokenizer.json" or os.path.exists(path / "tokenizer.json"):
-        what = _HUGGING_FACE
+        what = "a Hugging Face tokenizer on disk; pass transformers.AutoTokenizer.from_pretrained(folder)"
     elif folder:
         what = "a folder without a tokenizer.pkl"
     elif not os.path.exists(path):

@@ -151,6 +151,11 @@ def test_what_cannot_be_trained_on_is_left_out_for_all_and_counted(shipped):
     assert shipped.left_out == 0
 
 
+def test_a_tokenizer_that_nanochat_could_not_use_is_refused():
+    with pytest.raises(ValueError, match="'other' is not tiktoken's"):
+        data.load("chats", CHATS, types.SimpleNamespace(name="other"))
+
+
 def test_an_array_of_chats_that_is_cut_off_is_read_up_to_there(main, tmp_path, monkeypatch):
     entry = {"conversations": [{"from": "gpt", "value": "later"}, *({"from": f, "value": f} for f in ("human", "gpt"))]}
     path = tmp_path / "sharegpt.json"

@@ -214,7 +214,7 @@ def test_a_hugging_face_dataset_gives_its_conversations() -> None:
     source = open_conversations(datasets.Dataset.from_list(rows))
     assert [check(source[k]) for k in range(2)] == [
         Conversation((Message("user", (Part("text", "x"),)),)),
-        Conversation((Message("assistant", (Part("text", "x"), Part("python", "1"))),), None, 2.0),
+        Conversation((Message("assistant", (Part("text", "x"), Part("python", "1")), {"name": "a"}),), None, 2.0),
     ]
 
 
@@ -282,13 +282,19 @@ def test_a_weight_may_be_any_real_number(kind: type) -> None:
 
 
 def test_the_roles_of_sharegpt_become_ours() -> None:
-    roles = ["system", "human", "gpt", "user", "assistant", "chatgpt"]
+    roles = ["system", "human", "gpt", "user", "assistant", "chatgpt", "function_call", "observation", "tool"]
     checked = check({"conversations": [{"from": role, "value": ""} for role in roles]})
     assert [message.role for message in checked.messages] == [
         "system",
         *["user", "assistant"] * 2,
-        "assistant",
+        *["assistant"] * 2,
+        *["tool"] * 2,
     ]
+
+
+def test_a_tool_may_be_called_as_llama_3_does() -> None:
+    checked = check([{"role": role, "content": ""} for role in ("tool", "ipython")])
+    assert [message.role for message in checked.messages] == ["tool", "tool"]
 
 
 LONG = "ab" * 5000
@@ -312,8 +318,12 @@ BAD_RECORDS: dict[str, tuple[object, str]] = {
     "bare-empty": ([], r"^the list of messages is empty"),
     "message-string": ({"messages": ["hi"]}, r"^message 0: it must be a dict of 'role' .* not 'hi' of"),
     "message-null": ([HI["messages"][0], None], r"^message 1: it must be a dict of 'role' .* not None"),
-    "role-missing": ([{"content": "x"}], r"^message 0: role is None; allowed are assistant, system, user$"),
-    "role-unknown": (user(role="tool"), r"^message 1: role is 'tool'; allowed are assistant, system, user$"),
+    "role-missing": (
+        [{"content": "x"}],
+        r"^message 0: role is None; allowed are assistant, ipython, system, tool, user$",
+    ),
+    "role-unknown": (user(role="judge"), r"^message 1: role is 'judge'; allowed are assistant, ipython, system,"),
+    "role-observation-in-messages": (user(role="observation"), r"^message 1: role is 'observation'; allowed are"),
     "role-upper-case": (user(role="User"), r"^message 1: role is 'User'; allowed"),
     "role-number": (user(role=1), r"^message 1: role is 1; allowed"),
     "role-unhashable": (user(role=["user"]), r"^message 1: role is \['user'\]; allowed"),
@@ -329,7 +339,8 @@ BAD_RECORDS: dict[str, tuple[object, str]] = {
     ),
     "sharegpt-role": (
         {"conversations": [{"from": "bing", "value": "x"}]},
-        r"^message 0: from is 'bing'; allowed are assistant, chatgpt, gpt, human, system, user$",
+        r"^message 0: from is 'bing'; allowed are assistant, chatgpt, function_call, gpt, human, "
+        r"ipython, observation, system, tool, user$",
     ),
     "sharegpt-value": (
         {"conversations": [{"from": "gpt", "value": 1}]},

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import itertools
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,11 +18,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from faulty import CHATS, SMALL, TOKENIZER, Faulty, is_gone, raising, within
+from faulty import CHATS, SMALL, TOKENIZER, Faulty, in_dev_shm, is_gone, raising, within
 
 import nanopack
 from nanopack import ConversationError, Loader, process, reference
-from nanopack.process import ProducerError
+from nanopack.failure import ProducerError
 from nanopack.verify import compare
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="signals and /proc as on Linux")
@@ -338,23 +340,23 @@ def test_ctrl_c_while_a_loader_starts_leaves_no_process(tmp_path, delay_ms):
 
 @linux
 def test_a_loader_takes_no_room_in_dev_shm():
-    before = set(os.listdir("/dev/shm"))
+    before = in_dev_shm()
     with Loader(CHATS, TOKENIZER, prefetch=8) as loader:
         next(loader)
-        assert set(os.listdir("/dev/shm")) == before
+        assert in_dev_shm() == before
 
 
 @linux
 @pytest.mark.parametrize("during", ["loop", "next"])
 def test_a_killed_trainer_takes_its_producer_and_its_memory_along(tmp_path, during):
-    before = set(os.listdir("/dev/shm"))
+    before = in_dev_shm()
     trainer = run_script(tmp_path, during)
     pid = int(trainer.stdout.readline())
     time.sleep(0.5)
     trainer.kill()
     assert is_gone(pid)
     trainer.communicate()
-    assert set(os.listdir("/dev/shm")) <= before
+    assert in_dev_shm() <= before
 
 
 def resources():
@@ -364,7 +366,7 @@ def resources():
         "memory_bytes": pages * os.sysconf("SC_PAGE_SIZE"),
         "threads": threading.active_count(),
         "files": len(os.listdir("/proc/self/fd")),
-        "shared": len(os.listdir("/dev/shm")),
+        "shared": in_dev_shm(),
     }
 
 
@@ -420,3 +422,67 @@ def test_stats_tell_who_waited_for_whom():
 
 def test_the_error_is_part_of_the_public_face():
     assert nanopack.ProducerError is ProducerError
+
+
+def workers_of(loader):
+    pid = producer_of(loader).pid
+    with within(2):
+        while len(found := Path(f"/proc/{pid}/task/{pid}/children").read_text().split()) < 2:
+            time.sleep(0.01)
+    return [int(child) for child in found]
+
+
+@linux
+@pytest.mark.parametrize("end", ["close", "drop", "kill the producer"])
+def test_workers_end_with_their_producer(end):
+    loader = Loader(CHATS, TOKENIZER, workers=2, **SMALL)
+    next(loader)
+    producer, workers = producer_of(loader).pid, workers_of(loader)
+    if end == "close":
+        loader.close()
+    elif end == "drop":
+        del loader
+        gc.collect()
+    else:
+        os.kill(producer, signal.SIGKILL)
+    assert is_gone(producer) and all(map(is_gone, workers))
+
+
+@linux
+def test_a_killed_worker_is_named_with_what_it_was_at():
+    with Loader(CHATS, TOKENIZER, workers=2, prefetch=1, **SMALL) as loader:
+        first = next(loader)
+        os.kill(workers_of(loader)[1], signal.SIGKILL)
+        with within(5):
+            batches, error = batches_until_error(loader)
+        assert isinstance(error, ProducerError)
+        message = r"a worker of the producer \(pid \d+\) was killed by SIGKILL \(reading and tokenizing"
+        assert re.search(message, str(error))
+    expected = itertools.islice(reference.batches(CHATS, TOKENIZER, **SMALL), 1 + len(batches))
+    assert compare(expected, iter([first, *batches])).difference is None
+
+
+@linux
+def test_a_stopped_worker_is_waited_for_with_a_warning_and_nothing_is_lost(caplog):
+    with Loader(CHATS, TOKENIZER, workers=2, prefetch=1, **SMALL) as loader:
+        got = [next(loader)]
+        workers = workers_of(loader)
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)
+        threading.Timer(2.2, lambda: [os.kill(worker, signal.SIGCONT) for worker in workers]).start()
+        with within(20):
+            got += itertools.islice(loader, 500)
+    assert "reading and tokenizing, from conversation" in caplog.text
+    expected = itertools.islice(reference.batches(CHATS, TOKENIZER, **SMALL), 501)
+    assert compare(expected, iter(got)).difference is None
+
+
+@linux
+def test_more_requests_than_a_pipe_holds_do_not_lock_the_workers_up():
+    """A thousand rows read side by side, each a chunk ahead, and documents that fill the pipe of the results."""
+    chats = [{"text": f"{'a b c d e f g h ' * 400}{k}"} for k in range(1200)]
+    arguments = dict(batch_size=1000, seq_len=16, shard="row", window=2, packing="best_fit_pad", loss="all")
+    with within(60), Loader(chats, TOKENIZER, workers=2, **arguments) as loader:
+        batch = next(loader)
+    expected = next(reference.batches(chats, TOKENIZER, **arguments))
+    assert compare(iter([expected]), iter([batch])).difference is None

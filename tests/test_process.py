@@ -19,13 +19,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from faulty import CHATS, SMALL, TOKENIZER, Faulty, is_gone, raising, within
+from faulty import CHATS, SMALL, TOKENIZER, Faulty, in_dev_shm, is_gone, raising, within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanopack import ConversationError, Loader, reference
+from nanopack.failure import ProducerError
 from nanopack.packing import PACKINGS
-from nanopack.process import ProducerError
 from nanopack.verify import compare
 
 pytestmark = [
@@ -373,7 +373,7 @@ def test_the_interpreter_ends_at_once_and_in_silence(tmp_path, state):
 
 @pytest.mark.parametrize("state", ["stopped", "busy in the data set"])
 def test_a_killed_trainer_takes_a_producer_along_whatever_it_is_at(tmp_path, state):
-    before = set(os.listdir("/dev/shm"))
+    before = in_dev_shm()
     with script(tmp_path, EXITS[state] + "print('ready', flush=True)\ntime.sleep(60)\n") as trainer:
         pid = int(trainer.stdout.readline())
         assert trainer.stdout.readline() == "ready\n"
@@ -387,7 +387,7 @@ def test_a_killed_trainer_takes_a_producer_along_whatever_it_is_at(tmp_path, sta
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-    assert set(os.listdir("/dev/shm")) <= before
+    assert in_dev_shm() <= before
 
 
 CONSTRUCTING = """
@@ -532,7 +532,7 @@ def resources():
     return {
         "threads": threading.active_count(),
         "files": len(os.listdir("/proc/self/fd")),
-        "shared": sorted(os.listdir("/dev/shm")),
+        "shared": in_dev_shm(),
         "children": Path(f"/proc/self/task/{os.getpid()}/children").read_text().split(),
     }
 

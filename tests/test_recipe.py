@@ -33,7 +33,10 @@ BAD = [
         "max_pieces=10000000000000 is not allowed with seq_len=8; use an int from 1 to 8, or None",
     ),
     ({"max_pieces": 4}, "max_pieces=4 has no meaning without cu_seqlens; leave it out, or add"),
-    ({"template": "llama"}, "template='llama' is not allowed; use one of 'nanochat', 'chatml'"),
+    (
+        {"template": "llama"},
+        "template='llama' is not allowed; use one of 'nanochat', 'chatml', 'llama3', 'hf', or a n",
+    ),
     ({"max_tokens": 0}, "max_tokens=0 is not allowed; use an int from 1 upwards, or None"),
     ({"window": 0}, "window=0 is not allowed"),
     (

@@ -22,6 +22,7 @@ from nanopack.reference import batches
 
 NAMES = ["bos", "user_start", "user_end", "assistant_start", "assistant_end"]
 NAMES += ["python_start", "python_end", "output_start", "output_end", "im_start", "im_end"]
+NAMES += ["start_header_id", "end_header_id", "eot_id", "begin_of_text"]
 # Every byte is a token, so that ids can be read: a is 97.
 TOY = tiktoken.Encoding(
     "toy",
@@ -31,6 +32,7 @@ TOY = tiktoken.Encoding(
 )
 BOS, USER, USER_END, ASSISTANT, ASSISTANT_END = range(256, 261)
 PYTHON, PYTHON_END, OUTPUT, OUTPUT_END, START, END = range(261, 267)
+HEADER, HEADER_END, EOT = range(267, 270)
 a, b, c, d, e, f, g, h = range(97, 105)
 NL, o, p, q, s, t, u = 10, 111, 112, 113, 115, 116, 117
 NO = -100
@@ -348,6 +350,46 @@ def test_chatml():
     assert batch.targets.tolist() == [[NO] * 31 + [a, END, NO]]
 
 
+def test_llama3():
+    spaced = [{"role": "system", "content": " s\n"}, user("\n\nu"), assistant(" a ")]
+    batch = only([spaced], packing="pad", batch_size=1, seq_len=38, template="llama3")
+    system = [HEADER, *b"system", HEADER_END, NL, NL, s, EOT]
+    question = [HEADER, *b"user", HEADER_END, NL, NL, u, EOT]
+    answer = [HEADER, *b"assistant", HEADER_END, NL, NL, a, EOT]
+    assert batch.inputs.tolist() == [[BOS, *system, *question, *answer]]
+    assert batch.targets.tolist() == [[NO] * 35 + [a, EOT, NO]]
+
+
+@pytest.mark.parametrize(
+    ("template", "before", "end"),
+    [
+        ("chatml", [START, *b"tool", NL], [END, NL]),
+        ("llama3", [HEADER, *b"ipython", HEADER_END, NL, NL], [EOT]),
+    ],
+)
+@pytest.mark.parametrize("role", ["tool", "ipython"])
+def test_what_a_tool_gave_back_is_not_trained(template, before, end, role):
+    talk = {"messages": [{"role": role, "content": "o"}]}
+    seq_len = len(before) + 2 + len(end)
+    batch = only([talk], packing="best_fit_pad", batch_size=1, seq_len=seq_len, template=template)
+    assert batch.inputs.tolist() == [[BOS, *before, o, *end]]
+    assert batch.num_trained == 0
+
+
+def test_a_function_call_of_sharegpt_is_the_assistants_and_an_observation_the_tools():
+    said = [("function_call", "a"), ("observation", "o")]
+    talk = {"conversations": [{"from": role, "value": text} for role, text in said]}
+    call, result = [START, *b"assistant", NL, a, END, NL], [START, *b"tool", NL, o, END]
+    batch = only([talk], packing="pad", batch_size=1, seq_len=23, template="chatml")
+    assert batch.inputs.tolist() == [[BOS, *call, *result]]
+    assert batch.targets.tolist() == [[NO] * 11 + [a, END] + [NO] * 10]
+
+
+def test_nanochat_has_no_tool():
+    with pytest.raises(ConversationError, match=r"message 1: role is 'tool'"):
+        take(1, [[user("q"), {"role": "tool", "content": "o"}]], batch_size=1, seq_len=9)
+
+
 def test_text_that_looks_like_a_special_token_stays_text():
     batch = only(texts("<|bos|>"), packing="pad", batch_size=1, seq_len=7)
     assert batch.targets.tolist() == [[60, 124, 98, 111, 115, 124, 62]]
@@ -540,7 +582,7 @@ def test_bad_conversation_is_named_or_skipped(record):
 
 
 def test_parts_and_unknown_roles_are_bad_in_chatml():
-    for messages in ([assistant([{"type": "text", "text": "x"}])], [{"role": "tool", "content": "x"}]):
+    for messages in ([assistant([{"type": "text", "text": "x"}])], [{"role": "judge", "content": "x"}]):
         with pytest.raises(ConversationError, match="message 0"):
             take(1, [messages], template="chatml", batch_size=1, seq_len=9)
 

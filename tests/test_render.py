@@ -21,7 +21,21 @@ CHATML = from_ranks(
     pattern=NANOCHAT.encoding._pat_str,
     special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
 )
-TOKENIZERS = {"nanochat": NANOCHAT, "chatml": CHATML}
+# Llama 3's own split pattern: newlines stay together, so those of a header are one token.
+LLAMA3 = from_ranks(
+    str(DATA / "chat32k.tiktoken"),
+    pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    special_tokens=[
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+    ],
+)
+TOKENIZERS = {"nanochat": NANOCHAT, "chatml": CHATML, "llama3": LLAMA3}
+BOS = {"nanochat": "<|bos|>", "chatml": "<|endoftext|>", "llama3": "<|begin_of_text|>"}
 RENDER = {template: make_renderer(tokenizer, template) for template, tokenizer in TOKENIZERS.items()}
 AROUND = {
     "text": ("", ""),
@@ -45,11 +59,11 @@ def plain(conversation: Conversation, template: str) -> tuple[list[tuple[int, in
             document.append((token_id, mask))
 
     if conversation.text is not None:
-        special("<|bos|>" if template == "nanochat" else "<|endoftext|>", 1)
+        special(BOS[template], 1)
         text(conversation.text, 1)
         return document, []
-    write = plain_nanochat if template == "nanochat" else plain_chatml
-    return document, write(list(conversation.messages), document, special, text)
+    write = {"nanochat": plain_nanochat, "chatml": plain_chatml, "llama3": plain_llama3}
+    return document, write[template](list(conversation.messages), document, special, text)
 
 
 def plain_nanochat(messages, document, special, text) -> list[int]:
@@ -99,6 +113,21 @@ def plain_chatml(messages, document, special, text) -> list[int]:
     return starts
 
 
+def plain_llama3(messages, document, special, text) -> list[int]:
+    starts = []
+    special("<|begin_of_text|>", 0)
+    for message in messages:
+        mask = 1 if message.role == "assistant" else 0
+        starts.append(len(document))
+        special("<|start_header_id|>", 0)
+        text("ipython" if message.role == "tool" else message.role, 0)
+        special("<|end_header_id|>", 0)
+        text("\n\n", 0)
+        text(message.content.strip(), mask)
+        special("<|eot_id|>", mask)
+    return starts
+
+
 def assert_is_plain(document: Document, conversation: Conversation, template: str) -> None:
     expected, starts = plain(conversation, template)
     got = list(zip(document.ids.tolist(), document.mask.tolist(), strict=True))
@@ -143,9 +172,12 @@ def nanochat_conversations(draw) -> Conversation:
     return Conversation(tuple(messages))
 
 
-CHATML_CONVERSATIONS = st.builds(
+NOT_SPECIAL = st.text().filter(lambda text: "<|" not in text)
+FREE_CONVERSATIONS = st.builds(
     lambda messages: Conversation(tuple(messages)),
-    st.lists(st.builds(Message, st.sampled_from(["system", "user", "assistant"]), TEXTS), min_size=1, max_size=6),
+    st.lists(
+        st.builds(Message, st.sampled_from(["system", "user", "assistant", "tool"]), TEXTS), min_size=1, max_size=6
+    ),
 )
 
 
@@ -155,10 +187,21 @@ def test_nanochat_documents_are_those_of_the_plain_renderer(conversation):
     assert_is_plain(RENDER["nanochat"](conversation), conversation, "nanochat")
 
 
-@given(CHATML_CONVERSATIONS | PLAIN_TEXTS)
+@pytest.mark.parametrize("template", ["chatml", "llama3"])
+@given(FREE_CONVERSATIONS | PLAIN_TEXTS)
 @settings(deadline=None)
-def test_chatml_documents_are_those_of_the_plain_renderer(conversation):
-    assert_is_plain(RENDER["chatml"](conversation), conversation, "chatml")
+def test_chatml_and_llama3_documents_are_those_of_the_plain_renderer(template, conversation):
+    assert_is_plain(RENDER[template](conversation), conversation, template)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), NOT_SPECIAL), min_size=1, max_size=4))
+@settings(deadline=None)
+def test_a_llama3_document_is_the_whole_text_of_metas_template_encoded_in_one_go(messages):
+    """Meta's model was trained on ids of the whole text; ours come piece by piece."""
+    headers = [f"<|start_header_id|>{role}<|end_header_id|>\n\n{text.strip()}<|eot_id|>" for role, text in messages]
+    text = "<|begin_of_text|>" + "".join(headers)
+    document = RENDER["llama3"](Conversation(tuple([Message(*message) for message in messages])))
+    assert document.ids.tolist() == LLAMA3.encoding.encode(text, allowed_special="all")
 
 
 def test_every_shipped_conversation_is_that_of_the_plain_renderer():
@@ -259,9 +302,37 @@ def test_a_chatml_document_by_hand():
     assert document.starts == tuple(starts.tolist())
 
 
+def test_a_llama3_document_by_hand():
+    conversation = Conversation(
+        (Message("system", " Be brief.\n"), Message("user", "<|eot_id|>"), Message("assistant", "\n\nHello "))
+    )
+    document = RENDER["llama3"](conversation)
+    assert tokens_of(document, LLAMA3) == [
+        ("<|begin_of_text|>", 0),
+        ("<|start_header_id|>", 0),
+        ("system", 0),
+        ("<|end_header_id|>", 0),
+        ("\n\nBe brief.", 0),
+        ("<|eot_id|>", 0),
+        ("<|start_header_id|>", 0),
+        ("user", 0),
+        ("<|end_header_id|>", 0),
+        ("\n\n<|eot_id|>", 0),
+        ("<|eot_id|>", 0),
+        ("<|start_header_id|>", 0),
+        ("assistant", 0),
+        ("<|end_header_id|>", 0),
+        ("\n\n", 0),
+        ("Hello", 1),
+        ("<|eot_id|>", 1),
+    ]
+    starts = np.flatnonzero(document.ids == LLAMA3.special_id("<|start_header_id|>"))
+    assert document.starts == tuple(starts.tolist())
+
+
 @pytest.mark.parametrize("text", ["Once upon a time", "", "<|bos|>"], ids=["text", "empty", "looks-special"])
 def test_plain_text_is_bos_and_text_all_trained(text):
-    for template, bos in (("nanochat", "<|bos|>"), ("chatml", "<|endoftext|>")):
+    for template, bos in BOS.items():
         tokenizer = TOKENIZERS[template]
         document = RENDER[template](Conversation((), text))
         assert document.ids.tolist() == [tokenizer.special_id(bos), *tokenizer.encode(text).tolist()]
@@ -305,7 +376,7 @@ def test_a_conversation_is_encoded_in_one_call():
     assert calls == [["s\n\na", "b", "c", "d"]]
 
 
-@pytest.mark.parametrize("template", ["nanochat", "chatml"])
+@pytest.mark.parametrize("template", list(TOKENIZERS))
 def test_writing_into_a_document_leaves_the_next_one_as_it_is(template):
     for conversation in (Conversation((Message("user", ""),)), Conversation((), "")):
         first = RENDER[template](conversation)
@@ -337,9 +408,9 @@ FORBIDDEN = {
     "system-twice": ([S, S, U], "message 1: role is 'system'; only message 0 may be a system message"),
     "system-in-the-middle": ([U, A, S, U], "message 2: role is 'system'; only message 0 may be"),
     "system-for-the-assistant": ([S, U, S], "message 2: role is 'system'; only message 0 may be"),
-    "unknown-role": (
-        [Message("tool", "x")],
-        "message 0: role is 'tool'; it must be system, user or assistant",
+    "tool": (
+        [U, A, Message("tool", "x")],
+        "message 2: role is 'tool'; template='nanochat' has none: what a tool gave back is a python_output part",
     ),
     "user-with-parts": ([PARTED["user"]], f"message 0: {PARTS_OF} 'user' it must be a string"),
     "user-with-parts-after-system": ([S, PARTED["user"]], f"message 1: {PARTS_OF} 'user' it must be"),
@@ -357,8 +428,8 @@ FORBIDDEN = {
     "system-refused": ([Message("system", SPACES[:-1] + "x"), U], f"message 0: {REFUSED}"),
     "chatml-no-messages": ([], "there are no messages"),
     "chatml-unknown-role": (
-        [A, Message("tool", "x")],
-        "message 1: role is 'tool'; it must be system, user or",
+        [A, Message("judge", "x")],
+        "message 1: role is 'judge'; template='chatml' has system, user, assistant, tool",
     ),
     "chatml-parts": ([U, PARTED["assistant"]], f"message 1: {PARTS_OF} 'assistant' it must be a string"),
     "chatml-text-refused": ([U, Message("user", SPACES)], f"message 1: {REFUSED}"),
@@ -392,7 +463,7 @@ def test_messages_that_only_together_cannot_be_encoded_are_a_conversation_error(
 @pytest.mark.parametrize(
     ("template", "error"),
     [
-        pytest.param("llama3", "template='llama3' is not one of 'nanochat', 'chatml'", id="unknown"),
+        pytest.param("llama", "template='llama' is not one of 'nanochat', 'chatml', 'llama3', 'hf'", id="unknown"),
         pytest.param(None, "template=None is not one of", id="none"),
         pytest.param(["chatml"], r"template=\['chatml'\] is not one of", id="a-list"),
     ],

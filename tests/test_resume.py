@@ -247,6 +247,41 @@ def test_data_that_changed_where_the_sample_does_not_look_are_noticed_by_what_wa
     assert "have changed" in refusal(state, changed, packing="best_fit_pad", strict=False)
 
 
+def overwritten(state, other):
+    """A state of which each value is replaced in place, as torch.distributed.checkpoint loads."""
+    for key, value in state.items():
+        if isinstance(value, dict):
+            overwritten(value, other[key])
+        elif key in other:
+            state[key] = other[key]
+    return state
+
+
+def test_a_state_belongs_to_who_asked_for_it_and_loading_into_it_does_not_blind_the_loader():
+    loader = Loader(CHATS, SMALL, **BASE, loss="all")
+    with pytest.raises(ValueError, match="loss was 'assistant', is 'all'"):
+        loader.load_state_dict(overwritten(loader.state_dict(), state_after(2)))
+
+
+def test_states_serve_as_torchdata_asks_of_a_stateful_data_set():
+    """Before the first batch, in the middle, and at the end; taken up before, between and after batches."""
+    arguments = dict(batch_size=2, seq_len=8, epochs=1)
+    whole = Loader(CHATS, SMALL, **arguments)
+    states, batches = [whole.state_dict()], []
+    for batch in whole:
+        batches.append(batch)
+        states.append(whole.state_dict())
+    assert len(batches) > 4
+    loader = Loader(CHATS, SMALL, **arguments)
+    for moment in (3, 0, len(batches), 2, 3):
+        loader.load_state_dict(through_json(states[moment]))
+        iterator = iter(loader)
+        first = list(itertools.islice(iterator, 2))
+        # a loop that is left and begun again goes on where it was
+        assert differences(batches[moment:], first + list(iter(loader))) == [None] * len(batches[moment:])
+        assert list(loader) == [], "it stays at its end until it is told otherwise"
+
+
 def test_what_is_no_state_is_refused():
     assert "a list is no state of nanopack" in refusal([])
     assert "a dict is no state of nanopack" in refusal({"step": 3})

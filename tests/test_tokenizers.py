@@ -198,9 +198,12 @@ def test_vocab_size_is_one_more_than_the_largest_id_whatever_lies_between():
         pytest.param({"<|bos|>": 300}, 300, id="bos"),
         pytest.param({"<|endoftext|>": 301}, 301, id="endoftext"),
         pytest.param({"<|endoftext|>": 301, "<|bos|>": 302}, 302, id="bos-before-endoftext"),
+        pytest.param({"<|begin_of_text|>": 303, "<|end_of_text|>": 304}, 303, id="llama3"),
+        pytest.param({"<|begin_of_text|>": 303, "<|endoftext|>": 304}, 303, id="llama3-before-endoftext"),
+        pytest.param({"<|begin_of_text|>": 303, "<|bos|>": 302}, 302, id="bos-before-llama3"),
     ],
 )
-def test_bos_is_bos_else_endoftext(specials, bos_id):
+def test_bos_is_bos_else_llama3s_else_endoftext(specials, bos_id):
     assert Tokenizer(small_encoding(specials)).bos_id == bos_id
 
 
@@ -282,16 +285,16 @@ class HuggingFace:
         pytest.param(lambda folder: "a\0b", "no such file or folder", id="null-in-the-name"),
         pytest.param(lambda folder: "a" * 5000, "no such file or folder", id="name-too-long"),
         pytest.param(lambda folder: folder, "is a folder without a tokenizer.pkl", id="empty-folder"),
-        pytest.param(hugging_face_folder, "a Hugging Face tokenizer, which is not supp", id="hugging-face-folder"),
+        pytest.param(hugging_face_folder, "a Hugging Face tokenizer on disk; pass", id="hugging-face-folder"),
         pytest.param(
             lambda folder: hugging_face_folder(folder) + "/tokenizer.json",
-            "a Hugging Face tokenizer, which is not supported yet; give a bundled name",
+            "a Hugging Face tokenizer on disk; pass transformers.AutoTokenizer",
             id="hugging-face-file",
         ),
-        pytest.param(lambda folder: HuggingFace(), "is a Hugging Face tokenizer", id="hugging-face-object"),
+        pytest.param(lambda folder: HuggingFace(), "Face tokenizer without a fast core", id="hugging-face-object"),
         pytest.param(
             lambda folder: SimpleNamespace(tokenizer=HuggingFace()),
-            "is a Hugging Face tokenizer",
+            "is a Hugging Face tokenizer without a fast core",
             id="nanochats-hugging-face-object",
         ),
         pytest.param(lambda folder: RANKS_FILE, r"no split pattern; give .*from_ranks\(path, pattern=", id="ranks"),

@@ -18,7 +18,7 @@ import numpy as np
 
 from nanopack.conversations import Conversation, ConversationError, check, open_conversations
 from nanopack.render import Document, make_renderer
-from nanopack.tokenizers import Tokenizer
+from nanopack.tokenizers import AnyTokenizer, Tokenizer
 
 ROWS, ROW = 32, 2048
 """B and T of every section, and nanochat's: its renderer cuts documents to 2048 tokens, whatever T is."""
@@ -80,8 +80,15 @@ class Repeated(Sequence[Any]):
         return self._items[index % len(self._items)]
 
 
-def load(name: str, records: Iterable[object], tokenizer: Tokenizer) -> Data:
-    """Return the records that are chats, and can be rendered and trained on. Raises ValueError where there are none."""
+def load(name: str, records: Iterable[object], tokenizer: AnyTokenizer) -> Data:
+    """Return the records that are chats, and can be rendered and trained on.
+
+    Raises ValueError where there are none, or where nanochat could not use the tokenizer.
+    """
+    if not isinstance(tokenizer, Tokenizer):
+        raise ValueError(
+            f"tokenizer={tokenizer.name!r} is not tiktoken's; nanochat, against which is measured, needs one"
+        )
     render = make_renderer(tokenizer, "nanochat")
     chats, texts, documents, left_out = [], [], [], 0
     for record in records:

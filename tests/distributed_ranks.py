@@ -1,0 +1,158 @@
+"""Ranks without torchrun: processes that are kept between tests and form a group of any size for each task."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import time
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from distributed_run import BYTES
+
+import nanopack
+
+# Seconds: until a rank that waits for the others gives up, and until the test gives up the ranks.
+PATIENCE, TIMEOUT = 10, 40
+
+
+class Ranks:
+    """Up to `most` processes: `ranks(3, function, ...)` calls a function on three, and returns what each returned.
+
+    All of gloo's group have joined before the call, and the group is gone after it. A rank that raises fails the test.
+    """
+
+    def __init__(self, most, folder):
+        # each is forked from a clean process that has imported torch: pytest's threads and locks are not theirs
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed.checkpoint", "nanopack"])
+        self._folder, self._count = folder, itertools.count()
+        self._pipes, self._processes = [], []
+        for rank in range(most):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank))
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def __call__(self, world_size, function, *args, **arguments):
+        store = str(self._folder / f"store{next(self._count)}")
+        pipes = self._pipes[:world_size]
+        for pipe in pipes:
+            pipe.send((store, world_size, function, args, arguments))
+        results, late = [], time.monotonic() + TIMEOUT
+        for rank, pipe in enumerate(pipes):
+            if not pipe.poll(max(0, late - time.monotonic())):
+                self.close()
+                raise AssertionError(f"rank {rank} of {world_size} is not done after {TIMEOUT} s")
+            results.append(pipe.recv())
+        failures = [f"rank {rank}: {trace}" for rank, (_, trace) in enumerate(results) if trace]
+        assert not failures, "\n".join(failures)
+        return [result for result, _ in results]
+
+    def close(self):
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _serve(pipe, rank):
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError):
+        while True:
+            store, world_size, function, args, arguments = pipe.recv()
+            dist.init_process_group(
+                "gloo", f"file://{store}", timedelta(seconds=PATIENCE), world_size=world_size, rank=rank
+            )
+            try:
+                answer = function(*args, **arguments), None
+            except Exception:
+                answer = None, traceback.format_exc()
+            dist.destroy_process_group()
+            pipe.send(answer)
+    os._exit(0)
+
+
+CHATS = [{"text": f"{k}, " + "x" * (7 * k % 17)} for k in range(101)]
+# What is read by rank 0 of 3 is twenty times as long as what the others read.
+UNEVEN = [{"text": "x" * (60 if k % 3 == 0 else 2)} for k in range(20)]
+MIXED = nanopack.mixture([(CHATS, 2, "chats"), ([{"text": "x" * k} for k in range(9)], 1, "letters")])
+
+
+def loader_of(rows, conversations=CHATS, **arguments):
+    """A loader of this rank, of so many rows on all ranks together. Which rank it is, torch.distributed knows."""
+    arguments = {"seq_len": 16, "workers": 0, **arguments}
+    return nanopack.Loader(conversations, BYTES, rows // dist.get_world_size(), **arguments)
+
+
+def rows_of(batches):
+    """For each batch its rows, to be compared on another process."""
+    return [list(zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True)) for batch in batches]
+
+
+def default_share(**arguments):
+    """What the rank reads by default, and whether it is what it reads when it is told its rank."""
+    own = loader_of(12, **arguments)
+    told = loader_of(12, **arguments, rank=dist.get_rank(), world_size=dist.get_world_size())
+    first = rows_of([next(own)])
+    return first, first == rows_of([next(told)]) and own.state_dict() == told.state_dict()
+
+
+def steps_in_common(grouped, **arguments):
+    """Train to the end, meeting the other ranks at each step; return steps, len() and how many batches hold tokens."""
+    group = dist.group.WORLD if grouped else None
+    with loader_of(3, UNEVEN, **arguments, packing="stream", epochs=2, group=group) as loader:
+        steps = filled = 0
+        for batch in loader:
+            filled_ranks = torch.tensor(int(batch.num_tokens > 0))
+            dist.all_reduce(filled_ranks)
+            assert filled_ranks > 0, "a step in which no rank has anything to train"
+            steps, filled = steps + 1, filled + (batch.num_tokens > 0)
+        dist.barrier()
+        return steps, len(loader), filled
+
+
+def wrong_groups():
+    """What a loader says to a group that is not that of all ranks."""
+    said = []
+    pair = dist.new_group([0, 1])
+    for changes in ({"rank": 0, "world_size": 2}, {"group": pair}, {"epochs": None}):
+        try:
+            loader_of(3, **{"epochs": 1, "group": dist.group.WORLD, **changes})
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def save_and_go_on(path, steps, more, rows, asynchronous=False, **arguments):
+    """Take some steps, save, and return what comes next, and the state that was saved."""
+    with loader_of(rows, **arguments) as loader:
+        for _ in itertools.islice(loader, steps):
+            pass
+        state, what = loader.state_dict(), {"loader": loader, "weights": torch.arange(3)}
+        if asynchronous:
+            saved = dcp.async_save(what, checkpoint_id=path)
+        else:
+            dcp.save(what, checkpoint_id=path)
+        batches = list(itertools.islice(loader, more))
+        if asynchronous:
+            saved.result()
+        return rows_of(batches), state
+
+
+def load_and_go_on(path, in_vain, more, rows, **arguments):
+    """Take some steps in vain, load, and return what comes next, and where the loader stood after loading."""
+    with loader_of(rows, **arguments) as loader:
+        for _ in itertools.islice(loader, in_vain):
+            pass
+        what = {"loader": loader, "weights": torch.zeros(3, dtype=torch.int64)}
+        dcp.load(what, checkpoint_id=path)
+        assert what["weights"].tolist() == [0, 1, 2]
+        state = loader.state_dict()
+        return rows_of(itertools.islice(loader, more)), state

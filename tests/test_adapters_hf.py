@@ -1,0 +1,257 @@
+"""Promises of nanopack/adapters/hf.py: transformers trains on all of the Loader's targets, and documents stay apart."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanopack import Loader
+
+pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack[hf]'")
+
+from tiny_hf import MARKED, make_core, make_tokenizer, shipped
+
+from nanopack.adapters.hf import Batches, model_inputs
+
+DATA = [*shipped(120), {"text": "Once upon a time."}, {"text": "The end."}]
+
+
+def make_model(attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
+    """Return a tiny Llama with random weights, always the same."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1001,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        attn_implementation=attention,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def make_loader(conversations: Any = DATA, template: str = "hf", **arguments: Any) -> Loader:
+    arguments = {"batch_size": 4, "seq_len": 127, "extras": ("positions",), "workers": 0, **arguments}
+    return Loader(conversations, make_tokenizer(MARKED), template=template, device="cpu", **arguments)
+
+
+def loss_of_each(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """The loss of every label, (B, columns - 1); column c is that of the label in column c + 1."""
+    logits = model(**inputs).logits[:, :-1]
+    labels = inputs["labels"][:, 1:]
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+
+
+# The dicts
+
+
+def test_rows_have_a_column_more_and_the_models_own_shift_gives_the_loaders_targets():
+    with make_loader(packing="stream", template="chatml") as loader:
+        for batch, _ in zip(loader, range(5), strict=False):
+            found = model_inputs(batch)
+            assert found.pop("use_cache") is False
+            assert {name: (t.shape, t.dtype) for name, t in found.items()} == dict.fromkeys(
+                ("input_ids", "labels", "position_ids"), ((4, 128), torch.int64)
+            )
+            assert torch.equal(found["labels"][:, 1:], batch.targets)
+            assert torch.equal(found["input_ids"][:, :-1], batch.inputs.long())
+            assert torch.equal(found["position_ids"][:, :-1], batch.positions.long())
+            assert (found["labels"][:, 0] == -100).all()
+            # Where a label is trained the column holds that token: a label is the token it stands under.
+            trained = found["labels"] != -100
+            assert torch.equal(found["input_ids"][trained], found["labels"][trained])
+            assert int(trained.sum()) == batch.num_trained > 0
+
+
+def test_every_trained_token_of_the_data_is_a_label():
+    tokenizer, trained = make_tokenizer(MARKED), 0
+    for record in DATA[:-2]:
+        found = tokenizer.apply_chat_template(record["messages"], return_dict=True, return_assistant_tokens_mask=True)
+        trained += sum(found["assistant_masks"])
+    with make_loader(DATA[:-2], batch_size=1, seq_len=16383, epochs=1) as loader:
+        labels = sum(int((inputs["labels"] != -100).sum()) for inputs in Batches(loader))
+        assert loader.ledger()["tokens"]["cut"] == {}
+    assert labels == trained > 1000
+
+
+def test_static_batches_may_be_kept():
+    with make_loader(static=True) as loader, make_loader() as fresh:
+        kept = [inputs for inputs, _ in zip(Batches(loader), range(3), strict=False)]
+        for inputs, batch in zip(kept, fresh, strict=False):
+            assert torch.equal(inputs["labels"], model_inputs(batch)["labels"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"extras": ()}, r"extras=\(\) lacks \"positions\""),
+        ({"weights": "token"}, "weights='token': the losses of transformers take none"),
+        ({"ignore_index": -1}, "ignore_index=-1: transformers ignores -100"),
+    ],
+    ids=str,
+)
+def test_a_loader_whose_batches_do_not_fit_is_refused(arguments, error):
+    with make_loader(**arguments) as loader:
+        with pytest.raises(ValueError, match=error):
+            Batches(loader)
+        if "ignore_index" not in arguments:
+            with pytest.raises(ValueError, match=r"extras=\(\"positions\",\)|weights=None"):
+                model_inputs(next(loader))
+
+
+# The losses
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("packing", ["best_fit", "pad", "stream"])
+def test_a_packed_token_has_the_loss_that_it_has_when_its_conversation_is_alone(packing, attention):
+    model = make_model(attention).eval()
+    compared = 0
+    with make_loader(packing=packing, max_tokens=100) as loader, torch.no_grad():
+        for batch in [next(loader) for _ in range(3)]:
+            packed = loss_of_each(model, model_inputs(batch))
+            for row, pieces in enumerate(batch.word_pieces):
+                for piece in pieces:
+                    if piece.offset or piece.length < 2:
+                        # The stream cuts documents: what stands in the next row does not see its beginning.
+                        continue
+                    alone = alone_in_a_row(piece.conversation, piece.length)
+                    # The first token of a document is predicted from nothing where it is alone.
+                    expected = loss_of_each(model, alone)[0]
+                    got = packed[row, piece.start : piece.start + piece.length - 1]
+                    # Another shape of attention adds in another order.
+                    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+                    compared += int((alone["labels"] != -100).sum())
+    assert compared > 200
+
+
+def alone_in_a_row(conversation: int, length: int) -> dict[str, torch.Tensor]:
+    """The conversation as transformers itself has it: no packing, no padding, nothing of nanopack's."""
+    record = DATA[conversation]
+    if "text" in record:
+        ids = [0, *make_core().encode(record["text"]).ids]
+        mask = [1] * len(ids)
+    else:
+        tokenizer = make_tokenizer(MARKED)
+        found = tokenizer.apply_chat_template(record["messages"], return_dict=True, return_assistant_tokens_mask=True)
+        ids, mask = found["input_ids"], found["assistant_masks"]
+    labels = [token if trained else -100 for token, trained in zip(ids, mask, strict=True)]
+    rows = {"input_ids": ids, "labels": labels}
+    return {name: torch.tensor([row[:length]]) for name, row in rows.items()}
+
+
+def test_the_models_own_loss_is_the_sum_over_the_targets_divided_by_the_hosts_count():
+    model = make_model(dtype=torch.float64).eval()
+    with make_loader() as loader, torch.no_grad():
+        batch = next(loader)
+        inputs = model_inputs(batch)
+        summed = loss_of_each(model, inputs).sum().item()
+        loss = model(**inputs, num_items_in_batch=batch.num_trained).loss.item()
+    assert math.isclose(loss, summed / batch.num_trained, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"use_cache": True}, {"attention_mask": torch.ones(4, 128)}], ids=["cache", "mask"])
+def test_documents_would_see_each_other_otherwise(change):
+    """Why there is no mask and no cache; and without it the comparison above would prove nothing."""
+    model = make_model().eval()
+    with make_loader(packing="stream") as loader, torch.no_grad():
+        inputs = model_inputs(next(loader))
+        apart = model(**inputs).logits
+        mixed = model(**inputs | change).logits
+    assert (apart - mixed).abs().max() > 1e-3
+
+
+# The trainers
+
+
+def test_accelerate_trains_in_a_loop_of_ones_own():
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install 'nanopack[hf]'")
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = make_model()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=3e-3))
+    losses = []
+    with make_loader(batch_size=8) as loader:
+        for batch, _ in zip(loader, range(20), strict=False):
+            loss = model(**model_inputs(batch), num_items_in_batch=batch.num_trained).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert_learned(losses)
+
+
+def assert_learned(losses: list[float]) -> None:
+    assert len(losses) == 20
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[0] == pytest.approx(math.log(1001), abs=0.2)
+    assert sum(losses[-5:]) / 5 < losses[0] - 0.5
+
+
+def trainer_arguments(folder: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "max_steps": 20,
+        "logging_steps": 1,
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "constant",
+        "gradient_accumulation_steps": 2,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+
+
+def losses_of(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_transformers_trainer_trains_on_the_loaders_batches(tmp_path):
+    pytest.importorskip("accelerate", reason="needs accelerate: pip install 'nanopack[hf]'")
+    from transformers import Trainer, TrainingArguments
+
+    with make_loader(batch_size=8) as loader:
+        trainer = Trainer(make_model(), TrainingArguments(**trainer_arguments(tmp_path)))
+        trainer.get_train_dataloader = lambda: Batches(loader)
+        trainer.train()
+        # Two batches a step, none skipped, none fetched in vain.
+        assert next(loader).step == 40
+    assert_learned(losses_of(trainer))
+
+
+def test_its_first_loss_is_that_of_all_targets_of_both_batches(tmp_path):
+    pytest.importorskip("accelerate", reason="needs accelerate: pip install 'nanopack[hf]'")
+    from transformers import Trainer, TrainingArguments
+
+    with make_loader() as loader:
+        trainer = Trainer(make_model(), TrainingArguments(**trainer_arguments(tmp_path) | {"max_steps": 1}))
+        trainer.get_train_dataloader = lambda: Batches(loader)
+        trainer.train()
+    with make_loader() as loader, torch.no_grad():
+        two = [next(loader), next(loader)]
+        summed = sum(loss_of_each(make_model(), model_inputs(batch)).sum().item() for batch in two)
+    expected = summed / sum(batch.num_trained for batch in two)
+    # float32, added in another order.
+    assert losses_of(trainer)[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_trls_sft_trainer_trains_on_the_loaders_batches(tmp_path):
+    trl = pytest.importorskip("trl", reason="needs trl: pip install 'nanopack[hf]'")
+    datasets = pytest.importorskip("datasets", reason="needs datasets")
+    untouched = datasets.Dataset.from_list([{"input_ids": [0], "labels": [0]}])
+    arguments = trainer_arguments(tmp_path) | {"dataset_kwargs": {"skip_prepare_dataset": True}, "bf16": False}
+    with make_loader(batch_size=8) as loader:
+        trainer = trl.SFTTrainer(
+            make_model(), trl.SFTConfig(**arguments), train_dataset=untouched, processing_class=make_tokenizer(MARKED)
+        )
+        trainer.get_train_dataloader = lambda: Batches(loader)
+        trainer.train()
+    assert_learned(losses_of(trainer))

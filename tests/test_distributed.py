@@ -1,0 +1,208 @@
+"""In real process groups: a killed run goes on bit for bit, on any number of ranks, and no rank waits for ever."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_ranks import (
+    CHATS,
+    MIXED,
+    Ranks,
+    default_share,
+    load_and_go_on,
+    save_and_go_on,
+    steps_in_common,
+    wrong_groups,
+)
+from distributed_run import BYTES, SAVE_EVERY, STEPS
+from torch.distributed.checkpoint.stateful import Stateful
+
+from nanopack import Loader, merge_states
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
+SCRIPT = Path(__file__).with_name("distributed_run.py")
+# As in hypothesis, CI takes the same road each time.
+SEED = 0 if "CI" in os.environ else random.randrange(10_000)
+
+
+class Run:
+    """The training script in a folder, plain or under torchrun, with all processes that come of it."""
+
+    def __init__(self, folder, world_size=None, restarts=0):
+        self.folder = folder
+        self._mark = f"NANOPACK_TEST_RUN={folder}"
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+        torchrun += [f"--nproc-per-node={world_size}", f"--max-restarts={restarts}", "--monitor-interval=0.05"]
+        command = [sys.executable, *(torchrun if world_size else []), SCRIPT, folder]
+        settings = {"NANOPACK_TEST_RUN": str(folder), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        # else ranks that torchrun has started anew find in its store where those that were killed had listened
+        settings["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        self.log = folder / f"log of {world_size or 'no torchrun'}"
+        with open(self.log, "ab") as log:
+            self.first = subprocess.Popen(command, env={**os.environ, **settings}, stdout=log, stderr=log)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for pid in self.processes():
+            kill(pid)
+        self.first.wait(5)
+
+    def processes(self):
+        """Every process of the run, found by what its environment says: a child's child inherits it."""
+        found = set()
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if self._mark.encode() in path.read_bytes().split(b"\0"):
+                    found.add(int(path.parent.name))
+        return found
+
+    def ranks(self, world_size):
+        return [int((self.folder / f"pid{rank}").read_text()) for rank in range(world_size)]
+
+    def lines(self):
+        with contextlib.suppress(FileNotFoundError):
+            return (self.folder / "losses").read_text().splitlines()
+        return []
+
+    def wait_for_step(self, step):
+        until(40, lambda: self.first.poll() is not None or any(line.startswith(f"{step} ") for line in self.lines()))
+        assert self.first.poll() is None, self.log.read_text()
+
+
+def kill(pid):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def until(seconds, is_so):
+    late = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < late, f"not so after {seconds} s"
+        time.sleep(0.01)
+
+
+def test_killed_and_resumed_on_other_numbers_of_ranks_losses_and_weights_are_those_of_the_uninterrupted_run(tmp_path):
+    moments = random.Random(SEED)
+    kills = list(itertools.accumulate(moments.randint(2 * SAVE_EVERY, 14) for _ in range(3)))
+    print(f"SEED = {SEED}: kills at steps {kills}")
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    with Run(tmp_path / "whole") as run:
+        assert run.first.wait(40) == 0, run.log.read_text()
+        whole = run.lines()
+    folder = tmp_path / "killed"
+    with Run(folder, world_size=2, restarts=1) as run:
+        run.wait_for_step(kills[0])
+        before = run.processes() - {run.first.pid}
+        assert len(before) == 4, "two ranks and the producer of each"
+        kill(moments.choice(run.ranks(2)))
+        # torchrun ends the other rank, and starts both again
+        until(4, lambda: not before & run.processes())
+        run.wait_for_step(kills[1])
+        for pid in (run.first.pid, *run.ranks(2)):
+            kill(pid)
+        until(3, lambda: not run.processes())
+    with Run(folder) as run:
+        run.wait_for_step(kills[2])
+        kill(run.first.pid)
+        until(3, lambda: not run.processes())
+    with Run(folder, world_size=4) as run:
+        assert run.first.wait(40) == 0, run.log.read_text()
+        until(3, lambda: not run.processes())
+        lines = run.lines()
+    starts = [line.split() for line in lines if line.startswith("from")]
+    assert [world_size for *_, world_size in starts] == ["2", "2", "1", "4"]
+    for killed_at, (_, start, *_) in zip(kills, starts[1:], strict=True):
+        assert killed_at - SAVE_EVERY < int(start), "it goes on from the last checkpoint before the kill"
+    losses = [line for line in lines if not line.startswith("from")]
+    assert set(losses) == set(whole[1:]) and len(whole[1:]) == STEPS
+    expected, got = torch.load(tmp_path / "whole" / "weights"), torch.load(folder / "weights")
+    for name, weights in expected.items():
+        assert torch.equal(weights, got[name]), name
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    ranks = Ranks(4, tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.close()
+
+
+@pytest.mark.parametrize("shard", ["rank", "row"])
+def test_rank_and_world_size_are_those_of_torch_distributed(ranks, shard):
+    answers = ranks(3, default_share, shard=shard)
+    assert all(same for _, same in answers)
+    assert answers[0][0] != answers[1][0] != answers[2][0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("shard", ["rank", "row"])
+def test_ranks_of_uneven_data_end_together(ranks, shard, grouped, workers):
+    answers = ranks(3, steps_in_common, grouped, shard=shard, workers=workers)
+    steps, length, filled = map(set, zip(*answers, strict=True))
+    assert steps == length == {max(filled)} and min(filled) < max(filled) / 5
+
+
+def test_a_group_that_is_not_that_of_all_ranks_is_refused(ranks):
+    for rank, said in enumerate(ranks(3, wrong_groups)):
+        other, pair, endless = said
+        assert "group has 3 ranks, but world_size=2" in other
+        assert ("group has 2 ranks, but world_size=3" if rank < 2 else "group") in pair
+        assert "group has no meaning without epochs" in endless
+
+
+CASES = {
+    "the default, in mid-epoch": dict(steps=5),
+    "the beginning, where all lists are empty": dict(steps=0),
+    "the end, where all lists are empty": dict(steps=1000, epochs=1),
+    "no document waits": dict(steps=3, packing="pad"),
+    "a stream, and its carried token": dict(steps=3, packing="stream", overlap=True),
+    "a mixture, whose sources are counted": dict(steps=4, conversations=MIXED, packing="best_fit_crop"),
+    "a producer process, shuffled": dict(steps=6, workers=1, shuffle_seed=3, epochs=2),
+}
+
+
+@pytest.mark.parametrize("shard", ["rank", "row"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_loader_goes_on_from_a_distributed_checkpoint(ranks, tmp_path, case, shard):
+    arguments = {"rows": 4, "shard": shard, **CASES[case]}
+    steps = arguments.pop("steps")
+    saved = ranks(2, save_and_go_on, tmp_path, steps, 4, **arguments)
+    # before it loads, a loader may have gone on to anywhere
+    for world_size, in_vain in [(2, 7)] if shard == "rank" else [(2, 7), (1, 0), (4, 2)]:
+        loaded = ranks(world_size, load_and_go_on, tmp_path, in_vain, 4, **arguments)
+        assert together(loaded) == together(saved)
+
+
+def together(answers):
+    """What all ranks' batches hold, row by row, and where they stand together."""
+    batches, states = zip(*answers, strict=True)
+    return [list(itertools.chain(*parts)) for parts in zip(*batches, strict=True)], merge_states(states)
+
+
+def test_a_checkpoint_in_the_background_holds_the_moment_at_which_it_was_begun(ranks, tmp_path):
+    saved = ranks(2, save_and_go_on, tmp_path, 5, 9, rows=4, workers=1, asynchronous=True)
+    assert together(ranks(2, load_and_go_on, tmp_path, 0, 9, rows=4, workers=1)) == together(saved)
+
+
+def test_a_checkpoint_sharded_by_ranks_is_refused_by_other_ranks(ranks, tmp_path):
+    ranks(2, save_and_go_on, tmp_path, 5, 0, rows=4)
+    with pytest.raises(AssertionError, match=r"ValueError: .* world_size was 2, is 1"):
+        ranks(1, load_and_go_on, tmp_path, 0, 0, rows=4)
+
+
+def test_a_loader_is_what_a_distributed_checkpoint_calls_stateful():
+    assert isinstance(Loader(CHATS, BYTES, 2, 16, workers=0), Stateful)

@@ -1,0 +1,82 @@
+"""A Hugging Face tokenizer made here, of the shipped conversations, and chat templates for it: no network."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+# `python -m pytest` puts the checkout on the path, where transformers takes the folder kernels/ for PyPI's package.
+sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).parents[1]]
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CONVERSATIONS = resources.files("nanopack") / "data" / "conversations.jsonl"
+
+# A newline behind a block would be taken for the template's own layout.
+HEADER = "<|im_start|>{{ message['role'] }}\n"
+PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+# ChatML, as most models write it: nothing marked.
+PLAIN = (
+    "{% for message in messages %}" + HEADER + "{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}" + PROMPT
+)  # fmt: skip
+# The same, what is trained marked.
+MARKED = (
+    "{% for message in messages %}" + HEADER + "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}"
+    "{{ '\n' }}{% endfor %}" + PROMPT
+)  # fmt: skip
+# Only the last answer keeps its thoughts, so that what follows changes what stands before.
+FORGETFUL = (
+    "{% for message in messages %}" + HEADER +
+    "{% if loop.last and message['role'] == 'assistant' %}thought {% endif %}"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}" + PROMPT
+)  # fmt: skip
+# Calls of tools are written, and roles must begin with the user's.
+CALLS = (
+    "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
+    "{% for message in messages %}" + HEADER + "{% if message['role'] == 'assistant' %}{% generation %}"
+    "{{ message['content'] }}{% for call in message['tool_calls'] or [] %}{{ call['function']['name'] }}{% endfor %}"
+    "<|im_end|>{% endgeneration %}{% else %}{{ message['content'] }}<|im_end|>{% endif %}"
+    "{{ '\n' }}{% endfor %}" + PROMPT
+)  # fmt: skip
+
+
+def shipped(count: int) -> list[dict[str, Any]]:
+    """The first shipped conversations whose contents are all strings."""
+    records = [json.loads(line) for line in CONVERSATIONS.read_text(encoding="utf-8").splitlines()]
+    return [r for r in records if all(isinstance(m["content"], str) for m in r.get("messages", []))][:count]
+
+
+@functools.cache
+def make_core() -> Any:
+    """Return a byte-level BPE of 1,000 tokens as a bare `tokenizers.Tokenizer`; `<think>` is added, not special."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    # As many real ones have it: offsets without the white space in front.
+    core.post_processor = processors.ByteLevel(trim_offsets=True)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+    )
+    texts = (message["content"] for record in shipped(1000) for message in record.get("messages", []))
+    core.train_from_iterator(texts, trainer)
+    core.add_tokens([AddedToken("<think>", special=False)])
+    return core
+
+
+def make_tokenizer(chat_template: str | None = None, **settings: Any) -> Any:
+    """Return a `transformers.PreTrainedTokenizerFast` around it."""
+    from transformers import PreTrainedTokenizerFast
+
+    defaults = {"tokenizer_object": make_core(), "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    tokenizer = PreTrainedTokenizerFast(**{**defaults, **settings})
+    tokenizer.chat_template = chat_template
+    return tokenizer
