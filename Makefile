@@ -20,8 +20,10 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Each stage alone, then the whole beside what it replaces: minutes, best on a machine that does nothing else.
 bench: .venv/dev
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,ops,rounds
+	$(BIN)/nanopack bench --plot bench.png
 
 # What only a GPU can tell: the tests marked gpu, the memory checker over the kernel, the benchmarks.
 gpu: .venv/dev

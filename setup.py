@@ -12,6 +12,7 @@ TEST = [
     "datasets>=3",
     "safetensors>=0.4",
 ]
+PLOT = ["matplotlib>=3.8"]
 HF = ["transformers>=5", "accelerate>=1.1", "trl>=1"]
 LINT = ["ruff>=0.6", "mypy>=1.11"]
 
@@ -23,7 +24,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["nanopack", "nanopack.adapters", "nanopack.kernels"],
+    packages=["nanopack", "nanopack.adapters", "nanopack.bench", "nanopack.kernels"],
     package_dir={"nanopack.kernels": "kernels"},
     package_data={"nanopack": ["py.typed", "data/*"]},
     install_requires=[
@@ -35,9 +36,10 @@ setup(
     extras_require={
         "parquet": ["pyarrow>=15"],
         "safetensors": ["safetensors>=0.4"],
+        "plot": PLOT,
         "hf": HF,
         "test": TEST,
-        "dev": TEST + LINT,
+        "dev": TEST + PLOT + LINT,
     },
     entry_points={"console_scripts": ["nanopack = nanopack.cli:main"]},
 )

