@@ -11,6 +11,7 @@ TEST = [
     "pyarrow>=15",
     "datasets>=3",
     "safetensors>=0.4",
+    "matplotlib>=3.8",
 ]
 LINT = ["ruff>=0.6", "mypy>=1.11"]
 
@@ -34,6 +35,7 @@ setup(
     extras_require={
         "parquet": ["pyarrow>=15"],
         "safetensors": ["safetensors>=0.4"],
+        "plot": ["matplotlib>=3.8"],
         "test": TEST,
         "dev": TEST + LINT,
     },

@@ -1,8 +1,9 @@
-"""Pack, verify and look at chat conversations from the command line.
+"""Pack, verify and look at chat conversations from the command line, and train on them.
 
     nanopack pack [FILES...]      pack them: speed, padding, what became of every token, the first row drawn
     nanopack verify [FILES...]    hold every batch against the slow reference packer's
     nanopack inspect [FILES...]   how long the conversations are, and what lies where in a batch, drawn
+    nanopack demo-train           train a small GPT on the conversations that ship with nanopack, in about a minute
 
 FILES are .jsonl, .jsonl.gz or .parquet; without any, the conversations that ship with nanopack are taken.
 Results go to stdout, or as one JSON object with --json; progress and errors go to stderr.
@@ -37,14 +38,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanopack import reference
+from nanopack import demo, reference
 from nanopack.batch import Batch
 from nanopack.conversations import ConversationError
 from nanopack.lengths import Lengths, measure
 from nanopack.loader import Loader
 from nanopack.options import LISTED_PIECES, RECIPE_DEFAULTS, TOKENIZERS, parse
 from nanopack.order import Share
-from nanopack.picture import draw_histogram, draw_rows, list_pieces, table
+from nanopack.picture import draw_curves, draw_histogram, draw_rows, list_pieces, table
+from nanopack.plot import save_curve
 from nanopack.progress import Bar, warnings_on_stderr
 from nanopack.render import make_renderer
 from nanopack.tokenizers import Tokenizer
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
-        options = parse(argv, __doc__ or "", pack, verify, inspect)
+        options = parse(argv, __doc__ or "", pack, verify, inspect, demo_train)
     except SystemExit as end:
         return int(end.code or 0)
     with warnings_on_stderr():
@@ -188,6 +190,41 @@ def _explain(loader: Loader, batch: Batch, options: Namespace) -> int:
     print(f"batch {batch.step}, row {row}, column {column}")
     print(f"input   {found.input or 'padding'}\ntarget  {found.target or 'padding'}\n{verdict}: {found.reason}")
     return 0
+
+
+def demo_train(options: Namespace) -> int:
+    """Train a small GPT on the conversations that ship with nanopack, and draw how its loss falls."""
+    curve: Path | None = options.out / "curve.png"
+    with Bar("training") as bar:
+        run = demo.train(
+            options.steps,
+            options.out,
+            resume=options.resume,
+            device=options.device,
+            on_step=lambda step: bar.show(step / options.steps, f"{step:,} steps"),
+        )
+    try:
+        save_curve(run, options.out / "curve.png")
+    except ImportError as error:
+        print(f"nanopack: {error}", file=sys.stderr)
+        curve = None
+    written = [str(path) for path in (demo.checkpoint(options.out), curve) if path]
+    if options.json:
+        _print_json({**dataclasses.asdict(run), "written": written})
+    else:
+        print(f"{_tell_run(run)}\n\nWritten: {', '.join(written)}")
+    return 0
+
+
+def _tell_run(run: demo.Run) -> str:
+    means = run.trained()
+    held_out = [(f"{step:,}", run.held_out[step], means.get(step)) for step in sorted(run.held_out)]
+    lines = [("steps", "trained on", "held out")]
+    lines += [(step, f"{mean:.3f}" if mean else "", f"{loss:.3f}") for step, loss, mean in held_out]
+    curves = [("o", "training", means), ("x", "held-out conversations", run.held_out)]
+    size = f"{run.parameters:,} parameters, {run.tokens:,} tokens in {run.seconds:,.0f} s"
+    drawn = draw_curves(curves, width=_width())
+    return f"A GPT of {size}; the loss of a trained target, in nats:\n\n{table(lines)}\n\n{drawn}"
 
 
 def _conversations(options: Namespace) -> list[str]:

@@ -42,7 +42,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"nanopack: {message}; see {self.prog} --help\n")
 
 
-def parse(argv: Sequence[str] | None, manual: str, pack: Command, verify: Command, inspect: Command) -> Any:
+def parse(
+    argv: Sequence[str] | None, manual: str, pack: Command, verify: Command, inspect: Command, demo_train: Command
+) -> Any:
     """Return what the command line says, the command to call in `.command`. SystemExit after --help or an error."""
     parser = Parser(prog="nanopack", description=manual)
     parser.add_argument("--version", action="version", version=f"nanopack {__version__}")
@@ -64,7 +66,24 @@ def parse(argv: Sequence[str] | None, manual: str, pack: Command, verify: Comman
     _add_inspect_options(inspector)
     for one in (packer, verifier, inspector):
         _add_data_options(one.add_argument_group("which batches"))
+    what = "train a small GPT on the conversations that ship with nanopack"
+    _add_demo_options(commands.add_parser("demo-train", help=what, description=demo_train.__doc__), demo_train)
     return parser.parse_args(argv)
+
+
+def _add_demo_options(parser: argparse.ArgumentParser, run: Command) -> None:
+    parser.set_defaults(command=run)
+    parser.add_argument("--steps", metavar="N", type=_from(1), default=300, help="train so many (default: 300)")
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        type=Path,
+        default=Path("nanopack-demo"),
+        help="write checkpoint.pt and curve.png there (default: nanopack-demo)",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in FOLDER")
+    parser.add_argument("--device", help="where to train (default: the current accelerator, else the CPU)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object to stdout, and nothing else")
 
 
 def _add_inspect_options(parser: argparse.ArgumentParser) -> None:

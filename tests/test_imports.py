@@ -33,6 +33,7 @@ ORDER = [
     "kernels",
     "executor",
     "batch",
+    "attention",
     "memory",
     "stats",
     "explain",
@@ -43,11 +44,12 @@ ORDER = [
     "reference",
     "verify",
     "adapters",
+    "demo",
     "cli",
 ]
 # A folder, not a file.
 PACKAGES = {"kernels", "adapters"}
-COMMAND_LINE = {"options", "progress", "totals", "lengths", "picture"}
+COMMAND_LINE = {"options", "progress", "totals", "lengths", "picture", "plot"}
 
 
 def imported(path: Path, *, at_import: bool = False) -> set[str]:
