@@ -12,6 +12,7 @@ Results go to stdout, or as one JSON object with --json; progress and errors go 
     nanopack verify chats.jsonl --packing stream --max-batches 20
     nanopack inspect chats.jsonl --batch 3 --row 0
     nanopack inspect chats.jsonl --explain 0,17
+    nanopack inspect chats.jsonl --png batch.png --lengths-png lengths.png
 
 Exit code: 0; 1 where verify finds a difference or the ledger does not balance; 2 for bad input; 130 after Ctrl-C.
 """
@@ -46,11 +47,11 @@ from nanopack.loader import Loader
 from nanopack.options import LISTED_PIECES, RECIPE_DEFAULTS, TOKENIZERS, parse
 from nanopack.order import Share
 from nanopack.picture import draw_curves, draw_histogram, draw_rows, list_pieces, table
-from nanopack.plot import save_curve
+from nanopack.plot import load_matplotlib, save_batch, save_curve, save_lengths
 from nanopack.progress import Bar, warnings_on_stderr
 from nanopack.render import make_renderer
 from nanopack.tokenizers import Tokenizer
-from nanopack.totals import Totals, count_batches
+from nanopack.totals import Totals, count_batches, percent
 from nanopack.verify import compare
 
 SAVED = ("inputs", "targets", "weights", "positions", "doc_ids", "cu_seqlens")
@@ -150,6 +151,8 @@ def verify(options: Namespace) -> int:
 
 def inspect(options: Namespace) -> int:
     """Tell how long the conversations are and how well they pack, then draw rows of a batch and list their pieces."""
+    for path in filter(None, (options.png, options.lengths_png)):
+        load_matplotlib(path)
     with _loader(options) as loader:
         if (options.row or 0) >= loader.recipe.batch_size:
             raise ValueError(f"--row={options.row} is outside the batch; use 0 to {loader.recipe.batch_size - 1}")
@@ -160,21 +163,37 @@ def inspect(options: Namespace) -> int:
             if not options.explain:
                 # The rest counts, but is not kept.
                 deque(delivered, maxlen=0)
-        if drawn is None and (options.explain or options.batch):
+        if drawn is None and (options.explain or options.batch or options.png):
             there = f"there {'is' if totals.batches == 1 else 'are'} {count_batches(totals.batches)}, numbered from 0"
             raise ValueError(f"--batch={options.batch} does not exist; {there}")
         if drawn is not None and options.explain:
             return _explain(loader, drawn, options)
         ledger = loader.ledger()
         lengths = _measure(loader, ledger["conversations"]["read"])
+        written = _write_pictures(drawn, lengths, loader, options)
     if options.json:
-        _print_json(_inspection(lengths, loader, totals.report(ledger)))
+        _print_json({**_inspection(lengths, loader, totals.report(ledger)), "written": written})
     else:
         print(f"{_title(options)}\n\n{_tell_lengths(lengths, loader)}")
         print(f"\nPacked with {loader.recipe.packing}:\n\n{table(totals.rows(ledger, speed=False))}")
         if drawn is not None:
             print(f"\n{_picture(drawn, loader, options)}")
+        if written:
+            print(f"\nWritten: {', '.join(written)}")
     return 0 if ledger["balanced"] else 1
+
+
+def _write_pictures(batch: Batch | None, lengths: Lengths, loader: Loader, options: Namespace) -> list[str]:
+    """Write the pictures that were asked for, and return where."""
+    recipe = loader.recipe
+    if options.png and batch:
+        padding = percent(1 - batch.num_tokens / batch.inputs.numel())
+        packed = f"{recipe.batch_size:,} rows x {recipe.seq_len:,} tokens, packed with {recipe.packing}"
+        title = f"{_title(options)}: batch {batch.step}, {packed}, {padding} padding"
+        save_batch(batch, options.png, title=title, ignore_index=recipe.ignore_index)
+    if options.lengths_png:
+        save_lengths(lengths, recipe, options.lengths_png, title=_title(options))
+    return [str(path) for path in (options.png, options.lengths_png) if path]
 
 
 def _explain(loader: Loader, batch: Batch, options: Namespace) -> int:

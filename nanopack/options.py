@@ -59,7 +59,10 @@ def parse(
 
     packer = command(pack, "pack", "pack conversations into batches, and report")
     packer.add_argument(
-        "--save", metavar="OUT", type=_save_path, help="write the batches to OUT.npz or OUT.safetensors"
+        "--save",
+        metavar="OUT",
+        type=_path(".npz", ".safetensors"),
+        help="write the batches to OUT.npz or OUT.safetensors",
     )
     verifier = command(verify, "verify", "compare the batches with the slow reference packer's")
     inspector = command(inspect, "inspect", "tell how long the conversations are, and draw a batch")
@@ -97,6 +100,13 @@ def _add_inspect_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--explain", metavar="ROW,COL", type=_place, help="say only where this token came from, and why it is trained"
+    )
+    parser.add_argument("--png", metavar="OUT", type=_path(".png"), help="draw all rows of the batch into OUT.png")
+    parser.add_argument(
+        "--lengths-png",
+        metavar="OUT",
+        type=_path(".png"),
+        help="draw how long the documents are, and the padding of each packing and window, into OUT.png",
     )
 
 
@@ -161,12 +171,15 @@ def _place(text: str) -> tuple[int, int]:
     return int(row), int(column)
 
 
-def _save_path(text: str) -> Path:
-    path = Path(text)
-    if path.suffix not in (".npz", ".safetensors"):
-        raise argparse.ArgumentTypeError(f"{text!r} ends neither in .npz nor in .safetensors")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: there is no folder {str(path.parent)!r}")
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: it is a folder")
+def _path(*suffixes: str) -> Callable[[str], Path]:
+    def path(text: str) -> Path:
+        found = Path(text)
+        if found.suffix not in suffixes:
+            raise argparse.ArgumentTypeError(f"{text!r} does not end in {' or '.join(suffixes)}")
+        if not found.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be written: there is no folder {str(found.parent)!r}")
+        if found.is_dir():
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be written: it is a folder")
+        return found
+
     return path

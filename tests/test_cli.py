@@ -299,6 +299,31 @@ def test_without_safetensors_the_extra_is_named_before_anything_is_packed(run, t
     assert "a.safetensors needs safetensors; pip install nanopack[safetensors]" in line
 
 
+# What is drawn
+
+
+def test_inspect_draws_pictures_of_the_batch_and_of_the_lengths(run, chats, tmp_path):
+    batch, lengths = tmp_path / "batch.png", tmp_path / "lengths.png"
+    code, out, err = run("inspect", chats, *SMALL, "--batch", 2, "--png", batch, "--lengths-png", lengths)
+    assert (code, err) == (0, "") and out.endswith(f"\nWritten: {batch}, {lengths}\n")
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (batch, lengths))
+    code, out, _ = run("inspect", chats, *SMALL, "--png", batch, "--json")
+    assert json.loads(out)["written"] == [str(batch)]
+
+
+@pytest.mark.parametrize("option", ["--png", "--lengths-png"])
+def test_without_matplotlib_the_extra_is_named_before_anything_is_packed(run, tmp_path, monkeypatch, option):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(cli, "Loader", None)
+    line = refusal(run("inspect", option, tmp_path / "a.png"))
+    assert "a.png needs matplotlib; pip install nanopack[plot]" in line
+
+
+def test_no_picture_of_a_batch_that_is_not_there(run, untrained, tmp_path):
+    assert "--batch=0 does not exist" in refusal(run("inspect", untrained, "--png", tmp_path / "a.png"))
+    assert not (tmp_path / "a.png").exists()
+
+
 # What is refused
 
 
@@ -352,7 +377,9 @@ REFUSED = {
     "template without tokens": (["pack", "--template", "chatml"], "lacks special tokens of --template='chatml'"),
     "endless": (["pack", "--epochs", "0"], "--epochs=0 is not allowed"),
     "no batch": (["pack", "--max-batches", "0"], "--max-batches: '0' is not a number from 1 upwards"),
-    "saved as csv": (["pack", "--save", "a.csv"], "'a.csv' ends neither in .npz nor in .safetensors"),
+    "saved as csv": (["pack", "--save", "a.csv"], "'a.csv' does not end in .npz or .safetensors"),
+    "drawn as jpg": (["inspect", "--png", "a.jpg"], "--png: 'a.jpg' does not end in .png"),
+    "drawn nowhere": (["inspect", "--lengths-png", "nowhere/a.png"], "there is no folder 'nowhere'"),
     "saved nowhere": (["pack", "--save", "nowhere/a.npz"], "there is no folder 'nowhere'"),
     "batch beyond the end": (["inspect", "--batch", "99"], "--batch=99 does not exist; there are 5 batches"),
     "explained beyond the end": (["inspect", "--batch", "99", "--explain", "0,0"], "--batch=99 does not exist"),
