@@ -12,7 +12,7 @@ Results go to stdout, or as one JSON object with --json; progress and errors go 
     nanopack verify chats.jsonl --packing stream --max-batches 20
     nanopack inspect chats.jsonl --batch 3 --row 0
     nanopack inspect chats.jsonl --explain 0,17
-    nanopack inspect chats.jsonl --png batch.png --lengths-png lengths.png
+    nanopack inspect chats.jsonl --png batch.png --lengths-png lengths.png --html batch.html
 
 Exit code: 0; 1 where verify finds a difference or the ledger does not balance; 2 for bad input; 130 after Ctrl-C.
 """
@@ -46,6 +46,7 @@ from nanopack.lengths import Lengths, measure
 from nanopack.loader import Loader
 from nanopack.options import LISTED_PIECES, RECIPE_DEFAULTS, TOKENIZERS, parse
 from nanopack.order import Share
+from nanopack.page import explain_rows, save_page
 from nanopack.picture import draw_curves, draw_histogram, draw_rows, list_pieces, table
 from nanopack.plot import load_matplotlib, save_batch, save_curve, save_lengths
 from nanopack.progress import Bar, warnings_on_stderr
@@ -163,7 +164,7 @@ def inspect(options: Namespace) -> int:
             if not options.explain:
                 # The rest counts, but is not kept.
                 deque(delivered, maxlen=0)
-        if drawn is None and (options.explain or options.batch or options.png):
+        if drawn is None and (options.explain or options.batch or options.png or options.html):
             there = f"there {'is' if totals.batches == 1 else 'are'} {count_batches(totals.batches)}, numbered from 0"
             raise ValueError(f"--batch={options.batch} does not exist; {there}")
         if drawn is not None and options.explain:
@@ -186,14 +187,17 @@ def inspect(options: Namespace) -> int:
 def _write_pictures(batch: Batch | None, lengths: Lengths, loader: Loader, options: Namespace) -> list[str]:
     """Write the pictures that were asked for, and return where."""
     recipe = loader.recipe
-    if options.png and batch:
-        padding = percent(1 - batch.num_tokens / batch.inputs.numel())
+    if batch:
         packed = f"{recipe.batch_size:,} rows x {recipe.seq_len:,} tokens, packed with {recipe.packing}"
+        padding = percent(1 - batch.num_tokens / batch.inputs.numel())
         title = f"{_title(options)}: batch {batch.step}, {packed}, {padding} padding"
+    if batch and options.png:
         save_batch(batch, options.png, title=title, ignore_index=recipe.ignore_index)
+    if batch and options.html:
+        save_page(explain_rows(batch, loader), options.html, title=title)
     if options.lengths_png:
         save_lengths(lengths, recipe, options.lengths_png, title=_title(options))
-    return [str(path) for path in (options.png, options.lengths_png) if path]
+    return [str(path) for path in (options.png, options.lengths_png, options.html) if path]
 
 
 def _explain(loader: Loader, batch: Batch, options: Namespace) -> int:

@@ -108,6 +108,12 @@ def _add_inspect_options(parser: argparse.ArgumentParser) -> None:
         type=_path(".png"),
         help="draw how long the documents are, and the padding of each packing and window, into OUT.png",
     )
+    parser.add_argument(
+        "--html",
+        metavar="OUT",
+        type=_path(".html"),
+        help="write a page where every token of the batch tells its origin",
+    )
 
 
 def _add_data_options(group: argparse._ArgumentGroup) -> None:

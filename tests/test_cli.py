@@ -320,8 +320,9 @@ def test_without_matplotlib_the_extra_is_named_before_anything_is_packed(run, tm
 
 
 def test_no_picture_of_a_batch_that_is_not_there(run, untrained, tmp_path):
-    assert "--batch=0 does not exist" in refusal(run("inspect", untrained, "--png", tmp_path / "a.png"))
-    assert not (tmp_path / "a.png").exists()
+    for option, path in (("--png", tmp_path / "a.png"), ("--html", tmp_path / "a.html")):
+        assert "--batch=0 does not exist" in refusal(run("inspect", untrained, option, path))
+        assert not path.exists()
 
 
 # What is refused
@@ -380,6 +381,7 @@ REFUSED = {
     "saved as csv": (["pack", "--save", "a.csv"], "'a.csv' does not end in .npz or .safetensors"),
     "drawn as jpg": (["inspect", "--png", "a.jpg"], "--png: 'a.jpg' does not end in .png"),
     "drawn nowhere": (["inspect", "--lengths-png", "nowhere/a.png"], "there is no folder 'nowhere'"),
+    "page as htm": (["inspect", "--html", "a.htm"], "--html: 'a.htm' does not end in .html"),
     "saved nowhere": (["pack", "--save", "nowhere/a.npz"], "there is no folder 'nowhere'"),
     "batch beyond the end": (["inspect", "--batch", "99"], "--batch=99 does not exist; there are 5 batches"),
     "explained beyond the end": (["inspect", "--batch", "99", "--explain", "0,0"], "--batch=99 does not exist"),
@@ -631,7 +633,7 @@ def test_words_that_stdout_cannot_write_are_escaped(tmp_path):
 def test_help_imports_neither_triton_nor_what_an_extra_brings():
     code = (
         "import sys; from nanopack.cli import main; main(['pack', '--help']); "
-        "print([name for name in ('triton', 'pyarrow', 'safetensors', 'transformers') if name in sys.modules])"
+        "print(sorted({'triton', 'pyarrow', 'safetensors', 'transformers', 'matplotlib'} & {*sys.modules}))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)

@@ -49,7 +49,7 @@ ORDER = [
 ]
 # A folder, not a file.
 PACKAGES = {"kernels", "adapters"}
-COMMAND_LINE = {"options", "progress", "totals", "lengths", "picture", "plot"}
+COMMAND_LINE = {"options", "progress", "totals", "lengths", "page", "picture", "plot"}
 
 
 def imported(path: Path, *, at_import: bool = False) -> set[str]:
