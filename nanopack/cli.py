@@ -152,6 +152,10 @@ def verify(options: Namespace) -> int:
 
 def inspect(options: Namespace) -> int:
     """Tell how long the conversations are and how well they pack, then draw rows of a batch and list their pieces."""
+    if options.explain and (options.png or options.lengths_png or options.html):
+        raise ValueError(
+            "--explain tells of one token and draws nothing; leave it out, or --png, --lengths-png, --html"
+        )
     for path in filter(None, (options.png, options.lengths_png)):
         load_matplotlib(path)
     with _loader(options) as loader:

@@ -382,6 +382,10 @@ REFUSED = {
     "drawn as jpg": (["inspect", "--png", "a.jpg"], "--png: 'a.jpg' does not end in .png"),
     "drawn nowhere": (["inspect", "--lengths-png", "nowhere/a.png"], "there is no folder 'nowhere'"),
     "page as htm": (["inspect", "--html", "a.htm"], "--html: 'a.htm' does not end in .html"),
+    "explained and drawn": (
+        ["inspect", "--explain", "0,0", "--html", "a.html"],
+        "--explain tells of one token and draws",
+    ),
     "saved nowhere": (["pack", "--save", "nowhere/a.npz"], "there is no folder 'nowhere'"),
     "batch beyond the end": (["inspect", "--batch", "99"], "--batch=99 does not exist; there are 5 batches"),
     "explained beyond the end": (["inspect", "--batch", "99", "--explain", "0,0"], "--batch=99 does not exist"),
