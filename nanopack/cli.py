@@ -1,9 +1,10 @@
-"""Pack, verify and look at chat conversations from the command line, and measure how fast that is.
+"""Pack, verify and look at chat conversations from the command line, measure how fast that is, and train on them.
 
     nanopack pack [FILES...]      pack them: speed, padding, what became of every token, the first row drawn
     nanopack verify [FILES...]    hold every batch against the slow reference packer's
     nanopack inspect [FILES...]   how long the conversations are, and what lies where in a batch, drawn
     nanopack bench [FILES...]     how fast, beside the loaders it replaces and the tokenizer alone; minutes
+    nanopack demo-train           train a small GPT on the conversations that ship with nanopack, in about a minute
 
 FILES are .jsonl, .jsonl.gz or .parquet; without any, the conversations that ship with nanopack are taken.
 Results go to stdout, or as one JSON object with --json; progress and errors go to stderr.
@@ -13,6 +14,7 @@ Results go to stdout, or as one JSON object with --json; progress and errors go 
     nanopack inspect chats.jsonl --batch 3 --row 0
     nanopack inspect chats.jsonl --explain 0,17
     nanopack bench chats.jsonl --only a,c --plot bench.png
+    nanopack inspect chats.jsonl --png batch.png --lengths-png lengths.png --html batch.html
 
 Exit code: 0; 1 where verify finds a difference or the ledger does not balance; 2 for bad input; 130 after Ctrl-C.
 """
@@ -40,18 +42,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanopack import reference
+from nanopack import demo, reference
 from nanopack.batch import Batch
 from nanopack.conversations import ConversationError
 from nanopack.lengths import Lengths, measure
 from nanopack.loader import Loader
 from nanopack.options import LISTED_PIECES, RECIPE_DEFAULTS, TOKENIZERS, parse
 from nanopack.order import Share
-from nanopack.picture import draw_histogram, draw_rows, list_pieces, table
+from nanopack.page import explain_rows, save_page
+from nanopack.picture import draw_curves, draw_histogram, draw_rows, list_pieces, table
+from nanopack.plot import load_matplotlib, save_batch, save_curve, save_lengths
 from nanopack.progress import Bar, warnings_on_stderr
 from nanopack.render import make_renderer
 from nanopack.tokenizers import AnyTokenizer, load_tokenizer
-from nanopack.totals import Totals, count_batches
+from nanopack.totals import Totals, count_batches, percent
 from nanopack.verify import compare
 
 SAVED = ("inputs", "targets", "weights", "positions", "doc_ids", "cu_seqlens")
@@ -84,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
-        options = parse(argv, __doc__ or "", pack, verify, inspect, bench)
+        options = parse(argv, __doc__ or "", pack, verify, inspect, bench, demo_train)
     except SystemExit as end:
         return int(end.code or 0)
     with warnings_on_stderr():
@@ -151,6 +155,12 @@ def verify(options: Namespace) -> int:
 
 def inspect(options: Namespace) -> int:
     """Tell how long the conversations are and how well they pack, then draw rows of a batch and list their pieces."""
+    if options.explain and (options.png or options.lengths_png or options.html):
+        raise ValueError(
+            "--explain tells of one token and draws nothing; leave it out, or --png, --lengths-png, --html"
+        )
+    for path in filter(None, (options.png, options.lengths_png)):
+        load_matplotlib(path)
     with _loader(options) as loader:
         if (options.row or 0) >= loader.recipe.batch_size:
             raise ValueError(f"--row={options.row} is outside the batch; use 0 to {loader.recipe.batch_size - 1}")
@@ -161,20 +171,23 @@ def inspect(options: Namespace) -> int:
             if not options.explain:
                 # The rest counts, but is not kept.
                 deque(delivered, maxlen=0)
-        if drawn is None and (options.explain or options.batch):
+        if drawn is None and (options.explain or options.batch or options.png or options.html):
             there = f"there {'is' if totals.batches == 1 else 'are'} {count_batches(totals.batches)}, numbered from 0"
             raise ValueError(f"--batch={options.batch} does not exist; {there}")
         if drawn is not None and options.explain:
             return _explain(loader, drawn, options)
         ledger = loader.ledger()
         lengths = _measure(loader, ledger["conversations"]["read"])
+        written = _write_pictures(drawn, lengths, loader, options)
     if options.json:
-        _print_json(_inspection(lengths, loader, totals.report(ledger)))
+        _print_json({**_inspection(lengths, loader, totals.report(ledger)), "written": written})
     else:
         print(f"{_title(options)}\n\n{_tell_lengths(lengths, loader)}")
         print(f"\nPacked with {loader.recipe.packing}:\n\n{table(totals.rows(ledger, speed=False))}")
         if drawn is not None:
             print(f"\n{_picture(drawn, loader, options)}")
+        if written:
+            print(f"\nWritten: {', '.join(written)}")
     return 0 if ledger["balanced"] else 1
 
 
@@ -197,6 +210,22 @@ def bench(options: Namespace) -> int:
     return 0
 
 
+def _write_pictures(batch: Batch | None, lengths: Lengths, loader: Loader, options: Namespace) -> list[str]:
+    """Write the pictures that were asked for, and return where."""
+    recipe = loader.recipe
+    if batch:
+        packed = f"{recipe.batch_size:,} rows x {recipe.seq_len:,} tokens, packed with {recipe.packing}"
+        padding = percent(1 - batch.num_tokens / batch.inputs.numel())
+        title = f"{_title(options)}: batch {batch.step}, {packed}, {padding} padding"
+    if batch and options.png:
+        save_batch(batch, options.png, title=title, ignore_index=recipe.ignore_index)
+    if batch and options.html:
+        save_page(explain_rows(batch, loader), options.html, title=title)
+    if options.lengths_png:
+        save_lengths(lengths, recipe, options.lengths_png, title=_title(options))
+    return [str(path) for path in (options.png, options.lengths_png, options.html) if path]
+
+
 def _explain(loader: Loader, batch: Batch, options: Namespace) -> int:
     row, column = options.explain
     try:
@@ -210,6 +239,41 @@ def _explain(loader: Loader, batch: Batch, options: Namespace) -> int:
     print(f"batch {batch.step}, row {row}, column {column}")
     print(f"input   {found.input or 'padding'}\ntarget  {found.target or 'padding'}\n{verdict}: {found.reason}")
     return 0
+
+
+def demo_train(options: Namespace) -> int:
+    """Train a small GPT on the conversations that ship with nanopack, and draw how its loss falls."""
+    curve: Path | None = options.out / "curve.png"
+    with Bar("training") as bar:
+        run = demo.train(
+            options.steps,
+            options.out,
+            resume=options.resume,
+            device=options.device,
+            on_step=lambda step: bar.show(step / options.steps, f"{step:,} steps"),
+        )
+    try:
+        save_curve(run, options.out / "curve.png")
+    except ImportError as error:
+        print(f"nanopack: {error}", file=sys.stderr)
+        curve = None
+    written = [str(path) for path in (demo.checkpoint(options.out), curve) if path]
+    if options.json:
+        _print_json({**dataclasses.asdict(run), "written": written})
+    else:
+        print(f"{_tell_run(run)}\n\nWritten: {', '.join(written)}")
+    return 0
+
+
+def _tell_run(run: demo.Run) -> str:
+    means = run.trained()
+    held_out = [(f"{step:,}", run.held_out[step], means.get(step)) for step in sorted(run.held_out)]
+    lines = [("steps", "trained on", "held out")]
+    lines += [(step, f"{mean:.3f}" if mean else "", f"{loss:.3f}") for step, loss, mean in held_out]
+    curves = [("o", "training", means), ("x", "held-out conversations", run.held_out)]
+    size = f"{run.parameters:,} parameters, {run.tokens:,} tokens in {run.seconds:,.0f} s"
+    drawn = draw_curves(curves, width=_width())
+    return f"A GPT of {size}; the loss of a trained target, in nats:\n\n{table(lines)}\n\n{drawn}"
 
 
 def _conversations(options: Namespace) -> list[str]:

@@ -7,8 +7,9 @@ Works on the host from what the batch tells of its pieces; no tensor is looked a
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nanopack.batch import Batch, Piece
@@ -81,32 +82,65 @@ def explain(
         if not 0 <= index < size:
             raise IndexError(f"{name}={index} is outside the batch; use 0 to {size - 1}")
 
-    def token(column: int) -> Token | None:
-        piece = next((p for p in batch.word_pieces[row] if p.start <= column < p.start + p.length), None)
-        return None if piece is None else _token(piece, column, source, tokenizer, render, recipe)
-
-    here, following = token(col), token(col + 1)
-    trained = following is not None and following.trained
-    return Explanation(here, following, trained, _reason(here, following, recipe))
+    pieces = [p for p in batch.word_pieces[row] if p.start <= col + 1 and col < p.start + p.length]
+    here, following = _tokens(pieces, range(col, col + 2), source, tokenizer, render, recipe)
+    return _explained(here, following, recipe)
 
 
-def _token(
-    piece: Piece,
-    column: int,
+def explain_row(
+    batch: Batch,
+    row: int,
+    *,
     source: Source,
     tokenizer: AnyTokenizer,
     render: Callable[[Conversation], Document],
     recipe: Recipe,
+) -> list[Explanation]:
+    """Return what `explain` says of each slot of a row; a conversation is rendered once for all of its slots."""
+    columns = range(recipe.seq_len + 1)
+    tokens = _tokens(batch.word_pieces[row], columns, source, tokenizer, render, recipe)
+    return [_explained(here, following, recipe) for here, following in itertools.pairwise(tokens)]
+
+
+def _explained(here: Token | None, following: Token | None, recipe: Recipe) -> Explanation:
+    trained = following is not None and following.trained
+    return Explanation(here, following, trained, _reason(here, following, recipe))
+
+
+def _tokens(
+    pieces: Sequence[Piece],
+    columns: range,
+    source: Source,
+    tokenizer: AnyTokenizer,
+    render: Callable[[Conversation], Document],
+    recipe: Recipe,
+) -> list[Token | None]:
+    """Return what stands in each of the columns, which follow each other: a token of one of the pieces, or None."""
+    found: dict[int, Token] = {}
+    for piece in pieces:
+        conversation = check(source[piece.conversation])
+        document, where = render(conversation), source.where(piece.conversation)
+        for column in range(max(piece.start, columns[0]), min(piece.start + piece.length, columns[-1] + 1)):
+            offset = piece.offset + column - piece.start
+            found[column] = _token(piece.conversation, where, offset, conversation, document, tokenizer, recipe)
+    return [found.get(column) for column in columns]
+
+
+def _token(
+    index: int,
+    where: str,
+    offset: int,
+    conversation: Conversation,
+    document: Document,
+    tokenizer: AnyTokenizer,
+    recipe: Recipe,
 ) -> Token:
-    conversation = check(source[piece.conversation])
-    document = render(conversation)
-    offset = piece.offset + column - piece.start
     # a merged system message begins where the user's does: the later one is meant
     message = bisect_right(document.starts, offset) - 1
     token_id = int(document.ids[offset])
     return Token(
-        conversation=piece.conversation,
-        where=source.where(piece.conversation),
+        conversation=index,
+        where=where,
         offset=offset,
         message=message if message >= 0 else None,
         role=conversation.messages[message].role if message >= 0 else None,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanopack.conversations import Conversation, Source, check
+from nanopack.packing import make_packer
 from nanopack.recipe import Recipe
 from nanopack.render import Document
 
@@ -90,6 +91,22 @@ class Lengths:
             inside = self.tokens[(self.tokens >= least) & (self.tokens <= (np.inf if most is None else most))]
             bins.append(Bin(least, most, len(inside), int(inside.sum())))
         return bins
+
+    def padding(self, recipe: Recipe, packing: str, window: int | None) -> float:
+        """Return which share of 1 of the slots is padding when these documents are packed so, once; 0 without any.
+
+        A document in which nothing is trained any more once it is cut to a row counts here; a loader may drop it.
+        """
+        drops = recipe.loss == "assistant" and packing in ("best_fit", "pad")
+        kept = self.tokens[self.trained > 0] if drops else self.tokens
+        documents = iter(enumerate(np.minimum(kept, recipe.row_tokens).tolist()))
+        columns = recipe.seq_len
+        packer = make_packer(packing, lambda: next(documents, None), batch_size=1, seq_len=columns, window=window)
+        rows = tokens = 0
+        while row := packer.next_rows():
+            rows += 1
+            tokens += min(columns, sum(run.length for run in row[0]))
+        return 1 - tokens / (rows * columns) if rows else 0.0
 
 
 def _fate(recipe: Recipe) -> str:

@@ -53,7 +53,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(
-    argv: Sequence[str] | None, manual: str, pack: Command, verify: Command, inspect: Command, bench: Command
+    argv: Sequence[str] | None,
+    manual: str,
+    pack: Command,
+    verify: Command,
+    inspect: Command,
+    bench: Command,
+    demo_train: Command,
 ) -> Any:
     """Return what the command line says, the command to call in `.command`. SystemExit after --help or an error."""
     parser = Parser(prog="nanopack", description=manual)
@@ -69,7 +75,10 @@ def parse(
 
     packer = command(pack, "pack", "pack conversations into batches, and report")
     packer.add_argument(
-        "--save", metavar="OUT", type=_save_path, help="write the batches to OUT.npz or OUT.safetensors"
+        "--save",
+        metavar="OUT",
+        type=_path(".npz", ".safetensors"),
+        help="write the batches to OUT.npz or OUT.safetensors",
     )
     verifier = command(verify, "verify", "compare the batches with the slow reference packer's")
     inspector = command(inspect, "inspect", "tell how long the conversations are, and draw a batch")
@@ -77,7 +86,24 @@ def parse(
     for one in (packer, verifier, inspector):
         _add_data_options(one.add_argument_group("which batches"))
     _add_bench_options(command(bench, "bench", "measure nanopack against what it replaces, and its bounds"))
+    what = "train a small GPT on the conversations that ship with nanopack"
+    _add_demo_options(commands.add_parser("demo-train", help=what, description=demo_train.__doc__), demo_train)
     return parser.parse_args(argv)
+
+
+def _add_demo_options(parser: argparse.ArgumentParser, run: Command) -> None:
+    parser.set_defaults(command=run)
+    parser.add_argument("--steps", metavar="N", type=_from(1), default=300, help="train so many (default: 300)")
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        type=Path,
+        default=Path("nanopack-demo"),
+        help="write checkpoint.pt and curve.png there (default: nanopack-demo)",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in FOLDER")
+    parser.add_argument("--device", help="where to train (default: the current accelerator, else the CPU)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object to stdout, and nothing else")
 
 
 def _add_inspect_options(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +118,19 @@ def _add_inspect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--explain", metavar="ROW,COL", type=_place, help="say only where this token came from, and why it is trained"
     )
+    parser.add_argument("--png", metavar="OUT", type=_path(".png"), help="draw all rows of the batch into OUT.png")
+    parser.add_argument(
+        "--lengths-png",
+        metavar="OUT",
+        type=_path(".png"),
+        help="draw how long the documents are, and the padding of each packing and window, into OUT.png",
+    )
+    parser.add_argument(
+        "--html",
+        metavar="OUT",
+        type=_path(".html"),
+        help="write a page where every token of the batch tells its origin",
+    )
 
 
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +141,7 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         "--only", metavar="A,B", type=_sections, default=list(SECTIONS), help=f"some of the sections: {sections}"
     )
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes: to see that it runs")
-    parser.add_argument("--plot", metavar="OUT.png", type=_plot_path, help="draw the numbers too (needs matplotlib)")
+    parser.add_argument("--plot", metavar="OUT.png", type=_path(".png"), help="draw the numbers too (needs matplotlib)")
 
 
 def _add_data_options(group: argparse._ArgumentGroup) -> None:
@@ -173,22 +212,15 @@ def _sections(text: str) -> list[str]:
     return [letter for letter in SECTIONS if letter in wanted]
 
 
-def _save_path(text: str) -> Path:
-    if not text.endswith((".npz", ".safetensors")):
-        raise argparse.ArgumentTypeError(f"{text!r} ends neither in .npz nor in .safetensors")
-    return _writable(text)
+def _path(*suffixes: str) -> Callable[[str], Path]:
+    def path(text: str) -> Path:
+        found = Path(text)
+        if found.suffix not in suffixes:
+            raise argparse.ArgumentTypeError(f"{text!r} does not end in {' or '.join(suffixes)}")
+        if not found.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be written: there is no folder {str(found.parent)!r}")
+        if found.is_dir():
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be written: it is a folder")
+        return found
 
-
-def _plot_path(text: str) -> Path:
-    if not text.endswith(".png"):
-        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
-    return _writable(text)
-
-
-def _writable(text: str) -> Path:
-    path = Path(text)
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: there is no folder {str(path.parent)!r}")
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: it is a folder")
     return path

@@ -3,6 +3,7 @@
     Batch   ->   draw_rows()     ->   one line a row: which conversation stands where, what is trained, what is padding
                  list_pieces()   ->   the pieces of one row: file and line, tokens, the first words
     rows    ->   table()         ->   columns under each other; cli.py prints all of it
+    curves  ->   draw_curves()   ->   how some numbers go up and down
 
 Strings only: nothing here looks at the terminal, so the caller says how wide it is and whether it shows colours.
 Without colours a letter stands for a conversation, and everything is ASCII but the words of the conversations.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from string import ascii_lowercase
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ TRAINED, UNTRAINED = "█", "▒"
 NO_MARK = "Where the mark is missing, the conversation is too short to show in the row."
 RESET = "\x1b[0m"
 RULER_STEP = 10
+CURVE_WIDTH, CURVE_HEIGHT = 72, 12
 LEAST_TEXT = 16
 """Columns that words get on a terminal too narrow for the table before them."""
 
@@ -196,6 +198,40 @@ def draw_histogram(bins: Sequence[Bin], *, width: int, colour: bool) -> str:
         share = f"{found.tokens / tokens:.1%}"
         lines.append(f"{name:>{gutter}}  {found.documents:>9,}  {bar:<{room}}  {share:>13}")
     return "\n".join(lines)
+
+
+def draw_curves(curves: Sequence[tuple[str, str, Mapping[int, float]]], *, width: int) -> str:
+    """Return curves of (mark, name, y by x) over one another, the later on top, above their key.
+
+    >>> print(draw_curves([("o", "loss", {0: 3.0, 4: 1.5, 10: 1.0})], width=18))
+     3.00  o
+           :
+           :
+           :
+           :
+           :
+           :
+           :
+           :   o
+           :
+           :
+     1.00  :        o
+           0       10
+           o loss
+    """
+    xs = [x for _, _, points in curves for x in points]
+    ys = [y for _, _, points in curves for y in points.values()]
+    top, bottom, right = max(ys), min(ys), max(xs) or 1
+    room = max(2, min(width, CURVE_WIDTH) - 8)
+    lines = [[":"] + [" "] * (room - 1) for _ in range(CURVE_HEIGHT)]
+    for mark, _, points in curves:
+        for x, y in points.items():
+            height = (top - y) / (top - bottom or 1)
+            lines[round(height * (CURVE_HEIGHT - 1))][round(x / right * (room - 1))] = mark
+    names = [f"{top:5.2f}", *[""] * (CURVE_HEIGHT - 2), f"{bottom:5.2f}"]
+    drawn = [f"{name:>5}  {''.join(line)}".rstrip() for name, line in zip(names, lines, strict=True)]
+    key = "   ".join(f"{mark} {name}" for mark, name, _ in curves)
+    return "\n".join([*drawn, f"{'':7}0{right:>{room - 1}}", f"{'':7}{key}"])
 
 
 def table(rows: Sequence[tuple[str, str, str]]) -> str:

@@ -299,6 +299,32 @@ def test_without_safetensors_the_extra_is_named_before_anything_is_packed(run, t
     assert "a.safetensors needs safetensors; pip install nanopack[safetensors]" in line
 
 
+# What is drawn
+
+
+def test_inspect_draws_pictures_of_the_batch_and_of_the_lengths(run, chats, tmp_path):
+    batch, lengths = tmp_path / "batch.png", tmp_path / "lengths.png"
+    code, out, err = run("inspect", chats, *SMALL, "--batch", 2, "--png", batch, "--lengths-png", lengths)
+    assert (code, err) == (0, "") and out.endswith(f"\nWritten: {batch}, {lengths}\n")
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (batch, lengths))
+    code, out, _ = run("inspect", chats, *SMALL, "--png", batch, "--json")
+    assert json.loads(out)["written"] == [str(batch)]
+
+
+@pytest.mark.parametrize("option", ["--png", "--lengths-png"])
+def test_without_matplotlib_the_extra_is_named_before_anything_is_packed(run, tmp_path, monkeypatch, option):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(cli, "Loader", None)
+    line = refusal(run("inspect", option, tmp_path / "a.png"))
+    assert "a.png needs matplotlib; pip install nanopack[plot]" in line
+
+
+def test_no_picture_of_a_batch_that_is_not_there(run, untrained, tmp_path):
+    for option, path in (("--png", tmp_path / "a.png"), ("--html", tmp_path / "a.html")):
+        assert "--batch=0 does not exist" in refusal(run("inspect", untrained, option, path))
+        assert not path.exists()
+
+
 # What is refused
 
 
@@ -352,7 +378,14 @@ REFUSED = {
     "template without tokens": (["pack", "--template", "chatml"], "lacks special tokens of --template='chatml'"),
     "endless": (["pack", "--epochs", "0"], "--epochs=0 is not allowed"),
     "no batch": (["pack", "--max-batches", "0"], "--max-batches: '0' is not a number from 1 upwards"),
-    "saved as csv": (["pack", "--save", "a.csv"], "'a.csv' ends neither in .npz nor in .safetensors"),
+    "saved as csv": (["pack", "--save", "a.csv"], "'a.csv' does not end in .npz or .safetensors"),
+    "drawn as jpg": (["inspect", "--png", "a.jpg"], "--png: 'a.jpg' does not end in .png"),
+    "drawn nowhere": (["inspect", "--lengths-png", "nowhere/a.png"], "there is no folder 'nowhere'"),
+    "page as htm": (["inspect", "--html", "a.htm"], "--html: 'a.htm' does not end in .html"),
+    "explained and drawn": (
+        ["inspect", "--explain", "0,0", "--html", "a.html"],
+        "--explain tells of one token and draws",
+    ),
     "saved nowhere": (["pack", "--save", "nowhere/a.npz"], "there is no folder 'nowhere'"),
     "batch beyond the end": (["inspect", "--batch", "99"], "--batch=99 does not exist; there are 5 batches"),
     "explained beyond the end": (["inspect", "--batch", "99", "--explain", "0,0"], "--batch=99 does not exist"),
@@ -604,7 +637,7 @@ def test_words_that_stdout_cannot_write_are_escaped(tmp_path):
 def test_help_imports_neither_triton_nor_what_an_extra_brings():
     code = (
         "import sys; from nanopack.cli import main; main(['pack', '--help']); "
-        "print([name for name in ('triton', 'pyarrow', 'safetensors', 'transformers') if name in sys.modules])"
+        "print(sorted({'triton', 'pyarrow', 'safetensors', 'transformers', 'matplotlib'} & {*sys.modules}))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)

@@ -39,6 +39,7 @@ ORDER = [
     "kernels",
     "executor",
     "batch",
+    "attention",
     "memory",
     "stats",
     "explain",
@@ -49,11 +50,12 @@ ORDER = [
     "reference",
     "verify",
     "adapters",
+    "demo",
     "cli",
 ]
 # A folder, not a file.
 PACKAGES = {"kernels", "adapters", "bench"}
-COMMAND_LINE = {"options", "progress", "totals", "lengths", "picture", "bench"}
+COMMAND_LINE = {"options", "progress", "totals", "lengths", "page", "picture", "plot", "bench"}
 
 
 def imported(path: Path, *, at_import: bool = False) -> set[str]:

@@ -35,9 +35,12 @@ def test_every_command_works(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     chat = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello %d"}]}\n'
     (tmp_path / "chats.jsonl").write_text("".join(chat % i for i in range(2000)))
+    # smaller than what the README shows, so that it takes a moment
     more = ["--batch-size", "2"] if "chats.jsonl" in command else []
     if command.startswith("bench"):
         more = ["--quick", "--only", "d"]
+    if command == "demo-train":
+        more = ["--steps", "5"]
     assert main([*command.split(), *more]) == 0
     assert capsys.readouterr().out
 

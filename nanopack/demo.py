@@ -1,0 +1,248 @@
+"""Train a small GPT on the conversations that ship with nanopack: a whole training loop, in plain torch.
+
+    Loader   ->   inputs, positions, doc_ids, targets   ->   GPT   ->   losses, and a checkpoint to go on from
+
+Written to be read and copied. What a packed batch asks of a trainer is marked with (1) to (4): positions restart at
+every document, attention stays inside it, the loss is divided by the exact number of trained targets, and the loader's
+state is saved beside the model's. On the CPU a run that was interrupted and goes on gives the losses of one that was
+not, bit for bit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import tiktoken
+import torch
+from torch import nn
+from torch.nn import functional
+
+from nanopack.attention import document_mask
+from nanopack.batch import Batch
+from nanopack.loader import Loader
+from nanopack.tokenizers import NANOCHAT_SPECIAL_TOKENS, Tokenizer, load_tokenizer
+
+LAYERS, HEADS, WIDTH = 3, 4, 96
+RANKS = 256
+"""Of chat32k: single bytes. With all of its 32,759 most of the time would go into the embedding and the head."""
+BATCH_SIZE, SEQ_LEN = 2, 512
+RATE, WARM_STEPS = 3e-3, 10
+EVERY = 25
+"""Steps between two evaluations; each is saved."""
+HELD_OUT = 40
+"""One question in so many is held out."""
+SEED = 0
+
+
+class GPT(nn.Module):
+    """A transformer with rotary positions."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.norm = nn.RMSNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, vocab_size, bias=False)
+        # at first every token is as likely as any other
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, inputs: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return the logits, (B, T, vocabulary)."""
+        turns = rotary(positions, WIDTH // HEADS)
+        x = self.embed(inputs)
+        for block in self.blocks:
+            x = block(x, turns, mask)
+        logits: torch.Tensor = self.head(self.norm(x))
+        return logits
+
+
+class Block(nn.Module):
+    """Attention, then a perceptron, each added to what came in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.mix = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.perceptron = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, x: torch.Tensor, turns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return x, (B, T, WIDTH), one layer on."""
+        q, k, v = self.qkv(self.norm_1(x)).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        seen = functional.scaled_dot_product_attention(turn(q, turns), turn(k, turns), v, attn_mask=mask)
+        x = x + self.mix(seen.transpose(1, 2).flatten(2))
+        added: torch.Tensor = self.perceptron(self.norm_2(x))
+        return x + added
+
+
+def rotary(positions: torch.Tensor, size: int) -> torch.Tensor:
+    """Return cosine and sine, (2, B, 1, T, size / 2), of every position: arXiv 2104.09864."""
+    rates = 10_000.0 ** (-torch.arange(0, size, 2, device=positions.device) / size)
+    angles = positions[:, None, :, None] * rates
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def turn(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Return x, (B, HEADS, T, size), with each pair of its halves turned by the angle of its position."""
+    (cosine, sine), (a, b) = turns.to(x.dtype), x.chunk(2, -1)
+    return torch.cat([a * cosine - b * sine, a * sine + b * cosine], -1)
+
+
+def loss_sum(model: GPT, batch: Batch) -> torch.Tensor:
+    """Return the sum of the losses of all trained targets."""
+    assert batch.positions is not None
+    # (1) positions restart and (2) attention ends where a document does
+    logits = model(batch.inputs, batch.positions, document_mask(batch.doc_ids))
+    return functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum")
+
+
+@dataclass
+class Run:
+    """How a run went so far."""
+
+    parameters: int
+    losses: list[float] = field(default_factory=list)
+    """Of each step, a trained target."""
+    held_out: dict[int, float] = field(default_factory=dict)
+    """After so many steps, the loss of a trained target of the conversations held out."""
+    tokens: int = 0
+    """Trained on in this process, padding not counted."""
+    seconds: float = 0.0
+
+    def trained(self) -> dict[int, float]:
+        """Return the mean loss of the steps between two evaluations, by the step that the later one comes after."""
+        ends = [step for step in sorted(self.held_out) if step]
+        return {end: fmean(self.losses[start:end]) for start, end in itertools.pairwise([0, *ends])}
+
+
+def train(
+    steps: int,
+    folder: Path,
+    *,
+    resume: bool = False,
+    device: str | None = None,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Run:
+    """Train until `steps` steps are done, with a checkpoint in `folder` every few of them; resume: go on from it."""
+    began = time.perf_counter()
+    torch.manual_seed(SEED)
+    # matrices so small gain little from more, and lose much where the cores have other work
+    torch.set_num_threads(1)
+    known, unknown = split(shipped())
+    tokenizer = small_tokenizer()
+    arguments: dict[str, Any] = {
+        "batch_size": BATCH_SIZE,
+        "seq_len": SEQ_LEN,
+        "extras": ("positions", "doc_ids"),
+        "device": device,
+    }
+    with Loader(unknown, tokenizer, epochs=1, **arguments) as held_out:
+        unseen = list(held_out)
+    with Loader(known, tokenizer, shuffle_seed=SEED, **arguments) as loader:
+        model = GPT(loader.tokenizer.vocab_size).to(loader.device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95))
+        run = Run(sum(weights.numel() for weights in model.parameters()))
+        if resume:
+            load(folder, run, model, optimizer, loader)
+        while True:
+            done = len(run.losses)
+            if done not in run.held_out:
+                run.held_out[done] = evaluate(model, unseen)
+            if done:
+                save(folder, run, model, optimizer, loader)
+            if done >= steps:
+                break
+            losses = []
+            for batch in itertools.islice(loader, min(EVERY - done % EVERY, steps - done)):
+                losses.append(train_step(model, optimizer, batch))
+                run.tokens += batch.num_tokens
+                on_step(batch.step + 1)
+            # until here the host has waited for nothing
+            run.losses += torch.stack(losses).tolist()
+    run.seconds = time.perf_counter() - began
+    return run
+
+
+def train_step(model: GPT, optimizer: torch.optim.Optimizer, batch: Batch) -> torch.Tensor:
+    """Take one step; return the loss of a trained target before it, on the device."""
+    for group in optimizer.param_groups:
+        group["lr"] = RATE * min(1.0, (batch.step + 1) / WARM_STEPS)
+    # (3) known before the forward; of several batches or ranks a step, divide by the sum of theirs
+    loss = loss_sum(model, batch) / max(1, batch.num_trained)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+@torch.no_grad()
+def evaluate(model: GPT, batches: Sequence[Batch]) -> float:
+    """Return the loss of a trained target over all batches: exact, however the targets are spread over them."""
+    total = torch.stack([loss_sum(model, batch) for batch in batches]).sum()
+    return float(total) / sum(batch.num_trained for batch in batches)
+
+
+def save(folder: Path, run: Run, model: GPT, optimizer: torch.optim.Optimizer, loader: Loader) -> None:
+    """Write the checkpoint: whole or not at all, whenever the process ends."""
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        # (4) of the batches delivered, whatever was made ahead
+        "loader": loader.state_dict(),
+        "losses": run.losses,
+        "held_out": run.held_out,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(state, checkpoint(folder).with_suffix(".new"))
+    os.replace(checkpoint(folder).with_suffix(".new"), checkpoint(folder))
+
+
+def load(folder: Path, run: Run, model: GPT, optimizer: torch.optim.Optimizer, loader: Loader) -> None:
+    """Go on from the checkpoint."""
+    if not checkpoint(folder).exists():
+        raise ValueError(f"{checkpoint(folder)} does not exist; train without --resume first")
+    state = torch.load(checkpoint(folder), map_location=loader.device, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    loader.load_state_dict(state["loader"])
+    run.losses, run.held_out = state["losses"], state["held_out"]
+
+
+def checkpoint(folder: Path) -> Path:
+    """Return where the checkpoint lies."""
+    return folder / "checkpoint.pt"
+
+
+def small_tokenizer() -> tiktoken.Encoding:
+    """Return chat32k with its first ranks only: as each is a merge of earlier ones, that is a tokenizer too."""
+    tokenizer = load_tokenizer("chat32k")
+    assert isinstance(tokenizer, Tokenizer)
+    whole = tokenizer.encoding
+    ranks = {token: rank for token, rank in whole._mergeable_ranks.items() if rank < RANKS}
+    specials = {token: RANKS + number for number, token in enumerate(NANOCHAT_SPECIAL_TOKENS)}
+    return tiktoken.Encoding(f"chat{RANKS}", pat_str=whole._pat_str, mergeable_ranks=ranks, special_tokens=specials)
+
+
+def shipped() -> list[dict[str, Any]]:
+    """Return the conversations that ship with nanopack."""
+    lines = (resources.files("nanopack") / "data" / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def split(conversations: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return those to train on and those held out: no question is in both."""
+    parts: tuple[list[dict[str, Any]], list[dict[str, Any]]] = [], []
+    for conversation in conversations:
+        question = next(message["content"] for message in conversation["messages"] if message["role"] == "user")
+        parts[zlib.crc32(question.encode()) % HELD_OUT == 0].append(conversation)
+    return parts

@@ -1,0 +1,110 @@
+"""The example of a training loop: it learns, and it goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+from nanopack import Loader, cli, demo
+
+STEPS = 7
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """A demo of seconds: of few conversations, short rows, and an evaluation every three steps."""
+    few = demo.shipped()[:200]
+    monkeypatch.setattr(demo, "shipped", lambda: few)
+    for name, value in {"SEQ_LEN": 48, "EVERY": 3, "LAYERS": 1}.items():
+        monkeypatch.setattr(demo, name, value)
+
+
+@pytest.fixture
+def whole(tmp_path):
+    return demo.train(STEPS, tmp_path / "whole", device="cpu")
+
+
+def interrupt_at(step):
+    def on_step(now):
+        if now == step:
+            raise KeyboardInterrupt
+
+    return on_step
+
+
+def test_the_loss_falls_for_conversations_it_has_never_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "EVERY", 20)
+    run = demo.train(40, tmp_path, device="cpu")
+    assert run.held_out[0] == pytest.approx(math.log(265), abs=1e-5)
+    assert run.held_out[0] - 1.2 > run.held_out[20] > run.held_out[40]
+    assert run.trained()[20] > run.trained()[40]
+
+
+@pytest.mark.parametrize("step", [4, 6, 7], ids=["between checkpoints", "before a checkpoint", "at the end"])
+def test_a_run_interrupted_and_resumed_has_the_same_losses_bit_for_bit(whole, tmp_path, step):
+    folder = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        demo.train(STEPS, folder, device="cpu", on_step=interrupt_at(step))
+    resumed = demo.train(STEPS, folder, resume=True, device="cpu")
+    assert (resumed.losses, resumed.held_out) == (whole.losses, whole.held_out)
+    ends = [torch.load(demo.checkpoint(tmp_path / name), weights_only=True) for name in ("whole", "cut")]
+    assert ends[0]["loader"] == ends[1]["loader"]
+    for name, weights in ends[0]["model"].items():
+        assert torch.equal(weights, ends[1]["model"][name]), name
+
+
+def test_more_steps_go_on_as_if_they_had_been_asked_for_at_once(whole, tmp_path):
+    demo.train(4, tmp_path / "more", device="cpu")
+    resumed = demo.train(STEPS, tmp_path / "more", resume=True, device="cpu")
+    assert resumed.losses == whole.losses
+    assert set(resumed.held_out.items()) - {(4, resumed.held_out[4])} == set(whole.held_out.items())
+
+
+def test_the_held_out_loss_is_that_of_every_trained_target_however_batched():
+    torch.manual_seed(3)
+    model = demo.GPT(265)
+    torch.nn.init.normal_(model.head.weight)
+    losses = []
+    for batch_size in (1, 4):
+        settings = {"extras": ("positions", "doc_ids"), "epochs": 1, "device": "cpu", "workers": 0}
+        with Loader(demo.shipped()[:40], demo.small_tokenizer(), batch_size, 48, **settings) as loader:
+            losses.append(demo.evaluate(model, list(loader)))
+    # float32, sums in another order
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_no_question_is_both_trained_on_and_held_out():
+    parts = demo.split(demo.shipped())
+    questions = [{m["content"] for c in part for m in c["messages"][:2] if m["role"] == "user"} for part in parts]
+    assert not questions[0] & questions[1] and all(questions)
+    assert len(parts[0]) + len(parts[1]) == 200
+
+
+def test_the_command_trains_tells_and_draws(tmp_path, capsys):
+    argv = ["demo-train", "--steps", "6", "--out", str(tmp_path), "--device", "cpu"]
+    assert cli.main([*argv, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["losses"]) == 6 and [*report["held_out"]] == ["0", "3", "6"]
+    assert report["written"] == [str(tmp_path / "checkpoint.pt"), str(tmp_path / "curve.png")]
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main([*argv, "--resume"]) == 0
+    out = capsys.readouterr().out
+    for step, loss in report["held_out"].items():
+        assert [step, f"{loss:.3f}"] in [[*line.split()[:1], *line.split()[-1:]] for line in out.splitlines()]
+
+
+def test_without_matplotlib_the_terminal_has_the_curve_and_one_line_says_why(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert cli.main(["demo-train", "--steps", "1", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert err == f"nanopack: {tmp_path / 'curve.png'} needs matplotlib; pip install nanopack[plot]\n"
+    assert "o training   x held-out conversations" in out and "curve.png" not in out
+
+
+def test_there_is_no_resuming_without_a_checkpoint(tmp_path, capsys):
+    assert cli.main(["demo-train", "--resume", "--out", str(tmp_path / "no"), "--device", "cpu"]) == 2
+    assert "checkpoint.pt does not exist; train without --resume first\n" in capsys.readouterr().err
