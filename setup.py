@@ -36,6 +36,7 @@ setup(
         "parquet": ["pyarrow>=15"],
         "safetensors": ["safetensors>=0.4"],
         "hf": HF,
+        "lightning": ["lightning>=2.4"],
         "test": TEST,
         "dev": TEST + LINT,
     },
