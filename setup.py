@@ -38,6 +38,7 @@ setup(
         "safetensors": ["safetensors>=0.4"],
         "plot": PLOT,
         "hf": HF,
+        "lightning": ["lightning>=2.4"],
         "test": TEST,
         "dev": TEST + PLOT + LINT,
     },

@@ -4,7 +4,7 @@ Loader makes batches; `reference.batches` makes the same ones slowly, in plain P
 mixture makes one data set of several, each with its share.
 """
 
-from nanopack.batch import Batch, Piece
+from nanopack.batch import Batch, Flat, Piece
 from nanopack.conversations import ConversationError
 from nanopack.explain import Explanation
 from nanopack.failure import ProducerError
@@ -18,6 +18,7 @@ __all__ = [
     "Batch",
     "ConversationError",
     "Explanation",
+    "Flat",
     "Loader",
     "Mixture",
     "Piece",

@@ -11,12 +11,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
 from nanopack.packing import Piece
 
-__all__ = ["Batch", "Piece"]
+__all__ = ["Batch", "Flat", "Piece"]
+
+
+class Flat(NamedTuple):
+    """A batch as one row of B * T tokens. Its tensors are those of the `Batch`, seen in another shape."""
+
+    inputs: torch.Tensor
+    """(B * T,) int32."""
+    targets: torch.Tensor
+    """(B * T,) int64."""
+    weights: torch.Tensor | None
+    """(B * T,) float32."""
+    positions: torch.Tensor | None
+    """(B * T,) int32: they restart at every piece; the padding of a row is one."""
+    cu_seqlens: torch.Tensor | None
+    """(B * max_pieces + 1,) int32: the piece i is `inputs[cu_seqlens[i] : cu_seqlens[i + 1]]`."""
+    max_seqlen: int
+    """Length of the longest piece, on the host."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +81,15 @@ class Batch:
         """Yield `inputs` and `targets`."""
         yield self.inputs
         yield self.targets
+
+    def flat(self) -> Flat:
+        """Return the batch as one row, for models that take all pieces end to end: views, nothing is copied.
+
+        Without `doc_ids`: they number the pieces of a row, and here is only one.
+        """
+        weights = None if self.weights is None else self.weights.view(-1)
+        positions = None if self.positions is None else self.positions.view(-1)
+        return Flat(self.inputs.view(-1), self.targets.view(-1), weights, positions, self.cu_seqlens, self.max_seqlen)
 
     @cached_property
     def pieces(self) -> tuple[tuple[Piece, ...], ...]:

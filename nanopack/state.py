@@ -15,6 +15,8 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from nanopack.conversations import Source, check
 from nanopack.mixture import Mixture
 from nanopack.recipe import Recipe
@@ -120,6 +122,18 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         what = "rank" if arguments["shard"] == "rank" else "row"
         raise ValueError(f"{what}s {', '.join(missing)} of {count} are in none of the states; pass those of all ranks")
     return {**first, "lanes": {str(number): lanes[str(number)] for number in range(count)}}
+
+
+def of_all_ranks(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the states of all ranks merged, on each of them: for trainers that save what one rank holds.
+
+    All ranks of torch.distributed call it, at the same step. Where that is not initialised the state is all there is.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return dict(state)
+    states: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(states, state)
+    return merge_states(states)
 
 
 def _refuse_foreign(state: Any) -> None:

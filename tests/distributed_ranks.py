@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from distributed_run import BYTES
 
 import nanopack
+from nanopack.state import of_all_ranks
 
 # Seconds: until a rank that waits for the others gives up, and until the test gives up the ranks.
 PATIENCE, TIMEOUT = 10, 40
@@ -128,6 +129,14 @@ def wrong_groups():
         except ValueError as error:
             said.append(str(error))
     return said
+
+
+def gathered_state(**arguments):
+    """The states of all ranks behind the second batch, as this rank has them, and the batch that comes next."""
+    with loader_of(6, **arguments) as loader:
+        next(loader), next(loader)
+        state = of_all_ranks(loader.state_dict())
+        return state, rows_of([next(loader)])
 
 
 def save_and_go_on(path, steps, more, rows, asynchronous=False, **arguments):

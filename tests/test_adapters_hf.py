@@ -195,6 +195,39 @@ def assert_learned(losses: list[float]) -> None:
     assert sum(losses[-5:]) / 5 < losses[0] - 0.5
 
 
+def test_a_run_in_accelerate_goes_on_from_its_checkpoint_as_if_it_had_not_ended(tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install 'nanopack[hf]'")
+
+    def run(steps: int, *, load: bool = False, save_after: int = 0) -> tuple[list[Any], list[float]]:
+        """Train; return the tokens of each batch, and its loss."""
+        seen, losses = [], []
+        accelerator = accelerate.Accelerator(cpu=True)
+        with make_loader(shuffle_seed=1) as loader:
+            model = make_model()
+            model, optimizer, batches = accelerator.prepare(
+                model, torch.optim.AdamW(model.parameters(), lr=3e-3), Batches(loader)
+            )
+            accelerator.register_for_checkpointing(batches)
+            if load:
+                accelerator.load_state(tmp_path)
+            for inputs, _ in zip(batches, range(steps), strict=False):
+                loss = model(**inputs).loss
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+                seen.append(inputs["input_ids"].tolist())
+                losses.append(loss.item())
+                if len(seen) == save_after:
+                    accelerator.save_state(tmp_path)
+        return seen, losses
+
+    seen, losses = run(10)
+    assert len(seen) == 10 and all(map(math.isfinite, losses))
+    # what comes behind the checkpoint is lost, and trained again
+    assert run(6, save_after=4) == (seen[:6], losses[:6])
+    assert run(6, load=True) == (seen[4:], losses[4:])
+
+
 def trainer_arguments(folder: Path) -> dict[str, Any]:
     return {
         "output_dir": str(folder),

@@ -19,7 +19,9 @@ from distributed_ranks import (
     MIXED,
     Ranks,
     default_share,
+    gathered_state,
     load_and_go_on,
+    rows_of,
     save_and_go_on,
     steps_in_common,
     wrong_groups,
@@ -196,6 +198,17 @@ def together(answers):
 def test_a_checkpoint_in_the_background_holds_the_moment_at_which_it_was_begun(ranks, tmp_path):
     saved = ranks(2, save_and_go_on, tmp_path, 5, 9, rows=4, workers=1, asynchronous=True)
     assert together(ranks(2, load_and_go_on, tmp_path, 0, 9, rows=4, workers=1)) == together(saved)
+
+
+@pytest.mark.parametrize("shard", ["rank", "row"])
+def test_what_one_rank_saves_is_where_all_of_them_go_on(ranks, shard):
+    answers = ranks(3, gathered_state, shard=shard, shuffle_seed=1)
+    states, batches = zip(*answers, strict=True)
+    assert states[0] == states[1] == states[2]
+    for rank, expected in enumerate(batches):
+        with Loader(CHATS, BYTES, 2, 16, workers=0, shard=shard, shuffle_seed=1, rank=rank, world_size=3) as loader:
+            loader.load_state_dict(states[0])
+            assert rows_of([next(loader)]) == expected
 
 
 def test_a_checkpoint_sharded_by_ranks_is_refused_by_other_ranks(ranks, tmp_path):

@@ -9,6 +9,11 @@ or after the TrainingArguments, reads its rank's share by itself and puts tensor
         for batch in loader:
             loss = model(**model_inputs(batch), num_items_in_batch=batch.num_trained).loss
 
+    accelerator.register_for_checkpointing(Batches(loader))
+
+so that `accelerator.save_state` also saves where the loader stands, and `load_state` goes on behind the batch given
+last. Register `Batches` and not the loader: only what rank 0 has is written, and `Batches` has the states of all there.
+
 With a trainer, which would shard a data set once more, so that it gets the batches and not a data set:
 
     trainer.get_train_dataloader = lambda: Batches(loader)
@@ -26,13 +31,14 @@ documents of a row begin, and keeps them apart. With its default, use_cache=True
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from nanopack.batch import Batch
 from nanopack.loader import Loader
+from nanopack.state import of_all_ranks
 
 # What transformers leaves out of the loss; no argument of its models changes it.
 IGNORED = -100
@@ -84,3 +90,11 @@ class Batches(torch.utils.data.IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield them."""
         return map(model_inputs, self.loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the run stands behind the batch given last, on every rank that of all. All ranks call it."""
+        return of_all_ranks(self.loader.state_dict())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from there; see `Loader.load_state_dict`."""
+        self.loader.load_state_dict(state_dict)

@@ -1,0 +1,144 @@
+"""Promises of nanopack/adapters/lightning.py: each batch is trained once, whatever Lightning fetched or saved."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanopack import Loader
+
+pytest.importorskip("lightning", reason="needs lightning: pip install 'nanopack[lightning]'")
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning_run import Trained, make_loader, make_trainer, saved_every
+
+from nanopack.adapters.lightning import Batches
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(does not have many workers|GPU available|in the `DataLoader`).*")
+
+
+class Stop(Callback):
+    """Ends the training behind a number of batches, as a power cut does: nothing is saved."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.after:
+            raise Cut
+
+
+class Cut(Exception):
+    pass
+
+
+def expected(count: int, **arguments: Any) -> list[tuple[int, list[list[int]]]]:
+    """What a loader alone gives."""
+    with make_loader(**arguments) as loader:
+        return [(batch.step, batch.inputs.tolist()) for batch, _ in zip(loader, range(count), strict=False)]
+
+
+@pytest.mark.parametrize(
+    ("loader", "trainer"),
+    [
+        ({}, {"max_steps": 10}),
+        ({}, {"max_steps": 10, "limit_train_batches": 7}),
+        ({}, {"max_epochs": 1, "limit_train_batches": 10}),
+        ({"workers": 1}, {"max_steps": 10}),
+        ({"epochs": 1}, {"max_epochs": 1}),
+    ],
+    ids=["endless", "endless in epochs of 7", "sized", "a producer process", "to the end of the data"],
+)
+def test_a_run_cut_off_goes_on_from_its_checkpoint_with_the_batch_behind_the_one_trained_last(
+    loader, trainer, tmp_path, recwarn
+):
+    def make() -> Loader:
+        return make_loader(**loader)
+
+    whole = Trained()
+    make_trainer(tmp_path, **trainer).fit(whole, datamodule=Batches(make))
+    assert whole.seen == expected(10 if "epochs" not in loader else 10**6, **loader)
+    assert len(whole.seen) >= 10
+    assert all(map(math.isfinite, whole.losses))
+    assert sum(whole.losses[-3:]) < sum(whole.losses[:3])
+
+    first = Trained()
+    with pytest.raises(Cut):
+        # batches 5 and 6 are trained, and lost: the checkpoint is that of 4
+        make_trainer(tmp_path, saved_every(4, tmp_path), Stop(6), **trainer).fit(first, datamodule=Batches(make))
+    assert first.seen == whole.seen[:6]
+    second = Trained()
+    make_trainer(tmp_path, **trainer).fit(second, datamodule=Batches(make), ckpt_path=tmp_path / "step=4.ckpt")
+    assert second.seen == whole.seen[4:]
+    assert second.losses == whole.losses[4:]
+    assert not [w for w in recwarn if "not resumable" in str(w.message)]
+
+
+def test_the_state_saved_is_that_of_the_batch_trained_though_one_more_was_fetched(tmp_path):
+    steps = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            data = trainer.datamodule
+            steps.append((data.state_dict()["step"], data.loader.state_dict()["step"]))
+
+    make_trainer(tmp_path, Look(), max_steps=3).fit(Trained(), datamodule=Batches(make_loader))
+    # without the second column being ahead this would prove nothing
+    assert steps == [(1, 2), (2, 3), (3, 4)]
+
+
+def test_a_checkpoint_at_the_end_of_an_epoch_goes_on_too(tmp_path):
+    """There Lightning gives a loader no state back; a data module it does."""
+    trainer = {"max_epochs": 3, "limit_train_batches": 3}
+    ends = ModelCheckpoint(tmp_path, "{epoch}", every_n_epochs=1, save_top_k=-1)
+    make_trainer(tmp_path, ends, **trainer).fit(Trained(), datamodule=Batches(make_loader))
+    second = Trained()
+    make_trainer(tmp_path, **trainer).fit(second, datamodule=Batches(make_loader), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert second.seen == expected(9)[3:]
+
+
+def test_a_second_fit_goes_on_where_the_first_ended(tmp_path):
+    data, model = Batches(make_loader), Trained()
+    for _ in range(2):
+        make_trainer(tmp_path, max_steps=3).fit(model, datamodule=data)
+    assert model.seen == expected(6)
+    assert data.loader.ledger()["balanced"]
+
+
+def test_half_precision_and_other_loaders_for_validation_are_lightnings_own(tmp_path):
+    class WithValidation(Batches):
+        def val_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(torch.ones(4), batch_size=2)
+
+    class Validated(Trained):
+        def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            self.validated = batch
+
+    model = Validated()
+    make_trainer(tmp_path, max_steps=2, precision="bf16-true").fit(model, datamodule=WithValidation(make_loader))
+    assert model.seen == expected(2)
+    assert torch.equal(model.validated, torch.ones(2, dtype=torch.bfloat16))
+
+
+def test_static_batches_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="static=True"):
+        make_trainer(tmp_path, max_steps=1).fit(Trained(), datamodule=Batches(lambda: make_loader(static=True)))
+
+
+def test_under_torchrun_each_rank_has_its_share_and_the_checkpoint_the_states_of_all(tmp_path):
+    """Lightning saves what rank 0 holds."""
+    script = Path(__file__).with_name("lightning_run.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        first, second = torch.load(tmp_path / f"rank{rank}", weights_only=True)
+        whole = expected(5, rank=rank, world_size=2)
+        assert (first, second) == (whole[:3], whole[2:])
