@@ -4,6 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
+FAST = ["splintr-rs>=0.22"]
 TEST = [
     "pytest>=8",
     "hypothesis>=6.100",
@@ -11,6 +12,7 @@ TEST = [
     "pyarrow>=15",
     "datasets>=3",
     "safetensors>=0.4",
+    *FAST,
 ]
 HF = ["transformers>=5", "accelerate>=1.1", "trl>=1"]
 LINT = ["ruff>=0.6", "mypy>=1.11"]
@@ -35,6 +37,7 @@ setup(
     extras_require={
         "parquet": ["pyarrow>=15"],
         "safetensors": ["safetensors>=0.4"],
+        "fast": FAST,
         "hf": HF,
         "test": TEST,
         "dev": TEST + LINT,
