@@ -175,10 +175,10 @@ class FastTokenizer(Tokenizer):
         if _is_plain("".join(texts)):
             parts = [encode(text) for text in texts]
         else:
-            parts = [encode(text) if _is_plain(text) else super(FastTokenizer, self).encode(text) for text in texts]
-        lengths = [len(part) // 4 if isinstance(part, bytes) else len(part) for part in parts]
-        offsets = np.fromiter(accumulate(lengths, initial=0), np.int64, len(lengths) + 1)
-        return np.frombuffer(b"".join(parts), np.uint32), offsets
+            theirs = super().encode
+            parts = [encode(text) if _is_plain(text) else theirs(text).tobytes() for text in texts]
+        ends_bytes = np.fromiter(accumulate(map(len, parts), initial=0), np.int64, len(parts) + 1)
+        return np.frombuffer(b"".join(parts), np.uint32), ends_bytes // 4
 
     def difference(self, text: str) -> str | None:
         """Return in what the ids of a text differ from tiktoken's, None if in nothing."""
@@ -234,7 +234,7 @@ def _is_plain(text: str) -> bool:
 
 @functools.cache
 def _special_characters() -> np.ndarray:
-    """Return for each code point whether tiktoken must see it: (0x110000,) bool.
+    """Return for each code point whether tiktoken must encode it: (0x110000,) bool.
 
     That is so where the encoders may go by different versions of Unicode, because it has no character there as far as
     Python knows, and where it is a surrogate, which tiktoken's encoding mends.
