@@ -65,7 +65,7 @@ class Loader:
             conversation counts once); a conversation's own weight multiplies either.
         extras: any of `"positions"`, `"doc_ids"`, `"cu_seqlens"`.
         max_pieces: pieces a row for which `cu_seqlens` has room, at most T; T // 8 + 1 if None.
-        encoder: `"fast"`: splintr-rs encodes in tiktoken's stead, several times as fast (`pip install nanopack[fast]`).
+        encoder: `"fast"`: splintr-rs encodes in tiktoken's stead, sooner (`pip install nanopack[fast]`).
             The ids are the same: known differences go to tiktoken, the two are compared here on a fuzz and a sample of
             the data (a tenth of a second), and then on one text in a thousand. None: tiktoken, or the tokenizer itself.
         template: `"nanochat"`, `"chatml"`, `"llama3"`, a `nanopack.Template` of your own, or `"hf"`: the chat template
