@@ -4,6 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
+FAST = ["splintr-rs>=0.22"]
 TEST = [
     "pytest>=8",
     "hypothesis>=6.100",
@@ -11,6 +12,7 @@ TEST = [
     "pyarrow>=15",
     "datasets>=3",
     "safetensors>=0.4",
+    *FAST,
 ]
 PLOT = ["matplotlib>=3.8"]
 HF = ["transformers>=5", "accelerate>=1.1", "trl>=1"]
@@ -37,6 +39,7 @@ setup(
         "parquet": ["pyarrow>=15"],
         "safetensors": ["safetensors>=0.4"],
         "plot": PLOT,
+        "fast": FAST,
         "hf": HF,
         "lightning": ["lightning>=2.4"],
         "test": TEST,

@@ -8,6 +8,7 @@ from nanopack.batch import Batch, Flat, Piece
 from nanopack.conversations import ConversationError
 from nanopack.explain import Explanation
 from nanopack.failure import ProducerError
+from nanopack.fast import EncoderError
 from nanopack.loader import Loader
 from nanopack.mixture import Mixture, mixture
 from nanopack.state import merge_states
@@ -17,6 +18,7 @@ from nanopack.verify import verify
 __all__ = [
     "Batch",
     "ConversationError",
+    "EncoderError",
     "Explanation",
     "Flat",
     "Loader",

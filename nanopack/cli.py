@@ -61,7 +61,7 @@ from nanopack.verify import compare
 SAVED = ("inputs", "targets", "weights", "positions", "doc_ids", "cu_seqlens")
 # More than the words of these tokens fits on no line.
 SHOWN_TOKENS = 100
-NAMES = "|".join([*RECIPE_DEFAULTS, "tokenizer", "executor"])
+NAMES = "|".join([*RECIPE_DEFAULTS, "tokenizer", "encoder", "executor"])
 # In an error: what is quoted, or else an argument's name before a value. A path may hold rank=0/ too, quoted or not.
 ARGUMENT = re.compile(rf"""(?<!\w)(['"])(?:\\.|(?!\1).)*\1|(?<![^\s(])({NAMES})=(?=['"(\[]|[-\w]+(?:[\s,;:)]|$))""")
 
@@ -137,7 +137,8 @@ def pack(options: Namespace) -> int:
 def verify(options: Namespace) -> int:
     """Compare every field of every batch with the slow reference packer's; exit code 1 at the first difference."""
     data = _loader_options(options)
-    data.pop("executor", None)
+    for name in ("encoder", "executor"):
+        data.pop(name, None)
     with _loader(options) as loader, Bar("verifying") as bar:
         data |= {"rank": loader.recipe.rank, "world_size": loader.recipe.world_size}
         expected = reference.batches(_conversations(options), loader.tokenizer, **data)
@@ -289,7 +290,7 @@ def _title(options: Namespace) -> str:
 
 def _loader_options(options: Namespace) -> dict[str, Any]:
     """Return what was asked for of the loader; one pass over the data unless more were."""
-    given = {name: value for name, value in vars(options).items() if name in (*RECIPE_DEFAULTS, "executor")}
+    given = {name: value for name, value in vars(options).items() if name in (*RECIPE_DEFAULTS, "encoder", "executor")}
     return {"epochs": 1, **given}
 
 

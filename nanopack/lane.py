@@ -16,6 +16,7 @@ from typing import Any
 
 from nanopack.conversations import ConversationError, Source
 from nanopack.failure import ProducerError
+from nanopack.fast import EncoderError
 from nanopack.ledger import Ledger
 from nanopack.mixture import Mixture
 from nanopack.order import Share
@@ -33,7 +34,7 @@ ReadAll = Callable[[Iterable[int]], Iterator[Read]]
 def refuse(read: Read, source: Source, recipe: Recipe) -> str:
     """Raise what is wrong with a conversation and where it stands, or return that where it is to be skipped."""
     error = read.error
-    if not isinstance(error, Exception) or isinstance(error, (MemoryError, TemplateError, ProducerError)):
+    if not isinstance(error, Exception) or isinstance(error, (MemoryError, TemplateError, EncoderError, ProducerError)):
         raise error or AssertionError("a conversation without document and error")
     what = str(error) if isinstance(error, ConversationError) else f"{type(error).__name__}: {error}"
     what = f"{source.where(read.index)}, {what}"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nanopack import __version__
+from nanopack.fast import ENCODERS
 from nanopack.packing import MAX_AGE, PACKINGS, WINDOWS
 from nanopack.recipe import EXTRAS, LOSSES, ON_ERROR, SHARDS, TEMPLATES, WEIGHTS, Recipe
 
@@ -152,6 +153,7 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
 
     windows = ", ".join(f"{size} {packing}" for packing, size in WINDOWS.items())
     option("tokenizer", TOKENIZERS, "chat32k")
+    option("encoder", "fast: splintr-rs, exact and sooner; checked against tiktoken", "tiktoken", choices=ENCODERS[1:])
     option("batch_size", "rows of a batch, B", metavar="B", type=int)
     option("seq_len", "tokens of a row, T", metavar="T", type=int)
     option("packing", PACKING_HELP, choices=PACKINGS)

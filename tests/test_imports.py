@@ -18,6 +18,7 @@ ORDER = [
     "templates",
     "huggingface",
     "tokenizers",
+    "fast",
     "chat_template",
     "render",
     "order",
@@ -121,7 +122,7 @@ def test_the_reference_shares_no_code_with_the_fast_path(half):
 def test_importing_nanopack_imports_nothing_heavy_beside_torch():
     code = "import json, sys; import nanopack; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
-    heavy = {"triton", "pyarrow", "transformers", "tokenizers", "datasets", "pandas", "matplotlib", "rich"}
+    heavy = {"triton", "pyarrow", "transformers", "tokenizers", "datasets", "pandas", "matplotlib", "rich", "splintr"}
     assert not heavy & set(json.loads(done.stdout))
 
 
