@@ -4,7 +4,8 @@ A training loop is played by steps of 400 small torch operations on one thread, 
 step time is measured alone, with batches of a Loader(workers=1), whose producer is another process, and with a thread
 of the same process doing that producer's work. A batch is taken every 32 steps, so that the producer keeps up. The
 three take turns in one run; told are ratios to the loop alone. Then: how long `next` takes when batches are ready
-(B=32, T=2048, CPU tensors), and how much of that is not the kernel.
+(B=32, T=2048, CPU tensors): after steps, when its code and memory are in no cache any more, and right behind another
+`next`; and how much of the latter is not the kernel.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from nanopack.executor import make_kernel, outputs_maker
 from nanopack.ring import Ring
 
 FILE = str(resources.files("nanopack") / "data" / "conversations.jsonl")
-OPERATIONS, STEPS, TURNS, STEPS_A_BATCH = 400, 160, 5, 32
+OPERATIONS, STEPS, TURNS, STEPS_A_BATCH, BURSTS = 400, 160, 5, 32, 40
 
 
 def step(x: torch.Tensor) -> None:
@@ -86,10 +87,11 @@ def measure_steps() -> dict[str, list[float]]:
     return times
 
 
-def measure_next() -> tuple[float, float]:
-    """Return the medians, in us, of `next` with batches ready, and of the kernel with its outputs alone."""
-    x, nexts, kernels = torch.ones(64), [], []
-    with Loader(FILE, "chat32k", workers=1) as loader:
+def measure_next() -> dict[str, float]:
+    """Return medians in us: `next` after other work, those right behind it, and the kernel with its outputs."""
+    x = torch.ones(64)
+    times: dict[str, list[float]] = {"first": [], "following": [], "kernel": []}
+    with Loader(FILE, "chat32k", workers=1, prefetch=8) as loader:
         layout, recipe = loader._producer.layout, loader.recipe
         ring = Ring(layout, 1)
         loader._producer.produce(ring.slots[0])
@@ -97,17 +99,18 @@ def measure_next() -> tuple[float, float]:
         cpu = open_device("cpu")
         kernel = make_kernel(None, cpu.device, layout, loader.tokenizer.bos_id, -100)
         make_outputs = outputs_maker(recipe, layout, cpu.device)
-        while len(nexts) < 100:
-            while loader._feed.ready < 2:
+        for _ in range(BURSTS):
+            while loader._feed.ready < 6:
                 step(x)
-            began = time.perf_counter()
-            next(loader)
-            nexts.append((time.perf_counter() - began) * 1e6)
-            step(x)
-            began = time.perf_counter()
-            cpu.launch(kernel, staged, make_outputs(), None)
-            kernels.append((time.perf_counter() - began) * 1e6)
-    return statistics.median(nexts), statistics.median(kernels)
+            for name in ("first", *["following"] * 5):
+                began = time.perf_counter()
+                next(loader)
+                times[name].append((time.perf_counter() - began) * 1e6)
+            for _ in range(6):
+                began = time.perf_counter()
+                cpu.launch(kernel, staged, make_outputs(), None)
+                times["kernel"].append((time.perf_counter() - began) * 1e6)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def main() -> None:
@@ -126,11 +129,11 @@ def main() -> None:
         result[f"{name}_median"] = float(np.median(values) / alone["median"])
         result[f"{name}_p99"] = float(np.percentile(values, 99) / alone["p99"])
         print(f"{name:<10}{result[f'{name}_median']:>11.2f}x{result[f'{name}_p99']:>11.2f}x")
-    next_us, kernel_us = measure_next()
-    result |= {"next_us": next_us, "kernel_us": kernel_us, "beside_kernel_us": next_us - kernel_us}
-    print(
-        f"next(loader) when batches are ready: {next_us:.0f} us, {next_us - kernel_us:.0f} us of it beside the kernel"
-    )
+    found = measure_next()
+    beside = found["following"] - found["kernel"]
+    result |= {f"{name}_us": value for name, value in found.items()} | {"beside_kernel_us": beside}
+    print(f"next(loader), batches ready, after other work of the loop's: {found['first']:.0f} us")
+    print(f"next(loader) right behind it: {found['following']:.0f} us, {beside:.0f} us of it beside the kernel")
     print(json.dumps({name: round(value, 3) for name, value in result.items()}))
 
 
