@@ -376,7 +376,8 @@ class Loader:
     def __len__(self) -> int:
         """Return how many batches there are in all, from the first one on; exact.
 
-        All the data are rendered for it, once, unless `group` was given. Raises TypeError where `epochs` is None.
+        All the data are rendered for it, once, unless `group` was given; `list(loader)` asks for it too. Raises
+        TypeError where `epochs` is None.
         """
         if self.recipe.epochs is None:
             raise TypeError("the batches are endless; pass epochs to have a number of them")

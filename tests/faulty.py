@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -66,3 +67,9 @@ def within(seconds):
 def in_dev_shm():
     """What lies in shared memory, without the semaphores of other programs' multiprocessing, which come and go."""
     return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.")}
+
+
+class NotPicklable(Exception):
+    def __init__(self, a, b):
+        super().__init__(a)
+        self.lock = threading.Lock()

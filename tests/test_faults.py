@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faulty import CHATS, SMALL, TOKENIZER, Faulty, in_dev_shm, is_gone, raising, within
+from faulty import CHATS, SMALL, TOKENIZER, Faulty, NotPicklable, in_dev_shm, is_gone, raising, within
 
 import nanopack
 from nanopack import ConversationError, Loader, process, reference
@@ -44,12 +44,6 @@ def batches_until_error(loader):
 
 class Hard(BaseException):
     pass
-
-
-class NotPicklable(Exception):
-    def __init__(self, a, b):
-        super().__init__(a)
-        self.lock = threading.Lock()
 
 
 FAULTS = {

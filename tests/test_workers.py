@@ -1,0 +1,118 @@
+"""The workers against a reader in this process: the same conversations, in the same order, errors in their places."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from faulty import NotPicklable, is_gone
+
+from nanopack import ConversationError, ProducerError, workers
+from nanopack.conversations import open_conversations
+from nanopack.reading import Reader
+from nanopack.recipe import Recipe
+from nanopack.ring import Layout
+from nanopack.tokenizers import load_tokenizer
+from nanopack.workers import UNANSWERED, Workers
+
+TOKENIZER = load_tokenizer("chat32k")
+RECIPE = Recipe(batch_size=2, seq_len=16, weights="conversation", loss="assistant", max_tokens=20)
+
+
+class Harmful(list):
+    """Conversations of which some fail when they are read."""
+
+    def __getitem__(self, index):
+        if isinstance(record := super().__getitem__(index), type):
+            raise record("no", "good") if record is NotPicklable else record("no good")
+        return record
+
+
+def reader_of(records):
+    return Reader(open_conversations(records), TOKENIZER, RECIPE, Layout.of(RECIPE, TOKENIZER.vocab_size))
+
+
+def chats(count):
+    talk = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "that and more " * 9}]
+    return [
+        [talk, {"text": f"text {k}", "weight": k}, {"messages": talk[:1]}, {"text": 5}][k % 4] for k in range(count)
+    ]
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Workers that are ended with the test."""
+    made = []
+
+    def start(count, records, method="fork"):
+        monkeypatch.setattr(workers, "START_METHOD", method)
+        made.append(Workers(count, reader_of(records)))
+        return made[-1]
+
+    yield start
+    for each in made:
+        for process in each._processes:
+            process.kill()
+            process.join()
+
+
+def told(read):
+    words = None if read.words is None else (read.words.dtype, read.words.tolist())
+    error = None if read.error is None else (type(read.error), str(read.error))
+    return read.index, words, read.tokens, read.cut, read.weight, read.own_weight, error
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_workers_read_what_one_reader_reads_in_the_same_order(started, count, method):
+    records = chats(200)
+    order = [7 * k % 200 for k in range(400)]
+    found = started(count, records, method).read_all(order, lanes=1)
+    assert list(map(told, found)) == list(map(told, map(reader_of(records).read, order)))
+
+
+def test_lanes_read_side_by_side_and_each_gets_its_own(started):
+    records = chats(3000)
+    running = started(2, records)
+    lanes = [running.read_all(range(lane, 3000, 300), lanes=300) for lane in range(300)]
+    firsts = [next(lane) for lane in lanes]
+    assert len(firsts) > UNANSWERED
+    assert [read.index for read in firsts] == list(range(300))
+    assert [[read.index for read in lane] for lane in lanes] == [
+        list(range(lane + 300, 3000, 300)) for lane in range(300)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "message"),
+    [
+        (KeyError, KeyError, "no good"),
+        (NotPicklable, ConversationError, "NotPicklable: no"),
+        (MemoryError, MemoryError, "no good"),
+        (SystemExit, ProducerError, "the producer was stopped by SystemExit: no good"),
+        (KeyboardInterrupt, ProducerError, "the producer was stopped by KeyboardInterrupt: no good"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_goes_wrong_comes_in_its_place_with_its_traceback(started, fault, kind, message):
+    records = Harmful([{"text": "a"}] * 40 + [fault] + [{"text": "b"}] * 40)
+    reads = list(started(2, records).read_all(range(81), lanes=1))
+    assert [read.index for read in reads if read.error is not None] == [40]
+    assert type(reads[40].error) is kind and message in str(reads[40].error)
+    assert "in __getitem__" in str(reads[40].error.__cause__)
+
+
+def test_words_are_those_of_the_slot(started):
+    [read] = started(1, [{"text": "a b"}]).read_all([0], lanes=1)
+    assert read.words.dtype == np.uint16 and (read.words >> 15).all()
+
+
+def test_a_worker_that_is_gone_is_named_with_what_it_was_at(started):
+    running = started(2, Harmful([{"text": "a"}] * 100))
+    reads = running.read_all(range(100), lanes=4)
+    next(reads)
+    for process in running._processes:
+        process.kill()
+        assert is_gone(process.pid)
+    message = r"was killed by SIGKILL \(reading and tokenizing, from conversation \d+ on\)"
+    with pytest.raises(ProducerError, match=message):
+        list(reads)
