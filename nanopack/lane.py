@@ -11,8 +11,11 @@ can tell where it stands and stand there again. No torch, no GPU.
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+import numpy as np
 
 from nanopack.conversations import ConversationError, Source
 from nanopack.failure import ProducerError
@@ -73,7 +76,9 @@ class Lane:
         # a mixture's sources are counted each by itself too
         self._mixture = source if isinstance(source, Mixture) else None
         self.sources = [Ledger() for _ in self._mixture.names] if self._mixture else []
-        self._fruitless = 0
+        # conversations that gave no document since the last one that did, and how many readings that took
+        self._fruitless: set[int] = set()
+        self._in_vain = 0
         self._packer = packer_of(recipe, self._read)
         self._reading = self._read_from(0)
 
@@ -128,10 +133,15 @@ class Lane:
         """Return where the lane stands, as plain data (JSON-able): what waits is told by its reading numbers."""
         return {
             "waiting": [words.read for words in self._packer.held()],
+            "digest": self._digest(),
             "packer": self._packer.state(),
             "ledger": self.ledger.state(),
             "sources": [ledger.state() for ledger in self.sources],
         }
+
+    def _digest(self) -> int:
+        """Return a checksum of the documents that wait."""
+        return zlib.crc32(b"".join(words.checksum for words in self._packer.held()))
 
     def restore(self, state: dict[str, Any]) -> None:
         """Stand where a lane stood. Only the documents that waited there are read again.
@@ -140,8 +150,10 @@ class Lane:
         """
         self.ledger = Ledger.of(state["ledger"])
         self.sources = [Ledger.of(ledger) for ledger in state["sources"]]
+        if state["packer"].keys() != self._packer.state().keys():
+            raise ValueError("the state is one of another packing; resume with the packing that the run began with")
         waiting = sorted(set(state["waiting"]))
-        reads = self._read_all(self.share.conversation(read) for read in waiting)
+        reads = self._read_all(self.share.at(np.array(waiting, np.int64)))
         words = {number: self._words_again(number, read) for number, read in zip(waiting, reads, strict=True)}
         held = [(words[number], len(words[number].words)) for number in state["waiting"]]
         self._packer.restore(state["packer"], held)
@@ -149,10 +161,11 @@ class Lane:
         left = dict(self._packer.left())
         for document, length in held:
             document.taken = length - left.get(document, 0)
-        if self._packer.waiting_tokens != self.ledger.tokens_waiting:
+        if (self._packer.waiting_tokens, self._digest()) != (self.ledger.tokens_waiting, state["digest"]):
             raise ValueError(
                 f"the documents that waited had {self.ledger.tokens_waiting} tokens when the state was saved, and have "
-                f"{self._packer.waiting_tokens} now: the data or the tokenizer have changed; resume with what was used"
+                f"{self._packer.waiting_tokens} now, or others: the data or the tokenizer have changed; resume with "
+                f"what was used"
             )
         self._reading = self._read_from(self.ledger.conversations_read)
 
@@ -172,17 +185,25 @@ class Lane:
         """Read on until a document is good for packing; return it and its length, None at the end of the data."""
         for read in self._reading:
             if (words := self._words_of(self.ledger.conversations_read, read)) is not None:
-                self._fruitless = 0
+                self._fruitless.clear()
+                self._in_vain = 0
                 return words, len(words.words)
-            self._fruitless += 1
-            # where each pass has an order of its own, only 2 n readings are sure to hold a whole one
-            enough = self.share.n if self.share.shuffle_seed is None else 2 * self.share.n
-            if self._recipe.epochs is None and self._fruitless >= enough:
-                raise ValueError(
-                    f"nothing to pack: in a whole pass over the data ({self.share.n} conversations) each one was "
-                    f"dropped because nothing in it is trained, or skipped as bad; look at the first, or use loss='all'"
-                )
+            self._give_up_on_nothing(read.index)
         return None
+
+    def _give_up_on_nothing(self, conversation: int) -> None:
+        """Raise ValueError where reading on can give no document any more."""
+        if self._recipe.epochs is not None:
+            return
+        n = self.share.n
+        self._in_vain += 1
+        self._fruitless.add(conversation)
+        # without a shuffle, n readings have been at every conversation that the lane will ever read
+        if len(self._fruitless) == n or (self.share.shuffle_seed is None and self._in_vain >= n):
+            raise ValueError(
+                f"nothing to pack: each of the {n} conversations that are read was dropped because nothing in it is "
+                f"trained, or skipped as bad; look at the first, or use loss='all'"
+            )
 
     def _words_of(self, number: int, read: Read) -> Words | None:
         """Return what the packing gets of one conversation, None if it is skipped or dropped; count what is lost."""

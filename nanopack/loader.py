@@ -183,11 +183,16 @@ class Loader:
         layout = self._producer.layout
         self._kernel = make_kernel(executor, self.device, layout, self.tokenizer.bos_id, ignore_index)
         self._make_outputs = outputs_maker(self.recipe, layout, self.device)
+        if static:
+            # at the same addresses also when a state is taken up
+            fixed = self._make_outputs()
+            self._make_outputs = lambda: fixed
         self._device: Device = device_api
         self._workers, self._prefetch = workers, prefetch
         self._ahead, self._static = overlap_copy, static
         self._owner = os.getpid()
         self._batches = None if group is None else self._agree(group)
+        self._shut: Callable[[], Any] | None = None
         self._start(None)
 
     def _start(self, state: dict[str, Any] | None) -> None:
@@ -203,6 +208,8 @@ class Loader:
             helpers = self._workers if self._workers > 1 else 0
             process = Process(*parts, self._producer.layout, self._prefetch + 1, helpers, start)
             ring, self._feed = process.ring, process
+        if self._shut is not None:
+            self._shut()
         self._memory = Memory(self._device, self._feed, ring, self._owner)
         # runs also when the loader is dropped, and at the interpreter's exit
         self._shut = weakref.finalize(self, self._memory.give_back)
@@ -360,14 +367,14 @@ class Loader:
         shard="row" also `world_size`, when `batch_size * world_size` is the same.
 
         Raises ValueError, naming every difference, for a state of other data, tokenizer or arguments; with
-        strict=False it is loaded all the same, as far as that is possible.
+        strict=False it is loaded all the same, as far as that is possible. The loader then stands where it stood. The
+        data are compared by their number and a sample, and by the conversations that waited: where those have changed,
+        ValueError comes from here with workers=0, else from the next `next`.
         """
         if self._end is _closed:
             raise _closed()
         self._refuse_fork()
-        state = check_state(state_dict, self._fingerprint, self.recipe, strict=strict)
-        self._shut()
-        self._start(state)
+        self._start(check_state(state_dict, self._fingerprint, self.recipe, strict=strict))
 
     @functools.cached_property
     def _fingerprint(self) -> dict[str, Any]:
@@ -439,7 +446,8 @@ class Loader:
     def close(self) -> None:
         """End the loader: `next` raises from now on. Batches already delivered stay valid. May be called twice."""
         self._end = _closed
-        self._shut()
+        if self._shut is not None:
+            self._shut()
 
     def __enter__(self) -> Loader:
         """Return the loader; leaving the block closes it."""

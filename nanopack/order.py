@@ -44,12 +44,17 @@ class Share:
         """Yield the conversations of the readings from `start` on, up to but without `stop`."""
         while stop is None or start < stop:
             end = start + _CHUNK if stop is None else min(stop, start + _CHUNK)
-            place = self.rank + np.arange(start, end, dtype=np.int64) * self.world_size
-            if self.shuffle_seed is None:
-                yield from (place % self.n).tolist()
-            else:
-                yield from permute(place % self.n, self.n, self.shuffle_seed, place // self.n).tolist()
+            yield from self.at(np.arange(start, end, dtype=np.int64))
             start = end
+
+    def at(self, reads: np.ndarray) -> list[int]:
+        """Return the conversations that these readings take, (k,) int64."""
+        place = self.rank + reads * self.world_size
+        if self.shuffle_seed is None:
+            found: list[int] = (place % self.n).tolist()
+        else:
+            found = permute(place % self.n, self.n, self.shuffle_seed, place // self.n).tolist()
+        return found
 
     def epoch(self, read: int) -> int:
         """Return the epoch, from 1, in force once `read` conversations have been read: 1 + wraps so far."""

@@ -92,7 +92,7 @@ class Producer:
         many. Raises as `Lane.next_rows` does.
         """
         rows = [lane.next_rows() for lane in self._lanes]
-        if not any(rows) and self._step == self._batches_of_the_longest():
+        if not any(rows) and self._step >= self._batches_of_the_longest():
             return None
         if self._signs is not None:
             self._signs.say(FILLING)

@@ -40,15 +40,19 @@ class Reader(Generic[Document]):
     def next_document(self) -> Document | None:
         """Return the next document, or None at the end of the last epoch."""
         in_vain = 0
+        useless: set[int] = set()
         while self.epochs is None or self.rank + self.world_size * self.reads < self.epochs * self.n:
-            document = self.read(self.advance())
+            index = self.advance()
+            document = self.read(index)
             if document is not None:
                 return document
             self.left_out += 1
             in_vain += 1
-            # Whatever W is, N readings have been at every conversation that this rank will ever read; where each pass
-            # has an order of its own, 2 N hold a whole one.
-            if self.epochs is None and in_vain == (self.n if self.shuffle_seed is None else 2 * self.n):
+            useless.add(index)
+            # Whatever W is, N readings have been at every conversation that this rank will ever read, unless each pass
+            # has an order of its own.
+            seen_all = len(useless) == self.n or (in_vain == self.n and self.shuffle_seed is None)
+            if self.epochs is None and seen_all:
                 raise ValueError("conversations: each is bad or trains nothing. Check the data and loss=.")
         return None
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,6 +54,11 @@ class Words:
     """The conversation's own weight, which that follows from."""
     taken: int = 0
     """Tokens of it that have been placed, where that is counted."""
+
+    @cached_property
+    def checksum(self) -> bytes:
+        """A checksum of the words."""
+        return zlib.crc32(self.words.data).to_bytes(4, "little")
 
 
 class PieceTable(Sequence[tuple[Piece, ...]]):

@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
-from nanopack.conversations import Source, check
+from nanopack.conversations import Conversation, Source, check
 from nanopack.mixture import Mixture
 from nanopack.recipe import Recipe
 from nanopack.tokenizers import AnyTokenizer
 
 FORMAT = 1
+LANE = {"waiting", "digest", "packer", "ledger", "sources"}
 SAMPLE = 16
 # What does not decide which token lands where, and what the lanes themselves tell.
 _FREE = ("rank", "extras", "max_pieces", "on_error")
@@ -39,7 +41,7 @@ def fingerprint(source: Source, tokenizer: AnyTokenizer, recipe: Recipe) -> dict
         # the global batch is what counts, however many ranks share it
         del arguments["batch_size"], arguments["world_size"]
         arguments["batch_size * world_size"] = recipe.global_rows
-    mixed = source.picks_digest() if isinstance(source, Mixture) else ""
+    mixed = source.picks_digest().encode() if isinstance(source, Mixture) else b""
     return {
         "conversations": len(source),
         "sample": _digest([mixed, *_sample(source)]),
@@ -52,20 +54,32 @@ def _plain(value: object) -> object:
     return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
 
 
-def _sample(source: Source) -> Iterator[str]:
+def _sample(source: Source) -> Iterator[bytes]:
     """Yield what stands at evenly spaced places, the first and the last among them."""
     for index in sorted({round(k * (len(source) - 1) / (SAMPLE - 1)) for k in range(SAMPLE)}):
         try:
-            yield repr(check(source[index]))
-        # a bad conversation is part of the data too
-        except ValueError as error:
-            yield repr(error)
+            yield from _bytes_of(check(source[index]))
+        except MemoryError:
+            raise
+        # a bad conversation is part of the data too; what its error says may differ from run to run
+        except Exception:
+            yield b"bad"
 
 
-def _digest(texts: Iterable[str]) -> str:
+def _bytes_of(conversation: Conversation) -> Iterator[bytes]:
+    """Yield what a conversation holds, in whatever form it came."""
+    if conversation.tokens is not None:
+        ids, mask = conversation.tokens
+        yield ids.astype(np.int64).tobytes()
+        yield b"" if mask is None else mask.tobytes()
+    said = [(message.role, message.content) for message in conversation.messages]
+    yield repr((said, conversation.text, conversation.weight)).encode("utf-8", "surrogatepass")
+
+
+def _digest(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    for part in parts:
+        digest.update(b"%d " % len(part) + part)
     return digest.hexdigest()
 
 
@@ -92,21 +106,22 @@ def check_state(state: Any, ours: Mapping[str, Any], recipe: Recipe, *, strict: 
     return {"step": state["step"], "lanes": {number: state["lanes"][number] for number in wanted}}
 
 
-def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Return one state of the states of all ranks, which any rank's loader takes.
 
     With shard="row" it may be loaded by another number of ranks, as long as batch_size * world_size is the same.
 
     Raises ValueError where the states are not of one moment of one run, or a rank is missing.
     """
+    states = list(states or ())
     if not states:
-        raise ValueError("merge_states([]) has nothing to merge; pass the states of all ranks")
+        raise ValueError("merge_states has nothing to merge; pass the states of all ranks")
     for number, state in enumerate(states):
         try:
             _refuse_foreign(state)
         except ValueError as error:
             raise ValueError(f"state {number}: {error}") from None
-    first, lanes = states[0], {}
+    first, lanes = states[0], dict[str, Any]()
     for number, state in enumerate(states):
         if differences := _differences(first["fingerprint"], state["fingerprint"]):
             raise ValueError(f"states 0 and {number} are of different runs: {'; '.join(differences)}")
@@ -115,7 +130,9 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 f"states 0 and {number} are of different moments: steps {first['step']} and {state['step']}; "
                 f"save the states of all ranks at the same step"
             )
-        lanes.update(state["lanes"])
+        for lane, stands in state["lanes"].items():
+            if lanes.setdefault(lane, stands) != stands:
+                raise ValueError(f"lane {lane} is in several of the states, and differs; pass each rank's state once")
     arguments = first["fingerprint"]["arguments"]
     count = arguments.get("batch_size * world_size", arguments.get("world_size"))
     if missing := [number for number in map(str, range(count)) if number not in lanes]:
@@ -141,6 +158,14 @@ def _refuse_foreign(state: Any) -> None:
         raise ValueError(f"a {type(state).__name__} is no state of nanopack; pass what state_dict() returned")
     if state["format"] != FORMAT:
         raise ValueError(f"the state has format {state['format']!r}; this version of nanopack reads format {FORMAT}")
+    kinds = {"step": int, "lanes": Mapping, "fingerprint": Mapping}
+    for name, kind in kinds.items():
+        if not isinstance(state.get(name), kind):
+            what = f"the state is damaged: its {name!r} is {state.get(name)!r}"
+            raise ValueError(f"{what}; pass what state_dict() returned")
+    for lane, stands in state["lanes"].items():
+        if not isinstance(stands, Mapping) or not LANE.issubset(stands):
+            raise ValueError(f"the state is damaged: lane {lane} lacks {', '.join(sorted(LANE - set(stands)))}")
 
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

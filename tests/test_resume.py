@@ -7,6 +7,7 @@ import itertools
 import json
 import pickle
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -397,3 +398,101 @@ def test_tokens_are_estimated_by_the_progress_also_when_a_run_goes_on_and_exact_
     assert again.stats()["tokens_total_estimated"] == again.ledger()["slots"]["tokens"] and batches[-1].last
     assert abs(loader.stats()["tokens_total_estimated"] / again.tokens_total - 1) < 0.2
     assert Loader(CHATS, SMALL, 2, 16).stats()["tokens_total_estimated"] is None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_good_document_that_a_lane_rarely_meets_is_waited_for(workers):
+    """With a shuffle and two ranks, whole passes may go by without it."""
+    useless = [{"messages": [{"role": "user", "content": "x"}]}] * 3
+    arguments = dict(batch_size=1, seq_len=8, packing="pad", shuffle_seed=0, rank=0, world_size=2)
+    with nanopack.Loader([*useless, {"text": "hello"}], SMALL, **arguments, workers=workers) as loader:
+        batches = list(itertools.islice(loader, 60))
+    expected = itertools.islice(reference.batches([*useless, {"text": "hello"}], SMALL, **arguments), 60)
+    assert differences(list(expected), batches) == [None] * 60
+    with pytest.raises(ValueError, match="nothing to pack: each of the 3 conversations"):
+        next(Loader(useless, SMALL, **arguments))
+
+
+def test_a_state_can_be_saved_though_a_sampled_conversation_cannot_be_read():
+    class Bad(list):
+        def __getitem__(self, index):
+            if index == 0:
+                raise KeyError(f"missing column of {object()}")
+            return super().__getitem__(index)
+
+    loader = Loader(Bad(CHATS), SMALL, **BASE, on_error="skip")
+    next(loader)
+    again = Loader(Bad(CHATS), SMALL, **BASE, on_error="skip")
+    again.load_state_dict(loader.state_dict())
+    assert first_difference(next(loader), next(again)) is None
+
+
+def test_ready_tokens_are_told_apart_by_all_of_them_and_not_by_the_form_they_come_in():
+    def ready(seed, form=np.array):
+        body = np.random.default_rng(seed).integers(0, 200, (5, 2000))
+        return [{"input_ids": form([1, 2, 3, *row.tolist(), 4, 5])} for row in body]
+
+    state = state_after(1, ready(0), packing="stream", window=None)
+    assert "other contents" in refusal(state, ready(1), packing="stream", window=None)
+    Loader(ready(0, list), SMALL, 2, 8, packing="stream").load_state_dict(state)
+
+
+def test_with_fewer_epochs_than_it_has_behind_it_a_run_ends():
+    arguments = dict(batch_size=1, seq_len=8, rank=0, world_size=2)
+    loader = Loader(CHATS, SMALL, epochs=3, **arguments)
+    for _ in itertools.islice(loader, 28):
+        pass
+    again = Loader(CHATS, SMALL, epochs=1, **arguments)
+    again.load_state_dict(loader.state_dict(), strict=False)
+    flushed = list(itertools.islice(again, 50))
+    assert len(flushed) < 5 and next(again, None) is None
+
+
+def test_a_load_that_fails_leaves_the_loader_where_it_stood():
+    state = state_after(1, packing="best_fit_pad")
+    changed = [*CHATS]
+    changed[state["lanes"]["0"]["waiting"][0]] = {"text": "other"}
+    loader = Loader(changed, SMALL, **BASE, packing="best_fit_pad")
+    expected = list(itertools.islice(Loader(changed, SMALL, **BASE, packing="best_fit_pad"), 3))
+    got = [next(loader)]
+    with pytest.raises(ValueError, match="have changed"):
+        loader.load_state_dict(state, strict=False)
+    assert differences(expected, [*got, *itertools.islice(loader, 2)]) == [None] * 3
+
+
+def test_static_outputs_stay_where_they_are_when_a_state_is_taken_up():
+    loader = Loader(CHATS, SMALL, **BASE, static=True)
+    place = next(loader).inputs.data_ptr()
+    loader.load_state_dict(loader.state_dict())
+    assert next(loader).inputs.data_ptr() == place
+
+
+def test_a_waiting_document_of_the_same_length_is_noticed_too():
+    state = state_after(1, packing="best_fit_pad")
+    waiting = state["lanes"]["0"]["waiting"][0]
+    changed = [*CHATS]
+    changed[waiting] = {"text": CHATS[waiting]["text"].replace("text", "TEXT")}
+    assert "or others" in refusal(state, changed, packing="best_fit_pad", strict=False)
+
+
+@pytest.mark.parametrize("missing", ["step", "lanes", "fingerprint"])
+def test_a_damaged_state_is_told_by_what_it_lacks(missing):
+    state = state_after(1)
+    del state[missing]
+    assert f"the state is damaged: its '{missing}' is None" in refusal(state)
+
+
+def test_a_damaged_lane_and_a_lane_of_another_packing_are_told():
+    state = state_after(1)
+    del state["lanes"]["0"]["ledger"]
+    assert "lane 0 lacks ledger" in refusal(state)
+    assert "one of another packing" in refusal(state_after(1), packing="stream", window=None, strict=False)
+
+
+def test_two_states_of_one_rank_that_differ_are_not_merged():
+    zero, one = (state_after(2, rank=rank, world_size=2) for rank in range(2))
+    other = through_json(zero)
+    other["lanes"]["0"]["waiting"] = []
+    assert merge_states(iter([zero, zero, one])) == merge_states([zero, one])
+    with pytest.raises(ValueError, match="lane 0 is in several of the states, and differs"):
+        merge_states([zero, other, one])
