@@ -201,8 +201,8 @@ class Lane:
         # without a shuffle, n readings have been at every conversation that the lane will ever read
         if len(self._fruitless) == n or (self.share.shuffle_seed is None and self._in_vain >= n):
             raise ValueError(
-                f"nothing to pack: each of the {n} conversations that are read was dropped because nothing in it is "
-                f"trained, or skipped as bad; look at the first, or use loss='all'"
+                f"nothing to pack: in a whole pass over the data ({n} conversations) each one was dropped because "
+                f"nothing in it is trained, or skipped as bad; look at the first, or use loss='all'"
             )
 
     def _words_of(self, number: int, read: Read) -> Words | None:
