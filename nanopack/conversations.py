@@ -269,10 +269,10 @@ def _text(text: object, name: str) -> str:
 
 def _tokens(ids: object, mask: object) -> Tokens:
     array = _array(ids, "input_ids")
-    if array.dtype.kind not in "iu":
-        _fail(f"input_ids must be ints, not {array.dtype}")
     if not len(array):
         _fail("input_ids is empty; a document has at least one token")
+    if array.dtype.kind not in "iu":
+        _fail(f"input_ids must be ints, not {array.dtype}")
     if mask is None:
         return Tokens(array, None)
     trained = _array(mask, "loss_mask")

@@ -167,7 +167,7 @@ def _reason(here: Token | None, target: Token | None, recipe: Recipe) -> str:
     if target.message is None:
         return "the text is trained as a whole" if target.trained else "the target begins another document"
     if target.trained:
-        return f"template {recipe.template_name!r} trains this part of the assistant's message"
+        return f"template {recipe.template_name!r} trains this part of the {target.role}'s message"
     if target.role == "assistant":
         return f"template {recipe.template_name!r} does not train this part of an assistant's message"
     return f"template {recipe.template_name!r} trains no {target.role} message"

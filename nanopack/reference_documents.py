@@ -113,6 +113,8 @@ def conversation(record: object) -> tuple[Messages, str | None, Tokens | None, f
 
 
 def _ready(ids: Any, mask: Any) -> Tokens:
+    # numbers, of whatever array or tensor they come in
+    ids, mask = (values.tolist() if hasattr(values, "tolist") else values for values in (ids, mask))
     ids, mask = list(ids), [True] * len(ids) if mask is None else list(mask)
     if not ids or len(ids) != len(mask):
         raise ConversationError(f"it has {len(ids)} input_ids and {len(mask)} entries of loss_mask")

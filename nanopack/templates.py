@@ -67,7 +67,8 @@ class Template:
             if not isinstance(getattr(self, flag), bool):
                 raise ValueError(f"{self._field(flag)}; use True or False")
         tokens = self.special_tokens
-        if isinstance(tokens, str) or not all(isinstance(token, str) and token for token in tokens):
+        # a generator would be empty once it is looked through
+        if not isinstance(tokens, (tuple, list)) or not all(isinstance(token, str) and token for token in tokens):
             raise ValueError(f"{self._field('special_tokens')}; use a tuple of strings, none of them empty")
         object.__setattr__(self, "special_tokens", tuple(tokens))
         for role in ("user", "assistant", "system", "tool"):

@@ -409,7 +409,7 @@ def test_ids_and_mask_are_taken_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        pytest.param({"input_ids": []}, "input_ids must be ints|is empty", id="empty"),
+        pytest.param({"input_ids": []}, "input_ids is empty; a document has at least one token", id="empty"),
         pytest.param({"input_ids": [1.5]}, "input_ids must be ints, not float64", id="floats"),
         pytest.param({"input_ids": [True]}, "input_ids must be ints, not bool", id="bools"),
         pytest.param({"input_ids": ["a"]}, "input_ids must be ints", id="text"),

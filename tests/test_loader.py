@@ -62,7 +62,7 @@ plain_texts = st.fixed_dictionaries({"text": texts}, optional={"weight": st.floa
 @st.composite
 def rendered_elsewhere(draw):
     ids = draw(st.lists(st.integers(0, 255), min_size=1, max_size=30))
-    record = {"input_ids": draw(st.sampled_from([list, np.uint8, np.int32, np.uint64]))(ids)}
+    record = {"input_ids": draw(st.sampled_from([list, np.uint8, np.int32, np.uint64, torch.tensor]))(ids)}
     if draw(st.booleans()):
         mask = draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
         record["loss_mask"] = draw(st.sampled_from([list, np.array, np.int8]))(mask)

@@ -228,3 +228,19 @@ def test_an_explanation_calls_a_template_by_its_name():
         trained = next(col for col, target in enumerate(row) if target != -100)
         assert "template 'gemma' trains this part of the assistant's message" in str(loader.explain(batch, 0, trained))
         assert "template 'gemma' trains no user message" in str(loader.explain(batch, 0, 1))
+
+
+@pytest.mark.parametrize("tokens", [None, 5, {"<|im_end|>"}, "<|im_end|>", (token for token in ["<|im_end|>"])])
+def test_special_tokens_are_a_tuple_or_a_list_and_nothing_that_is_gone_when_looked_at(tokens):
+    with pytest.raises(ValueError, match=r"special_tokens=.* is not allowed; use a tuple of strings"):
+        Template(name="t", special_tokens=tokens, user=Turn("U:"), assistant=Turn("A:", trained=True))
+
+
+def test_a_turn_of_the_user_that_is_trained_is_explained_as_the_users():
+    template = Template(name="both", special_tokens=(), user=Turn("U:", trained=True), assistant=Turn("A:"))
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    with Loader([chat], "chat32k", 1, 8, template=template, epochs=1, workers=0) as loader:
+        batch = next(loader)
+        reasons = {loader.explain(batch, 0, column).reason for column in range(8)}
+    assert "template 'both' trains this part of the user's message" in reasons
+    assert not any("assistant's message" in reason and "not" not in reason for reason in reasons)
