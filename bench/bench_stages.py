@@ -18,7 +18,7 @@ from nanopack.executor import make_kernel, outputs_maker
 from nanopack.packing import PACKINGS, make_packer
 from nanopack.producer import Producer
 from nanopack.recipe import Recipe
-from nanopack.render import make_renderer
+from nanopack.render import Renderer
 from nanopack.ring import Ring
 from nanopack.tokenizers import load_tokenizer
 
@@ -37,7 +37,7 @@ def one_thread():
 
 
 def test_rendering(benchmark):
-    render, source = make_renderer(TOKENIZER, "nanochat"), open_conversations(FILE)
+    render, source = Renderer(TOKENIZER, "nanochat"), open_conversations(FILE)
     conversations = [check(source[i]) for i in range(len(source))]
     benchmark.pedantic(lambda: [render(c) for c in conversations], rounds=5, warmup_rounds=1)
 

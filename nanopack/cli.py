@@ -53,7 +53,7 @@ from nanopack.page import explain_rows, save_page
 from nanopack.picture import draw_curves, draw_histogram, draw_rows, list_pieces, table
 from nanopack.plot import load_matplotlib, save_batch, save_curve, save_lengths
 from nanopack.progress import Bar, warnings_on_stderr
-from nanopack.render import make_renderer
+from nanopack.render import Renderer
 from nanopack.tokenizers import AnyTokenizer, load_tokenizer
 from nanopack.totals import Totals, count_batches, percent
 from nanopack.verify import compare
@@ -351,7 +351,7 @@ def _measure(loader: Loader, read: int) -> Lengths:
                 yield share.conversation(number)
                 bar.show((number + 1) / count, f"{number + 1:,} conversations")
 
-        return measure(source, indices(), make_renderer(loader.tokenizer, recipe.template))
+        return measure(source, indices(), Renderer(loader.tokenizer, recipe.template))
 
 
 def _inspection(lengths: Lengths, loader: Loader, packed: dict[str, Any]) -> dict[str, Any]:

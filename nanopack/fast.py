@@ -14,49 +14,24 @@ import functools
 import importlib
 import os
 import random
-import re
 import time
 import unicodedata
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import tiktoken
 
 from nanopack.conversations import Source, check
-from nanopack.tokenizers import AnyTokenizer, Tokenizer
+from nanopack.patterns import PatternError, plain
+from nanopack.tokenizers import LONG_TEXT, AnyTokenizer, Tokenizer
 
 ENCODERS = (None, "fast")
 # One text in so many is compared with tiktoken's ids, the first of each process among them.
 SPOT_CHECK = 1000
-# Characters from which on tiktoken encodes a text: it may refuse one of a million, and ours would not.
-LONG_TEXT = 250_000
 # Of the data, so much is compared at construction: conversations, characters in all and of a text, seconds to read.
 SAMPLE, SAMPLE_CHARACTERS, SAMPLE_TEXT, SAMPLE_SECONDS = 8, 100_000, 20_000, 0.1
 REMEDY = "leave encoder out: tiktoken is exact"
-
-# The alternatives that split patterns are made of (GPT-2, cl100k, o200k, Llama 3, Qwen, nanochat). splintr-rs knows no
-# possessive quantifier (`++`), so in these the plain one stands for it. The two differ only where giving back what was
-# taken lets the rest match, and here it never does: what follows is disjoint from it ([^\r\n\p{L}\p{N}] before \p{L};
-# a space before \p{L}, \p{N} or [^\s\p{L}\p{N}]), or may match nothing ([\r\n]*), or is not there; and \s+$ matches
-# only a run of white space that reaches the end, and then all of it.
-_POSSESSIVE_OR_NOT = {
-    *(r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?\p{L}+"),
-    *(r"\p{N}", r"\p{N}{1,2}", r"\p{N}{1,3}", r" ?\p{N}+"),
-    *(r" ?[^\s\p{L}\p{N}]+", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}]+[\r\n/]*"),
-    *(r"\s+$", r"\s+", r"\s"),
-}
-# These do give back, or were never written possessively: taken as they are or not at all.
-_AS_THEY_ARE = {
-    *(r"\s*[\r\n]", r"\s*[\r\n]+", r"\s+(?!\S)"),
-    *(r"'(?i:[sdmt]|ll|ve|re)", r"'(?:[sdmt]|ll|ve|re)", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"),
-    *("'s", "'t", "'re", "'ve", "'m", "'ll", "'d"),
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-}
-_ALTERNATIVE = re.compile(r"(?:\\.|\[(?:\\.|[^\]\\])*\]|\((?:\\.|[^()\\])*\)|[^|\\\[(])+")
-_POSSESSIVE = re.compile(r"([?*+]|\{[\d,]+\})\+(?!\+)")
 
 # Letters and digits that Unicode 17 added: splintr-rs 0.22 knows them, tiktoken 0.14 does not.
 UNICODE_17 = (
@@ -124,15 +99,15 @@ class FastTokenizer(Tokenizer):
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         """Raise ImportError without splintr-rs, ValueError where it cannot take the encoding."""
         super().__init__(encoding)
-        self._pattern = plain_pattern(encoding._pat_str)
+        try:
+            self._pattern = plain(encoding._pat_str)
+        except PatternError as error:
+            raise ValueError(f"encoder='fast' cannot take {self.name!r}: {error}; {REMEDY}") from error
         ranks = encoding._mergeable_ranks
         if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
             raise ValueError(f"encoder='fast' cannot take {self.name!r}: byte {missing[0]:#04x} has no rank; {REMEDY}")
         self._core, self._process = self._make_core(), os.getpid()
         self._encoded = 0
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return FastTokenizer, (self.encoding,)
 
     def _make_core(self) -> Any:
         try:
@@ -154,38 +129,40 @@ class FastTokenizer(Tokenizer):
         """Return the ids of `text`, (n,) uint32: as `Tokenizer.encode`, with what it raises."""
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_batch(self, texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of all texts in a row, and offsets: as `Tokenizer.encode_batch`, with what it raises.
 
         Raises EncoderError where a spot check finds other ids than tiktoken's.
         """
-        ids, offsets = self._encode_all(texts)
-        for number in range(-self._encoded % SPOT_CHECK, len(texts), SPOT_CHECK):
-            if difference := self._compare(texts[number], ids[offsets[number] : offsets[number + 1]]):
+        ids, offsets = super().encode_batch(texts)
+        encoded = [(number, text) for number, text in enumerate(texts) if isinstance(text, str)]
+        for number, text in encoded[-self._encoded % SPOT_CHECK :: SPOT_CHECK]:
+            if difference := self._compare(text, ids[offsets[number] : offsets[number + 1]]):
                 raise EncoderError(difference)
-        self._encoded += len(texts)
+        self._encoded += len(encoded)
         return ids, offsets
 
-    def _encode_all(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _encode_each(self, texts: Sequence[str | bytes]) -> list[Any]:
         if self._process != os.getpid():
             # a fork may have come while another thread held a lock of the core's cache
             self._core, self._process = self._make_core(), os.getpid()
         # Not its batch call: that has a pool of threads, which are not there any more after a fork.
         encode = self._core.encode_flat
-        if _is_plain("".join(texts)):
-            parts = [encode(text) for text in texts]
-        else:
-            theirs = super().encode
-            parts = [encode(text) if _is_plain(text) else theirs(text).tobytes() for text in texts]
-        ends_bytes = np.fromiter(accumulate(map(len, parts), initial=0), np.int64, len(parts) + 1)
-        return np.frombuffer(b"".join(parts), np.uint32), ends_bytes // 4
+        if _is_plain("".join([text for text in texts if isinstance(text, str)])):
+            return [text if isinstance(text, bytes) else encode(text) for text in texts]
+        theirs = super()._encode_each
+        return [
+            text if isinstance(text, bytes) else encode(text) if _is_plain(text) else theirs([text])[0]
+            for text in texts
+        ]
 
     def difference(self, text: str) -> str | None:
         """Return in what the ids of a text differ from tiktoken's, None if in nothing."""
-        return self._compare(text, self._encode_all([text])[0])
+        return self._compare(text, super().encode_batch([text])[0])
 
     def _compare(self, text: str, got: np.ndarray) -> str | None:
-        expected = super().encode(text)
+        # by tiktoken as it is: not even the pattern is ours
+        expected = np.array(self.encoding.encode_ordinary(text), np.uint32)
         if np.array_equal(expected, got):
             return None
         both = min(len(expected), len(got))
@@ -200,27 +177,6 @@ class FastTokenizer(Tokenizer):
             f"encoder='fast' differs from tiktoken at token {at} of a text of {len(text):,} characters, about {shown}: "
             f"expected {a}, got {b}; {REMEDY}"
         )
-
-
-def plain_pattern(pattern: str) -> str:
-    """Return the split pattern without possessive quantifiers; ValueError where that might change what it matches.
-
-    >>> plain_pattern(r"[^\\r\\n\\p{L}\\p{N}]?+\\p{L}++|\\s+(?!\\S)|\\s")
-    '[^\\\\r\\\\n\\\\p{L}\\\\p{N}]?\\\\p{L}+|\\\\s+(?!\\\\S)|\\\\s'
-    """
-    alternatives = _ALTERNATIVE.findall(pattern)
-    plain = [_POSSESSIVE.sub(r"\1", one) for one in alternatives]
-    for i, one in enumerate(alternatives):
-        if one in _AS_THEY_ARE:
-            plain[i] = one
-        elif plain[i] not in _POSSESSIVE_OR_NOT:
-            raise ValueError(
-                f"encoder='fast' cannot take the split pattern {pattern!r}: {one!r} is not among the alternatives that "
-                f"are known to match alike in splintr-rs; {REMEDY}"
-            )
-    if not pattern or "|".join(alternatives) != pattern:
-        raise ValueError(f"encoder='fast' cannot read the split pattern {pattern!r}; {REMEDY}")
-    return "|".join(plain)
 
 
 def _is_plain(text: str) -> bool:

@@ -103,18 +103,21 @@ class HuggingFaceTokenizer:
         """
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_batch(self, texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of all texts in a row, (n,) uint32, and offsets, (len(texts) + 1,) int64.
 
-        The ids of text i are `ids[offsets[i] : offsets[i + 1]]`: what `encode` gives for it alone.
+        The ids of text i are `ids[offsets[i] : offsets[i + 1]]`: what `encode` gives for it alone. Ids that are known
+        already may stand among the texts, as bytes of uint32s.
         """
+        to_encode = [text for text in texts if isinstance(text, str)]
         try:
-            encodings = self._core.encode_batch_fast(list(texts), add_special_tokens=False)
+            encodings = self._core.encode_batch_fast(to_encode, add_special_tokens=False)
         except TypeError:
             # That is how it refuses a lone surrogate. The same mending as in tiktoken's encode_ordinary.
-            mended = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
+            mended = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in to_encode]
             encodings = self._core.encode_batch_fast(mended, add_special_tokens=False)
-        arrays = [np.array(encoding.ids, np.uint32) for encoding in encodings]
+        encoded = iter([np.array(encoding.ids, np.uint32) for encoding in encodings])
+        arrays = [np.frombuffer(text, np.uint32) if isinstance(text, bytes) else next(encoded) for text in texts]
         offsets = np.fromiter(accumulate(map(len, arrays), initial=0), np.int64, len(arrays) + 1)
         return (np.concatenate(arrays) if arrays else np.empty(0, np.uint32)), offsets
 

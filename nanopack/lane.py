@@ -228,7 +228,8 @@ class Lane:
         """Weigh documents that were placed in part by what was placed."""
         for words, _, length in (run for row in rows for run in row):
             if length < len(words.words):
-                words.weight = weigh(self._recipe, words.own_weight, words.words[:length] >= self._loss_bit)
+                trained = int(np.count_nonzero(words.words[:length] >= self._loss_bit))
+                words.weight = weigh(self._recipe, words.own_weight, trained)
 
     def _ledger_of(self, conversation: int) -> list[Ledger]:
         """Return the ledger of the source that a conversation is from, where there are several."""

@@ -25,7 +25,7 @@ import numpy as np
 from nanopack.conversations import Conversation, Source, check, open_conversations, short
 from nanopack.files import Files
 from nanopack.recipe import check_int
-from nanopack.render import Document, TemplateError, make_renderer
+from nanopack.render import Document, Renderer, TemplateError
 from nanopack.tokenizers import load_tokenizer
 
 SHARES_BY = ("conversation", "token")
@@ -142,7 +142,7 @@ def _measure(by: object, tokenizer: Any, template: str) -> Callable[[Conversatio
     if by == "token":
         if tokenizer is None:
             raise ValueError("by='token' needs a tokenizer to measure lengths; pass tokenizer=, and the template=")
-        return make_renderer(load_tokenizer(tokenizer), template)
+        return Renderer(load_tokenizer(tokenizer), template)
     # Whoever gives a tokenizer thinks that tokens are counted.
     if tokenizer is not None:
         raise ValueError("tokenizer has no meaning with by='conversation'; leave it out, or use by='token'")

@@ -20,7 +20,7 @@ from nanopack.batch import Batch
 from nanopack.explain import Explanation, Token, explain_row
 from nanopack.loader import Loader
 from nanopack.plot import COLOURS
-from nanopack.render import make_renderer
+from nanopack.render import Renderer
 
 
 class _Table:
@@ -39,7 +39,7 @@ class _Table:
 def explain_rows(batch: Batch, loader: Loader) -> list[list[Explanation]]:
     """Return what `loader.explain` says of every slot."""
     recipe, source, tokenizer = loader.recipe, loader.source, loader.tokenizer
-    render = make_renderer(tokenizer, recipe.template)
+    render = Renderer(tokenizer, recipe.template)
     return [
         explain_row(batch, row, source=source, tokenizer=tokenizer, render=render, recipe=recipe)
         for row in range(recipe.batch_size)

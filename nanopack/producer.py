@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Iterator
+from functools import partial
 from math import fsum
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from nanopack.conversations import Source, check
 from nanopack.counting import count_batches
 from nanopack.lane import Lane
 from nanopack.packing import Row
-from nanopack.reading import Read, Reader
+from nanopack.reading import Read, Reader, read_in_turn
 from nanopack.recipe import Recipe
 from nanopack.render import TemplateError, missing_tokens
 from nanopack.ring import FILLING, READING, Filled, Layout, Signs, Slot
@@ -65,7 +66,7 @@ class Producer:
     ) -> None:
         """Raise TemplateError where the first conversation needs tokens that the tokenizer lacks; see `Lane.restore`.
 
-        With `workers`, so many processes read ahead; without, a conversation is read when it is needed and not before.
+        With `workers`, so many processes read ahead; without, conversations are read here when they are needed.
         What the producer is at is told by `signs`, if anybody looks.
         """
         self._signs = signs
@@ -76,7 +77,8 @@ class Producer:
         self.render = self._reader.render
         if missing_tokens(tokenizer, recipe.template):
             self._try_the_first()
-        self._workers = Workers(workers, self._reader) if workers else None
+        self._tell = None if signs is None else partial(signs.say, READING)
+        self._workers = Workers(workers, self._reader, self._tell) if workers else None
         self._lanes = [Lane(number, source, recipe, self.layout, self._read_all) for number in recipe.lanes]
         self._step = 0
         self._batches = start.batches
@@ -145,16 +147,10 @@ class Producer:
         return self._batches
 
     def _read_all(self, indexes: Iterable[int]) -> Iterator[Read]:
-        told = self._tell(indexes)
-        if self._workers is None:
-            return map(self._reader.read, told)
-        return self._workers.read_all(told, lanes=len(self.recipe.lanes))
-
-    def _tell(self, indexes: Iterable[int]) -> Iterator[int]:
-        for index in indexes:
-            if self._signs is not None:
-                self._signs.say(READING, index)
-            yield index
+        if self._workers is not None:
+            return self._workers.read_all(indexes, lanes=len(self.recipe.lanes))
+        tokens = self.recipe.lane_rows * self.recipe.seq_len
+        return read_in_turn(self._reader, indexes, batch_tokens=tokens, tell=self._tell)
 
     def _count_slots(self, rows: list[list[Row]], row_trained: list[int]) -> None:
         trained = iter(row_trained)

@@ -1,11 +1,10 @@
 """Render a conversation as a document: its token ids, and a mask of the tokens that the loss counts.
 
-    Conversation       ->   make_renderer(tokenizer, template)   ->   Document
-    conversations.py                                                  packing.py places it, ring.py writes it
+    Conversation       ->   Renderer.plan()   ->   Plan   ->   Renderer.fill_in()   ->   Document
+    conversations.py        one at a time                      many in one go            reading.py cuts it
 
-A template only says which special tokens and which texts follow each other. Every text is encoded on its own,
-all those of a conversation in one call, so text that looks like a special token stays text. Nothing is cut
-here: the sequence length does not come in.
+A template only says which special tokens and which texts follow each other. Every text is encoded on its own, so text
+that looks like a special token stays text. Nothing is cut here: the sequence length does not come in.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -41,62 +39,88 @@ class TemplateError(ValueError):
     """The tokenizer lacks special tokens of the template: no fault of a conversation, so none is skipped for it."""
 
 
-# A text to encode, or ids that are known already; and whether these tokens are trained.
-_Run: TypeAlias = tuple[str | np.ndarray, bool]
-# A document before encoding: its runs in order, and for each message the index of the run it begins with.
-_Plan: TypeAlias = tuple[list[_Run], list[int]]
-_Planner: TypeAlias = Callable[[Sequence[Message]], _Plan]
+class Plan(NamedTuple):
+    """A document before encoding: runs that follow each other."""
+
+    runs: list[str | bytes]
+    """Texts to encode, and ids that are known already, as bytes of uint32."""
+    trained: list[bool]
+    """Of each run, whether its tokens are trained."""
+    firsts: list[int]
+    """For each message, the run that it begins with."""
 
 
-def make_renderer(tokenizer: AnyTokenizer, template: str | Template) -> Callable[[Conversation], Document]:
-    """Return the function that renders a conversation by `template`: a name, "hf" or a `Template`.
+_Planner: TypeAlias = Callable[[Sequence[Message]], Plan]
 
-    ValueError where there is no such template. The function itself raises `ConversationError` for what the template
-    forbids, naming the message, and for any messages `TemplateError` where the tokenizer lacks special tokens of it:
-    plain text needs none of them.
-    """
-    if template == "hf":
-        return _make_hf_renderer(tokenizer)
-    known = template if template == "nanochat" else _find(template)
-    if missing := missing_tokens(tokenizer, template):
-        plan_messages = _refuse_messages(tokenizer, template, missing)
-    else:
-        plan_messages = _nanochat(tokenizer) if isinstance(known, str) else _templated(tokenizer, known)
-    bos = _known(tokenizer.bos_id)
 
-    def render(conversation: Conversation) -> Document:
-        if conversation.tokens is not None:
-            return _take_over(conversation.tokens, tokenizer)
-        if conversation.text is not None:
-            plan: _Plan = [(bos, True), (conversation.text, True)], []
-        elif conversation.messages:
-            _refuse_tool_calls(conversation.messages)
-            plan = plan_messages(conversation.messages)
+class Renderer:
+    """Renders conversations, one at a time or many in one go."""
+
+    def __init__(self, tokenizer: AnyTokenizer, template: str | Template) -> None:
+        """Render by `template`: a name, "hf" or a `Template`. ValueError where there is none such."""
+        self._tokenizer = tokenizer
+        self._bos = _known(tokenizer.bos_id)
+        self._plan_messages: _Planner | None = None
+        if template == "hf":
+            self._encode_chat = make_chat_renderer(tokenizer)
+            return
+        known = template if template == "nanochat" else _find(template)
+        if missing := missing_tokens(tokenizer, template):
+            self._plan_messages = _refuse_messages(tokenizer, template, missing)
         else:
-            raise ConversationError("there are no messages; a conversation needs at least one")
+            self._plan_messages = _nanochat(tokenizer) if isinstance(known, str) else _templated(tokenizer, known)
+
+    def __call__(self, conversation: Conversation) -> Document:
+        """Return the document of a conversation.
+
+        Raises ConversationError for what the template forbids or the tokenizer cannot encode, naming the message, and
+        for any messages TemplateError where the tokenizer lacks special tokens of it: plain text needs none of them.
+        """
+        plan = self.plan(conversation)
         try:
-            ids, offsets = tokenizer.encode_batch([run for run, _ in plan[0] if isinstance(run, str)])
+            return self.fill_in([plan])[0]
         except ValueError as error:
-            raise ConversationError(_blame(tokenizer, conversation.messages, error)) from error
-        return _fill_in(plan, ids, offsets.tolist())
+            raise ConversationError(_blame(self._tokenizer, conversation.messages, error)) from error
 
-    return render
-
-
-def _make_hf_renderer(tokenizer: AnyTokenizer) -> Callable[[Conversation], Document]:
-    encode_chat = make_chat_renderer(tokenizer)
-    bos = _known(tokenizer.bos_id)
-
-    def render(conversation: Conversation) -> Document:
+    def plan(self, conversation: Conversation) -> Plan | Document:
+        """Return what `fill_in` makes a document: all but the encoding, which takes longest. Raises as a call does."""
         if conversation.tokens is not None:
-            return _take_over(conversation.tokens, tokenizer)
+            return _take_over(conversation.tokens, self._tokenizer)
         if conversation.text is not None:
-            ids = np.concatenate([bos, tokenizer.encode(conversation.text)])
-            return Document(ids, np.ones(len(ids), bool), ())
-        # Where in it each message begins the template does not tell.
-        return Document(*encode_chat(conversation.messages), ())
+            return Plan([self._bos, conversation.text], [True, True], [])
+        if self._plan_messages is None:
+            # Where in it each message begins the tokenizer's own template does not tell.
+            return Document(*self._encode_chat(conversation.messages), ())
+        if not conversation.messages:
+            raise ConversationError("there are no messages; a conversation needs at least one")
+        _refuse_tool_calls(conversation.messages)
+        return self._plan_messages(conversation.messages)
 
-    return render
+    def fill_in(self, plans: Sequence[Plan | Document]) -> list[Document]:
+        """Return the document of each plan, as views of arrays that they share; documents stay as they are.
+
+        ValueError where the tokenizer refuses a text. It does not say which.
+        """
+        runs: list[str | bytes] = []
+        trained: list[bool] = []
+        for plan in plans:
+            if isinstance(plan, Plan):
+                runs += plan.runs
+                trained += plan.trained
+        ids, offsets = self._tokenizer.encode_batch(runs)
+        mask = np.array(trained, bool).repeat(np.diff(offsets))
+        begins = offsets.tolist()
+        documents, first = [], 0
+        for plan in plans:
+            if isinstance(plan, Document):
+                documents.append(plan)
+                continue
+            last = first + len(plan.runs)
+            begin, end = begins[first], begins[last]
+            starts = tuple([begins[first + run] - begin for run in plan.firsts])
+            documents.append(Document(ids[begin:end], mask[begin:end], starts))
+            first = last
+        return documents
 
 
 def _take_over(tokens: Tokens, tokenizer: AnyTokenizer) -> Document:
@@ -138,7 +162,7 @@ def missing_tokens(tokenizer: AnyTokenizer, template: str | Template) -> list[st
 def _refuse_messages(tokenizer: AnyTokenizer, template: str | Template, missing: list[str]) -> _Planner:
     name = template if isinstance(template, str) else template.name
 
-    def refuse(messages: Sequence[Message]) -> _Plan:
+    def refuse(messages: Sequence[Message]) -> Plan:
         raise TemplateError(
             f"tokenizer {tokenizer.name!r} lacks special tokens of template={name!r}: {', '.join(missing)}. "
             f"Give a tokenizer that has them, another template, or plain text instead of messages."
@@ -147,18 +171,8 @@ def _refuse_messages(tokenizer: AnyTokenizer, template: str | Template, missing:
     return refuse
 
 
-def _known(*ids: int) -> np.ndarray:
-    return np.array(ids, dtype=np.uint32)
-
-
-def _fill_in(plan: _Plan, ids: np.ndarray, offsets: list[int]) -> Document:
-    runs, firsts = plan
-    texts = iter([ids[begin:end] for begin, end in pairwise(offsets)])
-    arrays = [next(texts) if isinstance(run, str) else run for run, _ in runs]
-    lengths = [len(array) for array in arrays]
-    mask = np.array([trained for _, trained in runs]).repeat(lengths)
-    begins = list(accumulate(lengths, initial=0))
-    return Document(np.concatenate(arrays), mask, tuple([begins[first] for first in firsts]))
+def _known(*ids: int) -> bytes:
+    return np.array(ids, np.uint32).tobytes()
 
 
 def _blame(tokenizer: AnyTokenizer, messages: Sequence[Message], error: ValueError) -> str:
@@ -176,27 +190,27 @@ def _blame(tokenizer: AnyTokenizer, messages: Sequence[Message], error: ValueErr
 def _nanochat(tokenizer: AnyTokenizer) -> _Planner:
     """Plan messages as karpathy/nanochat does: `render_conversation` in its nanochat/tokenizer.py."""
     known = {token: _known(tokenizer.special_id(token)) for token in NANOCHAT_SPECIAL_TOKENS[1:]}
-    bos = (_known(tokenizer.bos_id), False)
-    user_start, user_end = (known["<|user_start|>"], False), (known["<|user_end|>"], False)
-    assistant_start, assistant_end = (known["<|assistant_start|>"], False), (known["<|assistant_end|>"], True)
-    # The model writes the code; what comes out of it is given to the model.
-    code_start, code_end = (known["<|python_start|>"], True), (known["<|python_end|>"], True)
-    output_start, output_end = (known["<|output_start|>"], False), (known["<|output_end|>"], False)
+    user_start, user_end, assistant_start, assistant_end, code_start, code_end, output_start, output_end = (
+        known.values()
+    )
+    bos = _known(tokenizer.bos_id)
 
-    def plan_part(index: int, number: int, part: Part) -> list[_Run]:
+    def plan_part(index: int, number: int, part: Part) -> tuple[list[str | bytes], list[bool]]:
         if part.type == "text":
-            return [(part.text, True)]
+            return [part.text], [True]
+        # The model writes the code; what comes out of it is given to the model.
         if part.type == "python":
-            return [code_start, (part.text, True), code_end]
+            return [code_start, part.text, code_end], [True, True, True]
         if part.type == "python_output":
-            return [output_start, (part.text, False), output_end]
+            return [output_start, part.text, output_end], [False, False, False]
         what = f"message {index}: part {number} has type {part.type!r}"
         raise ConversationError(f"{what}; it must be text, python or python_output")
 
-    def plan_messages(messages: Sequence[Message]) -> _Plan:
+    def plan_messages(messages: Sequence[Message]) -> Plan:
         turns = _merge_system(messages)
         merged = len(messages) - len(turns)
-        runs: list[_Run] = [bos]
+        runs: list[str | bytes] = [bos]
+        trained = [False]
         # A merged system message begins where the user's does: with the first run behind bos.
         firsts = [1] * merged
         for index, turn in enumerate(turns, merged):
@@ -205,15 +219,21 @@ def _nanochat(tokenizer: AnyTokenizer) -> _Planner:
             if turn.role != expected:
                 raise ConversationError(_wrong_role(messages, index))
             if expected == "user":
-                runs += (user_start, (_string(index, turn), False), user_end)
+                runs += (user_start, _string(index, turn), user_end)
+                trained += (False, False, False)
             elif isinstance(turn.content, str):
-                runs += (assistant_start, (turn.content, True), assistant_end)
+                runs += (assistant_start, turn.content, assistant_end)
+                trained += (False, True, True)
             else:
                 runs.append(assistant_start)
+                trained.append(False)
                 for number, part in enumerate(turn.content):
-                    runs += plan_part(index, number, part)
+                    part_runs, part_trained = plan_part(index, number, part)
+                    runs += part_runs
+                    trained += part_trained
                 runs.append(assistant_end)
-        return runs, firsts
+                trained.append(True)
+        return Plan(runs, trained, firsts)
 
     return plan_messages
 
@@ -256,41 +276,42 @@ def _templated(tokenizer: AnyTokenizer, template: Template) -> _Planner:
     tokens = sorted(template.special_tokens, key=len, reverse=True)
     special = re.compile(f"({'|'.join(map(re.escape, tokens))})" if tokens else r"(?!)")
 
-    def encode(text: str) -> np.ndarray:
+    def encode(text: str) -> bytes:
         pieces = [piece for piece in special.split(text) if piece]
         for piece in pieces:
             for token in () if piece in tokens else tokenizer.special_tokens:
                 if token in piece:
                     raise ValueError(_unlisted(template, text, token))
-        arrays = [_known(tokenizer.special_id(p)) if p in tokens else tokenizer.encode(p) for p in pieces]
-        return np.concatenate([_known(), *arrays])
+        ids = [_known(tokenizer.special_id(p)) if p in tokens else tokenizer.encode(p).tobytes() for p in pieces]
+        return b"".join(ids)
 
-    bos = (_known(tokenizer.bos_id), False)
+    bos = _known(tokenizer.bos_id)
     merged_system = template.system if template.merge_system else None
 
-    def runs_around(turn: Turn) -> tuple[_Run, bool, tuple[_Run, ...]]:
-        """What stands before, whether the content is trained, what stands behind."""
-        behind = [(encode(turn.end), turn.trained), (encode(turn.after), False)]
-        return (encode(turn.before), False), turn.trained, tuple(run for run in behind if len(run[0]))
+    def runs_around(turn: Turn) -> tuple[bytes, bytes, bytes, tuple[bool, ...]]:
+        """What stands before the content, what behind, and what of the four is trained."""
+        return encode(turn.before), encode(turn.end), encode(turn.after), (False, turn.trained, turn.trained, False)
 
     around = {role: runs_around(turn) for role, turn in template.turns().items() if turn is not merged_system}
 
-    def plan_messages(messages: Sequence[Message]) -> _Plan:
+    def plan_messages(messages: Sequence[Message]) -> Plan:
         turns = messages
         if template.strip:
             turns = [Message(m.role, m.content.strip()) if isinstance(m.content, str) else m for m in turns]
         if merged_system:
             turns = _merge_system(turns, merged_system.before, merged_system.after)
         merged = len(messages) - len(turns)
-        runs: list[_Run] = [bos]
+        runs: list[str | bytes] = [bos]
+        trained = [False]
         firsts = [1] * merged
         for index, message in enumerate(turns, merged):
             if message.role not in around:
                 raise ConversationError(_no_such_role(template, index, message.role))
             firsts.append(len(runs))
-            before, trained, behind = around[message.role]
-            runs += (before, (_string(index, message), trained), *behind)
-        return runs, firsts
+            before, end, after, of_turn = around[message.role]
+            runs += (before, _string(index, message), end, after)
+            trained += of_turn
+        return Plan(runs, trained, firsts)
 
     return plan_messages
 

@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -27,14 +27,12 @@ import numpy as np
 
 from nanopack.conversations import ConversationError
 from nanopack.failure import Failure, ProducerError
-from nanopack.reading import Read, Reader
+from nanopack.reading import CHUNK, Read, Reader
 
 if sys.platform == "linux":
     import fcntl
 
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
-# Conversations that a worker reads at a time: enough that handing them over costs nothing beside the tokenizing.
-CHUNK = 32
 # Requests that a worker may have before it: they must fit its pipe.
 UNANSWERED = 64
 # Seconds between looks at whether the parent still lives.
@@ -53,8 +51,9 @@ class Ticket(NamedTuple):
 class Workers:
     """Processes that read, at most as far ahead as they are asked to."""
 
-    def __init__(self, count: int, reader: Reader) -> None:
-        """Start the processes."""
+    def __init__(self, count: int, reader: Reader, tell: Callable[[int], None] | None = None) -> None:
+        """Start the processes. `tell` is called with the first number of each chunk that is waited for."""
+        self._tell = tell
         context: Any = multiprocessing.get_context(START_METHOD)
         # whoever starts them here is itself a process of the loader's, and ends them
         multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
@@ -110,6 +109,8 @@ class Workers:
         return self._kept.pop(ticket)
 
     def _receive(self, worker: int) -> None:
+        if self._tell is not None:
+            self._tell(self._asked[worker][0])
         with self._death_told(worker):
             reads = _unpacked(*self._results[worker].recv())
             self._asked[worker].popleft()
@@ -166,7 +167,7 @@ def _work(reader: Reader, requests: Connection, results: Connection, parent: int
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
         while True:
-            results.send(_packed([reader.read(index) for index in requests.recv()]))
+            results.send(_packed(reader.read(requests.recv())))
     except (EOFError, OSError):
         pass  # the parent is gone
     finally:

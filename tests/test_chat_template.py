@@ -7,7 +7,7 @@ import pytest
 
 from nanopack import ConversationError, Loader, verify
 from nanopack.conversations import check
-from nanopack.render import Document, make_renderer
+from nanopack.render import Document, Renderer
 from nanopack.tokenizers import load_tokenizer
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack[hf]'")
@@ -21,7 +21,7 @@ TALK = {"messages": [SYSTEM, USER, ANSWER, USER, {"role": "assistant", "content"
 
 
 def render(chat_template: str, record: object) -> Document:
-    return make_renderer(load_tokenizer(make_tokenizer(chat_template)), "hf")(check(record))
+    return Renderer(load_tokenizer(make_tokenizer(chat_template)), "hf")(check(record))
 
 
 def trained_text(document: Document) -> list[str]:
@@ -45,7 +45,7 @@ def test_both_ways_and_the_chatml_template_agree_on_the_shipped_conversations():
         # ChatML encodes a content apart from the newline before it; white space there would make a difference.
         messages = [{**m, "content": m["content"].strip()} for m in record["messages"]]
         marked, plain = render(MARKED, messages), render(PLAIN, messages)
-        chatml = make_renderer(tokenizer, "chatml")(check(messages))
+        chatml = Renderer(tokenizer, "chatml")(check(messages))
         assert marked.ids.tolist() == plain.ids.tolist() == chatml.ids.tolist()[1:]
         assert marked.mask.tolist() == plain.mask.tolist() == chatml.mask.tolist()[1:]
 
@@ -96,7 +96,7 @@ def test_other_templates_refuse_calls_of_tools(template):
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "add"}}]}
     tokenizer = "chat32k" if template == "nanochat" else make_core()
     with pytest.raises(ConversationError, match="message 1: it has tool_calls, which only template='hf' writes"):
-        make_renderer(load_tokenizer(tokenizer), template)(check([USER, call]))
+        Renderer(load_tokenizer(tokenizer), template)(check([USER, call]))
 
 
 @pytest.mark.parametrize(

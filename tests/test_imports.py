@@ -17,6 +17,7 @@ ORDER = [
     "conversations",
     "templates",
     "huggingface",
+    "patterns",
     "tokenizers",
     "fast",
     "chat_template",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nanopack.conversations import open_conversations
 from nanopack.lengths import Lengths, bin_edges, measure
 from nanopack.recipe import Recipe
-from nanopack.render import make_renderer
+from nanopack.render import Renderer
 from nanopack.tokenizers import load_tokenizer
 
 
@@ -86,7 +86,7 @@ def test_documents_are_measured_whole_and_bad_ones_left_out():
         {"text": 5},
         [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}],
     ]
-    render = make_renderer(load_tokenizer("chat32k"), "nanochat")
+    render = Renderer(load_tokenizer("chat32k"), "nanochat")
     found = measure(open_conversations(records), [2, 1, 0], render)
     # bos, start, "hi", end, start, "yo", end; trained are "yo" and its end
     assert found.conversations.tolist() == [2, 0]

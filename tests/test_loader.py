@@ -206,7 +206,7 @@ def test_dtypes_and_unpacking():
     assert batch.cu_seqlens is None
 
 
-def test_a_conversation_is_read_only_when_a_batch_needs_it():
+def test_conversations_are_read_when_a_batch_needs_them_and_no_further_ahead_than_another():
     read = []
 
     class Watched(list):
@@ -218,6 +218,8 @@ def test_a_conversation_is_read_only_when_a_batch_needs_it():
     assert len(read) == 0
     next(loader)
     assert read == [0, 1], "ten tokens are two documents of five"
+    next(loader)
+    assert read == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "pad"])

@@ -12,7 +12,7 @@ from nanopack import Loader, demo
 from nanopack.lengths import Lengths, measure
 from nanopack.plot import COLOURS, _mixed, _pixels, piece_colour, save_batch, save_lengths
 from nanopack.recipe import Recipe
-from nanopack.render import make_renderer
+from nanopack.render import Renderer
 
 
 def luminance(pixel):
@@ -50,7 +50,7 @@ def test_the_padding_shown_is_what_the_loader_has(packing, window):
     with Loader(conversations, "chat32k", 1, 64, packing=packing, window=window, loss="all", epochs=1) as loader:
         list(loader)
         slots = loader.ledger()["slots"]
-        render = make_renderer(loader.tokenizer, "nanochat")
+        render = Renderer(loader.tokenizer, "nanochat")
         lengths = measure(loader.source, range(120), render)
         found = lengths.padding(Recipe(seq_len=64, loss="all"), packing, window)
     assert found == pytest.approx(slots["padding"] / slots["total"], abs=1e-12)

@@ -13,7 +13,7 @@ import pytest
 from nanopack import Loader, Template, Turn, verify
 from nanopack.conversations import Conversation, ConversationError, Message
 from nanopack.recipe import Recipe
-from nanopack.render import make_renderer
+from nanopack.render import Renderer
 from nanopack.templates import CHATML, LLAMA3
 from nanopack.tokenizers import Tokenizer, from_ranks, load_tokenizer
 
@@ -109,7 +109,7 @@ def test_batches_by_a_template_of_ones_own_are_the_reference_packers(name, worke
 
 def document_of(template: Template, *messages: tuple[str, str]) -> list[tuple[str, int]]:
     """The tokens of a document, those of equal mask together, special tokens alone."""
-    render = make_renderer(OWN_TOKENIZER, template)
+    render = Renderer(OWN_TOKENIZER, template)
     document = render(Conversation(tuple([Message(*message) for message in messages])))
     first_special = OWN_TOKENIZER.bos_id
     runs: list[tuple[str, int]] = []
@@ -137,7 +137,7 @@ def test_a_system_message_that_is_merged_is_one_text_with_the_users():
         ("<end>", 1),
         ("\n", 0),
     ]
-    document = make_renderer(OWN_TOKENIZER, LLAMA2)(Conversation((Message("system", "s"), Message("user", "u"))))
+    document = Renderer(OWN_TOKENIZER, LLAMA2)(Conversation((Message("system", "s"), Message("user", "u"))))
     before, text, after = (OWN_TOKENIZER.encode(text).tolist() for text in ("[INST] ", LLAMA2_TEXT, " [/INST]"))
     assert document.ids.tolist() == [OWN_TOKENIZER.bos_id, OWN_TOKENIZER.special_id("<s>"), *before, *text, *after]
     assert document.starts == (1, 1)

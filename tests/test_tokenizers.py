@@ -177,11 +177,15 @@ def test_a_panic_of_tiktoken_is_a_value_error(capfd):
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit, MemoryError])
 def test_an_interruption_is_not_taken_for_a_bad_text(interruption):
-    def core_encode(text: str, allowed: frozenset[str]) -> bytes:
+    def sooner(text: str, allowed: frozenset[str]) -> bytes:
         raise interruption
 
+    tokenizer = Tokenizer(TOKENIZER.encoding)
+    tokenizer._sooner = sooner
     with pytest.raises(interruption):
-        tokenizers._encode(core_encode, "text")
+        tokenizer.encode("text")
+    with pytest.raises(interruption):
+        tokenizer.encode_batch(["text"])
 
 
 # What a Tokenizer knows of its encoding

@@ -67,7 +67,7 @@ def test_workers_read_what_one_reader_reads_in_the_same_order(started, count, me
     records = chats(200)
     order = [7 * k % 200 for k in range(400)]
     found = started(count, records, method).read_all(order, lanes=1)
-    assert list(map(told, found)) == list(map(told, map(reader_of(records).read, order)))
+    assert list(map(told, found)) == list(map(told, reader_of(records).read(order)))
 
 
 def test_lanes_read_side_by_side_and_each_gets_its_own(started):

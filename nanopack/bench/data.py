@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from nanopack.conversations import Conversation, ConversationError, check, open_conversations
-from nanopack.render import Document, make_renderer
+from nanopack.render import Document, Renderer
 from nanopack.tokenizers import AnyTokenizer, Tokenizer
 
 ROWS, ROW = 32, 2048
@@ -89,7 +89,7 @@ def load(name: str, records: Iterable[object], tokenizer: AnyTokenizer) -> Data:
         raise ValueError(
             f"tokenizer={tokenizer.name!r} is not tiktoken's; nanochat, against which is measured, needs one"
         )
-    render = make_renderer(tokenizer, "nanochat")
+    render = Renderer(tokenizer, "nanochat")
     chats, texts, documents, left_out = [], [], [], 0
     for record in records:
         try:

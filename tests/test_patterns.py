@@ -1,0 +1,144 @@
+"""Promises of nanopack/patterns.py, and of the encoding by a pattern that was written anew."""
+
+from __future__ import annotations
+
+import pytest
+import regex
+import tiktoken
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from nanopack import tokenizers
+from nanopack.fast import FUZZ_PIECES
+from nanopack.patterns import PatternError, grouped, plain
+from nanopack.tokenizers import LONG_TEXT, Tokenizer, load_tokenizer
+from tests.split_patterns import PATTERNS
+
+RANKS = load_tokenizer("chat32k").encoding._mergeable_ranks
+PIECES = st.sampled_from(FUZZ_PIECES)
+RUNS = st.builds(lambda piece, times: piece * times, PIECES, st.integers(2, 700))
+TEXTS = st.lists(PIECES | RUNS | st.text(st.characters(), max_size=20), max_size=30).map("".join)
+
+
+def tokenizer(pattern: str) -> Tokenizer:
+    specials = {"<|bos|>": len(RANKS)}
+    return Tokenizer(tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=RANKS, special_tokens=specials))
+
+
+TOKENIZERS = {name: tokenizer(pattern) for name, pattern in PATTERNS.items()}
+
+
+@given(TEXTS, st.sampled_from(sorted(PATTERNS)))
+@example("a  b\n\n c \r\n", "cl100k")
+def test_a_pattern_written_anew_splits_every_text_alike(text, pattern):
+    """By another regex engine than tiktoken's, which tells where it splits."""
+    expected = regex.findall(PATTERNS[pattern], text)
+    assert regex.findall(plain(PATTERNS[pattern]), text) == expected
+    assert regex.findall(grouped(PATTERNS[pattern]), text) == expected
+
+
+@given(st.lists(TEXTS, max_size=4), st.sampled_from(sorted(PATTERNS)))
+def test_every_text_has_tiktokens_ids_in_every_known_pattern(texts, pattern):
+    ids, offsets = TOKENIZERS[pattern].encode_batch(texts)
+    for i, text in enumerate(texts):
+        expected = TOKENIZERS[pattern].encoding.encode_ordinary(text)
+        assert ids[offsets[i] : offsets[i + 1]].tolist() == expected
+        assert TOKENIZERS[pattern].encode(text).tolist() == expected
+
+
+@pytest.mark.parametrize("context", ["a{0}b", "{0}{0} {0}'s", "\n{0}\n1{0}2", "A{0}a {0}\r"])
+@pytest.mark.parametrize("pattern", sorted(PATTERNS))
+def test_every_character_has_tiktokens_ids(pattern, context):
+    # the planes behind are empty or private
+    points = [*range(0xD800), *range(0xE000, 0x34000), *range(0xE0000, 0xE0200), 0xF0000, 0x10FFFF]
+    for begin in range(0, len(points), 4096):
+        text = "".join(context.format(chr(point)) for point in points[begin : begin + 4096])
+        assert TOKENIZERS[pattern].encode(text).tolist() == TOKENIZERS[pattern].encoding.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("piece", ["a", "\0", " ", "\n", "\n ", "é", "漢", "ab", "the ", "1", "=", "'s", "😀"])
+@pytest.mark.parametrize("length", [500, 4097, 50_000])
+def test_long_runs_have_tiktokens_ids(piece, length):
+    text = (piece * length)[:length]
+    for variant in (text, f"x{text}", f"{text}y"):
+        for each in TOKENIZERS.values():
+            assert each.encode(variant).tolist() == each.encoding.encode_ordinary(variant)
+
+
+@pytest.mark.parametrize("pattern", sorted(PATTERNS))
+@pytest.mark.parametrize("text", [" " * 1_000_001 + "a", "\n" * 1_000_001 + "a", "a" * 1_000_001, "=" * 1_000_001])
+def test_what_tiktoken_refuses_is_refused_and_nothing_else(text, pattern, capfd):
+    each = TOKENIZERS[pattern]
+    try:
+        expected = each.encoding._core_bpe.encode_to_tiktoken_buffer(text, frozenset())
+    except BaseException:
+        with pytest.raises(ValueError, match="tiktoken cannot encode this text of 1,000,0"):
+            each.encode(text)
+    else:
+        assert each.encode(text).tobytes() == bytes(expected)
+
+
+def test_a_long_text_is_split_by_the_encodings_own_pattern(monkeypatch):
+    each = tokenizer(PATTERNS["chat32k"])
+    sooner, lengths = each._sooner, []
+    monkeypatch.setattr(each, "_sooner", lambda text, allowed: lengths.append(len(text)) or sooner(text, allowed))
+    for length in (LONG_TEXT - 1, LONG_TEXT):
+        each.encode("a" * length)
+        each.encode_batch(["b", "a" * length])
+    assert max(lengths) == LONG_TEXT - 1 and lengths.count(LONG_TEXT - 1) == 2
+
+
+def test_a_known_pattern_is_written_anew_and_the_encoding_stays_as_it_was_given():
+    each = TOKENIZERS["cl100k"]
+    assert each._sooner.__self__ is not each.encoding._core_bpe
+    assert each.encoding._pat_str == PATTERNS["cl100k"]
+    other = tokenizer(r"\w+|\W+")
+    assert other._sooner.__self__ is other.encoding._core_bpe
+
+
+@pytest.mark.parametrize("pattern", sorted(PATTERNS))
+def test_what_needs_no_backtracking_is_in_one_group(pattern):
+    found = grouped(PATTERNS[pattern])
+    assert found.startswith("(?:") and found.endswith((r")|\s+(?!\S)|\s+", r")|\s+(?!\S)|\s"))
+    assert found.replace("(?:", "", 1).replace(r")|\s+(?!\S)", r"|\s+(?!\S)") == plain(PATTERNS[pattern])
+
+
+def test_a_pattern_that_matches_something_else_is_noticed(monkeypatch):
+    monkeypatch.setattr(tokenizers, "grouped", lambda pattern: pattern.replace(r"|\s+(?!\S)", ""))
+    wrong = tokenizer(PATTERNS["chat32k"])
+    assert wrong.encode("a  b").tolist() != wrong.encoding.encode_ordinary("a  b")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "alternative"),
+    [
+        pytest.param(r"\s++(?!\S)|\s", r"\s++(?!\S)", id="possessive-before-a-lookahead"),
+        pytest.param(r"\s*+[\r\n]|\s", r"\s*+[\r\n]", id="possessive-before-what-it-holds"),
+        pytest.param(r"\p{L}+?|\s", r"\p{L}+?", id="lazy"),
+        pytest.param(r" ?\p{L}+++|\s", r" ?\p{L}+++", id="two-pluses"),
+        pytest.param(r"(?>\p{L}+)|\s", r"(?>\p{L}+)", id="atomic"),
+        pytest.param(r"\w+|\W+", r"\w+", id="unknown"),
+        pytest.param(r"(?i)\s+|\s", r"(?i)\s+", id="a-flag-for-all"),
+        pytest.param(r"(?:\s+|\s)\p{N}|\s", r"(?:\s+|\s)\p{N}", id="a-group"),
+        pytest.param(r"a[|]b|\s", "a[|]b", id="a-bar-in-a-class"),
+        pytest.param(r"\||\s", r"\|", id="an-escaped-bar"),
+    ],
+)
+def test_a_pattern_that_is_not_known_to_match_alike_is_refused(pattern, alternative):
+    with pytest.raises(PatternError, match="is not among the known alternatives") as caught:
+        plain(pattern)
+    assert str(caught.value).startswith(f"{alternative!r} of its split pattern {pattern!r}")
+    assert grouped(pattern) == pattern
+
+
+@pytest.mark.parametrize("pattern", ["", "(", r"\s|", r"|\s", r"\s|)", r"\s||\s", "\\"])
+def test_a_pattern_that_cannot_be_read_is_refused(pattern):
+    with pytest.raises(PatternError, match="its split pattern"):
+        plain(pattern)
+
+
+@pytest.mark.parametrize("pattern", sorted(PATTERNS))
+def test_known_patterns_lose_their_possessive_quantifiers_and_nothing_else(pattern):
+    found = plain(PATTERNS[pattern])
+    assert not any(twice in found for twice in ("++", "?+", "*+", "3}+"))
+    assert found == PATTERNS[pattern].replace("++", "+").replace("?+", "?").replace("*+", "*").replace("3}+", "3}")
