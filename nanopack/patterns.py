@@ -70,7 +70,7 @@ def _alternatives(pattern: str) -> list[str]:
     alternatives = _ALTERNATIVE.findall(pattern)
     found = [one if one in _AS_THEY_ARE else _POSSESSIVE.sub(r"\1", one) for one in alternatives]
     for given, one in zip(alternatives, found, strict=True):
-        if one not in _AS_THEY_ARE | _POSSESSIVE_OR_NOT:
+        if given not in _AS_THEY_ARE and one not in _POSSESSIVE_OR_NOT:
             raise PatternError(f"{given!r} of its split pattern {pattern!r} is not among the known alternatives")
     if not pattern or "|".join(alternatives) != pattern:
         raise PatternError(f"its split pattern {pattern!r} cannot be taken apart")
