@@ -84,7 +84,7 @@ class Tokenizer:
         self.bos_id = self.special_id(
             next((token for token in BOS_TOKENS if token in self.special_tokens), BOS_TOKENS[0])
         )
-        self._sooner = _core_encode(_sooner(encoding))
+        self._sooner = _core_encode(regrouped(encoding))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What encodes sooner is made anew.
@@ -179,7 +179,7 @@ def _core_encode(encoding: tiktoken.Encoding) -> Callable[[str, frozenset[str]],
     return encode
 
 
-def _sooner(encoding: tiktoken.Encoding) -> tiktoken.Encoding:
+def regrouped(encoding: tiktoken.Encoding) -> tiktoken.Encoding:
     """Return the encoding with the pattern that takes least time; itself where there is none better."""
     pattern = grouped(encoding._pat_str)
     if pattern == encoding._pat_str:

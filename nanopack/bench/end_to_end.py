@@ -9,14 +9,27 @@ with its ring emptied, so that nothing made before the clock started counts.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from nanopack.bench import nanochat
 from nanopack.bench.data import ROW, ROWS, Data
-from nanopack.bench.tokenizer import CALLS, bare
-from nanopack.bench.turns import Pace, Row, Spread, Table, Take, Turn, ratio, spreads, take_turns, tokens_per_s
+from nanopack.bench.tokenizer import CALLS, REGROUPED, bare
+from nanopack.bench.turns import (
+    Pace,
+    Row,
+    Spread,
+    Table,
+    Take,
+    Turn,
+    not_measured,
+    ratio,
+    spreads,
+    take_turns,
+    tokens_per_s,
+)
 from nanopack.loader import Loader
 
 LOADERS: dict[str, dict[str, Any]] = {
@@ -26,6 +39,11 @@ LOADERS: dict[str, dict[str, Any]] = {
     "nanopack, workers=1, stream": {"workers": 1, "packing": "stream", "loss": "all"},
     "nanopack, workers=1, best_fit_pad": {"workers": 1, "packing": "best_fit_pad"},
 }
+FAST: dict[str, dict[str, Any]] = {
+    "nanopack, encoder=fast, workers=0": {"workers": 0, "encoder": "fast"},
+    "nanopack, encoder=fast, workers=2": {"workers": 2, "encoder": "fast"},
+}
+NO_FAST = "splintr-rs is not installed; pip install nanopack[fast]"
 MIDTRAINING, SFT = "nanochat midtraining", "nanochat SFT"
 PROCESSES = (1, 2)
 
@@ -47,17 +65,19 @@ def generator(data: Data, make: Any) -> Iterator[Take]:
 def measure(data: Data, pace: Pace) -> list[Table]:
     """Return tokens per second of all, and the ratios to the bound and to each generator."""
     turns: dict[str, Turn[float]] = {}
-    for name, settings in LOADERS.items():
+    fast = importlib.util.find_spec("splintr") is not None
+    for name, settings in (LOADERS | FAST if fast else LOADERS).items():
         turns[name] = tokens_per_s(partial(loader, data, **settings), warm=pace.drain)
     for name, make in ((MIDTRAINING, nanochat.midtraining), (SFT, nanochat.sft)):
         turns[name] = tokens_per_s(partial(generator, data, make), warm=1)
     for processes in PROCESSES:
-        for call in CALLS:
+        for call in (*CALLS, REGROUPED):
             turns[_bare(processes, call)] = bare(data, call, processes)
+    without = [] if fast else [not_measured(name, NO_FAST) for name in FAST]
     return [
         Table(
             "Conversations to batches (of n processes: of the faster call of tiktoken alone)",
-            rows(spreads(take_turns(turns, pace))),
+            rows(spreads(take_turns(turns, pace))) + without,
         )
     ]
 
