@@ -24,7 +24,7 @@ from nanopack.tokenizers import regrouped
 CALLS = ("encode_ordinary", "encode_to_tiktoken_buffer")
 """The public call that gives a list, and the call of the core that gives bytes: the fastest there is."""
 REGROUPED = "pattern regrouped"
-"""The second, by the split pattern that nanopack gives tiktoken instead: no bound of the user's, but where the rest goes."""
+"""The second call, by the split pattern that nanopack gives tiktoken instead: what is lost beside the encoding."""
 # Conversations between two looks at the clock.
 CHUNK = 32
 NOTHING: frozenset[str] = frozenset()
