@@ -287,15 +287,10 @@ def test_ratios_are_of_the_rounds_of_the_same_run(quick):
     _, found, _ = quick
     rows = only_table(found, "a")
     speed = {name: row["numbers"]["tokens_per_s"]["rounds"] for name, row in rows.items()}
-    bounds = {
-        number: [
-            max(both)
-            for both in zip(
-                *[speed[name] for name in speed if f"alone, {number} proc" in name and "encode" in name], strict=True
-            )
-        ]
-        for number in (1, 2)
-    }
+    bounds = {}
+    for number in (1, 2):
+        calls = [speed[name] for name in speed if f"alone, {number} proc" in name and "encode" in name]
+        bounds[number] = [max(both) for both in zip(*calls, strict=True)]
     to = {
         "of_1_process_share": bounds[1],
         "of_2_processes_share": bounds[2],
