@@ -10,7 +10,7 @@ that looks like a special token stays text. Nothing is cut here: the sequence le
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -101,26 +101,22 @@ class Renderer:
 
         ValueError where the tokenizer refuses a text. It does not say which.
         """
-        runs: list[str | bytes] = []
-        trained: list[bool] = []
-        for plan in plans:
-            if isinstance(plan, Plan):
-                runs += plan.runs
-                trained += plan.trained
-        ids, offsets = self._tokenizer.encode_batch(runs)
+        filled = self._encode([plan for plan in plans if isinstance(plan, Plan)])
+        return [plan if isinstance(plan, Document) else next(filled) for plan in plans]
+
+    def _encode(self, plans: Sequence[Plan]) -> Iterator[Document]:
+        if not plans:
+            return
+        ids, offsets = self._tokenizer.encode_batch([run for plan in plans for run in plan.runs])
+        trained = [trained for plan in plans for trained in plan.trained]
         mask = np.array(trained, bool).repeat(np.diff(offsets))
-        begins = offsets.tolist()
-        documents, first = [], 0
+        begins, first = offsets.tolist(), 0
         for plan in plans:
-            if isinstance(plan, Document):
-                documents.append(plan)
-                continue
             last = first + len(plan.runs)
             begin, end = begins[first], begins[last]
             starts = tuple([begins[first + run] - begin for run in plan.firsts])
-            documents.append(Document(ids[begin:end], mask[begin:end], starts))
+            yield Document(ids[begin:end], mask[begin:end], starts)
             first = last
-        return documents
 
 
 def _take_over(tokens: Tokens, tokenizer: AnyTokenizer) -> Document:
