@@ -1,6 +1,6 @@
 """Drive the stages: conversations in, one batch at each `next(loader)`.
 
-    producer.py fills a slot   ->   Loader.__next__   ->   kernels/pack.py writes the tensors   ->   Batch
+    producer.py fills a slot   ->   delivery.py: kernels/pack.py writes the tensors   ->   Loader.__next__   ->   Batch
 
 The public face of nanopack. What a batch contains is decided by the arguments alone: `reference.batches` with the same
 arguments gives the same batches, slowly.
@@ -15,7 +15,6 @@ import os
 import pickle
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,16 +22,18 @@ import torch
 
 from nanopack.batch import Batch
 from nanopack.conversations import open_conversations
+from nanopack.delivery import Delivery
 from nanopack.device import Device, open_device
 from nanopack.executor import Outputs, make_kernel, outputs_maker
 from nanopack.explain import Explanation, explain
 from nanopack.fast import choose_encoder
-from nanopack.feed import End, Feed, Inline, News
+from nanopack.feed import Feed, Inline
 from nanopack.ledger import Ledger
 from nanopack.memory import Memory
 from nanopack.mixture import Mixture
 from nanopack.process import Process
 from nanopack.producer import Produced, Producer, Start
+from nanopack.ranks import agree_on_most, check_group, rank_and_world_size
 from nanopack.recipe import Recipe, check_bool, check_int
 from nanopack.ring import Ring
 from nanopack.state import FORMAT, check_state, fingerprint
@@ -145,7 +146,7 @@ class Loader:
         on_error: str = "raise",
         group: Any = None,
     ) -> None:
-        rank, world_size = _rank_and_world_size(rank, world_size)
+        rank, world_size = rank_and_world_size(rank, world_size)
         self.recipe = Recipe(
             batch_size=batch_size,
             seq_len=seq_len,
@@ -191,7 +192,13 @@ class Loader:
         self._workers, self._prefetch = workers, prefetch
         self._ahead, self._static = overlap_copy, static
         self._owner = os.getpid()
-        self._batches = None if group is None else self._agree(group)
+        self._batches: int | None = None
+        if group is not None:
+            if epochs is None:
+                raise ValueError("group has no meaning without epochs; leave it out, or pass epochs")
+            check_group(group, world_size)
+            own, _ = self._count_batches(of_all_ranks=False)
+            self._batches = agree_on_most(group, own, self.device)
         self._shut: Callable[[], Any] | None = None
         self._start(None)
 
@@ -219,11 +226,9 @@ class Loader:
             self._device, slots, self._make_outputs, self._kernel, overlap_copy=self._ahead, static=self._static
         )
         self._memory.upload = self._upload
-        self._facts: deque[Produced] = deque()
-        self._books = pickle.dumps(state) if state else self._producer.books()
+        books = pickle.dumps(state) if state else self._producer.books()
+        self._delivery = Delivery(self._device, self._feed, self._upload, books, ahead=self._ahead)
         self._step = state["step"] if state else 0
-        self._last_books: bytes | None = None
-        self._end: Callable[[], BaseException] | None = None
         self._stats = Stats(ring_bytes=len(ring.buffer))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -232,35 +237,11 @@ class Loader:
 
     def __next__(self) -> Batch:
         """Return the next batch. After the end or an error every further call raises that again."""
-        if self._end is _closed:
-            raise _closed()
         self._refuse_fork()
-        if self._device.capturing():
-            raise RuntimeError(
-                "next(loader) inside a CUDA graph capture: its copies would become part of the graph; take the batch "
-                "before the capture begins"
-            )
         began = time.perf_counter()
-        try:
-            with self._device.named("nanopack wait and copy"):
-                self._submit_ready()
-            if not self._upload.can_deliver:
-                raise self._at_the_end()
-            with self._device.named("nanopack kernel"):
-                outputs = self._upload.deliver()
-            produced = self._facts.popleft()
-            if self._ahead:
-                with self._device.named("nanopack copy ahead"):
-                    self._submit_ready(ahead=True)
-        except Exception:
-            raise
-        except BaseException:
-            # Ctrl-C may have come between a message and what it means
-            self._end = _interrupted
-            raise
+        outputs, produced = self._delivery.next()
         batch = self._batch(outputs, produced)
         self._step += 1
-        self._books = produced.books
         self._stats.queued = self._feed.ready
         self._stats.count(batch, produced, time.perf_counter() - began)
         return batch
@@ -268,52 +249,6 @@ class Loader:
     def _refuse_fork(self) -> None:
         if os.getpid() != self._owner:
             raise RuntimeError(f"this loader belongs to process {self._owner}; make one in this process")
-
-    def _submit_ready(self, *, ahead: bool = False) -> None:
-        """Submit what is ready; unless it is work ahead, wait until there is something to deliver, or the end."""
-        upload = self._upload
-        wait = not (ahead or upload.can_deliver)
-        # where every slot is being copied the producer has none to fill, and there would be nothing to wait for
-        for slot in upload.reclaim(wait=wait and upload.all_in_use):
-            self._feed.free(slot)
-        while upload.can_submit and self._end is None:
-            news = self._take(wait=wait and not upload.can_deliver)
-            if news is None:
-                break
-            try:
-                upload.submit(news.slot, news.produced.filled.used_bytes)
-            except Exception as error:
-                self._fail(error)
-                raise
-            self._facts.append(news.produced)
-
-    def _take(self, *, wait: bool) -> News | None:
-        """Return the next ready slot, or None; what ends the loader is kept until the batches before it are out."""
-        nothing_ready = wait and not self._feed.ready
-        began = time.perf_counter()
-        try:
-            news = self._feed.take(wait=wait)
-        except Exception as error:
-            # the row that was being filled is gone: to go on would lose its documents in silence
-            self._fail(error)
-            return None
-        if nothing_ready:
-            self._stats.waited_for_producer += time.perf_counter() - began
-        if isinstance(news, End):
-            self._last_books = news.books
-            self._end = StopIteration
-            return None
-        return news
-
-    def _fail(self, error: Exception) -> None:
-        self._end = lambda: error
-
-    def _at_the_end(self) -> BaseException:
-        """Return what ends the loader, now that every batch before it is delivered."""
-        assert self._end is not None
-        if self._last_books is not None:
-            self._books = self._last_books
-        return self._end()
 
     def _batch(self, outputs: Outputs, produced: Produced) -> Batch:
         filled, cu_seqlens = produced.filled, outputs.cu_seqlens
@@ -346,7 +281,7 @@ class Loader:
         return self._ledger().report({name: self._ledger(number) for number, name in enumerate(names)})
 
     def _ledger(self, source: int | None = None) -> Ledger:
-        lanes = pickle.loads(self._books)["lanes"].values()
+        lanes = pickle.loads(self._delivery.books)["lanes"].values()
         counted = [lane["ledger"] if source is None else lane["sources"][source] for lane in lanes]
         return Ledger.total(map(Ledger.of, counted))
 
@@ -357,7 +292,7 @@ class Loader:
         would have given next. What was prefetched is not part of it.
         """
         # torch.distributed.checkpoint loads into what it is given: that must not be the fingerprint to compare with
-        return {"format": FORMAT, **pickle.loads(self._books), "fingerprint": copy.deepcopy(self._fingerprint)}
+        return {"format": FORMAT, **pickle.loads(self._delivery.books), "fingerprint": copy.deepcopy(self._fingerprint)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, strict: bool = True) -> None:
         """Go on from a state: of this rank, or of all ranks (`nanopack.merge_states`). It may come at any time.
@@ -371,8 +306,7 @@ class Loader:
         data are compared by their number and a sample, and by the conversations that waited: where those have changed,
         ValueError comes from here with workers=0, else from the next `next`.
         """
-        if self._end is _closed:
-            raise _closed()
+        self._delivery.check_open()
         self._refuse_fork()
         self._start(check_state(state_dict, self._fingerprint, self.recipe, strict=strict))
 
@@ -410,23 +344,11 @@ class Loader:
         counter = Producer(self.source, self._encoder, self.recipe)
         return counter.count_batches(of_all_ranks=of_all_ranks)
 
-    def _agree(self, group: Any) -> int:
-        """Return how many batches the rank with most of them has. All ranks of the group call it."""
-        if self.recipe.epochs is None:
-            raise ValueError("group has no meaning without epochs; leave it out, or pass epochs")
-        if torch.distributed.get_world_size(group) != self.recipe.world_size:
-            raise ValueError(
-                f"group has {torch.distributed.get_world_size(group)} ranks, but world_size={self.recipe.world_size}; "
-                f"pass the group of all ranks that share the data"
-            )
-        on_gpu = torch.distributed.get_backend(group) == "nccl"
-        count = torch.tensor(self._count_batches(of_all_ranks=False)[0], device=self.device if on_gpu else "cpu")
-        torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX, group)
-        return int(count)
-
     def stats(self) -> dict[str, Any]:
         """Return where time and memory went so far; see `Stats` for the names and units."""
-        return self._stats.report(None if self.recipe.epochs is None else self._ledger().slots_tokens)
+        return self._stats.report(
+            self._delivery.waited_for_producer, None if self.recipe.epochs is None else self._ledger().slots_tokens
+        )
 
     def explain(self, batch: Batch, row: int, col: int) -> Explanation:
         """Return which conversation, message, role and text a slot came from, and why it is trained or not.
@@ -445,7 +367,7 @@ class Loader:
 
     def close(self) -> None:
         """End the loader: `next` raises from now on. Batches already delivered stay valid. May be called twice."""
-        self._end = _closed
+        self._delivery.close()
         if self._shut is not None:
             self._shut()
 
@@ -455,29 +377,3 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _closed() -> RuntimeError:
-    return RuntimeError("the loader is closed; make a new one")
-
-
-def _interrupted() -> RuntimeError:
-    return RuntimeError("the loader was interrupted in the middle of a batch; make a new one")
-
-
-def _rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """Return both as given, or as torch.distributed knows them."""
-    if (rank is None) != (world_size is None):
-        alone = f"rank={rank!r}, but no world_size" if world_size is None else f"world_size={world_size!r}, but no rank"
-        raise ValueError(f"{alone}; pass both, or neither")
-    if rank is not None and world_size is not None:
-        return rank, world_size
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        log.warning(
-            "WORLD_SIZE=%s is set, but torch.distributed is not initialised: this process reads all the data as rank 0 "
-            "of 1; initialise it first, or pass rank and world_size",
-            os.environ["WORLD_SIZE"],
-        )
-    return 0, 1

@@ -18,7 +18,6 @@ class Stats:
     def __init__(self, ring_bytes: int) -> None:
         self._ring_bytes = ring_bytes
         self._began = time.perf_counter()
-        self.waited_for_producer = 0.0
         self.queued = 0
         self._in_next = 0.0
         self._progress = 0.0
@@ -34,10 +33,10 @@ class Stats:
         self._in_next += seconds
         self._progress = batch.progress
 
-    def report(self, tokens_so_far: int | None) -> dict[str, Any]:
+    def report(self, waited_s: float, tokens_so_far: int | None) -> dict[str, Any]:
         """Return the totals since the loader was made, or took up a state.
 
-        `tokens_so_far` are those of the whole run, None where it has no end.
+        `waited_s` were spent with nothing ready; `tokens_so_far` are those of the whole run, None where it has no end.
 
         batches, tokens (without padding), tokens_per_s (of wall time, the caller's own work included), padding (share
         of the slots), next_s (seconds in `next`), waited_for_producer_s (of these, with nothing ready), bytes_copied,
@@ -52,7 +51,7 @@ class Stats:
             "tokens_per_s": self._tokens / elapsed,
             "padding": 1 - self._tokens / self._slots if self._slots else 0.0,
             "next_s": self._in_next,
-            "waited_for_producer_s": self.waited_for_producer,
+            "waited_for_producer_s": waited_s,
             "bytes_copied": self._bytes,
             "longest_wait_rows": self._longest_wait,
             "queue_depth": self.queued,

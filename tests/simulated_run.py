@@ -19,6 +19,7 @@ from simulated_feed import DATA_SETS, TOKENIZER, SimulatedFeed, data
 
 from nanopack import Loader
 from nanopack.batch import Batch
+from nanopack.delivery import Delivery
 from nanopack.executor import make_kernel, outputs_maker
 from nanopack.ring import Layout
 from nanopack.upload import Upload
@@ -173,8 +174,7 @@ class Simulation:
         )
         prefetch = config.prefetch or random.randint(1, 8)
         self.feed = SimulatedFeed(device, chosen, self.slots, prefetch, inline=config.inline, hasty=hasty)
-        self.loader._device, self.loader._upload, self.loader._feed = device, self.upload, self.feed
-        self.loader._ahead = config.overlap_copy
+        self.loader._delivery = Delivery(device, self.feed, self.upload, b"", ahead=config.overlap_copy)
 
     def train(self, batches: int) -> bool:
         """Train on so many batches; return whether the end of the data came before."""

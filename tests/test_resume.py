@@ -372,9 +372,9 @@ def test_the_ledger_notices_a_counter_of_a_source_that_is_off_by_one(source, cou
     loader = Loader(MIXED, SMALL, 2, 8, on_error="skip")
     next(loader)
     assert loader.ledger()["balanced"]
-    books = pickle.loads(loader._books)
+    books = pickle.loads(loader._delivery.books)
     books["lanes"]["0"]["sources"][source][counter] += 1
-    loader._books = pickle.dumps(books)
+    loader._delivery.books = pickle.dumps(books)
     name = MIXED.names[source]
     wrong = loader.ledger()["imbalances"]
     assert any(line.startswith(name) for line in wrong) and any(line.startswith(counter) for line in wrong)

@@ -1,0 +1,52 @@
+"""Know which rank of how many this process is, and agree with the others how many batches there are.
+
+Loader(rank=, world_size=, group=)   ->   rank_and_world_size(), agree()   ->   recipe.py, producer.py
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+
+log = logging.getLogger("nanopack")
+
+
+def rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Return both as given, or as torch.distributed knows them; 0 of 1 where it is not initialised.
+
+    Raises ValueError where one of them is given alone.
+    """
+    if (rank is None) != (world_size is None):
+        alone = f"rank={rank!r}, but no world_size" if world_size is None else f"world_size={world_size!r}, but no rank"
+        raise ValueError(f"{alone}; pass both, or neither")
+    if rank is not None and world_size is not None:
+        return rank, world_size
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        log.warning(
+            "WORLD_SIZE=%s is set, but torch.distributed is not initialised: this process reads all the data as rank 0 "
+            "of 1; initialise it first, or pass rank and world_size",
+            os.environ["WORLD_SIZE"],
+        )
+    return 0, 1
+
+
+def check_group(group: Any, world_size: int) -> None:
+    """Raise ValueError where the process group is not one of so many ranks."""
+    ranks = torch.distributed.get_world_size(group)
+    if ranks != world_size:
+        raise ValueError(
+            f"group has {ranks} ranks, but world_size={world_size}; pass the group of all ranks that share the data"
+        )
+
+
+def agree_on_most(group: Any, count: int, device: torch.device) -> int:
+    """Return the greatest count of all ranks of the group. All of them call it; NCCL sends it from `device`."""
+    on_gpu = torch.distributed.get_backend(group) == "nccl"
+    most = torch.tensor(count, device=device if on_gpu else "cpu")
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group)
+    return int(most)
