@@ -23,11 +23,12 @@ from nanopack.fast import EncoderError
 from nanopack.ledger import Ledger
 from nanopack.mixture import Mixture
 from nanopack.order import Share
-from nanopack.packing import Packer, Row, make_packer
+from nanopack.packing import make_packer
 from nanopack.reading import Read, weigh
 from nanopack.recipe import Recipe
 from nanopack.render import TemplateError
 from nanopack.ring import Layout, Words
+from nanopack.rows import Packer, Row
 
 log = logging.getLogger("nanopack")
 

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 from nanopack.conversations import Source, check
 from nanopack.counting import count_batches
 from nanopack.lane import Lane
-from nanopack.packing import Row
 from nanopack.reading import Read, Reader, read_in_turn
 from nanopack.recipe import Recipe
 from nanopack.render import TemplateError, missing_tokens
 from nanopack.ring import FILLING, READING, Filled, Layout, Signs, Slot
+from nanopack.rows import Row
 from nanopack.tokenizers import AnyTokenizer
 from nanopack.workers import Workers
 

@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nanopack.packing import Piece, Row
 from nanopack.recipe import Recipe
+from nanopack.rows import Piece, Row
 
 ALIGN_BYTES = 64
 ROW_ALIGN = 16  # words

@@ -23,6 +23,8 @@ ORDER = [
     "chat_template",
     "render",
     "order",
+    "rows",
+    "best_fit",
     "packing",
     "recipe",
     "mixture",

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanopack.packing import PACKINGS, BestFit, Packer, Run, Stream, make_packer
+from nanopack.best_fit import BestFit
+from nanopack.packing import PACKINGS, Stream, make_packer
+from nanopack.rows import Packer, Run
 
 BY_ROWS = [packing for packing in PACKINGS if packing != "stream"]
 lengths_of_documents = st.lists(st.integers(1, 30), max_size=60)
