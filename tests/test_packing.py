@@ -164,7 +164,7 @@ def test_documents_longer_than_a_row_do_not_hide_the_shortest_in_best_fit_crop()
 @pytest.mark.parametrize("window", [10, 1000])
 def test_choosing_looks_at_no_more_documents_when_more_wait(window, monkeypatch):
     """The cost of a choice is counted, not timed: how often the queues of waiting documents are looked up."""
-    import nanopack.packing as packing
+    import nanopack.best_fit as best_fit
 
     looks = 0
 
@@ -182,13 +182,13 @@ def test_choosing_looks_at_no_more_documents_when_more_wait(window, monkeypatch)
         def __iter__(self):
             raise AssertionError("a choice went over all lengths")
 
-    plain = packing._Lengths.__init__
+    plain = best_fit._Lengths.__init__
 
     def counting(self, capacity):
         plain(self, capacity)
         self._queues = Counting()
 
-    monkeypatch.setattr(packing._Lengths, "__init__", counting)
+    monkeypatch.setattr(best_fit._Lengths, "__init__", counting)
     documents = 3000
     packed(BestFit(reader([1 + i % 40 for i in range(documents)]), 4, 64, window=window, crop=True))
     assert looks == 2 * documents, "one look to add a document, one to take it out"
