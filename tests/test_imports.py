@@ -95,9 +95,11 @@ def test_every_module_has_its_place_in_the_order():
     assert modules == {*ORDER, *COMMAND_LINE} - PACKAGES
 
 
-def test_packing_knows_neither_tensors_nor_tokens():
-    outside = {name.split(".")[0] for name in imported(ROOT / "nanopack" / "packing.py")}
-    assert not outside & {"torch", "numpy", "tiktoken", "triton", "nanopack"}
+@pytest.mark.parametrize("stage", ["rows", "best_fit", "packing"])
+def test_packing_knows_neither_tensors_nor_tokens(stage):
+    path = ROOT / "nanopack" / f"{stage}.py"
+    assert not {name.split(".")[0] for name in imported(path)} & {"torch", "numpy", "tiktoken", "triton"}
+    assert stages(path) <= {"rows", "best_fit"}
 
 
 @pytest.mark.parametrize("stage", ["reading", "ring", "producer", "process"])
