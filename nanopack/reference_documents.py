@@ -14,7 +14,7 @@ import glob
 import gzip
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 from nanopack.conversations import ConversationError
 from nanopack.huggingface import HuggingFaceTokenizer
 from nanopack.templates import Template
-from nanopack.tokenizers import AnyTokenizer
+from nanopack.tokenizers import LONG_TEXT, AnyTokenizer
 
 FLOAT32_MAX = 3.4028234663852886e38
 SHAREGPT_ROLES = {
@@ -175,9 +175,17 @@ def render(messages: Messages, text: str | None, coder: AnyTokenizer, template: 
     tokens = [(coder.bos_id, text is not None)]
     for kind, string, trained in spans:
         # Only a template makes special tokens: what looks like one in a message stays text.
-        ids = [coder.special_id(string)] if kind == "special" else coder.encode(string)
+        ids = [coder.special_id(string)] if kind == "special" else _encode(string, coder)
         tokens += [(int(id), trained) for id in ids]
     return tokens
+
+
+def _encode(text: str, coder: AnyTokenizer) -> Iterable[int]:
+    # a long text tiktoken may refuse: the tokenizer says so in its own words
+    if isinstance(coder, HuggingFaceTokenizer) or len(text) >= LONG_TEXT:
+        return coder.encode(text)
+    # as tiktoken itself does it, by the encoding's own pattern
+    return coder.encoding.encode_ordinary(text)
 
 
 def _nanochat(messages: Messages) -> Iterator[Span]:

@@ -12,6 +12,7 @@ from nanopack import tokenizers
 from nanopack.fast import FUZZ_PIECES
 from nanopack.patterns import PatternError, grouped, plain
 from nanopack.tokenizers import LONG_TEXT, Tokenizer, load_tokenizer
+from nanopack.verify import verify
 from tests.split_patterns import PATTERNS
 
 RANKS = load_tokenizer("chat32k").encoding._mergeable_ranks
@@ -142,3 +143,11 @@ def test_known_patterns_lose_their_possessive_quantifiers_and_nothing_else(patte
     found = plain(PATTERNS[pattern])
     assert not any(twice in found for twice in ("++", "?+", "*+", "3}+"))
     assert found == PATTERNS[pattern].replace("++", "+").replace("?+", "?").replace("*+", "*").replace("3}+", "3}")
+
+
+def test_a_wrong_pattern_is_a_difference_to_the_reference_which_keeps_to_the_encodings_own(monkeypatch):
+    chats = [{"text": f"Say {i}  twice,   or  not.\n\n  At all"} for i in range(8)]
+    arguments = {"batch_size": 2, "seq_len": 16, "packing": "stream", "loss": "all"}
+    assert verify(chats, tokenizer(PATTERNS["chat32k"]), **arguments).difference is None
+    monkeypatch.setattr(tokenizers, "grouped", lambda pattern: pattern.replace(r"|\s+(?!\S)", ""))
+    assert verify(chats, tokenizer(PATTERNS["chat32k"]), **arguments).difference
