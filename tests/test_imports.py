@@ -58,7 +58,7 @@ ORDER = [
 ]
 # A folder, not a file.
 PACKAGES = {"kernels", "adapters", "bench"}
-COMMAND_LINE = {"options", "progress", "totals", "lengths", "page", "picture", "plot", "bench"}
+COMMAND_LINE = {"options", "progress", "totals", "lengths", "page", "picture", "plot", "terminal", "commands", "bench"}
 
 
 def imported(path: Path, *, at_import: bool = False) -> set[str]:
