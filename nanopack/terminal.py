@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 from nanopack import demo
 from nanopack.batch import Batch
+from nanopack.explain import text_of
 from nanopack.lengths import Lengths
 from nanopack.loader import Loader
 from nanopack.options import LISTED_PIECES
@@ -82,7 +83,7 @@ def _first_words(tokenizer: AnyTokenizer) -> Callable[[Sequence[int]], str]:
 
     def text(ids: Sequence[int]) -> str:
         runs = itertools.groupby(ids[:SHOWN_TOKENS], key=lambda token: token in special)
-        return " | ".join(tokenizer.decode(list(run)) for is_special, run in runs if not is_special)
+        return " | ".join(text_of(list(run), tokenizer) for is_special, run in runs if not is_special)
 
     return text
 
