@@ -286,6 +286,8 @@ def _tokens(ids: object, mask: object) -> Tokens:
 
 
 def _array(values: object, name: str) -> np.ndarray:
+    if isinstance(values, np.ma.MaskedArray) and values.mask.any():
+        _fail(f"{name} has masked entries: {short(values)}; give .compressed() or .filled(value) of it")
     try:
         array = np.asarray(values)
     except (ValueError, OverflowError, TypeError) as error:

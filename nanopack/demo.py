@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -208,14 +209,25 @@ def save(folder: Path, run: Run, model: GPT, optimizer: torch.optim.Optimizer, l
 
 
 def load(folder: Path, run: Run, model: GPT, optimizer: torch.optim.Optimizer, loader: Loader) -> None:
-    """Go on from the checkpoint."""
-    if not checkpoint(folder).exists():
-        raise ValueError(f"{checkpoint(folder)} does not exist; train without --resume first")
-    state = torch.load(checkpoint(folder), map_location=loader.device, weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    loader.load_state_dict(state["loader"])
-    run.losses, run.held_out = state["losses"], state["held_out"]
+    """Go on from the checkpoint; ValueError where there is none of such a run."""
+    path = checkpoint(folder)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; train without --resume first")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location=loader.device, weights_only=True)
+            model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        loader.load_state_dict(state["loader"])
+        run.losses, run.held_out = state["losses"], state["held_out"]
+    except OSError:
+        raise
+    # a file of anything else can raise, and warn of, anything
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not a checkpoint of this demo-train; give --out the folder of one, or another and no --resume"
+        ) from error
 
 
 def checkpoint(folder: Path) -> Path:

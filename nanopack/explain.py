@@ -11,6 +11,7 @@ import itertools
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from nanopack.batch import Batch, Piece
 from nanopack.conversations import Conversation, Source, check
@@ -60,6 +61,24 @@ class Explanation:
         """Return the explanation as a sentence."""
         verdict = "trained" if self.trained else "not trained"
         return f"input {self.input or 'padding'}; target {self.target or 'padding'}: {verdict}, {self.reason}"
+
+
+def text_of(ids: Sequence[int], tokenizer: AnyTokenizer) -> str:
+    """Return the text of ids. One that the tokenizer does not use, which input_ids may hold, stands as itself: <17>."""
+    try:
+        return tokenizer.decode(ids)
+    except ValueError:
+        # not one by one: a character may be of several tokens
+        runs = itertools.groupby(ids, key=partial(_is_used, tokenizer))
+        return "".join(tokenizer.decode(list(run)) if used else "".join(map("<{}>".format, run)) for used, run in runs)
+
+
+def _is_used(tokenizer: AnyTokenizer, token_id: int) -> bool:
+    try:
+        tokenizer.decode([token_id])
+    except ValueError:
+        return False
+    return True
 
 
 def explain(
@@ -145,7 +164,7 @@ def _token(
         message=message if message >= 0 else None,
         role=conversation.messages[message].role if message >= 0 else None,
         id=token_id,
-        text=tokenizer.decode([token_id]),
+        text=text_of([token_id], tokenizer),
         trained=bool(recipe.loss == "all" or document.mask[offset]) and (recipe.boundary_loss or offset > 0),
         masked=conversation.tokens is not None,
     )

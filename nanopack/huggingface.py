@@ -124,10 +124,12 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of `ids`: special tokens by their names, U+FFFD for broken UTF-8."""
         numbers = np.asarray(ids).tolist()
-        if not all(isinstance(number, int) and 0 <= number < self.vocab_size for number in numbers):
+        size, token_of = self.vocab_size, self._core.id_to_token
+        # An id that is not used would vanish from the text.
+        if not all(isinstance(n, int) and 0 <= n < size and token_of(n) is not None for n in numbers):
             raise ValueError(
                 f"tokenizer {self.name!r} cannot decode these ids; give a flat sequence of its ids, "
-                f"from 0 to {self.vocab_size - 1}."
+                f"from 0 to {size - 1}."
             )
         text: str = self._core.decode(numbers, skip_special_tokens=False)
         return text

@@ -1,6 +1,6 @@
 """Measure how long the documents of a data set are, against the rows that they must fit.
 
-    conversations.py, render.py   ->   measure()   ->   Lengths   ->   cli.py tells and draws them
+    conversations.py, render.py   ->   measure()   ->   Lengths   ->   terminal.py tells and draws them
 
 Documents are measured as rendered, before anything is cut. Only numbers are kept.
 """

@@ -1,6 +1,6 @@
-"""Read the command line: the commands of cli.py and their options.
+"""Read the command line: the commands of commands.py and their options.
 
-    argv   ->   parse()   ->   a Namespace, which cli.py acts upon
+    argv   ->   parse()   ->   a Namespace, upon which commands.py acts
 
 An option of the loader that is not given is not in the Namespace either, so that every default stands in one place:
 recipe.py. Choices, numbers and file names are checked here, everything else by the loader.

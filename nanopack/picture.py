@@ -2,7 +2,7 @@
 
     Batch   ->   draw_rows()     ->   one line a row: which conversation stands where, what is trained, what is padding
                  list_pieces()   ->   the pieces of one row: file and line, tokens, the first words
-    rows    ->   table()         ->   columns under each other; cli.py prints all of it
+    rows    ->   table()         ->   columns under each other; terminal.py, commands.py
     curves  ->   draw_curves()   ->   how some numbers go up and down
 
 Strings only: nothing here looks at the terminal, so the caller says how wide it is and whether it shows colours.

@@ -3,19 +3,19 @@
     conversations, tokenizer, arguments   ->   batches()   ->   what a Loader must give, bit for bit
                                                                 verify.py
 
-To be read from top to bottom, the way the data travel: reference_documents.py makes the documents, reference_order.py
-says in which order they are read, this file packs them. Written to be right, not fast: choices are scans over lists,
-tensors appear in the last lines. It shares nothing with the fast path but the tokenizing of one string, the `Batch`
-class and the name of an error, so that no mistake can hide in both.
+To be read the way the data travel: reference_documents.py makes the documents, reference_order.py says in which order
+they are read, reference_packing.py makes rows of them, this file batches of the rows. Written to be right, not fast:
+choices are scans over lists, tensors appear in the last lines. It shares nothing with the fast path but the tokenizing
+of one string, the `Batch` class and the name of an error, so that no mistake can hide in both.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -23,6 +23,7 @@ from nanopack.batch import Batch, Piece
 from nanopack.conversations import ConversationError
 from nanopack.reference_documents import check_ids, conversation, open_records, render
 from nanopack.reference_order import Reader
+from nanopack.reference_packing import Document, Rows, Word, pack_rows, pack_stream
 from nanopack.templates import Template
 from nanopack.tokenizers import load_tokenizer
 
@@ -137,11 +138,11 @@ def batches(
     def lane(number: int) -> Lane:
         reader = Reader(len(records), read, number, lanes, epochs, shuffle_seed)
         if packing == "stream":
-            return Lane(reader, _pack_stream(reader, lane_rows, seq_len, overlap))
+            return Lane(reader, pack_stream(reader, lane_rows, seq_len, overlap))
         choices = WINDOWS[packing] if window is None or packing == "pad" else window
         age = MAX_AGE if max_age is None else max_age
         bound = age if packing == "best_fit" else math.inf
-        return Lane(reader, _pack_rows(reader, packing, lane_rows, seq_len, choices, refill, bound))
+        return Lane(reader, pack_rows(reader, packing, lane_rows, seq_len, choices, refill, bound))
 
     def longest() -> int:
         """Count the batches of the lane that has most."""
@@ -151,46 +152,6 @@ def batches(
     # Lazy: each batch is built, with what the readers tell then, before the next one is packed.
     packed = _side_by_side([lane(number) for number in own], lane_rows, longest)
     return (build(step, rows, lanes) for step, (rows, lanes) in enumerate(packed))
-
-
-@dataclass(frozen=True, eq=False)
-class Document:
-    """A rendered conversation. Compared by identity: read again, it is another document."""
-
-    conversation: int
-    tokens: list[tuple[int, bool]]
-    weight: float
-
-    @cached_property
-    def num_trained(self) -> int:
-        """Loss bits in it."""
-        return sum(trained for _, trained in self.tokens)
-
-    def words(self) -> list[Word]:
-        """Return its tokens, each with where it comes from."""
-        return [Word(id, trained, self, offset) for offset, (id, trained) in enumerate(self.tokens)]
-
-    def weigh(self, weights: str | None) -> float:
-        """Return what each of its trained tokens weighs."""
-        if weights is None:
-            return 1.0
-        return self.weight if weights == "token" else self.weight / self.num_trained
-
-
-class Word(NamedTuple):
-    """A token of a document."""
-
-    id: int
-    trained: bool
-    document: Document
-    offset: int
-
-
-# Packing: which words make a row. A row is cut from up to T + 1 words: the word in column T is only a target.
-
-Rows = list[list[Word]]
-# In the order of reading, each with the number of the row that was being built when it was read.
-WaitingList = list[tuple[Document, int]]
 
 
 @dataclass
@@ -227,78 +188,6 @@ def _side_by_side(lanes: list[Lane], lane_rows: int, longest: Callable[[], int])
             return
         yield rows, lanes
         batches += 1
-
-
-def _pack_stream(reader: Reader[Document], batch_size: int, seq_len: int, overlap: bool) -> Iterator[tuple[Rows, int]]:
-    """Yield a batch's rows, and how many conversations have been read."""
-    waiting: list[Word] = []
-    carried = 0
-    while True:
-        while len(waiting) < batch_size * seq_len + 1:
-            document = reader.next_document()
-            if document is None:
-                break
-            waiting += document.words()
-        words = waiting[: batch_size * seq_len + 1]
-        if len(words) == carried:
-            return
-        # Neighbouring rows share a word: the last target of one is the first input of the next.
-        yield [words[b * seq_len : b * seq_len + seq_len + 1] for b in range(batch_size)], reader.reads
-        # With overlap so do batches; without, a batch's last word is no input, its first no target.
-        carried = 1 if overlap else 0
-        waiting = waiting[len(words) - carried :]
-
-
-def _pack_rows(
-    reader: Reader[Document], packing: str, batch_size: int, seq_len: int, window: int, refill: int, max_age: float
-) -> Iterator[tuple[Rows, int]]:
-    """Yield a batch's rows, and how many conversations have been placed."""
-    waiting: WaitingList = []
-    placed = row_number = 0
-    while True:
-        rows: Rows = []
-        for _ in range(batch_size):
-            row: list[Word] = []
-            while len(row) < seq_len + 1:
-                _refill(reader, waiting, window, refill, row_number)
-                choice = _choose(waiting, seq_len + 1 - len(row), packing)
-                # No document starves: one that has waited too long opens a row, whatever its length.
-                if not row and waiting and row_number - waiting[0][1] >= max_age:
-                    choice = 0
-                if choice is None:
-                    break
-                document, _ = waiting.pop(choice)
-                # What does not fit is cut off, which only best_fit_crop lets happen.
-                row += replace(document, tokens=document.tokens[: seq_len + 1 - len(row)]).words()
-                placed += 1
-                if packing == "pad":
-                    break
-            rows.append(row)
-            row_number += 1
-        if not any(rows):
-            return
-        yield rows, placed
-
-
-def _refill(reader: Reader[Document], waiting: WaitingList, window: int, refill: int, row_number: int) -> None:
-    while len(waiting) < window:
-        for _ in range(refill):
-            document = reader.next_document()
-            if document is None:
-                return
-            waiting.append((document, row_number))
-
-
-def _choose(waiting: WaitingList, room: int, packing: str) -> int | None:
-    """Return which waiting document goes next into this much room; None: the rest of the row is padding."""
-    lengths = [len(document.tokens) for document, _ in waiting]
-    fitting = [length for length in lengths if length <= room]
-    # index finds the first: first come among equals.
-    if fitting:
-        return lengths.index(max(fitting))
-    if lengths and packing == "best_fit_crop":
-        return lengths.index(min(lengths))
-    return None
 
 
 # The batch: lists first, tensors at the very end.

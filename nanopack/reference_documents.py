@@ -1,9 +1,9 @@
 """The slow packer's documents: files read whole, records checked, conversations rendered token by token.
 
     conversations   ->   open_records(), conversation(), render()   ->   tokens (id, trained)
-                                                                         reference.py packs them
+                                                                         reference_packing.py packs them
 
-The first half of the definition. It shares nothing with the fast path but the tokenizing of one string and the name
+A part of the definition. It shares nothing with the fast path but the tokenizing of one string and the name
 of an error.
 """
 

@@ -1,6 +1,6 @@
 """The slow packer's order: which conversation is read when, one after the other.
 
-    number of conversations, share, seed   ->   Reader.next_document()   ->   reference.py packs what it reads
+    number of conversations, share, seed   ->   Reader.next_document()   ->   reference_packing.py packs what it reads
 
 A part of the definition. It shares nothing with the fast path.
 """

@@ -1,7 +1,7 @@
 """Add up what a run of the loader delivered, and tell it in a few lines.
 
 Batches, one after the other   ->   Totals.add()
-loader.ledger()                ->   Totals.rows(), Totals.report()   ->   cli.py prints them
+loader.ledger()                ->   Totals.rows(), Totals.report()   ->   commands.py prints them
 """
 
 from __future__ import annotations

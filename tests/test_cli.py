@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import nanopack.executor
-from nanopack import Loader, cli, options
+from nanopack import Loader, cli, commands, options
 from nanopack.recipe import Recipe
 
 COMMANDS = ("pack", "verify", "inspect")
@@ -294,7 +294,7 @@ def test_tensors_that_were_not_asked_for_are_not_saved(run, chats, tmp_path):
 
 def test_without_safetensors_the_extra_is_named_before_anything_is_packed(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    monkeypatch.setattr(cli, "Loader", None)
+    monkeypatch.setattr(commands, "Loader", None)
     line = refusal(run("pack", "--save", tmp_path / "a.safetensors"))
     assert "a.safetensors needs safetensors; pip install nanopack[safetensors]" in line
 
@@ -314,7 +314,7 @@ def test_inspect_draws_pictures_of_the_batch_and_of_the_lengths(run, chats, tmp_
 @pytest.mark.parametrize("option", ["--png", "--lengths-png"])
 def test_without_matplotlib_the_extra_is_named_before_anything_is_packed(run, tmp_path, monkeypatch, option):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr(cli, "Loader", None)
+    monkeypatch.setattr(commands, "Loader", None)
     line = refusal(run("inspect", option, tmp_path / "a.png"))
     assert "a.png needs matplotlib; pip install nanopack[plot]" in line
 
@@ -481,7 +481,7 @@ def test_verify_compares_with_the_options_given(run, chats, monkeypatch):
     def everything(*arguments, **named):
         return Loader(*arguments, **{**named, "loss": "all"})
 
-    monkeypatch.setattr(cli, "Loader", everything)
+    monkeypatch.setattr(commands, "Loader", everything)
     assert run("verify", chats, *SMALL, "--loss", "all")[0] == 0
     assert run("verify", chats, *SMALL)[0] == 1
 
@@ -536,7 +536,7 @@ def test_options_reach_the_loader_and_no_other_arguments_do(run, command, monkey
         seen.append((conversations, tokenizer, arguments))
         raise ValueError("seen")
 
-    monkeypatch.setattr(cli, "Loader", loader)
+    monkeypatch.setattr(commands, "Loader", loader)
     run(command)
     assert seen.pop() == ([str(SHIPPED)], "chat32k", {"epochs": 1})
     for name, (flags, value) in GIVEN.items():

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanopack import reference
 from nanopack.conversations import (
     Conversation,
     ConversationError,
@@ -404,6 +405,21 @@ def test_ids_and_mask_are_taken_as_they_are() -> None:
     assert listed is not None and listed.mask is not None
     assert listed.ids.tolist() == [5, 6, 7] and listed.mask.tolist() == [False, True, True]
     assert check({"input_ids": (1, 2)}).tokens.mask is None
+
+
+@pytest.mark.parametrize("name", ["input_ids", "loss_mask"])
+def test_a_masked_array_is_taken_only_where_nothing_in_it_is_masked(name: str) -> None:
+    record: dict[str, Any] = {"input_ids": np.array([1, 0, 1]), "loss_mask": np.array([1, 0, 1])}
+    record[name] = np.ma.array([1, 0, 1], mask=False)
+    found = check(record).tokens
+    assert found is not None and found.mask is not None
+    assert found.ids.tolist() == [1, 0, 1] and found.mask.tolist() == [True, False, True]
+    record[name] = np.ma.array([1, 0, 1], mask=[False, True, False])
+    message = rf"^{name} has masked entries: masked_array\(data=\[1, --, 1\].*; give \.compressed\(\) or \.filled"
+    with pytest.raises(ConversationError, match=message):
+        check(record)
+    with pytest.raises(ConversationError):
+        next(reference.batches([record], "chat32k"))
 
 
 @pytest.mark.parametrize(

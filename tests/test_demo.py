@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import pickle
 import sys
 
 import pytest
@@ -108,3 +110,42 @@ def test_without_matplotlib_the_terminal_has_the_curve_and_one_line_says_why(tmp
 def test_there_is_no_resuming_without_a_checkpoint(tmp_path, capsys):
     assert cli.main(["demo-train", "--resume", "--out", str(tmp_path / "no"), "--device", "cpu"]) == 2
     assert "checkpoint.pt does not exist; train without --resume first\n" in capsys.readouterr().err
+
+
+class Elsewhere:
+    """What torch.load does not read, as it would have to run code of the file's choice."""
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint as a dict, of one step."""
+    demo.train(1, tmp_path / "saved", device="cpu")
+    return torch.load(demo.checkpoint(tmp_path / "saved"), weights_only=True)
+
+
+OTHERS = {
+    "no pickle": lambda path, state: path.write_text("hello world\n"),
+    "empty": lambda path, state: path.write_bytes(b""),
+    "a plain pickle": lambda path, state: path.write_bytes(pickle.dumps({"model": 1})),
+    "a class": lambda path, state: torch.save({"model": Elsewhere()}, path),
+    "no dict": lambda path, state: torch.save(torch.ones(3), path),
+    "another model": lambda path, state: torch.save({**state, "model": {"head.weight": torch.ones(2)}}, path),
+    "another optimizer": lambda path, state: torch.save({**state, "optimizer": {}}, path),
+    "another loader": lambda path, state: torch.save({**state, "loader": {"step": 1}}, path),
+    "without losses": lambda path, state: torch.save({k: v for k, v in state.items() if k != "losses"}, path),
+    "half of it": lambda path, state: (torch.save(state, path), os.truncate(path, path.stat().st_size // 2)),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_what_is_no_checkpoint_of_the_demo_is_refused_in_one_line(saved, tmp_path, capfd, recwarn, other):
+    path = demo.checkpoint(tmp_path)
+    OTHERS[other](path, saved)
+    before = path.read_bytes()
+    assert cli.main(["demo-train", "--steps", "2", "--resume", "--out", str(tmp_path), "--device", "cpu"]) == 2
+    out, err = capfd.readouterr()
+    remedy = "give --out the folder of one, or another and no --resume"
+    assert (out, err) == ("", f"nanopack: {path} is not a checkpoint of this demo-train; {remedy}\n")
+    # Python would write them to stderr.
+    assert not recwarn.list
+    assert path.read_bytes() == before

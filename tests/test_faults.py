@@ -150,7 +150,7 @@ def test_close_in_another_thread_ends_the_wait():
     assert is_gone(producer_of(loader).pid)
 
 
-def in_the_child(loader, pipe):
+def next_and_close(loader, pipe):
     try:
         next(loader)
     except RuntimeError as error:
@@ -158,17 +158,21 @@ def in_the_child(loader, pipe):
     loader.close()
 
 
+def assert_a_forked_process_is_refused(loader):
+    here, there = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=next_and_close, args=(loader, there))
+    child.start()
+    assert "belongs to process" in here.recv()
+    child.join()
+
+
 @linux
 def test_a_process_forked_from_the_trainer_leaves_the_loader_alone():
     loader = Loader(CHATS, TOKENIZER, **SMALL)
     expected = reference.batches(CHATS, TOKENIZER, **SMALL)
     got = [next(loader)]
-    here, there = multiprocessing.Pipe()
-    child = multiprocessing.get_context("fork").Process(target=in_the_child, args=(loader, there))
     with within(5):
-        child.start()
-        assert "belongs to process" in here.recv()
-        child.join()
+        assert_a_forked_process_is_refused(loader)
         got += [next(loader) for _ in range(20)]
         # a DataLoader beside it, whose workers outlive the loader
         beside = iter(torch.utils.data.DataLoader(list(range(100)), num_workers=1))
@@ -182,13 +186,8 @@ def test_a_process_forked_from_the_trainer_leaves_the_loader_alone():
 @linux
 def test_a_forked_copy_of_an_inline_loader_is_refused_too():
     # both would fill the same slot
-    loader = Loader(CHATS, TOKENIZER, workers=0, **SMALL)
-    here, there = multiprocessing.Pipe()
-    child = multiprocessing.get_context("fork").Process(target=in_the_child, args=(loader, there))
     with within(5):
-        child.start()
-        assert "belongs to process" in here.recv()
-        child.join()
+        assert_a_forked_process_is_refused(Loader(CHATS, TOKENIZER, workers=0, **SMALL))
 
 
 @linux

@@ -130,6 +130,17 @@ def test_special_ids_decode_to_their_names_and_what_is_no_id_is_refused():
             FAST.decode(wrong)
 
 
+def test_an_id_that_is_not_used_does_not_vanish_from_a_text():
+    from tokenizers import Tokenizer, models
+
+    core = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "b": 9}, unk_token="a"))
+    core.add_special_tokens(["<s>"])
+    tokenizer = load_tokenizer(core)
+    assert tokenizer.decode([1, 9]) == "a b"
+    with pytest.raises(ValueError, match="cannot decode these ids"):
+        tokenizer.decode([1, 5, 9])
+
+
 def test_a_fingerprint_tells_of_all_that_decides_ids_and_of_nothing_else():
     same = [
         make_tokenizer(),

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the data to the user. A module imports only what stands before it.
 ORDER = [
+    "file_bytes",
     "files",
     "conversations",
     "templates",
@@ -53,6 +54,7 @@ ORDER = [
     "loader",
     "reference_documents",
     "reference_order",
+    "reference_packing",
     "reference",
     "verify",
     "adapters",
@@ -61,7 +63,7 @@ ORDER = [
 ]
 # A folder, not a file.
 PACKAGES = {"kernels", "adapters", "bench"}
-COMMAND_LINE = {"options", "progress", "totals", "lengths", "page", "picture", "plot", "bench"}
+COMMAND_LINE = {"options", "progress", "totals", "lengths", "page", "picture", "plot", "terminal", "commands", "bench"}
 
 
 def imported(path: Path, *, at_import: bool = False) -> set[str]:
@@ -113,11 +115,11 @@ def test_kernels_import_torch_and_triton_only():
         assert outside <= {"torch", "triton", "pack_torch"}, path
 
 
-@pytest.mark.parametrize("half", ["reference", "reference_documents", "reference_order"])
-def test_the_reference_shares_no_code_with_the_fast_path(half):
-    path = ROOT / "nanopack" / f"{half}.py"
+@pytest.mark.parametrize("part", ["reference", "reference_documents", "reference_order", "reference_packing"])
+def test_the_reference_shares_no_code_with_the_fast_path(part):
+    path = ROOT / "nanopack" / f"{part}.py"
     allowed = {"batch", "tokenizers", "conversations", "templates", "huggingface"}
-    assert stages(path) <= allowed | {"reference_documents", "reference_order"}
+    assert stages(path) <= allowed | {"reference_documents", "reference_order", "reference_packing"}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module == "nanopack.conversations":
             assert [alias.name for alias in node.names] == ["ConversationError"]
