@@ -3,6 +3,7 @@
     Encoding, nanochat folder, bundled name   ->   load_tokenizer()           ->   Tokenizer
     Hugging Face tokenizer                    ->   load_tokenizer()           ->   HuggingFaceTokenizer
     ranks file                                ->   from_ranks()               ->   Tokenizer
+                                encodings.py reads them
     many texts                                ->   Tokenizer.encode_batch()   ->   flat ids and offsets
                                                                                    render.py
 
@@ -13,13 +14,10 @@ Nothing here uses the network, and a pickle is read, not run.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import functools
 import hashlib
-import io
 import os
-import pickle
 from collections.abc import Callable, Sequence, Set
 from importlib import resources
 from itertools import accumulate
@@ -29,6 +27,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import tiktoken
 
+from nanopack.encodings import first_line, is_panic, new_encoding, read_pickle, read_ranks
 from nanopack.huggingface import HuggingFaceTokenizer, is_hugging_face
 from nanopack.patterns import grouped
 
@@ -55,7 +54,6 @@ _ACCEPTED = (
     f"a bundled name ({', '.join(map(repr, _BUNDLED))}), a tiktoken.Encoding, a fast Hugging Face "
     "tokenizer, a nanochat tokenizer, its folder or its tokenizer.pkl, or what nanopack.tokenizers.from_ranks returns"
 )
-_STATE_KEYS = {"name", "pat_str", "mergeable_ranks", "special_tokens"}
 _NOTHING: frozenset[str] = frozenset()
 # Characters from which on a text is split by the encoding's own pattern: the engine refuses some texts of a million,
 # and which ones depends on how the pattern is written.
@@ -150,10 +148,10 @@ class Tokenizer:
             # The same mending as in tiktoken's encode_ordinary.
             return self._encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         except BaseException as error:
-            if not (isinstance(error, ValueError) or _is_panic(error)):
+            if not (isinstance(error, ValueError) or is_panic(error)):
                 raise
             raise ValueError(
-                f"tiktoken cannot encode this text of {len(text):,} characters ({_first_line(error)}); "
+                f"tiktoken cannot encode this text of {len(text):,} characters ({first_line(error)}); "
                 "a very long run of white space does that: shorten it"
             ) from None
 
@@ -186,15 +184,6 @@ def regrouped(encoding: tiktoken.Encoding) -> tiktoken.Encoding:
         return encoding
     ranks, specials = encoding._mergeable_ranks, encoding._special_tokens
     return tiktoken.Encoding(encoding.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
-
-
-def _is_panic(error: BaseException) -> bool:
-    # Rust's panic is not an Exception, and its class cannot be imported.
-    return type(error).__name__ == "PanicException"
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 AnyTokenizer: TypeAlias = Tokenizer | HuggingFaceTokenizer
@@ -241,10 +230,10 @@ def from_ranks(
     path = Path(path)
     if not isinstance(pattern, str) or not pattern:
         raise ValueError(f"pattern={pattern!r} must be the tokenizer's split pattern, a regular expression.")
-    ranks = _read_ranks(path)
+    ranks = read_ranks(path)
     _check_special_tokens(special_tokens, ranks)
     specials = {token: len(ranks) + i for i, token in enumerate(special_tokens)}
-    return Tokenizer(_new_encoding(path, path.stem if name is None else name, pattern, ranks, specials))
+    return Tokenizer(new_encoding(path, path.stem if name is None else name, pattern, ranks, specials))
 
 
 @functools.cache
@@ -257,7 +246,7 @@ def _read_path(path: Path) -> tiktoken.Encoding:
     folder = os.path.isdir(path)
     file = path / "tokenizer.pkl" if folder else path
     if os.path.isfile(file) and file.suffix == ".pkl":
-        return _unpickle(file)
+        return read_pickle(file)
     if path.name == "tokenizer.json" or os.path.exists(path / "tokenizer.json"):
         what = "a Hugging Face tokenizer on disk; pass transformers.AutoTokenizer.from_pretrained(folder)"
     elif folder:
@@ -272,105 +261,6 @@ def _read_path(path: Path) -> tiktoken.Encoding:
     else:
         what = "not a .pkl file"
     raise ValueError(f"tokenizer={str(path)!r} is {what}; give {_ACCEPTED}.")
-
-
-class _State:
-    """Stands in for `Encoding` while its pickle is read: keeps what the file says, does nothing with it."""
-
-    state: object = None
-
-    # It also keeps a pickle from writing into this class's own dictionary.
-    def __setstate__(self, state: object) -> None:
-        self.state = state
-
-
-class _EncodingUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> type[_State]:
-        if (module, name) in (("tiktoken.core", "Encoding"), ("tiktoken", "Encoding")):
-            return _State
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def _unpickle(file: Path) -> tiktoken.Encoding:
-    data = io.BytesIO(file.read_bytes())
-    try:
-        found = _EncodingUnpickler(data).load()
-    # A broken pickle can raise anything.
-    except Exception as error:
-        raise _bad_pickle(file, f"{type(error).__name__}: {_first_line(error)}") from error
-    if not isinstance(found, _State):
-        raise _bad_pickle(file, f"it holds a {type(found).__name__}")
-    state = found.state
-    if isinstance(state, str):
-        # Unpickled by tiktoken, this would download the encoding.
-        raise _bad_pickle(file, f"it only names {state!r}, so pass tiktoken.get_encoding({state!r})")
-    if not isinstance(state, dict) or set(state) != _STATE_KEYS or not isinstance(state["name"], str):
-        raise _bad_pickle(file, "what it holds of an Encoding is incomplete")
-    ranks, specials = state["mergeable_ranks"], state["special_tokens"]
-    return _new_encoding(file, state["name"], state["pat_str"], ranks, specials)
-
-
-def _bad_pickle(file: Path, why: str) -> ValueError:
-    return ValueError(
-        f"{file} is not a pickled tiktoken Encoding ({why}). Nothing in it was run. "
-        "Save the tokenizer anew with pickle.dump(encoding, file), or pass the tiktoken.Encoding itself."
-    )
-
-
-def _new_encoding(
-    file: Path, name: str, pattern: str, ranks: dict[bytes, int], specials: dict[str, int]
-) -> tiktoken.Encoding:
-    try:
-        encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
-    except BaseException as error:
-        if not (isinstance(error, Exception) or _is_panic(error)):
-            raise
-        raise ValueError(
-            f"{file}: tiktoken cannot make an Encoding of it ({_first_line(error)}). "
-            "Check the split pattern, the ranks and the special tokens."
-        ) from None
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
-        raise ValueError(
-            f"{file}: byte {missing[0]:#04x} has no rank ({len(missing)} of the 256 bytes have none); "
-            "give the complete ranks: without them some text cannot be encoded."
-        )
-    return encoding
-
-
-def _read_ranks(path: Path) -> dict[bytes, int]:
-    if not os.path.isfile(path):
-        raise ValueError(f"ranks file {str(path)!r} does not exist; give the path of a .tiktoken file.")
-    ranks: dict[bytes, int] = {}
-    lines: dict[int, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        token, rank = _read_rank(f"{path}:{number}", line)
-        if token in ranks or rank in lines:
-            what = f"token {token!r}" if token in ranks else f"rank {rank}"
-            earlier = lines[ranks.get(token, rank)]
-            raise ValueError(f"{path}:{number}: {what} is in line {earlier} already; remove one of them.")
-        ranks[token] = rank
-        lines[rank] = number
-    if not ranks:
-        raise ValueError(f"{path}: there are no ranks in it; give a .tiktoken file.")
-    if max(lines) >= len(lines):
-        gap = next(rank for rank in range(len(lines)) if rank not in lines)
-        after = min(rank for rank in lines if rank > gap)
-        raise ValueError(f"{path}:{lines[after]}: rank {after}, but rank {gap} is missing; add its line.")
-    return ranks
-
-
-def _read_rank(place: str, line: bytes) -> tuple[bytes, int]:
-    try:
-        encoded, digits = line.split()
-        token = base64.b64decode(encoded, validate=True)
-        if token and digits.isdigit():
-            return token, int(digits)
-    except ValueError:
-        pass
-    raise ValueError(f"{place}: {line[:60]!r} is not a base64 token, a space and a rank; mend the line.")
 
 
 def _check_special_tokens(special_tokens: Sequence[str], ranks: dict[bytes, int]) -> None:

@@ -18,6 +18,7 @@ ORDER = [
     "conversations",
     "templates",
     "huggingface",
+    "encodings",
     "patterns",
     "tokenizers",
     "fast",

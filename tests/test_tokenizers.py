@@ -20,7 +20,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanopack import tokenizers
+from nanopack import encodings, tokenizers
 from nanopack.tokenizers import NANOCHAT_SPECIAL_TOKENS, Tokenizer, from_ranks, load_tokenizer
 
 RANKS_FILE = str(resources.files("nanopack") / "data" / "chat32k.tiktoken")
@@ -426,7 +426,7 @@ def test_a_pickle_that_is_not_an_encoding_is_refused_and_runs_nothing(data, tmp_
 
     monkeypatch.setattr("tiktoken.registry.get_encoding", refuse)
     monkeypatch.chdir(tmp_path)
-    stand_in = dict(vars(tokenizers._State))
+    stand_in = dict(vars(encodings._State))
     Path("tokenizer.pkl").write_bytes(data)
     for given_as in ("tokenizer.pkl", "."):
         with pytest.raises(ValueError, match=r"^tokenizer.pkl is not a pickled tiktoken Encoding \(") as caught:
@@ -434,7 +434,7 @@ def test_a_pickle_that_is_not_an_encoding_is_refused_and_runs_nothing(data, tmp_
         remedy = "Nothing in it was run. Save the tokenizer anew with pickle.dump(encoding, file), or pass"
         assert remedy in str(caught.value)
         assert os.listdir() == ["tokenizer.pkl"]
-    assert dict(vars(tokenizers._State)) == stand_in
+    assert dict(vars(encodings._State)) == stand_in
 
 
 @pytest.mark.parametrize("data", [pytest.param(data, id=case) for case, data in RUNS_CODE.items()])
