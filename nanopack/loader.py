@@ -197,8 +197,7 @@ class Loader:
             if epochs is None:
                 raise ValueError("group has no meaning without epochs; leave it out, or pass epochs")
             check_group(group, world_size)
-            own, _ = self._count_batches(of_all_ranks=False)
-            self._batches = agree_on_most(group, own, self.device)
+            self._batches = agree_on_most(group, lambda: self._count_batches(of_all_ranks=False)[0], self.device)
         self._shut: Callable[[], Any] | None = None
         self._start(None)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,9 +45,22 @@ def check_group(group: Any, world_size: int) -> None:
         )
 
 
-def agree_on_most(group: Any, count: int, device: torch.device) -> int:
-    """Return the greatest count of all ranks of the group. All of them call it; NCCL sends it from `device`."""
+def agree_on_most(group: Any, count: Callable[[], int], device: torch.device) -> int:
+    """Return the greatest of what `count` returns on each rank. All of the group call it; NCCL sends from `device`.
+
+    Where `count` raises on one of them, that one raises it and the others RuntimeError: nobody waits in vain.
+    """
     on_gpu = torch.distributed.get_backend(group) == "nccl"
-    most = torch.tensor(count, device=device if on_gpu else "cpu")
-    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group)
+    own, error = 0, None
+    try:
+        own = count()
+    except Exception as its_error:
+        error = its_error
+    most_and_failed = torch.tensor([own, int(error is not None)], device=device if on_gpu else "cpu")
+    torch.distributed.all_reduce(most_and_failed, torch.distributed.ReduceOp.MAX, group)
+    most, failed = most_and_failed.tolist()
+    if error is not None:
+        raise error
+    if failed:
+        raise RuntimeError("another rank could not count its batches; what it raises says why")
     return int(most)

@@ -131,6 +131,16 @@ def wrong_groups():
     return said
 
 
+def counted_with_a_bad_conversation_of_rank_1():
+    """What a loader raises whose rank, or another, cannot count."""
+    data = [{"text": "x"} for _ in range(9)]
+    data[4] = {"text": 5}
+    try:
+        loader_of(3, data, epochs=1, group=dist.group.WORLD)
+    except Exception as error:
+        return type(error).__name__, str(error)
+
+
 def gathered_state(**arguments):
     """The states of all ranks behind the second batch, as this rank has them, and the batch that comes next."""
     with loader_of(6, **arguments) as loader:

@@ -18,6 +18,7 @@ from distributed_ranks import (
     CHATS,
     MIXED,
     Ranks,
+    counted_with_a_bad_conversation_of_rank_1,
     default_share,
     gathered_state,
     load_and_go_on,
@@ -164,6 +165,12 @@ def test_a_group_that_is_not_that_of_all_ranks_is_refused(ranks):
         assert "group has 3 ranks, but world_size=2" in other
         assert ("group has 2 ranks, but world_size=3" if rank < 2 else "group") in pair
         assert "group has no meaning without epochs" in endless
+
+
+def test_a_rank_that_cannot_count_says_so_and_the_others_do_not_wait_for_it(ranks):
+    first, second, third = ranks(3, counted_with_a_bad_conversation_of_rank_1)
+    assert second[0] == "ConversationError" and "conversation 4" in second[1]
+    assert first == third == ("RuntimeError", "another rank could not count its batches; what it raises says why")
 
 
 CASES = {
