@@ -168,8 +168,9 @@ class Tokenizer:
 
 def _joined(buffers: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     """Return the uint32s of all buffers in a row, and offsets."""
-    ends_bytes = accumulate([memoryview(buffer).nbytes for buffer in buffers], initial=0)
-    return np.frombuffer(b"".join(buffers), np.uint32), np.fromiter(ends_bytes, np.int64, len(buffers) + 1) // 4
+    sizes = [len(buffer) if isinstance(buffer, bytes) else memoryview(buffer).nbytes for buffer in buffers]
+    ends_bytes = np.fromiter(accumulate(sizes, initial=0), np.int64, len(buffers) + 1)
+    return np.frombuffer(b"".join(buffers), np.uint32), ends_bytes // 4
 
 
 def _core_encode(encoding: tiktoken.Encoding) -> Callable[[str, frozenset[str]], Any]:
