@@ -103,6 +103,7 @@ def test_what_is_read_is_the_document_cut_and_marked(records, recipe):
         if read.error is not None:
             continue
         document = reader.render(check(record))
+        assert read.own_weight == check(record).weight
         trained = [recipe.loss == "all" or bool(one) for one in document.mask]
         trained[0] &= recipe.boundary_loss
         kept = list(zip(document.ids.tolist(), trained, strict=True))[:limit]
