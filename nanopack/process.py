@@ -35,7 +35,8 @@ from nanopack.failure import Failure, ProducerError
 from nanopack.feed import End, News
 from nanopack.producer import Produced, Producer, Start
 from nanopack.recipe import Recipe
-from nanopack.ring import WAITING, Filled, Layout, PieceTable, Ring
+from nanopack.ring import Filled, Layout, PieceTable, Ring
+from nanopack.signs import WAITING
 from nanopack.tokenizers import AnyTokenizer
 from nanopack.workers import START_METHOD, WATCH, how_it_ended, leave_parent_behind, widen
 

@@ -20,8 +20,9 @@ from nanopack.lane import Lane
 from nanopack.reading import Read, Reader, read_in_turn
 from nanopack.recipe import Recipe
 from nanopack.render import TemplateError, missing_tokens
-from nanopack.ring import FILLING, READING, Filled, Layout, Signs, Slot
+from nanopack.ring import Filled, Layout, Slot
 from nanopack.rows import Row
+from nanopack.signs import FILLING, READING, Signs
 from nanopack.tokenizers import AnyTokenizer
 from nanopack.workers import Workers
 

@@ -24,13 +24,16 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from nanopack.recipe import Recipe
 from nanopack.rows import Piece, Row
+from nanopack.signs import Signs
+
+Number = TypeVar("Number", int, np.ndarray)
 
 ALIGN_BYTES = 64
 ROW_ALIGN = 16  # words
@@ -169,45 +172,6 @@ class Layout:
         return _round_up(words, ALIGN_BYTES) + _round_up(pieces, ALIGN_BYTES) + _round_up(cu, ALIGN_BYTES)
 
 
-# What a producer can be at.
-WAITING, READING, FILLING = range(3)
-_DOING = ("waiting for a free slot", "reading and tokenizing, from conversation {} on", "filling a slot")
-
-
-class Signs:
-    """What producer and trainer see of each other without a message: numbers in shared memory, each of one writer."""
-
-    def __init__(self, numbers: np.ndarray) -> None:
-        """Use (4,) int64."""
-        self._numbers = numbers
-
-    @property
-    def posted(self) -> int:
-        """Messages that the producer has sent."""
-        return int(self._numbers[0])
-
-    @posted.setter
-    def posted(self, count: int) -> None:
-        self._numbers[0] = count
-
-    @property
-    def freed(self) -> int:
-        """Slots that the trainer has given back, over all turns."""
-        return int(self._numbers[3])
-
-    @freed.setter
-    def freed(self, count: int) -> None:
-        self._numbers[3] = count
-
-    def say(self, doing: int, conversation: int = 0) -> None:
-        """Tell what is going on."""
-        self._numbers[1] = doing
-        self._numbers[2] = conversation
-
-    def __str__(self) -> str:
-        return _DOING[int(self._numbers[1])].format(int(self._numbers[2]))
-
-
 class Ring:
     """Slots side by side in one run of memory, which the producer's process shares, and the producer's signs."""
 
@@ -230,6 +194,43 @@ class Ring:
         return slots * layout.nbytes + 2 * ALIGN_BYTES
 
 
+class Places(NamedTuple):
+    """Where a batch lands: arrays of int64, (P,) of its runs, row by row, or (B,) of its rows."""
+
+    lengths: np.ndarray
+    """(P,)"""
+    columns: np.ndarray
+    """(P,): the first column of each run in its row."""
+    bounds: np.ndarray
+    """(B + 1,): the first run of each row, and behind the last one."""
+    row_lengths: np.ndarray
+    """(B,)"""
+    starts: np.ndarray
+    """(B + 1,): where each row starts, in words, and where the last one ends; multiples of ROW_ALIGN."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], first_word: int) -> Places:
+        """Lay rows of runs out, the first row at `first_word`."""
+        lengths = np.array([run.length for row in rows for run in row], np.int64)
+        bounds, ends = _sums([len(row) for row in rows]), _sums(lengths)
+        row_ends = ends[bounds]
+        row_lengths = np.diff(row_ends)
+        columns = ends[:-1] - np.repeat(row_ends[:-1], np.diff(bounds))
+        return cls(lengths, columns, bounds, row_lengths, first_word + _sums(_round_up(row_lengths, ROW_ALIGN)))
+
+    def in_rows(self, of_rows: np.ndarray) -> np.ndarray:
+        """Return for each run what its row has, (P,)."""
+        return np.repeat(of_rows, np.diff(self.bounds))
+
+    def segments(self, seq_len: int) -> np.ndarray:
+        """Return where pieces begin in the flattened batch, padding as one piece a row, and where the last ends."""
+        at = np.arange(len(self.row_lengths)) * seq_len
+        # a piece may have nothing but the last target of a row, and is none of the inputs
+        pieces = (self.in_rows(at) + self.columns)[self.columns < seq_len]
+        padding = (at + self.row_lengths)[self.row_lengths < seq_len]
+        return np.sort(np.concatenate([pieces, padding, [len(at) * seq_len]]))
+
+
 class Slot:
     """One batch's place in memory: `words` (unsigned) and `table` (int32), two views of the same bytes."""
 
@@ -239,6 +240,7 @@ class Slot:
         self.buffer = buffer
         self.words = buffer.view(layout.word_dtype)
         self.table = buffer.view(np.int32)
+        self._nothing = np.zeros(ROW_ALIGN, layout.word_dtype)
 
     def fill(self, rows: Sequence[Row]) -> Filled:
         """Write a batch of runs of `Words` and return what the host knows of it. Rows without any become padding.
@@ -247,89 +249,73 @@ class Slot:
         """
         layout = self.layout
         runs = [run for row in rows for run in row]
-        columns = [list(accumulate((run.length for run in row), initial=0)) for row in rows]
-        segments = _segments(columns, layout.seq_len)
+        places = Places.of(rows, layout.first_word)
+        segments = places.segments(layout.seq_len)
         if layout.max_segments is not None and len(segments) - 1 > layout.max_segments:
             raise _too_many_pieces(len(segments) - 1, layout)
         weights = np.array([run.document.weight for run in runs], np.float32)
-        starts, end = self._write_words(rows, columns)
-        head = self.table[: 4 * (layout.batch_size + 1)].reshape(-1, 4)
-        head[:-1, 0] = starts // ROW_ALIGN
-        head[:-1, 1] = [ends[-1] for ends in columns]
-        at = self._write_tables(head, end, columns, weights, segments)
-        trained = self._count_trained(columns, starts, end)
-        so_far = [0, *np.cumsum(trained).tolist()]
+        self._write_words(rows, places)
+        used = self._write_tables(places, weights, segments)
+        trained = self._count_trained(places)
+        pieces = np.empty((len(runs), 4), np.int64)
+        pieces[:, 0] = [run.document.conversation for run in runs]
+        pieces[:, 1] = places.columns
+        pieces[:, 2] = places.lengths
+        pieces[:, 3] = [run.offset for run in runs]
         return Filled(
-            used_bytes=4 * at,
-            row_trained=[so_far[b] - so_far[a] for a, b in pairwise(accumulate(map(len, rows), initial=0))],
-            num_tokens=sum(min(ends[-1], layout.seq_len) for ends in columns),
+            used_bytes=4 * used,
+            row_trained=np.diff(_sums(trained)[places.bounds]).tolist(),
+            num_tokens=int(np.minimum(places.row_lengths, layout.seq_len).sum()),
             # the product of a count and a float32 is exact in a float64, and fsum adds exactly
             weight_sum=math.fsum((trained * weights.astype(np.float64)).tolist()),
-            max_seqlen=max(end - start for start, end in pairwise(segments)),
-            word_pieces=PieceTable(
-                np.array(
-                    [
-                        (run.document.conversation, start, run.length, run.offset)
-                        for row, ends in zip(rows, columns, strict=True)
-                        for run, start in zip(row, ends, strict=False)
-                    ],
-                    np.int64,
-                ).tobytes(),
-                np.array([len(row) for row in rows], np.int64).tobytes(),
-            ),
+            max_seqlen=int(np.diff(segments).max()),
+            word_pieces=PieceTable(pieces.tobytes(), np.diff(places.bounds).tobytes()),
         )
 
-    def _write_words(self, rows: Sequence[Row], columns: list[list[int]]) -> tuple[np.ndarray, int]:
-        """Write the words; return where each row starts, and where the last one ends."""
-        words, at, starts = self.words, self.layout.first_word, []
-        for row, ends in zip(rows, columns, strict=True):
-            starts.append(at)
-            for (document, offset, length), start in zip(row, ends, strict=False):
-                words[at + start : at + start + length] = document.words[offset : offset + length]
-            end = at + ends[-1]
-            at = _round_up(end, ROW_ALIGN)
-            words[end:at] = 0
-        return np.array(starts), at
+    def _write_words(self, rows: Sequence[Row], places: Places) -> None:
+        """Write the words, and zeros from the end of each row to the start of the next."""
+        parts: list[np.ndarray] = []
+        for row, length in zip(rows, places.row_lengths.tolist(), strict=True):
+            parts += [document.words[offset : offset + run_length] for document, offset, run_length in row]
+            parts.append(self._nothing[: -length % ROW_ALIGN])
+        np.concatenate(parts, out=self.words[places.starts[0] : places.starts[-1]])
 
-    def _write_tables(
-        self, head: np.ndarray, end: int, columns: list[list[int]], weights: np.ndarray, segments: list[int]
-    ) -> int:
-        """Write pieces and cu_seqlens behind the words; return where the used part ends (in int32)."""
-        at = _round_up(end * self.layout.word_bytes, ALIGN_BYTES) // 4
-        counts = np.array([len(ends) - 1 for ends in columns])
-        head[:-1, 2] = at + 2 * (np.cumsum(counts) - counts)
-        head[:-1, 3] = counts
+    def _write_tables(self, places: Places, weights: np.ndarray, segments: np.ndarray) -> int:
+        """Write rows in front of the words, pieces and cu_seqlens behind; return where the used part ends, in int32."""
+        layout = self.layout
+        at = _round_up(int(places.starts[-1]) * layout.word_bytes, ALIGN_BYTES) // 4
+        head = self.table[: 4 * (layout.batch_size + 1)].reshape(-1, 4)
+        head[:-1, 0] = places.starts[:-1] // ROW_ALIGN
+        head[:-1, 1] = places.row_lengths
+        head[:-1, 2] = at + 2 * places.bounds[:-1]
+        head[:-1, 3] = np.diff(places.bounds)
         head[-1] = 0
-        if self.layout.pieces:
+        if layout.pieces:
             pieces = self.table[at : at + 2 * len(weights)].reshape(-1, 2)
-            pieces[:, 0] = [start for ends in columns for start in ends[:-1]]
+            pieces[:, 0] = places.columns
             pieces[:, 1] = weights.view(np.int32)
             at += 2 * len(weights)
-        if self.layout.max_segments is not None:
+        if layout.max_segments is not None:
             head[-1, :2] = (at, len(segments))
             self.table[at : at + len(segments)] = segments
             at += len(segments)
         return at
 
-    def _count_trained(self, columns: list[list[int]], starts: np.ndarray, end: int) -> np.ndarray:
+    def _count_trained(self, places: Places) -> np.ndarray:
         """Return for each run how many of its tokens are trained targets: all with the loss bit but in column 0."""
-        first = self.layout.first_word
+        first, *_, end = places.starts.tolist()
         trained = self.words[first:end] >= self.layout.loss_bit
-        trained[starts[[ends[-1] > 0 for ends in columns]] - first] = False
-        begins = [
-            row + start - first for row, ends in zip(starts.tolist(), columns, strict=True) for start in ends[:-1]
-        ]
+        starts = places.starts[:-1] - first
+        trained[starts[places.row_lengths > 0]] = False
         # the words between rows are 0, so what lies between one run's beginning and the next's is the run
-        return np.add.reduceat(trained.view(np.uint8), begins, dtype=np.int64)
+        return np.add.reduceat(trained.view(np.uint8), places.in_rows(starts) + places.columns, dtype=np.int64)
 
 
-def _segments(columns: list[list[int]], seq_len: int) -> list[int]:
-    """Return where pieces begin in the flattened batch, padding as one piece a row, and where the last ends."""
-    segments = []
-    for b, ends in enumerate(columns):
-        # the end of the last piece begins the padding, unless it is the end of the row
-        segments += [b * seq_len + column for column in ends if column < seq_len]
-    return [*segments, len(columns) * seq_len]
+def _sums(numbers: Any) -> np.ndarray:
+    """Return the sums of the first 0, 1, 2, … of n numbers, (n + 1,) int64."""
+    sums = np.zeros(len(numbers) + 1, np.int64)
+    np.cumsum(numbers, out=sums[1:])
+    return sums
 
 
 def _too_many_pieces(segments: int, layout: Layout) -> ValueError:
@@ -341,5 +327,5 @@ def _too_many_pieces(segments: int, layout: Layout) -> ValueError:
     )
 
 
-def _round_up(n: int, multiple: int) -> int:
+def _round_up(n: Number, multiple: int) -> Number:
     return -(-n // multiple) * multiple

@@ -30,6 +30,7 @@ ORDER = [
     "packing",
     "recipe",
     "mixture",
+    "signs",
     "ring",
     "failure",
     "reading",
