@@ -164,7 +164,9 @@ def render(messages: Messages, text: str | None, coder: AnyTokenizer, template: 
     if text is not None:
         spans: Iterator[Span] = iter([("text", text, True)])
     elif template == "hf":
-        return _hf(messages, coder)
+        if not (tokens := _hf(messages, coder)):
+            raise ConversationError("its chat template writes nothing")
+        return tokens
     elif any(rest.get("tool_calls") for _, _, rest in messages):
         raise ConversationError("a message has tool_calls; no template but 'hf' can write them")
     elif isinstance(template, Template):
