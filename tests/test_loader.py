@@ -302,6 +302,19 @@ def test_an_error_of_the_data_set_itself_names_the_conversation():
     assert isinstance(raised.value.__cause__, KeyError)
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_data_set_may_use_the_arrays_of_a_record_again_for_the_next(workers):
+    class Reusing(list):
+        ids, mask = np.empty(5, np.uint16), np.empty(5, bool)
+
+        def __getitem__(self, index):
+            self.ids[:], self.mask[:] = range(index, index + 5), index % 2
+            return {"input_ids": self.ids, "loss_mask": self.mask}
+
+    found = nanopack.verify(Reusing([{}] * 99), SMALL, batch_size=2, seq_len=8, packing="stream", workers=workers)
+    assert found and found.batches > 10, found.difference
+
+
 def test_after_an_error_the_loader_does_not_go_on_as_if_nothing_were_lost():
     loader = Loader([{"text": "ab"}, {"text": 3}, {"text": "cd"}], SMALL, 1, 8, packing="pad")
     next(loader)
