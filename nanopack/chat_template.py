@@ -31,7 +31,8 @@ def make_chat_renderer(tokenizer: object) -> ChatRenderer:
     """Return the function that gives ids, (n,) uint32, and mask, (n,) bool, of messages.
 
     ValueError where the tokenizer has no chat template. The function itself raises ConversationError for messages
-    that the template does not take, or that hold a special token's name, which would become that token.
+    that the template does not take or writes nothing for, or that hold a special token's name, which would become that
+    token.
     """
     chat = tokenizer.chat if isinstance(tokenizer, HuggingFaceTokenizer) else None
     if chat is None or not getattr(chat, "chat_template", None):
@@ -49,6 +50,8 @@ def make_chat_renderer(tokenizer: object) -> ChatRenderer:
             _refuse(index, message, looks_special)
         plain = [{"role": m.role, "content": m.content, **(m.rest or {})} for m in messages]
         ids, mask = encode(chat, plain, specials)
+        if not len(ids):
+            raise ConversationError("the tokenizer's chat template writes nothing for it")
         return np.array(ids, np.uint32), np.array(mask, bool)
 
     return render

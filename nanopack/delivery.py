@@ -39,6 +39,9 @@ class Delivery:
     def next(self) -> tuple[Outputs, Produced]:
         """Return the tensors of the next batch and its facts; raise what ends the batches, StopIteration included."""
         self.check_open()
+        if self._end is _interrupted:
+            # what is submitted may be the batch behind one that is lost
+            raise _interrupted()
         if self._device.capturing():
             raise RuntimeError(
                 "next(loader) inside a CUDA graph capture: its copies would become part of the graph; take the batch "
@@ -52,7 +55,6 @@ class Delivery:
             with self._device.named("nanopack kernel"):
                 outputs = self._upload.deliver()
             produced = self._facts.popleft()
-            self.books = produced.books
             if self._ahead:
                 with self._device.named("nanopack copy ahead"):
                     self._submit_ready(ahead=True)
@@ -62,6 +64,8 @@ class Delivery:
             # Ctrl-C may have come between a message and what it means
             self._end = _interrupted
             raise
+        # only now can nothing keep the batch from whoever asked for it
+        self.books = produced.books
         return outputs, produced
 
     def close(self) -> None:
@@ -88,7 +92,7 @@ class Delivery:
                 upload.submit(news.slot, news.produced.filled.used_bytes)
             except Exception as error:
                 self._fail(error)
-                raise
+                break
             self._facts.append(news.produced)
 
     def _take(self, *, wait: bool) -> News | None:

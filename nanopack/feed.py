@@ -1,6 +1,6 @@
 """Run the producer, in the caller's thread or in a process of its own, and bring news of filled slots.
 
-producer.py fills a slot of ring.py   ->   Feed.take(): slot and facts, in batch order   ->   loader.py, upload.py
+producer.py fills a slot of ring.py   ->   Feed.take(): slot and facts, in batch order   ->   delivery.py
                                       <-   Feed.free(): a slot that may be filled again
 """
 

@@ -61,8 +61,12 @@ def grouped(pattern: str) -> str:
         alternatives = _alternatives(pattern)
     except PatternError:
         return pattern
-    runs = [list(run) for _, run in groupby(alternatives, _BACKTRACKING.__eq__)]
-    return "|".join(f"(?:{'|'.join(run)})" if len(run) > 1 else run[0] for run in runs)
+    return "|".join(f"(?:{'|'.join(run)})" if len(run) > 1 else run[0] for run in _runs(alternatives))
+
+
+def _runs(alternatives: list[str]) -> list[list[str]]:
+    """Return the alternatives as the automaton gets them: those that need backtracking part the others."""
+    return [list(run) for _, run in groupby(alternatives, _BACKTRACKING.__eq__)]
 
 
 def _alternatives(pattern: str) -> list[str]:
@@ -74,4 +78,9 @@ def _alternatives(pattern: str) -> list[str]:
             raise PatternError(f"{given!r} of its split pattern {pattern!r} is not among the known alternatives")
     if not pattern or "|".join(alternatives) != pattern:
         raise PatternError(f"its split pattern {pattern!r} cannot be taken apart")
+    for run in _runs(found):
+        # The automaton's compiler takes what all begin with out of them, [^\r\n\p{L}\p{N}]? of o200k's two, say, and
+        # then tries the second where the first would have matched without it.
+        if len(run) > 1 and len({one[0] for one in run}) == 1:
+            raise PatternError(f"{'|'.join(run)!r} of its split pattern {pattern!r} are alternatives that begin alike")
     return found

@@ -1,6 +1,6 @@
 """Know which rank of how many this process is, and agree with the others how many batches there are.
 
-Loader(rank=, world_size=, group=)   ->   rank_and_world_size(), agree()   ->   recipe.py, producer.py
+Loader(rank=, world_size=, group=)   ->   rank_and_world_size(), agree_on_most()   ->   recipe.py, producer.py
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from typing import Any
 from nanopack.conversations import ConversationError
 from nanopack.huggingface import HuggingFaceTokenizer
 from nanopack.templates import Template
-from nanopack.tokenizers import LONG_TEXT, AnyTokenizer
+from nanopack.tokenizers import AnyTokenizer
 
 FLOAT32_MAX = 3.4028234663852886e38
 SHAREGPT_ROLES = {
@@ -164,7 +164,9 @@ def render(messages: Messages, text: str | None, coder: AnyTokenizer, template: 
     if text is not None:
         spans: Iterator[Span] = iter([("text", text, True)])
     elif template == "hf":
-        return _hf(messages, coder)
+        if not (tokens := _hf(messages, coder)):
+            raise ConversationError("its chat template writes nothing")
+        return tokens
     elif any(rest.get("tool_calls") for _, _, rest in messages):
         raise ConversationError("a message has tool_calls; no template but 'hf' can write them")
     elif isinstance(template, Template):
@@ -181,11 +183,16 @@ def render(messages: Messages, text: str | None, coder: AnyTokenizer, template: 
 
 
 def _encode(text: str, coder: AnyTokenizer) -> Iterable[int]:
-    # a long text tiktoken may refuse: the tokenizer says so in its own words
-    if isinstance(coder, HuggingFaceTokenizer) or len(text) >= LONG_TEXT:
+    if isinstance(coder, HuggingFaceTokenizer):
         return coder.encode(text)
-    # as tiktoken itself does it, by the encoding's own pattern
-    return coder.encoding.encode_ordinary(text)
+    try:
+        # as tiktoken itself does it, by the encoding's own pattern
+        return coder.encoding.encode_ordinary(text)
+    except BaseException as error:
+        if isinstance(error, (Exception, KeyboardInterrupt)):
+            raise
+        # a panic: tiktoken refuses it, and the tokenizer says so in its own words
+        return coder.encode(text)
 
 
 def _nanochat(messages: Messages) -> Iterator[Span]:

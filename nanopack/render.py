@@ -127,7 +127,8 @@ def _take_over(tokens: Tokens, tokenizer: AnyTokenizer) -> Document:
         raise ConversationError(
             f"input_ids has {wrong}; tokenizer {tokenizer.name!r} has ids from 0 to {tokenizer.vocab_size - 1}"
         )
-    return Document(ids, np.ones(len(ids), bool) if mask is None else mask, ())
+    # a data set may use its arrays again for the next conversation, which is read before this one is written
+    return Document(ids.copy(), np.ones(len(ids), bool) if mask is None else mask.copy(), ())
 
 
 def _refuse_tool_calls(messages: Sequence[Message]) -> None:

@@ -14,7 +14,6 @@ Nothing here uses the network, and a pickle is read, not run.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import os
@@ -136,8 +135,12 @@ class Tokenizer:
         """Return a buffer of uint32s for each text."""
         sooner = self._sooner
         if max(map(len, texts), default=0) < LONG_TEXT:
-            with contextlib.suppress(UnicodeEncodeError):
+            try:
                 return [text if isinstance(text, bytes) else sooner(text, _NOTHING) for text in texts]
+            except BaseException as error:
+                if not (isinstance(error, ValueError) or is_panic(error)):
+                    raise
+        # one of them must be mended, or split by the encoding's own pattern, or refused
         return [text if isinstance(text, bytes) else self._encode(text) for text in texts]
 
     def _encode(self, text: str) -> Any:

@@ -121,6 +121,23 @@ def test_batches_are_the_reference_packers(chat_template, workers):
     assert found.tokens > 300
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("loss", ["assistant", "all"])
+@pytest.mark.parametrize("packing", ["best_fit", "best_fit_pad", "stream"])
+def test_messages_of_which_the_template_makes_nothing_are_skipped_wherever_they_stand(packing, loss, workers):
+    bare = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    empty = {"messages": [{**USER, "content": ""}, {**ANSWER, "content": ""}]}
+    chats = [empty, TALK, empty, empty, {"text": "Hi"}, {"text": ""}, empty]
+    how = {"template": "hf", "packing": packing, "loss": loss, "workers": workers}
+    found = verify(chats, make_tokenizer(bare), batch_size=1, seq_len=16, on_error="skip", **how)
+    assert found and found.batches, found.difference
+    with (
+        Loader(chats, make_tokenizer(bare), 1, 16, **how) as loader,
+        pytest.raises(ConversationError, match="0, the tokenizer's chat template writes nothing for it"),
+    ):
+        next(loader)
+
+
 def test_an_explanation_names_the_template():
     with Loader([TALK], make_tokenizer(MARKED), 1, 64, template="hf", workers=0) as loader:
         batch = next(loader)

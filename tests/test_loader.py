@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -301,6 +302,19 @@ def test_an_error_of_the_data_set_itself_names_the_conversation():
     assert isinstance(raised.value.__cause__, KeyError)
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_data_set_may_use_the_arrays_of_a_record_again_for_the_next(workers):
+    class Reusing(list):
+        ids, mask = np.empty(5, np.uint16), np.empty(5, bool)
+
+        def __getitem__(self, index):
+            self.ids[:], self.mask[:] = range(index, index + 5), index % 2
+            return {"input_ids": self.ids, "loss_mask": self.mask}
+
+    found = nanopack.verify(Reusing([{}] * 99), SMALL, batch_size=2, seq_len=8, packing="stream", workers=workers)
+    assert found and found.batches > 10, found.difference
+
+
 def test_after_an_error_the_loader_does_not_go_on_as_if_nothing_were_lost():
     loader = Loader([{"text": "ab"}, {"text": 3}, {"text": "cd"}], SMALL, 1, 8, packing="pad")
     next(loader)
@@ -319,6 +333,53 @@ def test_an_interrupted_batch_is_not_continued_in_silence(monkeypatch):
         next(loader)
     with pytest.raises(RuntimeError, match="interrupted"):
         next(loader)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def memory_is_short() -> None:
+    raise MemoryError("for this copy")
+
+
+def failing_ahead(loader: nanopack.Loader, monkeypatch: pytest.MonkeyPatch, fail: Callable[[], None]) -> None:
+    """Let the copy of the second batch fail, which comes ahead, in the call for the first."""
+    take, submit, submitted = loader._feed.take, loader._upload.submit, []
+
+    def failing(slot: int, used_bytes: int) -> None:
+        submitted.append(slot)
+        if len(submitted) == 2:
+            fail()
+        submit(slot, used_bytes)
+
+    # whatever the pace, what comes ahead is there
+    monkeypatch.setattr(loader._feed, "take", lambda *, wait: take(wait=True))
+    monkeypatch.setattr(loader._upload, "submit", failing)
+
+
+def test_a_batch_that_an_interrupt_kept_back_does_not_count_as_delivered_and_none_behind_it_comes(monkeypatch):
+    with nanopack.Loader([{"text": "ab"}] * 9, SMALL, 1, 8, packing="pad", workers=1) as loader:
+        before = loader.state_dict()
+        failing_ahead(loader, monkeypatch, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            next(loader)
+        assert loader.state_dict() == before
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="interrupted in the middle of a batch; make a new one"):
+                next(loader)
+        loader.load_state_dict(before)
+        assert next(loader).step == 0
+
+
+def test_a_copy_ahead_that_fails_is_told_behind_the_batches_before_it(monkeypatch):
+    with nanopack.Loader([{"text": "ab"}] * 9, SMALL, 1, 8, packing="pad", workers=1) as loader:
+        failing_ahead(loader, monkeypatch, memory_is_short)
+        assert next(loader).step == 0
+        for _ in range(2):
+            with pytest.raises(MemoryError, match="for this copy"):
+                next(loader)
+        assert loader.state_dict()["step"] == 1
 
 
 def test_the_end_stays_the_end_and_closing_twice_is_safe():

@@ -13,8 +13,9 @@ from nanopack.fast import FUZZ_PIECES
 from nanopack.patterns import PatternError, grouped, plain
 from nanopack.tokenizers import LONG_TEXT, Tokenizer, load_tokenizer
 from nanopack.verify import verify
-from tests.split_patterns import PATTERNS
+from tests.split_patterns import O200K, PATTERNS
 
+O200K_LOWER, O200K_UPPER = (f"{alternative}'d)?" for alternative in O200K.split("'d)?|")[:2])
 RANKS = load_tokenizer("chat32k").encoding._mergeable_ranks
 PIECES = st.sampled_from(FUZZ_PIECES)
 RUNS = st.builds(lambda piece, times: piece * times, PIECES, st.integers(2, 700))
@@ -77,6 +78,24 @@ def test_what_tiktoken_refuses_is_refused_and_nothing_else(text, pattern, capfd)
             each.encode(text)
     else:
         assert each.encode(text).tobytes() == bytes(expected)
+
+
+@pytest.mark.parametrize(
+    ("alternatives", "text"),
+    [
+        pytest.param([O200K_LOWER, O200K_UPPER], "\u0301M", id="o200k"),
+        pytest.param([O200K_LOWER, r"[^\r\n\p{L}\p{N}]?+\p{L}++"], "\u0301M", id="o200k-lower-cl100k"),
+        pytest.param([O200K_UPPER, r"[^\r\n\p{L}\p{N}]?+\p{L}++"], "\u0301aB", id="o200k-upper-cl100k"),
+    ],
+)
+@pytest.mark.parametrize("rest", [[], [r"\s+(?!\S)", r"\s"]], ids=["alone", "before-white-space"])
+def test_alternatives_that_begin_alike_are_not_grouped(alternatives, rest, text):
+    """The regex engine takes out what all of a group begin with, and then finds another match than one by one."""
+    pattern = "|".join([*alternatives, *rest])
+    each = tokenizer(pattern)
+    assert each.encode(text).tolist() == each.encoding.encode_ordinary(text)
+    with pytest.raises(PatternError, match="alternatives that begin alike"):
+        plain(pattern)
 
 
 def test_a_long_text_is_split_by_the_encodings_own_pattern(monkeypatch):

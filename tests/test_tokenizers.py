@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from nanopack import encodings, tokenizers
 from nanopack.tokenizers import NANOCHAT_SPECIAL_TOKENS, Tokenizer, from_ranks, load_tokenizer
+from nanopack.verify import verify
 
 RANKS_FILE = str(resources.files("nanopack") / "data" / "chat32k.tiktoken")
 PATTERN = (
@@ -170,9 +171,19 @@ def test_a_panic_of_tiktoken_is_a_value_error(capfd):
     encoding = tiktoken.Encoding(
         "few", pat_str=r"\w+", mergeable_ranks={b"a": 0, b"b": 1}, special_tokens={"<|bos|>": 2}
     )
-    with pytest.raises(ValueError, match=r"cannot encode this text of 3 characters"):
-        Tokenizer(encoding).encode("abc")
+    tokenizer = Tokenizer(encoding)
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["ab", text])):
+        with pytest.raises(ValueError, match=r"cannot encode this text of 3 characters"):
+            encode("abc")
     assert "panicked" in capfd.readouterr().err
+
+
+def test_a_conversation_at_which_tiktoken_panics_is_skipped_as_the_reference_does(capfd):
+    ranks = {bytes([byte]): byte for byte in range(256) if byte != ord("q")}
+    encoding = tiktoken.Encoding("no q", pat_str=r"\w+|\W", mergeable_ranks=ranks, special_tokens={"<|bos|>": 256})
+    chats = [{"text": text} for text in ("abc", "quick", "def")]
+    found = verify(chats, encoding, batch_size=1, seq_len=8, epochs=1, on_error="skip")
+    assert (found.difference, found.batches) == (None, 1)
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit, MemoryError])
