@@ -58,11 +58,10 @@ class Delivery:
             if self._ahead:
                 with self._device.named("nanopack copy ahead"):
                     self._submit_ready(ahead=True)
-        except Exception:
-            raise
-        except BaseException:
+        except BaseException as error:
             # Ctrl-C may have come between a message and what it means
-            self._end = _interrupted
+            if not isinstance(error, Exception):
+                self._end = _interrupted
             raise
         # only now can nothing keep the batch from whoever asked for it
         self.books = produced.books

@@ -219,7 +219,7 @@ def load(folder: Path, run: Run, model: GPT, optimizer: torch.optim.Optimizer, l
             state = torch.load(path, map_location=loader.device, weights_only=True)
             model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        loader.load_state_dict(state["loader"])
+        of_loader = state["loader"]
         run.losses, run.held_out = state["losses"], state["held_out"]
     except OSError:
         raise
@@ -228,6 +228,10 @@ def load(folder: Path, run: Run, model: GPT, optimizer: torch.optim.Optimizer, l
         raise ValueError(
             f"{path} is not a checkpoint of this demo-train; give --out the folder of one, or another and no --resume"
         ) from error
+    try:
+        loader.load_state_dict(of_loader)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def checkpoint(folder: Path) -> Path:

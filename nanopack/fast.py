@@ -167,20 +167,17 @@ class FastTokenizer(Tokenizer):
 
     def _compare(self, text: str, got: np.ndarray) -> str | None:
         # by tiktoken as it is: not even the pattern is ours
-        expected = np.array(self.encoding.encode_ordinary(text), np.uint32)
+        expected = np.frombuffer(self._encode_alone(text, own_pattern=True), np.uint32)
         if np.array_equal(expected, got):
             return None
         both = min(len(expected), len(got))
         at = int(np.argmax(np.append(expected[:both] != got[:both], True)))
         # the words before the place, as far as one line holds them
         before = len(self.decode(expected[:at]))
-        shown, (a, b) = (
-            ascii(text[max(0, before - 20) : before + 20]),
-            (ids[at : at + 6].tolist() for ids in (expected, got)),
-        )
+        shown = ascii(text[max(0, before - 20) : before + 20])
         return (
             f"encoder='fast' differs from tiktoken at token {at} of a text of {len(text):,} characters, about {shown}: "
-            f"expected {a}, got {b}; {REMEDY}"
+            f"expected {expected[at : at + 6].tolist()}, got {got[at : at + 6].tolist()}; {REMEDY}"
         )
 
 

@@ -1,6 +1,6 @@
 """Know which rank of how many this process is, and agree with the others how many batches there are.
 
-Loader(rank=, world_size=, group=)   ->   rank_and_world_size(), agree_on_most()   ->   recipe.py, producer.py
+Loader(rank=, world_size=, group=)   ->   rank_and_world_size(), agree_on_most()   ->   loader.py
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def check_group(group: Any, world_size: int) -> None:
 def agree_on_most(group: Any, count: Callable[[], int], device: torch.device) -> int:
     """Return the greatest of what `count` returns on each rank. All of the group call it; NCCL sends from `device`.
 
-    Where `count` raises on one of them, that one raises it and the others RuntimeError: nobody waits in vain.
+    Where `count` raises on one of them, that one raises it and the others RuntimeError, instead of waiting in vain.
     """
     on_gpu = torch.distributed.get_backend(group) == "nccl"
     own, error = 0, None
     try:
         own = count()
-    except Exception as its_error:
+    except (Exception, SystemExit) as its_error:
         error = its_error
     most_and_failed = torch.tensor([own, int(error is not None)], device=device if on_gpu else "cpu")
     torch.distributed.all_reduce(most_and_failed, torch.distributed.ReduceOp.MAX, group)

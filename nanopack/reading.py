@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, islice
+from itertools import accumulate, islice, pairwise
 
 import numpy as np
 
@@ -118,7 +118,7 @@ class Reader:
         words |= np.multiply(mask, self._loss_bit, dtype=words.dtype)
         # no document is empty
         trained = np.add.reduceat(mask, begins[:-1], dtype=np.int64).tolist()
-        for read, begin, end, count in zip(reads, begins, begins[1:], trained, strict=False):
+        for read, (begin, end), count in zip(reads, pairwise(begins), trained, strict=True):
             if count or not recipe.drops_untrained:
                 read.words = words[begin:end]
                 read.weight = weigh(recipe, read.own_weight, count)

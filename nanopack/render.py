@@ -186,9 +186,10 @@ def _blame(tokenizer: AnyTokenizer, messages: Sequence[Message], error: ValueErr
 
 def _nanochat(tokenizer: AnyTokenizer) -> _Planner:
     """Plan messages as karpathy/nanochat does: `render_conversation` in its nanochat/tokenizer.py."""
-    known = {token: _known(tokenizer.special_id(token)) for token in NANOCHAT_SPECIAL_TOKENS[1:]}
     user_start, user_end, assistant_start, assistant_end, code_start, code_end, output_start, output_end = (
-        known.values()
+        _known(tokenizer.special_id(f"<|{name}_{end}|>"))
+        for name in ("user", "assistant", "python", "output")
+        for end in ("start", "end")
     )
     bos = _known(tokenizer.bos_id)
 

@@ -54,8 +54,8 @@ _ACCEPTED = (
     "tokenizer, a nanochat tokenizer, its folder or its tokenizer.pkl, or what nanopack.tokenizers.from_ranks returns"
 )
 _NOTHING: frozenset[str] = frozenset()
-# Characters from which on a text is split by the encoding's own pattern: the engine refuses some texts of a million,
-# and which ones depends on how the pattern is written.
+# Characters from which on a text is split by the encoding's own pattern: the engine refuses some very long texts, of a
+# million spaces, say, and which ones depends on how the pattern is written.
 LONG_TEXT = 250_000
 
 
@@ -117,7 +117,7 @@ class Tokenizer:
 
         A lone surrogate becomes U+FFFD. ValueError where tiktoken refuses the text: a million spaces, say.
         """
-        return np.frombuffer(self._encode(text), np.uint32)
+        return np.frombuffer(self._encode_alone(text), np.uint32)
 
     def encode_batch(self, texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of all texts in a row, (n,) uint32, and offsets, (len(texts) + 1,) int64.
@@ -141,15 +141,17 @@ class Tokenizer:
                 if not (isinstance(error, ValueError) or is_panic(error)):
                     raise
         # one of them must be mended, or split by the encoding's own pattern, or refused
-        return [text if isinstance(text, bytes) else self._encode(text) for text in texts]
+        return [text if isinstance(text, bytes) else self._encode_alone(text) for text in texts]
 
-    def _encode(self, text: str) -> Any:
-        """Return a buffer of uint32s: not for memoryview, which reads beyond the end of tiktoken's."""
+    def _encode_alone(self, text: str, *, own_pattern: bool = False) -> Any:
+        """Return a buffer of uint32s; ValueError where tiktoken refuses the text."""
+        own_pattern = own_pattern or len(text) >= LONG_TEXT
         try:
-            return (self._sooner if len(text) < LONG_TEXT else _core_encode(self.encoding))(text, _NOTHING)
+            return (_core_encode(self.encoding) if own_pattern else self._sooner)(text, _NOTHING)
         except UnicodeEncodeError:
             # The same mending as in tiktoken's encode_ordinary.
-            return self._encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+            mended = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            return self._encode_alone(mended, own_pattern=own_pattern)
         except BaseException as error:
             if not (isinstance(error, ValueError) or is_panic(error)):
                 raise
@@ -171,6 +173,7 @@ class Tokenizer:
 
 def _joined(buffers: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     """Return the uint32s of all buffers in a row, and offsets."""
+    # a memoryview of tiktoken's buffer must not be read: its shape is wrong, its number of bytes is right
     sizes = [len(buffer) if isinstance(buffer, bytes) else memoryview(buffer).nbytes for buffer in buffers]
     ends_bytes = np.fromiter(accumulate(sizes, initial=0), np.int64, len(buffers) + 1)
     return np.frombuffer(b"".join(buffers), np.uint32), ends_bytes // 4

@@ -131,7 +131,6 @@ OTHERS = {
     "no dict": lambda path, state: torch.save(torch.ones(3), path),
     "another model": lambda path, state: torch.save({**state, "model": {"head.weight": torch.ones(2)}}, path),
     "another optimizer": lambda path, state: torch.save({**state, "optimizer": {}}, path),
-    "another loader": lambda path, state: torch.save({**state, "loader": {"step": 1}}, path),
     "without losses": lambda path, state: torch.save({k: v for k, v in state.items() if k != "losses"}, path),
     "half of it": lambda path, state: (torch.save(state, path), os.truncate(path, path.stat().st_size // 2)),
 }
@@ -149,3 +148,14 @@ def test_what_is_no_checkpoint_of_the_demo_is_refused_in_one_line(saved, tmp_pat
     # Python would write them to stderr.
     assert not recwarn.list
     assert path.read_bytes() == before
+
+
+def test_a_checkpoint_of_other_data_is_refused_in_the_words_of_the_loader(saved, tmp_path, capsys):
+    path = demo.checkpoint(tmp_path)
+    saved["loader"]["fingerprint"]["conversations"] = 5
+    torch.save(saved, path)
+    assert cli.main(["demo-train", "--steps", "2", "--resume", "--out", str(tmp_path), "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert (
+        out == "" and err.startswith(f"nanopack: {path}: the state belongs to another run: ") and err.count("\n") == 1
+    )

@@ -17,6 +17,7 @@ import pytest
 import tiktoken
 from hypothesis import example, given
 from hypothesis import strategies as st
+from split_patterns import PATTERNS
 
 import nanopack
 from nanopack import EncoderError, Loader, cli, fast, reference
@@ -24,7 +25,6 @@ from nanopack.conversations import check, open_conversations
 from nanopack.fast import FastTokenizer, choose_encoder
 from nanopack.tokenizers import Tokenizer, load_tokenizer
 from nanopack.verify import compare
-from tests.split_patterns import PATTERNS
 
 pytest.importorskip("splintr", reason="splintr-rs is not installed: pip install nanopack[fast]")
 
@@ -417,3 +417,10 @@ def test_the_command_line_takes_the_encoder(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "splintr", None)
     assert cli.main(["pack", "--encoder", "fast"]) == 2
     assert capsys.readouterr().err == "nanopack: --encoder='fast' needs splintr-rs; pip install nanopack[fast]\n"
+
+
+def test_what_tiktoken_refuses_is_refused_by_the_comparison_too():
+    """By a pattern that does not match everything tiktoken refuses shorter texts, which splintr-rs encodes."""
+    tokenizer = FastTokenizer(encoding(r" ?\p{L}++| ?\p{N}++|\s++$|\s+(?!\S)"))
+    with pytest.raises(ValueError, match="tiktoken cannot encode this text of 200,001 characters"):
+        tokenizer.encode("=" * 200_000 + "a")

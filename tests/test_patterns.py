@@ -7,13 +7,13 @@ import regex
 import tiktoken
 from hypothesis import example, given
 from hypothesis import strategies as st
+from split_patterns import O200K, PATTERNS
 
 from nanopack import tokenizers
 from nanopack.fast import FUZZ_PIECES
 from nanopack.patterns import PatternError, grouped, plain
 from nanopack.tokenizers import LONG_TEXT, Tokenizer, load_tokenizer
 from nanopack.verify import verify
-from tests.split_patterns import O200K, PATTERNS
 
 O200K_LOWER, O200K_UPPER = (f"{alternative}'d)?" for alternative in O200K.split("'d)?|")[:2])
 RANKS = load_tokenizer("chat32k").encoding._mergeable_ranks
