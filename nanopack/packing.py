@@ -120,10 +120,10 @@ class Stream:
         self.emitted += tokens
         while tokens:
             document, length = self._queue[0]
-            run = Run(document, self._offset, min(tokens, length - self._offset))
-            _append(runs, run)
-            tokens -= run.length
-            self._offset += run.length
+            taken = min(tokens, length - self._offset)
+            _extend(runs, document, self._offset, taken)
+            tokens -= taken
+            self._offset += taken
             if self._offset == length:
                 self._queue.popleft()
                 self._offset = 0
@@ -137,23 +137,24 @@ def _split_in_rows(runs: list[Run], batch_size: int, seq_len: int) -> list[Row]:
     for document, offset, length in runs:
         while length:
             if not room:
-                _append(rows[-1], Run(document, offset, 1))
+                _extend(rows[-1], document, offset, 1)
                 if len(rows) == batch_size:
                     break
                 rows.append([])
                 room = seq_len
             part = min(length, room)
-            _append(rows[-1], Run(document, offset, part))
+            # what is in the row is of other documents: runs differ, and a new row is empty
+            rows[-1].append(Run(document, offset, part))
             offset, length, room = offset + part, length - part, room - part
     return rows
 
 
-def _append(runs: list[Run], run: Run) -> None:
-    """Put a run behind the others, as one with the last where it goes on with the same document."""
-    if runs and runs[-1].document == run.document and runs[-1].offset + runs[-1].length == run.offset:
-        runs[-1] = Run(run.document, runs[-1].offset, runs[-1].length + run.length)
+def _extend(runs: list[Run], document: Any, offset: int, length: int) -> None:
+    """Put the next tokens of a document behind the runs, in one with the last where that is of the same document."""
+    if runs and (last := runs[-1]).document == document:
+        runs[-1] = Run(document, last.offset, last.length + length)
     else:
-        runs.append(run)
+        runs.append(Run(document, offset, length))
 
 
 class OneEach:
