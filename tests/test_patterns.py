@@ -40,6 +40,7 @@ def test_a_pattern_written_anew_splits_every_text_alike(text, pattern):
 
 
 @given(st.lists(TEXTS, max_size=4), st.sampled_from(sorted(PATTERNS)))
+@example(["\u0301M", "\u0301aB"], "o200k")
 def test_every_text_has_tiktokens_ids_in_every_known_pattern(texts, pattern):
     ids, offsets = TOKENIZERS[pattern].encode_batch(texts)
     for i, text in enumerate(texts):
