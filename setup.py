@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 FAST = ["splintr-rs>=0.22"]
 TEST = [
@@ -26,7 +26,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["nanopack", "nanopack.adapters", "nanopack.bench", "nanopack.kernels"],
+    packages=[*find_packages(include=["nanopack", "nanopack.*"]), "nanopack.kernels"],
     package_dir={"nanopack.kernels": "kernels"},
     package_data={"nanopack": ["py.typed", "data/*"]},
     install_requires=[

@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from nanopack import Loader
-from nanopack.conversations import check, open_conversations
-from nanopack.executor import make_kernel, outputs_maker
-from nanopack.packing import PACKINGS, make_packer
-from nanopack.producer import Producer
-from nanopack.recipe import Recipe
-from nanopack.render import Renderer
-from nanopack.ring import Ring
-from nanopack.tokenizers import load_tokenizer
+from nanopack.config import Recipe
+from nanopack.conversations.records import check, open_conversations
+from nanopack.packing.packers import PACKINGS, make_packer
+from nanopack.producer.producer import Producer
+from nanopack.render.renderer import Renderer
+from nanopack.ring.ring import Ring
+from nanopack.tokenizers.tokenizer import load_tokenizer
+from nanopack.upload.executor import make_kernel
+from nanopack.upload.outputs import outputs_maker
 
 FILE = str(resources.files("nanopack") / "data" / "conversations.jsonl")
 TOKENIZER = load_tokenizer("chat32k")

@@ -24,9 +24,10 @@ import numpy as np
 import torch
 
 from nanopack import Loader
-from nanopack.device import open_device
-from nanopack.executor import make_kernel, outputs_maker
-from nanopack.ring import Ring
+from nanopack.ring.ring import Ring
+from nanopack.upload.device import open_device
+from nanopack.upload.executor import make_kernel
+from nanopack.upload.outputs import outputs_maker
 
 FILE = str(resources.files("nanopack") / "data" / "conversations.jsonl")
 OPERATIONS, STEPS, TURNS, STEPS_A_BATCH, BURSTS = 400, 160, 5, 32, 40

@@ -5,14 +5,12 @@ mixture makes one data set of several, each with its share.
 """
 
 from nanopack.batch import Batch, Flat, Piece
-from nanopack.conversations import ConversationError
+from nanopack.errors import ConversationError, EncoderError, ProducerError
 from nanopack.explain import Explanation
-from nanopack.failure import ProducerError
-from nanopack.fast import EncoderError
 from nanopack.loader import Loader
 from nanopack.mixture import Mixture, mixture
+from nanopack.render.templates import Template, Turn
 from nanopack.state import merge_states
-from nanopack.templates import Template, Turn
 from nanopack.verify import verify
 
 __all__ = [

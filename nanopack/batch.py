@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanopack.rows import Piece
+from nanopack.packing.rows import Piece
 
 __all__ = ["Batch", "Flat", "Piece"]
 

@@ -31,7 +31,7 @@ from torch.nn import functional
 from nanopack.attention import document_mask
 from nanopack.batch import Batch
 from nanopack.loader import Loader
-from nanopack.tokenizers import NANOCHAT_SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from nanopack.tokenizers.tokenizer import NANOCHAT_SPECIAL_TOKENS, Tokenizer, load_tokenizer
 
 LAYERS, HEADS, WIDTH = 3, 4, 96
 RANKS = 256

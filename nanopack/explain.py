@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from nanopack.batch import Batch, Piece
-from nanopack.conversations import Conversation, Source, check
-from nanopack.recipe import Recipe
-from nanopack.render import Document
-from nanopack.tokenizers import AnyTokenizer
+from nanopack.config import Recipe
+from nanopack.conversations.records import Conversation, Source, check
+from nanopack.render.renderer import Document
+from nanopack.tokenizers.tokenizer import AnyTokenizer
 
 
 @dataclass(frozen=True)

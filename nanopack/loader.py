@@ -21,26 +21,27 @@ from typing import Any
 import torch
 
 from nanopack.batch import Batch
-from nanopack.conversations import open_conversations
-from nanopack.delivery import Delivery
-from nanopack.device import Device, open_device
-from nanopack.executor import Outputs, make_kernel, outputs_maker
+from nanopack.config import Recipe, check_bool, check_int
+from nanopack.conversations.records import open_conversations
+from nanopack.distributed import agree_on_most, check_group, rank_and_world_size
 from nanopack.explain import Explanation, explain
-from nanopack.fast import choose_encoder
-from nanopack.feed import Feed, Inline
 from nanopack.ledger import Ledger
-from nanopack.memory import Memory
 from nanopack.mixture import Mixture
-from nanopack.process import Process
-from nanopack.producer import Produced, Producer, Start
-from nanopack.ranks import agree_on_most, check_group, rank_and_world_size
-from nanopack.recipe import Recipe, check_bool, check_int
-from nanopack.ring import Ring
+from nanopack.producer.feed import Feed, Inline
+from nanopack.producer.process import Process
+from nanopack.producer.producer import Produced, Producer, Start
+from nanopack.render.templates import Template
+from nanopack.ring.ring import Ring
 from nanopack.state import FORMAT, check_state, fingerprint
 from nanopack.stats import Stats
-from nanopack.templates import Template
-from nanopack.tokenizers import load_tokenizer
-from nanopack.upload import Upload
+from nanopack.tokenizers.splintr import choose_encoder
+from nanopack.tokenizers.tokenizer import load_tokenizer
+from nanopack.upload.delivery import Delivery
+from nanopack.upload.device import Device, open_device
+from nanopack.upload.executor import make_kernel
+from nanopack.upload.memory import Memory
+from nanopack.upload.outputs import Outputs, outputs_maker
+from nanopack.upload.upload import Upload
 
 log = logging.getLogger("nanopack")
 

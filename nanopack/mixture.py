@@ -22,11 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from nanopack.conversations import Conversation, Source, check, open_conversations, short
-from nanopack.files import Files
-from nanopack.recipe import check_int
-from nanopack.render import Document, Renderer, TemplateError
-from nanopack.tokenizers import load_tokenizer
+from nanopack.config import check_int
+from nanopack.conversations.files import Files
+from nanopack.conversations.records import Conversation, Source, check, open_conversations, short
+from nanopack.errors import TemplateError
+from nanopack.render.renderer import Document, Renderer
+from nanopack.tokenizers.tokenizer import load_tokenizer
 
 SHARES_BY = ("conversation", "token")
 # Conversations of a source that are rendered to measure their mean length.

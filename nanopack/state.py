@@ -16,12 +16,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
-from nanopack.conversations import Conversation, Source, check
+from nanopack.config import Recipe
+from nanopack.conversations.records import Conversation, Source, check
 from nanopack.mixture import Mixture
-from nanopack.recipe import Recipe
-from nanopack.tokenizers import AnyTokenizer
+from nanopack.tokenizers.tokenizer import AnyTokenizer
 
 FORMAT = 1
 LANE = {"waiting", "digest", "packer", "ledger", "sources"}
@@ -139,18 +138,6 @@ def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         what = "rank" if arguments["shard"] == "rank" else "row"
         raise ValueError(f"{what}s {', '.join(missing)} of {count} are in none of the states; pass those of all ranks")
     return {**first, "lanes": {str(number): lanes[str(number)] for number in range(count)}}
-
-
-def of_all_ranks(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the states of all ranks merged, on each of them: for trainers that save what one rank holds.
-
-    All ranks of torch.distributed call it, at the same step. Where that is not initialised the state is all there is.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return dict(state)
-    states: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(states, state)
-    return merge_states(states)
 
 
 def _refuse_foreign(state: Any) -> None:

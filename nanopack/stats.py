@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from nanopack.batch import Batch
-from nanopack.producer import Produced
+from nanopack.producer.producer import Produced
 
 
 class Stats:

@@ -14,8 +14,8 @@ import torch
 
 from nanopack import reference
 from nanopack.batch import Batch
+from nanopack.config import Recipe, check_int
 from nanopack.loader import Loader
-from nanopack.recipe import Recipe, check_int
 
 DATA_ARGUMENTS = {field.name for field in fields(Recipe)}
 

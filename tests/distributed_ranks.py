@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from distributed_run import BYTES
 
 import nanopack
-from nanopack.state import of_all_ranks
+from nanopack.distributed import of_all_ranks
 
 # Seconds: until a rank that waits for the others gives up, and until the test gives up the ranks.
 PATIENCE, TIMEOUT = 10, 40

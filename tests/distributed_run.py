@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import nanopack
-from nanopack.tokenizers import NANOCHAT_SPECIAL_TOKENS
+from nanopack.tokenizers.tokenizer import NANOCHAT_SPECIAL_TOKENS
 
 STEPS, SAVE_EVERY, GLOBAL_ROWS, SEQ_LEN = 50, 4, 8, 96
 CONVERSATIONS = Path(nanopack.__file__).parent / "data" / "conversations.jsonl"

@@ -143,7 +143,7 @@ class Memory:
 
 
 class SimulatedDevice:
-    """`nanopack.device.Device`, and what the trainer and the producer in a test need beside it."""
+    """`nanopack.upload.device.Device`, and what the trainer and the producer in a test need beside it."""
 
     def __init__(self, random: Random, *, clocks: bool = True) -> None:
         """Without `clocks` only wrong data are a fault."""
@@ -286,7 +286,7 @@ class SimulatedDevice:
         """Return the memory that a batch lies in."""
         return self._outputs[batch.inputs.data_ptr()][0]
 
-    # The interface of nanopack.device.Device
+    # The interface of nanopack.upload.device.Device
 
     def current_stream(self) -> Stream:
         return self.current

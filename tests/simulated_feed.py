@@ -20,10 +20,10 @@ from simulated import RUBBISH_BYTE, Actor, Block, Clock, Fault, SimulatedDevice
 
 from nanopack import Loader, reference
 from nanopack.batch import Batch
-from nanopack.feed import End, News
-from nanopack.producer import Produced, Producer
-from nanopack.ring import Slot
-from nanopack.tokenizers import NANOCHAT_SPECIAL_TOKENS
+from nanopack.producer.feed import End, News
+from nanopack.producer.producer import Produced, Producer
+from nanopack.ring.slot import Slot
+from nanopack.tokenizers.tokenizer import NANOCHAT_SPECIAL_TOKENS
 
 TOKENIZER = tiktoken.Encoding(
     "bytes",
@@ -149,7 +149,7 @@ class SimulatedFeed:
         self._news.append((news, self._actor.clock))
 
     def take(self, *, wait: bool) -> News | End | None:
-        """As `nanopack.feed.Feed.take`; without `wait`, what is ready may still be in the pipe."""
+        """As `nanopack.producer.feed.Feed.take`; without `wait`, what is ready may still be in the pipe."""
         self._device.pause()
         if wait:
             while not self._news:
@@ -167,13 +167,13 @@ class SimulatedFeed:
             del news
 
     def free(self, slot: int) -> None:
-        """As `nanopack.feed.Feed.free`."""
+        """As `nanopack.producer.feed.Feed.free`."""
         assert slot not in self.slots, f"slot {slot} is given back twice"
         self._free.append((slot, self._device.host.clock))
 
     @property
     def ready(self) -> int:
-        """As `nanopack.feed.Feed.ready`."""
+        """As `nanopack.producer.feed.Feed.ready`."""
         return len(self._news)
 
     def close(self) -> None:

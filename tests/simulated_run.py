@@ -19,10 +19,11 @@ from simulated_feed import DATA_SETS, TOKENIZER, SimulatedFeed, data
 
 from nanopack import Loader
 from nanopack.batch import Batch
-from nanopack.delivery import Delivery
-from nanopack.executor import make_kernel, outputs_maker
-from nanopack.ring import Layout
-from nanopack.upload import Upload
+from nanopack.ring.layout import Layout
+from nanopack.upload.delivery import Delivery
+from nanopack.upload.executor import make_kernel
+from nanopack.upload.outputs import outputs_maker
+from nanopack.upload.upload import Upload
 from nanopack.verify import first_difference
 
 TENSORS = [field.name for field in fields(Batch) if str(field.type).startswith("torch.Tensor")]

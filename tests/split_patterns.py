@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nanopack.tokenizers import load_tokenizer
+from nanopack.tokenizers.tokenizer import load_tokenizer
 
 CHAT32K = load_tokenizer("chat32k").encoding._pat_str
 O200K = "|".join(

@@ -19,7 +19,7 @@ import tiktoken
 import torch
 
 from nanopack.adapters.nanochat import Progress, base_loader, mid_loader, sft_loader
-from nanopack.tokenizers import load_tokenizer
+from nanopack.tokenizers.tokenizer import load_tokenizer
 
 ENCODING = load_tokenizer("chat32k").encoding
 RENDER = partial(nanochat_loops.render, ENCODING)

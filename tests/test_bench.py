@@ -19,9 +19,17 @@ import pytest
 import torch
 
 import nanopack
-from nanopack import Loader, cli, options
-from nanopack.bench import data, gpu, growth, nanochat, quality, ready_tokens, report, run, tokenizer, turns, waiting
-from nanopack.tokenizers import Tokenizer, load_tokenizer
+from nanopack import Loader, cli
+from nanopack.cli import options
+from nanopack.cli.bench import corpus as data
+from nanopack.cli.bench import gpu, nanochat, report, run
+from nanopack.cli.bench import padding as quality
+from nanopack.cli.bench import pretokenized as ready_tokens
+from nanopack.cli.bench import rounds as turns
+from nanopack.cli.bench import scaling as growth
+from nanopack.cli.bench import stalls as waiting
+from nanopack.cli.bench import tokenizer_bound as tokenizer
+from nanopack.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 SHIPPED = Path(nanopack.__file__).parent / "data" / "conversations.jsonl"
 TOKENIZER = load_tokenizer("chat32k")
@@ -256,7 +264,7 @@ def test_the_training_loop_trains_every_batch_but_the_last():
 
 
 def test_nobody_but_the_command_imports_the_bench():
-    code = "import sys, nanopack.cli; print([name for name in sys.modules if name.startswith('nanopack.bench')])"
+    code = "import sys, nanopack.cli; print([name for name in sys.modules if name.startswith('nanopack.cli.bench')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from nanopack import ConversationError, Loader, verify
-from nanopack.conversations import check
-from nanopack.render import Document, Renderer
-from nanopack.tokenizers import load_tokenizer
+from nanopack.conversations.records import check
+from nanopack.render.renderer import Document, Renderer
+from nanopack.tokenizers.tokenizer import load_tokenizer
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack[hf]'")
 

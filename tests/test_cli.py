@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-import nanopack.executor
-from nanopack import Loader, cli, commands, options
-from nanopack.recipe import Recipe
+import nanopack.upload.executor
+from nanopack import Loader, cli
+from nanopack.cli import commands, options
+from nanopack.config import Recipe
 
 COMMANDS = ("pack", "verify", "inspect")
 SMALL = ("--batch-size", "4", "--seq-len", "64")
@@ -460,13 +461,13 @@ def test_an_error_of_ours_that_is_no_bad_input_keeps_its_traceback(chats, monkey
 
 
 def test_verify_tells_the_first_difference_of_a_broken_executor(run, chats, monkeypatch):
-    whole = nanopack.executor.pack_torch
+    whole = nanopack.upload.executor.pack_torch
 
     def broken(words, table, inputs, targets, *others, **numbers):
         whole(words, table, inputs, targets, *others, **numbers)
         inputs[2, 5] += 1
 
-    monkeypatch.setattr(nanopack.executor, "pack_torch", broken)
+    monkeypatch.setattr(nanopack.upload.executor, "pack_torch", broken)
     code, out, err = run("verify", chats, *SMALL)
     assert (code, err) == (1, "")
     assert re.fullmatch(r"not equal to the reference packer: batch 0, inputs\[2, 5\]: expected (\d+), got (\d+)\n", out)

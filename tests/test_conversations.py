@@ -15,15 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanopack import reference
-from nanopack.conversations import (
-    Conversation,
-    ConversationError,
-    Message,
-    Part,
-    Source,
-    check,
-    open_conversations,
-)
+from nanopack.conversations.records import Conversation, Message, Part, Source, check, open_conversations
+from nanopack.errors import ConversationError
 
 HI = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
 HI_CHECKED = (Message("user", "hi"), Message("assistant", "hello"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nanopack.executor import HostMemory
+from nanopack.upload.outputs import HostMemory
 
 
 def places(tensors):

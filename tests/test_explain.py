@@ -8,9 +8,9 @@ import pytest
 import tiktoken
 
 from nanopack import Loader, cli
+from nanopack.cli.html import explain_rows, page_data
 from nanopack.explain import text_of
-from nanopack.page import explain_rows, page_data
-from nanopack.tokenizers import load_tokenizer
+from nanopack.tokenizers.tokenizer import load_tokenizer
 
 
 def with_a_gap():
@@ -49,6 +49,8 @@ def test_a_character_of_several_tokens_stays_whole_beside_ids_that_are_not_used(
 def test_inspect_lists_a_piece_with_ids_that_are_not_used(tmp_path, capsys, monkeypatch):
     (tmp_path / "ready.jsonl").write_text(json.dumps({"input_ids": [*b"hello", 299, *b"there"]}) + "\n")
     loader = Loader
-    monkeypatch.setattr("nanopack.commands.Loader", lambda data, _, **options: loader(data, with_a_gap(), **options))
+    monkeypatch.setattr(
+        "nanopack.cli.commands.Loader", lambda data, _, **options: loader(data, with_a_gap(), **options)
+    )
     assert cli.main(["inspect", str(tmp_path / "ready.jsonl"), "--seq-len", "16", "--batch-size", "1"]) == 0
     assert "hello<299>there" in capsys.readouterr().out

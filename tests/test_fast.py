@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from split_patterns import PATTERNS
 
 import nanopack
-from nanopack import EncoderError, Loader, cli, fast, reference
-from nanopack.conversations import check, open_conversations
-from nanopack.fast import FastTokenizer, choose_encoder
-from nanopack.tokenizers import Tokenizer, load_tokenizer
+from nanopack import EncoderError, Loader, cli, reference
+from nanopack.conversations.records import check, open_conversations
+from nanopack.tokenizers import splintr as fast
+from nanopack.tokenizers.splintr import FastTokenizer, choose_encoder
+from nanopack.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from nanopack.verify import compare
 
 pytest.importorskip("splintr", reason="splintr-rs is not installed: pip install nanopack[fast]")

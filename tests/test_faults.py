@@ -21,8 +21,9 @@ import torch
 from faulty import CHATS, SMALL, TOKENIZER, Faulty, NotPicklable, in_dev_shm, is_gone, raising, within
 
 import nanopack
-from nanopack import ConversationError, Loader, process, reference
-from nanopack.failure import ProducerError
+from nanopack import ConversationError, Loader, reference
+from nanopack.errors import ProducerError
+from nanopack.producer import process
 from nanopack.verify import compare
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="signals and /proc as on Linux")
@@ -95,7 +96,7 @@ def test_a_panic_of_the_tokenizer_is_an_error_like_others(monkeypatch):
     def panic(self, texts):
         raise Hard("tokenizer")
 
-    monkeypatch.setattr("nanopack.tokenizers.Tokenizer.encode_batch", panic)
+    monkeypatch.setattr("nanopack.tokenizers.tokenizer.Tokenizer.encode_batch", panic)
     with within(5), pytest.raises(ProducerError, match="stopped by Hard: tokenizer"):
         next(Loader(CHATS, TOKENIZER, **SMALL))
 

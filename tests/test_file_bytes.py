@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from record_files import RECORDS, write_lines
 
-from nanopack import file_bytes, files
-from nanopack.conversations import open_conversations
+from nanopack.conversations import files
+from nanopack.conversations import random_access as file_bytes
+from nanopack.conversations.records import open_conversations
 
 
 def test_reading_a_record_reads_its_bytes_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from record_files import RECORDS, write_lines, write_parquet
 
-from nanopack import file_bytes, files
-from nanopack.conversations import open_conversations
-from nanopack.files import ConversationError
+from nanopack.conversations import files
+from nanopack.conversations import random_access as file_bytes
+from nanopack.conversations.records import open_conversations
+from nanopack.errors import ConversationError
 
 
 @pytest.fixture(params=["chats.jsonl", "chats.jsonl.gz", "chats.parquet"])

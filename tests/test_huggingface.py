@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanopack import verify
-from nanopack.templates import CHATML
-from nanopack.tokenizers import AnyTokenizer, load_tokenizer
+from nanopack.render.templates import CHATML
+from nanopack.tokenizers.tokenizer import AnyTokenizer, load_tokenizer
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack[hf]'")
 

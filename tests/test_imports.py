@@ -11,61 +11,33 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# From the data to the user. A module imports only what stands before it.
+# From the data to the user. A stage imports only what stands before it.
 ORDER = [
-    "file_bytes",
-    "files",
-    "conversations",
-    "templates",
-    "huggingface",
-    "encodings",
-    "patterns",
-    "tokenizers",
-    "fast",
-    "chat_template",
-    "render",
-    "order",
-    "rows",
-    "best_fit",
+    "errors",
     "packing",
-    "recipe",
+    "conversations",
+    "tokenizers",
+    "render",
+    "config",
     "mixture",
-    "signs",
     "ring",
-    "failure",
-    "reading",
-    "workers",
     "ledger",
-    "lane",
-    "counting",
     "producer",
-    "feed",
-    "process",
-    "device",
-    "upload",
     "kernels",
-    "executor",
-    "delivery",
+    "upload",
     "batch",
     "attention",
-    "memory",
     "stats",
     "explain",
     "state",
-    "ranks",
+    "distributed",
     "loader",
-    "reference_documents",
-    "reference_order",
-    "reference_packing",
     "reference",
     "verify",
     "adapters",
     "demo",
     "cli",
 ]
-# A folder, not a file.
-PACKAGES = {"kernels", "adapters", "bench"}
-COMMAND_LINE = {"options", "progress", "totals", "lengths", "page", "picture", "plot", "terminal", "commands", "bench"}
 
 
 def imported(path: Path, *, at_import: bool = False) -> set[str]:
@@ -81,34 +53,37 @@ def imported(path: Path, *, at_import: bool = False) -> set[str]:
 
 
 def stages(path: Path) -> set[str]:
-    return {name.split(".")[1] for name in imported(path) if name.startswith("nanopack.")} & {*ORDER, *COMMAND_LINE}
+    return {name.split(".")[1] for name in imported(path) if name.startswith("nanopack.")} & set(ORDER)
 
 
-@pytest.mark.parametrize("stage", [stage for stage in ORDER if stage not in ("kernels", "cli")])
-def test_imports_point_one_way_along_the_data(stage):
-    before = set(ORDER[: ORDER.index(stage)])
+def files_of(stage: str) -> list[Path]:
+    """The files of a stage, which is a folder or one file."""
     package = ROOT / "nanopack"
-    files = list((package / stage).glob("*.py")) if stage in PACKAGES else [package / f"{stage}.py"]
+    return [*(package / stage).rglob("*.py"), *package.glob(f"{stage}.py")]
+
+
+@pytest.mark.parametrize("stage", [stage for stage in ORDER if stage != "kernels"])
+def test_imports_point_one_way_along_the_data(stage):
+    files = files_of(stage)
     assert files
     for path in files:
-        assert stages(path) <= before, path
+        assert stages(path) <= {*ORDER[: ORDER.index(stage)], stage}, path
 
 
 def test_every_module_has_its_place_in_the_order():
-    modules = {path.stem for path in (ROOT / "nanopack").glob("*.py")} - {"__init__"}
-    assert modules == {*ORDER, *COMMAND_LINE} - PACKAGES
+    found = {path.relative_to(ROOT / "nanopack").parts[0] for path in (ROOT / "nanopack").rglob("*.py")}
+    assert {name.removesuffix(".py") for name in found} - {"__init__"} == {*ORDER} - {"kernels"}
 
 
-@pytest.mark.parametrize("stage", ["rows", "best_fit", "packing"])
-def test_packing_knows_neither_tensors_nor_tokens(stage):
-    path = ROOT / "nanopack" / f"{stage}.py"
-    assert not {name.split(".")[0] for name in imported(path)} & {"torch", "numpy", "tiktoken", "triton"}
-    assert stages(path) <= {"rows", "best_fit"}
+def test_packing_knows_neither_tensors_nor_tokens():
+    for path in files_of("packing"):
+        assert not {name.split(".")[0] for name in imported(path)} & {"torch", "numpy", "tiktoken", "triton"}
 
 
-@pytest.mark.parametrize("stage", ["reading", "ring", "producer", "process"])
+@pytest.mark.parametrize("stage", ["ring", "producer"])
 def test_what_the_producer_runs_needs_no_torch(stage):
-    assert not {name.split(".")[0] for name in imported(ROOT / "nanopack" / f"{stage}.py")} & {"torch", "triton"}
+    for path in files_of(stage):
+        assert not {name.split(".")[0] for name in imported(path)} & {"torch", "triton"}
 
 
 def test_kernels_import_torch_and_triton_only():
@@ -117,17 +92,30 @@ def test_kernels_import_torch_and_triton_only():
         assert outside <= {"torch", "triton", "pack_torch"}, path
 
 
-@pytest.mark.parametrize("part", ["reference", "reference_documents", "reference_order", "reference_packing"])
-def test_the_reference_shares_no_code_with_the_fast_path(part):
-    path = ROOT / "nanopack" / f"{part}.py"
-    allowed = {"batch", "tokenizers", "conversations", "templates", "huggingface"}
-    assert stages(path) <= allowed | {"reference_documents", "reference_order", "reference_packing"}
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == "nanopack.conversations":
-            assert [alias.name for alias in node.names] == ["ConversationError"]
-        # what a template is, and not those that have a name
-        if isinstance(node, ast.ImportFrom) and node.module == "nanopack.templates":
-            assert [alias.name for alias in node.names] == ["Template"]
+# What the reference and the fast path share: the containers, the encoding of one string, what an error is.
+SHARED = {
+    "nanopack.batch",
+    "nanopack.errors",
+    "nanopack.render.templates",
+    "nanopack.tokenizers.huggingface",
+    "nanopack.tokenizers.tokenizer",
+}
+
+
+def test_the_reference_shares_no_code_with_the_fast_path():
+    for path in files_of("reference"):
+        modules = {
+            node.module
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.ImportFrom)
+        }
+        assert {
+            m for m in modules if m and m.startswith("nanopack.") and not m.startswith("nanopack.reference")
+        } <= SHARED
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            # what a template is, and not those that have a name
+            if isinstance(node, ast.ImportFrom) and node.module == "nanopack.render.templates":
+                assert [alias.name for alias in node.names] == ["Template"]
 
 
 def test_importing_nanopack_imports_nothing_heavy_beside_torch():

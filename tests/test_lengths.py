@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanopack.conversations import open_conversations
-from nanopack.lengths import Lengths, bin_edges, measure
-from nanopack.recipe import Recipe
-from nanopack.render import Renderer
-from nanopack.tokenizers import load_tokenizer
+from nanopack.cli.lengths import Lengths, bin_edges, measure
+from nanopack.config import Recipe
+from nanopack.conversations.records import open_conversations
+from nanopack.render.renderer import Renderer
+from nanopack.tokenizers.tokenizer import load_tokenizer
 
 
 def make_lengths(tokens):

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 import nanopack
 from nanopack import ConversationError, reference
-from nanopack.conversations import open_conversations
-from nanopack.tokenizers import NANOCHAT_SPECIAL_TOKENS
+from nanopack.conversations.records import open_conversations
+from nanopack.tokenizers.tokenizer import NANOCHAT_SPECIAL_TOKENS
 from nanopack.verify import compare
 
 # In the caller's thread: tests/test_process.py shows that a process gives the same batches.

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 import nanopack
 from nanopack import ConversationError, Loader, mixture, reference
-from nanopack.conversations import Source
+from nanopack.conversations.records import Source
 from nanopack.mixture import MAX_PICKS, Mixture
-from nanopack.tokenizers import NANOCHAT_SPECIAL_TOKENS
+from nanopack.tokenizers.tokenizer import NANOCHAT_SPECIAL_TOKENS
 from nanopack.verify import compare
 
 BYTES = tiktoken.Encoding(

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanopack.order import Share, permute
+from nanopack.conversations.order import Share, permute
 
 
 def walk(n: int, rank: int, world_size: int) -> Iterator[tuple[int, int]]:

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanopack.best_fit import BestFit
-from nanopack.packing import PACKINGS, Stream, make_packer
-from nanopack.rows import Packer, Run
+from nanopack.packing.best_fit import BestFit
+from nanopack.packing.packers import PACKINGS, make_packer
+from nanopack.packing.rows import Packer, Run
+from nanopack.packing.stream import Stream
 
 BY_ROWS = [packing for packing in PACKINGS if packing != "stream"]
 lengths_of_documents = st.lists(st.integers(1, 30), max_size=60)
@@ -164,7 +165,7 @@ def test_documents_longer_than_a_row_do_not_hide_the_shortest_in_best_fit_crop()
 @pytest.mark.parametrize("window", [10, 1000])
 def test_choosing_looks_at_no_more_documents_when_more_wait(window, monkeypatch):
     """The cost of a choice is counted, not timed: how often the queues of waiting documents are looked up."""
-    import nanopack.best_fit as best_fit
+    import nanopack.packing.best_fit as best_fit
 
     looks = 0
 

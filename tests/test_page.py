@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nanopack import Loader, cli, demo
-from nanopack.page import explain_rows, save_page
+from nanopack.cli.html import explain_rows, save_page
 
 EVIL = "</script><script>alert(1)</script><!-- <b>&amp; {{title}} {{data}}"
 CHATS = [

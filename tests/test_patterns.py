@@ -9,10 +9,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from split_patterns import O200K, PATTERNS
 
-from nanopack import tokenizers
-from nanopack.fast import FUZZ_PIECES
-from nanopack.patterns import PatternError, grouped, plain
-from nanopack.tokenizers import LONG_TEXT, Tokenizer, load_tokenizer
+from nanopack.tokenizers import tokenizer as tokenizers
+from nanopack.tokenizers.splintr import FUZZ_PIECES
+from nanopack.tokenizers.split_patterns import PatternError, grouped, plain
+from nanopack.tokenizers.tokenizer import LONG_TEXT, Tokenizer, load_tokenizer
 from nanopack.verify import verify
 
 O200K_LOWER, O200K_UPPER = (f"{alternative}'d)?" for alternative in O200K.split("'d)?|")[:2])

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from nanopack.batch import Batch, Piece
-from nanopack.lengths import Bin
-from nanopack.picture import (
+from nanopack.cli.lengths import Bin
+from nanopack.cli.text import (
     COLOURS,
     NO_MARK,
     clip,

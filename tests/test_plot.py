@@ -9,10 +9,10 @@ import pytest
 from test_picture import IGNORED, PIECES, TRAINED, make_batch
 
 from nanopack import Loader, demo
-from nanopack.lengths import Lengths, measure
-from nanopack.plot import COLOURS, _mixed, _pixels, piece_colour, save_batch, save_lengths
-from nanopack.recipe import Recipe
-from nanopack.render import Renderer
+from nanopack.cli.lengths import Lengths, measure
+from nanopack.cli.plots import COLOURS, _mixed, _pixels, piece_colour, save_batch, save_lengths
+from nanopack.config import Recipe
+from nanopack.render.renderer import Renderer
 
 
 def luminance(pixel):

@@ -24,8 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanopack import ConversationError, Loader, reference
-from nanopack.failure import ProducerError
-from nanopack.packing import PACKINGS
+from nanopack.errors import ProducerError
+from nanopack.packing.packers import PACKINGS
 from nanopack.verify import compare
 
 pytestmark = [
@@ -99,14 +99,14 @@ def test_an_error_that_is_hard_to_tell_is_told(error, kind, message):
 
 
 def test_a_tokenizer_that_raises_is_told_as_a_bad_conversation(monkeypatch):
-    encode = __import__("nanopack.tokenizers", fromlist=["Tokenizer"]).Tokenizer.encode_batch
+    encode = __import__("nanopack.tokenizers.tokenizer", fromlist=["Tokenizer"]).Tokenizer.encode_batch
 
     def picky(self, texts):
         if any(text.endswith(" 7") for text in texts):
             raise ValueError("will not")
         return encode(self, texts)
 
-    monkeypatch.setattr("nanopack.tokenizers.Tokenizer.encode_batch", picky)
+    monkeypatch.setattr("nanopack.tokenizers.tokenizer.Tokenizer.encode_batch", picky)
     with Loader(CHATS, TOKENIZER, **SMALL) as loader, within(5):
         got = []
         with pytest.raises(ConversationError, match=r"conversation 7, .*will not"):
@@ -152,7 +152,7 @@ def test_every_batch_that_was_ready_comes_before_the_death(number, prefetch):
 def test_a_death_is_noticed_though_a_stranger_holds_the_pipe_open(monkeypatch):
     """Whoever is forked by another thread while the process is started keeps the end of the news that it writes to."""
     strangers = []
-    start = __import__("nanopack.process", fromlist=["_start"])._start
+    start = __import__("nanopack.producer.process", fromlist=["_start"])._start
 
     def start_late(process):
         pid = os.fork()
@@ -162,7 +162,7 @@ def test_a_death_is_noticed_though_a_stranger_holds_the_pipe_open(monkeypatch):
         strangers.append(pid)
         start(process)
 
-    monkeypatch.setattr("nanopack.process._start", start_late)
+    monkeypatch.setattr("nanopack.producer.process._start", start_late)
     loader = Loader(Faulty(20, lambda: os.kill(os.getpid(), signal.SIGKILL)), TOKENIZER, **SMALL)
     try:
         with within(4), pytest.raises(ProducerError, match="killed by SIGKILL"):
@@ -290,7 +290,7 @@ def test_a_loader_may_be_made_and_read_in_any_thread():
 
 
 def test_a_refused_start_leaves_nothing_to_end_at_exit(monkeypatch):
-    from nanopack import process
+    from nanopack.producer import process
 
     monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
     gc.collect()
@@ -469,7 +469,7 @@ def test_ctrl_c_in_next_that_the_user_catches_leaves_a_loader_that_says_so(tmp_p
 SPAWNED = """
 if __name__ == "__main__":
     import data
-    from nanopack import process
+    from nanopack.producer import process
     process.START_METHOD = "spawn"
     with nanopack.Loader(
         data.Reporting(), "chat32k", batch_size=1, seq_len=8, packing="stream", loss="all", epochs=1

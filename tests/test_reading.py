@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanopack.conversations import check, open_conversations
-from nanopack.reading import CHUNK, Reader, read_in_turn
-from nanopack.recipe import Recipe
-from nanopack.ring import Layout
-from nanopack.tokenizers import Tokenizer, load_tokenizer
+from nanopack.config import Recipe
+from nanopack.conversations.records import check, open_conversations
+from nanopack.producer.reader import CHUNK, Reader, read_in_turn
+from nanopack.ring.layout import Layout
+from nanopack.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 TOKENIZER = load_tokenizer("chat32k")
 REFUSED = "a" + " " * 1_000_001 + "b"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nanopack.cli import main
+from nanopack.cli.main import main
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -17,8 +17,8 @@ import pytest
 import tiktoken
 
 from nanopack.batch import Batch, Piece
-from nanopack.conversations import ConversationError
-from nanopack.reference import batches
+from nanopack.errors import ConversationError
+from nanopack.reference.batches import batches
 
 NAMES = ["bos", "user_start", "user_end", "assistant_start", "assistant_end"]
 NAMES += ["python_start", "python_end", "output_start", "output_end", "im_start", "im_end"]

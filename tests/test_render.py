@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanopack.conversations import Conversation, ConversationError, Message, Part, check
-from nanopack.render import Document, Renderer, TemplateError
-from nanopack.tokenizers import Tokenizer, from_ranks, load_tokenizer
+from nanopack.conversations.records import Conversation, Message, Part, check
+from nanopack.errors import ConversationError, TemplateError
+from nanopack.render.renderer import Document, Renderer
+from nanopack.tokenizers.tokenizer import Tokenizer, from_ranks, load_tokenizer
 
 DATA = resources.files("nanopack") / "data"
 NANOCHAT = load_tokenizer("chat32k")

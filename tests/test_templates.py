@@ -11,11 +11,12 @@ from importlib import resources
 import pytest
 
 from nanopack import Loader, Template, Turn, verify
-from nanopack.conversations import Conversation, ConversationError, Message
-from nanopack.recipe import Recipe
-from nanopack.render import Renderer
-from nanopack.templates import CHATML, LLAMA3
-from nanopack.tokenizers import Tokenizer, from_ranks, load_tokenizer
+from nanopack.config import Recipe
+from nanopack.conversations.records import Conversation, Message
+from nanopack.errors import ConversationError
+from nanopack.render.renderer import Renderer
+from nanopack.render.templates import CHATML, LLAMA3
+from nanopack.tokenizers.tokenizer import Tokenizer, from_ranks, load_tokenizer
 
 DATA = resources.files("nanopack") / "data"
 SPECIAL_TOKENS = {

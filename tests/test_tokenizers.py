@@ -20,8 +20,9 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanopack import encodings, tokenizers
-from nanopack.tokenizers import NANOCHAT_SPECIAL_TOKENS, Tokenizer, from_ranks, load_tokenizer
+from nanopack.tokenizers import rank_files as encodings
+from nanopack.tokenizers import tokenizer as tokenizers
+from nanopack.tokenizers.tokenizer import NANOCHAT_SPECIAL_TOKENS, Tokenizer, from_ranks, load_tokenizer
 from nanopack.verify import verify
 
 RANKS_FILE = str(resources.files("nanopack") / "data" / "chat32k.tiktoken")

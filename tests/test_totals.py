@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from nanopack.batch import Batch, Piece
+from nanopack.cli.summary import Totals
+from nanopack.config import Recipe
 from nanopack.ledger import Ledger
-from nanopack.recipe import Recipe
-from nanopack.totals import Totals
 
 
 def make_batch(num_tokens, num_trained=0, last=False, lengths=()):

@@ -19,11 +19,11 @@ from simulated import Fault
 from simulated_feed import DATA_SETS, data
 from simulated_run import Config, Simulation, run
 
-import nanopack.upload
-from nanopack.conversations import ConversationError
-from nanopack.upload import Upload
+import nanopack.upload.upload
+from nanopack.errors import ConversationError
+from nanopack.upload.upload import Upload
 
-SOURCE = inspect.getsource(nanopack.upload)
+SOURCE = inspect.getsource(nanopack.upload.upload)
 SCHEDULES = 1000
 CONFIGS = [
     Config(slots, staging, static, overlap_copy)

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from faulty import NotPicklable, is_gone
 
-from nanopack import ConversationError, ProducerError, workers
-from nanopack.conversations import open_conversations
-from nanopack.reading import Reader
-from nanopack.recipe import Recipe
-from nanopack.ring import Layout
-from nanopack.tokenizers import load_tokenizer
-from nanopack.workers import UNANSWERED, Workers
+from nanopack import ConversationError, ProducerError
+from nanopack.config import Recipe
+from nanopack.conversations.records import open_conversations
+from nanopack.producer import workers
+from nanopack.producer.reader import Reader
+from nanopack.producer.workers import UNANSWERED, Workers
+from nanopack.ring.layout import Layout
+from nanopack.tokenizers.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer("chat32k")
 RECIPE = Recipe(batch_size=2, seq_len=16, weights="conversation", loss="assistant", max_tokens=20)

@@ -37,8 +37,8 @@ from typing import Any
 import torch
 
 from nanopack.batch import Batch
+from nanopack.distributed import of_all_ranks
 from nanopack.loader import Loader
-from nanopack.state import of_all_ranks
 
 # What transformers leaves out of the loss; no argument of its models changes it.
 IGNORED = -100

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from nanopack.batch import Batch
+from nanopack.distributed import of_all_ranks
 from nanopack.loader import Loader
-from nanopack.state import of_all_ranks
 
 try:
     from lightning.pytorch import LightningDataModule

@@ -31,9 +31,9 @@ from typing import Any, TypeAlias
 import torch
 
 from nanopack.batch import Batch
-from nanopack.conversations import SUFFIXES
+from nanopack.config import check_int
+from nanopack.conversations.records import SUFFIXES
 from nanopack.loader import Loader
-from nanopack.recipe import check_int
 
 Pairs: TypeAlias = Generator[tuple[torch.Tensor, torch.Tensor], None, None]
 

@@ -1,0 +1,5 @@
+"""The command line: `nanopack pack`, `verify`, `inspect`, `bench`, `demo-train`. No stage of the data depends on it."""
+
+from nanopack.cli.main import main
+
+__all__ = ["main"]

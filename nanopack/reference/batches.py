@@ -1,0 +1,259 @@
+"""The slow packer in plain Python lists: the definition of what a batch is.
+
+    conversations, tokenizer, arguments   ->   batches()   ->   what a Loader must give, bit for bit
+                                                                verify.py
+
+To be read the way the data travel: reference_documents.py makes the documents, reference_order.py says in which order
+they are read, reference_packing.py makes rows of them, this file batches of the rows. Written to be right, not fast:
+choices are scans over lists, tensors appear in the last lines. It shares nothing with the fast path but the tokenizing
+of one string, the `Batch` class and the name of an error, so that no mistake can hide in both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from nanopack.batch import Batch, Piece
+from nanopack.errors import ConversationError
+from nanopack.reference.documents import check_ids, conversation, open_records, render
+from nanopack.reference.order import Reader
+from nanopack.reference.packing import Document, Rows, Word, pack_rows, pack_stream
+from nanopack.render.templates import Template
+from nanopack.tokenizers.tokenizer import load_tokenizer
+
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "packing": ("best_fit", "stream", "best_fit_pad", "best_fit_crop", "pad"),
+    "loss": ("assistant", "all"),
+    "weights": (None, "token", "conversation"),
+    "extras": ("positions", "doc_ids", "cu_seqlens"),
+    "template": ("nanochat", "chatml", "llama3", "hf"),
+    "shard": ("rank", "row"),
+    "on_error": ("raise", "skip"),
+}
+WINDOWS = {"best_fit": 64, "best_fit_pad": 100, "best_fit_crop": 1000, "pad": 1}
+MAX_AGE = 128
+SPECIAL_TOKENS = {
+    "nanochat": [
+        *("<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"),
+        *("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"),
+    ],
+    "chatml": ["<|im_start|>", "<|im_end|>"],
+    "llama3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "hf": [],
+}
+
+
+def batches(
+    conversations: Any,
+    tokenizer: Any,
+    *,
+    batch_size: int = 32,
+    seq_len: int = 2048,
+    packing: str = "best_fit",
+    loss: str = "assistant",
+    weights: str | None = None,
+    extras: Sequence[str] = (),
+    max_pieces: int | None = None,
+    template: str | Template = "nanochat",
+    max_tokens: int | None = None,
+    window: int | None = None,
+    max_age: int | None = None,
+    refill: int = 1,
+    overlap: bool = False,
+    boundary_loss: bool = True,
+    ignore_index: int = -100,
+    rank: int = 0,
+    world_size: int = 1,
+    shard: str = "rank",
+    shuffle_seed: int | None = None,
+    epochs: int | None = None,
+    on_error: str = "raise",
+) -> Iterator[Batch]:
+    """Return the batches of one rank, on the CPU; endless where `epochs` is None. Arguments as of `Loader`.
+
+    Raises ValueError for an unknown choice, an impossible number, or messages for which the tokenizer lacks special
+    tokens, and ConversationError for a conversation that cannot be used.
+    """
+    chosen = dict(packing=packing, loss=loss, weights=weights, template=template, shard=shard, on_error=on_error)
+    for name, value in [*chosen.items(), *(("extras", extra) for extra in extras)]:
+        if value not in CHOICES[name] and not isinstance(value, Template):
+            raise ValueError(f"{name}={value!r} is not known. Pass one of {CHOICES[name]}.")
+    counts = dict(batch_size=batch_size, seq_len=seq_len, refill=refill, world_size=world_size)
+    if_given = dict(max_pieces=max_pieces, max_tokens=max_tokens, window=window, max_age=max_age, epochs=epochs)
+    for name, count in [*counts.items(), *((name, count) for name, count in if_given.items() if count is not None)]:
+        if type(count) is not int or count < 1:
+            raise ValueError(f"{name}={count!r} is impossible. Pass an int from 1.")
+    if type(rank) is not int or not 0 <= rank < world_size:
+        raise ValueError(
+            f"rank={rank!r} of world_size={world_size} is impossible. Pass an int from 0, below world_size."
+        )
+    if shuffle_seed is not None and (type(shuffle_seed) is not int or not 0 <= shuffle_seed < 2**64):
+        raise ValueError(f"shuffle_seed={shuffle_seed!r} is impossible. Pass an int from 0, below 2**64, or None.")
+    if max_pieces is not None and max_pieces > seq_len:
+        raise ValueError(f"max_pieces={max_pieces} is more than seq_len={seq_len}. Pass at most that.")
+    coder = load_tokenizer(tokenizer)
+    needed = template.special_tokens if isinstance(template, Template) else SPECIAL_TOKENS[template]
+    lacking = [token for token in needed if token not in coder.special_tokens]
+    records = open_records(conversations)
+    cut = seq_len + 1 if packing in ("best_fit", "best_fit_pad", "pad") else None
+    # nanochat's packings keep a document that trains nothing, and so must we to give its batches.
+    drops = packing in ("best_fit", "pad") and loss == "assistant"
+
+    def read(index: int) -> Document | None:
+        where, record = records[index]
+        try:
+            messages, text, ready, weight = conversation(record())
+            if ready is not None:
+                tokens = check_ids(ready, coder.vocab_size)
+            else:
+                # Asked here, so that a tokenizer that lacks one is not taken for many bad conversations.
+                tokens = [] if messages and lacking else render(messages, text, coder, template)
+        except MemoryError:
+            raise
+        except Exception as error:
+            if on_error == "skip":
+                return None
+            raise ConversationError(f'{where}, {error}. Fix it or pass on_error="skip".') from error
+        if not tokens:
+            raise ValueError(f"{where}: template={template!r} needs tokens that the tokenizer lacks: {lacking}.")
+        tokens = tokens[:max_tokens][:cut]
+        if loss == "all":
+            tokens = [(id, True) for id, _ in tokens]
+        if not boundary_loss:
+            tokens[0] = (tokens[0][0], False)
+        document = Document(index, tokens, weight)
+        return None if drops and document.num_trained == 0 else document
+
+    # A lane is a share of the conversations, packed by itself: one a rank, or one a row of the global batch.
+    by_row = shard == "row"
+    lanes, lane_rows = (batch_size * world_size, 1) if by_row else (world_size, batch_size)
+    own = range(rank * batch_size, (rank + 1) * batch_size) if by_row else [rank]
+
+    def lane(number: int) -> Lane:
+        reader = Reader(len(records), read, number, lanes, epochs, shuffle_seed)
+        if packing == "stream":
+            return Lane(reader, pack_stream(reader, lane_rows, seq_len, overlap))
+        choices = WINDOWS[packing] if window is None or packing == "pad" else window
+        age = MAX_AGE if max_age is None else max_age
+        bound = age if packing == "best_fit" else math.inf
+        return Lane(reader, pack_rows(reader, packing, lane_rows, seq_len, choices, refill, bound))
+
+    def longest() -> int:
+        """Count the batches of the lane that has most."""
+        return max(sum(1 for _ in lane(number).packed) for number in range(lanes)) if world_size > 1 else 0
+
+    build = partial(_batch, packing, seq_len, weights, extras, max_pieces, coder.bos_id, ignore_index)
+    # Lazy: each batch is built, with what the readers tell then, before the next one is packed.
+    packed = _side_by_side([lane(number) for number in own], lane_rows, longest)
+    return (build(step, rows, lanes) for step, (rows, lanes) in enumerate(packed))
+
+
+@dataclass
+class Lane:
+    """A share of the conversations as it is packed."""
+
+    reader: Reader[Document]
+    packed: Iterator[tuple[Rows, int]]
+    """Its rows of each batch, and how many conversations have been placed (by the stream: read) then."""
+    placed: int = 0
+
+    def progress(self, streams: bool) -> tuple[float, bool]:
+        """Return which share of the data is used up, and whether that is all."""
+        # By rows, a conversation is done with when it is placed, dropped or skipped.
+        return self.reader.progress(streams, self.reader.reads if streams else self.placed + self.reader.left_out)
+
+
+def _side_by_side(lanes: list[Lane], lane_rows: int, longest: Callable[[], int]) -> Iterator[tuple[Rows, list[Lane]]]:
+    """Yield the rows of all these lanes, batch by batch, until the longest lane of all ranks is done."""
+    batches = 0
+    while True:
+        rows: Rows = []
+        ended = True
+        for lane in lanes:
+            lane_batch = next(lane.packed, None)
+            if lane_batch is None:
+                rows += [[]] * lane_rows
+            else:
+                lane.placed = lane_batch[1]
+                rows += lane_batch[0]
+                ended = False
+        # All ranks must give equally many batches: who is done gives padding.
+        if ended and batches >= longest():
+            return
+        yield rows, lanes
+        batches += 1
+
+
+# The batch: lists first, tensors at the very end.
+
+
+def _batch(
+    packing: str, seq_len: int, weights: str | None, extras: Sequence[str],
+    max_pieces: int | None, bos_id: int, ignore_index: int, step: int, rows: Rows, lanes: list[Lane],
+) -> Batch:  # fmt: skip
+    inputs, targets, target_weights, positions, doc_ids, starts = [], [], [], [], [], []
+    padding = Document(-1, [(bos_id, False)] * (seq_len + 1), 0.0)
+    for number, row in enumerate(rows):
+        # From here on padding is one more document, at the end of the row; it differs only in its doc_id.
+        words = [*row, *padding.words()[len(row) :]]
+        pieces = _pieces(words)
+        inputs.append([word.id for word in words[:-1]])
+        targets.append([word.id if word.trained else ignore_index for word in words[1:]])
+        target_weights.append([word.document.weigh(weights) if word.trained else 0.0 for word in words[1:]])
+        counted = [(n, i) for n, piece in enumerate(pieces) for i in range(piece.length)][:seq_len]
+        positions.append([i for _, i in counted])
+        doc_ids.append([-1 if pieces[n].conversation == -1 else n for n, _ in counted])
+        starts += [number * seq_len + piece.start for piece in pieces if piece.start < seq_len]
+    starts.append(len(rows) * seq_len)
+    max_seqlen = max(starts[i + 1] - starts[i] for i in range(len(starts) - 1))
+    if "cu_seqlens" in extras:
+        starts = _filled(starts, step, len(rows), seq_len // 8 + 1 if max_pieces is None else max_pieces)
+    # Each weight is rounded to float32 once; their sum has no error of its own.
+    weighed = torch.tensor(target_weights, dtype=torch.float32)
+    progress, last = zip(*(lane.progress(packing == "stream") for lane in lanes), strict=True)
+    return Batch(
+        inputs=torch.tensor(inputs, dtype=torch.int32),
+        targets=torch.tensor(targets, dtype=torch.int64),
+        weights=None if weights is None else weighed,
+        positions=torch.tensor(positions, dtype=torch.int32) if "positions" in extras else None,
+        doc_ids=torch.tensor(doc_ids, dtype=torch.int32) if "doc_ids" in extras else None,
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32) if "cu_seqlens" in extras else None,
+        step=step,
+        num_trained=sum(word.trained for row in rows for word in row[1:]),
+        num_tokens=sum(len(row[:seq_len]) for row in rows),
+        weight_sum=math.fsum(weighed.flatten().tolist()),
+        max_seqlen=max_seqlen,
+        # The end of the last pass begins no other.
+        epoch=max(lane.reader.epoch_reached for lane in lanes),
+        progress=math.fsum(progress) / len(lanes),
+        last=all(last),
+        word_pieces=tuple(tuple(_pieces(row)) for row in rows),
+    )
+
+
+def _pieces(words: list[Word]) -> list[Piece]:
+    """Return the runs of one document in all T + 1 words of a row."""
+    pieces: list[Piece] = []
+    for column, word in enumerate(words):
+        if column and word.document is words[column - 1].document:
+            pieces[-1] = pieces[-1]._replace(length=pieces[-1].length + 1)
+        else:
+            pieces.append(Piece(word.document.conversation, start=column, length=1, offset=word.offset))
+    return pieces
+
+
+def _filled(starts: list[int], step: int, batch_size: int, max_pieces: int) -> list[int]:
+    """Return cu_seqlens at the length that all batches share: a varying one would make a model recompile."""
+    pieces, room = len(starts) - 1, batch_size * max_pieces
+    if pieces > room:
+        raise ValueError(
+            f"max_pieces={max_pieces}: batch {step} has {pieces} pieces, with padding, and room for {room}. "
+            f"Pass max_pieces={math.ceil(pieces / batch_size)} or more."
+        )
+    return starts + [starts[-1]] * (room - pieces)

@@ -1,0 +1,127 @@
+"""The slow packer's packing: which words make a row.
+
+    Documents, in the order of reading   ->   pack_stream(), pack_rows()   ->   Rows of each batch, as lists of words
+    reference_order.py                                                          reference.py makes tensors of them
+
+A part of the definition. It shares nothing with the fast path. A row is cut from up to T + 1 words: the one in column T
+is only a target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+from nanopack.reference.order import Reader
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """A rendered conversation. Compared by identity: read again, it is another document."""
+
+    conversation: int
+    tokens: list[tuple[int, bool]]
+    weight: float
+
+    @cached_property
+    def num_trained(self) -> int:
+        """Loss bits in it."""
+        return sum(trained for _, trained in self.tokens)
+
+    def words(self) -> list[Word]:
+        """Return its tokens, each with where it comes from."""
+        return [Word(id, trained, self, offset) for offset, (id, trained) in enumerate(self.tokens)]
+
+    def weigh(self, weights: str | None) -> float:
+        """Return what each of its trained tokens weighs."""
+        if weights is None:
+            return 1.0
+        return self.weight if weights == "token" else self.weight / self.num_trained
+
+
+class Word(NamedTuple):
+    """A token of a document."""
+
+    id: int
+    trained: bool
+    document: Document
+    offset: int
+
+
+Rows = list[list[Word]]
+# In the order of reading, each with the number of the row that was being built when it was read.
+WaitingList = list[tuple[Document, int]]
+
+
+def pack_stream(reader: Reader[Document], batch_size: int, seq_len: int, overlap: bool) -> Iterator[tuple[Rows, int]]:
+    """Yield a batch's rows, and how many conversations have been read."""
+    waiting: list[Word] = []
+    carried = 0
+    while True:
+        while len(waiting) < batch_size * seq_len + 1:
+            document = reader.next_document()
+            if document is None:
+                break
+            waiting += document.words()
+        words = waiting[: batch_size * seq_len + 1]
+        if len(words) == carried:
+            return
+        # Neighbouring rows share a word: the last target of one is the first input of the next.
+        yield [words[b * seq_len : b * seq_len + seq_len + 1] for b in range(batch_size)], reader.reads
+        # With overlap so do batches; without, a batch's last word is no input, its first no target.
+        carried = 1 if overlap else 0
+        waiting = waiting[len(words) - carried :]
+
+
+def pack_rows(
+    reader: Reader[Document], packing: str, batch_size: int, seq_len: int, window: int, refill: int, max_age: float
+) -> Iterator[tuple[Rows, int]]:
+    """Yield a batch's rows, and how many conversations have been placed."""
+    waiting: WaitingList = []
+    placed = row_number = 0
+    while True:
+        rows: Rows = []
+        for _ in range(batch_size):
+            row: list[Word] = []
+            while len(row) < seq_len + 1:
+                _refill(reader, waiting, window, refill, row_number)
+                choice = _choose(waiting, seq_len + 1 - len(row), packing)
+                # No document starves: one that has waited too long opens a row, whatever its length.
+                if not row and waiting and row_number - waiting[0][1] >= max_age:
+                    choice = 0
+                if choice is None:
+                    break
+                document, _ = waiting.pop(choice)
+                # What does not fit is cut off, which only best_fit_crop lets happen.
+                row += replace(document, tokens=document.tokens[: seq_len + 1 - len(row)]).words()
+                placed += 1
+                if packing == "pad":
+                    break
+            rows.append(row)
+            row_number += 1
+        if not any(rows):
+            return
+        yield rows, placed
+
+
+def _refill(reader: Reader[Document], waiting: WaitingList, window: int, refill: int, row_number: int) -> None:
+    while len(waiting) < window:
+        for _ in range(refill):
+            document = reader.next_document()
+            if document is None:
+                return
+            waiting.append((document, row_number))
+
+
+def _choose(waiting: WaitingList, room: int, packing: str) -> int | None:
+    """Return which waiting document goes next into this much room; None: the rest of the row is padding."""
+    lengths = [len(document.tokens) for document, _ in waiting]
+    fitting = [length for length in lengths if length <= room]
+    # index finds the first: first come among equals.
+    if fitting:
+        return lengths.index(max(fitting))
+    if lengths and packing == "best_fit_crop":
+        return lengths.index(min(lengths))
+    return None

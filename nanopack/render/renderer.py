@@ -1,0 +1,329 @@
+"""Render a conversation as a document: its token ids, and a mask of the tokens that the loss counts.
+
+    Conversation       ->   Renderer.plan()   ->   Plan   ->   Renderer.fill_in()   ->   Document
+    conversations.py        one at a time                      many in one go            reading.py cuts it
+
+A template only says which special tokens and which texts follow each other. Every text is encoded on its own, so text
+that looks like a special token stays text. Nothing is cut here: the sequence length does not come in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+from nanopack.conversations.records import Conversation, Message, Part, Tokens
+from nanopack.errors import ConversationError, TemplateError
+from nanopack.render.hf_template import make_chat_renderer
+from nanopack.render.templates import CHATML, LLAMA3, Template, Turn
+from nanopack.tokenizers.tokenizer import NANOCHAT_SPECIAL_TOKENS, AnyTokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """A rendered conversation. Its first token is the beginning of sequence."""
+
+    ids: np.ndarray
+    """(n,) uint32, or of other integers where it was rendered elsewhere: token ids."""
+    mask: np.ndarray
+    """(n,) bool: True where the token is trained."""
+    starts: tuple[int, ...]
+    """Index of the token that each message begins with, one per message; none for plain text and with
+    template="hf". A system message that was merged begins where the user's does."""
+
+
+class Plan(NamedTuple):
+    """A document before encoding: runs that follow each other."""
+
+    runs: list[str | bytes]
+    """Texts to encode, and ids that are known already, as bytes of uint32."""
+    trained: list[bool]
+    """Of each run, whether its tokens are trained."""
+    firsts: list[int]
+    """For each message, the run that it begins with."""
+
+
+_Planner: TypeAlias = Callable[[Sequence[Message]], Plan]
+
+
+class Renderer:
+    """Renders conversations, one at a time or many in one go."""
+
+    def __init__(self, tokenizer: AnyTokenizer, template: str | Template) -> None:
+        """Render by `template`: a name, "hf" or a `Template`. ValueError where there is none such."""
+        self._tokenizer = tokenizer
+        self._bos = _known(tokenizer.bos_id)
+        self._plan_messages: _Planner | None = None
+        if template == "hf":
+            self._encode_chat = make_chat_renderer(tokenizer)
+            return
+        known = template if template == "nanochat" else _find(template)
+        if missing := missing_tokens(tokenizer, template):
+            self._plan_messages = _refuse_messages(tokenizer, template, missing)
+        else:
+            self._plan_messages = _nanochat(tokenizer) if isinstance(known, str) else _templated(tokenizer, known)
+
+    def __call__(self, conversation: Conversation) -> Document:
+        """Return the document of a conversation.
+
+        Raises ConversationError for what the template forbids or the tokenizer cannot encode, naming the message, and
+        for any messages TemplateError where the tokenizer lacks special tokens of it: plain text needs none of them.
+        """
+        plan = self.plan(conversation)
+        try:
+            return self.fill_in([plan])[0]
+        except ValueError as error:
+            raise ConversationError(_blame(self._tokenizer, conversation.messages, error)) from error
+
+    def plan(self, conversation: Conversation) -> Plan | Document:
+        """Return what `fill_in` makes a document: all but the encoding, which takes longest. Raises as a call does."""
+        if conversation.tokens is not None:
+            return _take_over(conversation.tokens, self._tokenizer)
+        if conversation.text is not None:
+            return Plan([self._bos, conversation.text], [True, True], [])
+        if self._plan_messages is None:
+            # Where in it each message begins the tokenizer's own template does not tell.
+            return Document(*self._encode_chat(conversation.messages), ())
+        if not conversation.messages:
+            raise ConversationError("there are no messages; a conversation needs at least one")
+        _refuse_tool_calls(conversation.messages)
+        return self._plan_messages(conversation.messages)
+
+    def fill_in(self, plans: Sequence[Plan | Document]) -> list[Document]:
+        """Return the document of each plan, as views of arrays that they share; documents stay as they are.
+
+        ValueError where the tokenizer refuses a text. It does not say which.
+        """
+        filled = self._encode([plan for plan in plans if isinstance(plan, Plan)])
+        return [plan if isinstance(plan, Document) else next(filled) for plan in plans]
+
+    def _encode(self, plans: Sequence[Plan]) -> Iterator[Document]:
+        if not plans:
+            return
+        ids, offsets = self._tokenizer.encode_batch([run for plan in plans for run in plan.runs])
+        trained = [trained for plan in plans for trained in plan.trained]
+        mask = np.array(trained, bool).repeat(np.diff(offsets))
+        begins, first = offsets.tolist(), 0
+        for plan in plans:
+            last = first + len(plan.runs)
+            begin, end = begins[first], begins[last]
+            starts = tuple([begins[first + run] - begin for run in plan.firsts])
+            yield Document(ids[begin:end], mask[begin:end], starts)
+            first = last
+
+
+def _take_over(tokens: Tokens, tokenizer: AnyTokenizer) -> Document:
+    """Return the document that was rendered elsewhere; ConversationError where the tokenizer lacks its ids."""
+    ids, mask = tokens
+    if ids.max() >= tokenizer.vocab_size or (ids.dtype.kind == "i" and ids.min() < 0):
+        wrong = ids[(ids < 0) | (ids >= tokenizer.vocab_size)][0]
+        raise ConversationError(
+            f"input_ids has {wrong}; tokenizer {tokenizer.name!r} has ids from 0 to {tokenizer.vocab_size - 1}"
+        )
+    # a data set may use its arrays again for the next conversation, which is read before this one is written
+    return Document(ids.copy(), np.ones(len(ids), bool) if mask is None else mask.copy(), ())
+
+
+def _refuse_tool_calls(messages: Sequence[Message]) -> None:
+    for index, message in enumerate(messages):
+        if message.rest and message.rest.get("tool_calls"):
+            raise ConversationError(
+                f"message {index}: it has tool_calls, which only template='hf' writes; write them into the content"
+            )
+
+
+def _find(template: str | Template) -> Template:
+    if isinstance(template, Template):
+        return template
+    if not isinstance(template, str) or template not in _NAMED:
+        names = ", ".join(map(repr, ("nanochat", *_NAMED, "hf")))
+        raise ValueError(f"template={template!r} is not one of {names}, or a nanopack.Template.")
+    return _NAMED[template]
+
+
+def missing_tokens(tokenizer: AnyTokenizer, template: str | Template) -> list[str]:
+    """Return the special tokens that messages need in this template, and that the tokenizer lacks."""
+    if template == "hf":
+        return []
+    needed = NANOCHAT_SPECIAL_TOKENS[1:] if template == "nanochat" else _find(template).special_tokens
+    return [token for token in needed if token not in tokenizer.special_tokens]
+
+
+def _refuse_messages(tokenizer: AnyTokenizer, template: str | Template, missing: list[str]) -> _Planner:
+    name = template if isinstance(template, str) else template.name
+
+    def refuse(messages: Sequence[Message]) -> Plan:
+        raise TemplateError(
+            f"tokenizer {tokenizer.name!r} lacks special tokens of template={name!r}: {', '.join(missing)}. "
+            f"Give a tokenizer that has them, another template, or plain text instead of messages."
+        )
+
+    return refuse
+
+
+def _known(*ids: int) -> bytes:
+    return np.array(ids, np.uint32).tobytes()
+
+
+def _blame(tokenizer: AnyTokenizer, messages: Sequence[Message], error: ValueError) -> str:
+    """Say which message holds the text that cannot be encoded. Slow, so only after the fact."""
+    for index, message in enumerate(messages):
+        content = message.content
+        try:
+            tokenizer.encode_batch([content] if isinstance(content, str) else [part.text for part in content])
+        except ValueError as its_error:
+            return f"message {index}: {its_error}"
+    # Plain text, or a system and a user message that fail only together.
+    return str(error)
+
+
+def _nanochat(tokenizer: AnyTokenizer) -> _Planner:
+    """Plan messages as karpathy/nanochat does: `render_conversation` in its nanochat/tokenizer.py."""
+    user_start, user_end, assistant_start, assistant_end, code_start, code_end, output_start, output_end = (
+        _known(tokenizer.special_id(f"<|{name}_{end}|>"))
+        for name in ("user", "assistant", "python", "output")
+        for end in ("start", "end")
+    )
+    bos = _known(tokenizer.bos_id)
+
+    def plan_part(index: int, number: int, part: Part) -> tuple[list[str | bytes], list[bool]]:
+        if part.type == "text":
+            return [part.text], [True]
+        # The model writes the code; what comes out of it is given to the model.
+        if part.type == "python":
+            return [code_start, part.text, code_end], [True, True, True]
+        if part.type == "python_output":
+            return [output_start, part.text, output_end], [False, False, False]
+        what = f"message {index}: part {number} has type {part.type!r}"
+        raise ConversationError(f"{what}; it must be text, python or python_output")
+
+    def plan_messages(messages: Sequence[Message]) -> Plan:
+        turns = _merge_system(messages)
+        merged = len(messages) - len(turns)
+        runs: list[str | bytes] = [bos]
+        trained = [False]
+        # A merged system message begins where the user's does: with the first run behind bos.
+        firsts = [1] * merged
+        for index, turn in enumerate(turns, merged):
+            firsts.append(len(runs))
+            expected = "assistant" if (index - merged) % 2 else "user"
+            if turn.role != expected:
+                raise ConversationError(_wrong_role(messages, index))
+            if expected == "user":
+                runs += (user_start, _string(index, turn), user_end)
+                trained += (False, False, False)
+            elif isinstance(turn.content, str):
+                runs += (assistant_start, turn.content, assistant_end)
+                trained += (False, True, True)
+            else:
+                runs.append(assistant_start)
+                trained.append(False)
+                for number, part in enumerate(turn.content):
+                    part_runs, part_trained = plan_part(index, number, part)
+                    runs += part_runs
+                    trained += part_trained
+                runs.append(assistant_end)
+                trained.append(True)
+        return Plan(runs, trained, firsts)
+
+    return plan_messages
+
+
+def _merge_system(messages: Sequence[Message], before: str = "", after: str = "\n\n") -> Sequence[Message]:
+    """Put a first system message in front of the user's text, as nanochat does."""
+    if messages[0].role != "system":
+        return messages
+    system = _string(0, messages[0])
+    if len(messages) == 1:
+        raise ConversationError("message 0: role is 'system' and no message follows; a user's must")
+    if messages[1].role != "user":
+        raise ConversationError(_wrong_role(messages, 1))
+    return (Message("user", f"{before}{system}{after}{_string(1, messages[1])}"), *messages[2:])
+
+
+def _wrong_role(messages: Sequence[Message], index: int) -> str:
+    role = messages[index].role
+    what = f"message {index}: role is {role!r}"
+    if role == "tool":
+        return f"{what}; template='nanochat' has none: what a tool gave back is a python_output part of the assistant's"
+    if role == "system":
+        return f"{what}; only message 0 may be a system message"
+    order = "messages must alternate user/assistant after an optional system message"
+    if index > 0 and messages[index - 1].role == role:
+        return f"{what} twice in a row; {order}"
+    return f"{what} where the first user message must be; {order}"
+
+
+def _string(index: int, message: Message) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    what = f"message {index}: content is a list of parts"
+    raise ConversationError(f"{what}; for role {message.role!r} it must be a string")
+
+
+def _templated(tokenizer: AnyTokenizer, template: Template) -> _Planner:
+    """Plan messages as a `Template` says."""
+    # Longest first: one special token may begin like another.
+    tokens = sorted(template.special_tokens, key=len, reverse=True)
+    special = re.compile(f"({'|'.join(map(re.escape, tokens))})" if tokens else r"(?!)")
+
+    def encode(text: str) -> bytes:
+        pieces = [piece for piece in special.split(text) if piece]
+        for piece in pieces:
+            for token in () if piece in tokens else tokenizer.special_tokens:
+                if token in piece:
+                    raise ValueError(_unlisted(template, text, token))
+        ids = [_known(tokenizer.special_id(p)) if p in tokens else tokenizer.encode(p).tobytes() for p in pieces]
+        return b"".join(ids)
+
+    bos = _known(tokenizer.bos_id)
+    merged_system = template.system if template.merge_system else None
+
+    def runs_around(turn: Turn) -> tuple[bytes, bytes, bytes, tuple[bool, ...]]:
+        """What stands before the content, what behind, and what of the four is trained."""
+        return encode(turn.before), encode(turn.end), encode(turn.after), (False, turn.trained, turn.trained, False)
+
+    around = {role: runs_around(turn) for role, turn in template.turns().items() if turn is not merged_system}
+
+    def plan_messages(messages: Sequence[Message]) -> Plan:
+        turns = messages
+        if template.strip:
+            turns = [Message(m.role, m.content.strip()) if isinstance(m.content, str) else m for m in turns]
+        if merged_system:
+            turns = _merge_system(turns, merged_system.before, merged_system.after)
+        merged = len(messages) - len(turns)
+        runs: list[str | bytes] = [bos]
+        trained = [False]
+        firsts = [1] * merged
+        for index, message in enumerate(turns, merged):
+            if message.role not in around:
+                raise ConversationError(_no_such_role(template, index, message.role))
+            firsts.append(len(runs))
+            before, end, after, of_turn = around[message.role]
+            runs += (before, _string(index, message), end, after)
+            trained += of_turn
+        return Plan(runs, trained, firsts)
+
+    return plan_messages
+
+
+def _unlisted(template: Template, text: str, token: str) -> str:
+    return (
+        f"template={template.name!r}: {text!r} holds {token!r}, a special token of the tokenizer that special_tokens "
+        "does not list, so it would be encoded as text; list it"
+    )
+
+
+def _no_such_role(template: Template, index: int, role: str) -> str:
+    what = f"message {index}: role is {role!r}"
+    if role == "system" and template.merge_system:
+        return f"{what}; only message 0 may be a system message"
+    return f"{what}; template={template.name!r} has {', '.join(template.turns())}"
+
+
+# The templates that have a name, beside nanochat's.
+_NAMED = {template.name: template for template in (CHATML, LLAMA3)}

@@ -1,0 +1,98 @@
+"""Say how large a slot is, and where in it everything lies.
+
+A slot holds one batch: its token words, and the tables that say where rows and pieces start and what they weigh. A word
+is a token id with the loss bit on top: 16 bits where all ids are below 32,768, else 32. A slot is contiguous and
+64-byte aligned, so that one copy brings a batch to the device. All that changes from batch to batch lies in it: every
+launch of the kernel is the same. From the front:
+
+    rows      (B + 1, 4) int32   start in units of 16 words, length, first piece, number of pieces; the last entry:
+                                 where cu_seqlens begin, their number, 0, 0 (in int32 from the front)
+    words     row by row, without padding, each row starting at a multiple of 16 words
+    pieces    (P, 2) int32       first column, float32 weight's bits: when weights, positions or doc_ids are asked for
+    cu        (n,) int32         when cu_seqlens are asked for
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from nanopack.config import Recipe
+
+Number = TypeVar("Number", int, np.ndarray)
+
+
+ALIGN_BYTES = 64
+
+
+ROW_ALIGN = 16  # words
+
+
+# Places in a slot are int32, and count int32.
+MAX_SLOT_BYTES = 4 * (2**31 - 1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of a slot: the same for every batch of a loader."""
+
+    batch_size: int
+    seq_len: int
+    word_bytes: int
+    """2 or 4."""
+    pieces: bool
+    """Whether the table of pieces is written."""
+    max_segments: int | None
+    """Segments that fit cu_seqlens, None when these are not written."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where a slot has places that its tables cannot name."""
+        if self.nbytes > MAX_SLOT_BYTES:
+            raise ValueError(
+                f"batch_size={self.batch_size} times seq_len={self.seq_len} with what is asked for beside the tokens "
+                f"takes a slot of {self.nbytes} bytes; at most {MAX_SLOT_BYTES} are allowed: make either smaller, or "
+                f"leave out weights or extras"
+            )
+
+    @classmethod
+    def of(cls, recipe: Recipe, vocab_size: int) -> Layout:
+        """Return the layout for a recipe and a tokenizer whose ids are all below `vocab_size`."""
+        cu = "cu_seqlens" in recipe.extras
+        return cls(
+            batch_size=recipe.batch_size,
+            seq_len=recipe.seq_len,
+            word_bytes=2 if vocab_size <= 1 << 15 else 4,
+            pieces=recipe.weights is not None or "positions" in recipe.extras or "doc_ids" in recipe.extras,
+            max_segments=recipe.batch_size * (recipe.max_pieces or 0) if cu else None,
+        )
+
+    @property
+    def word_dtype(self) -> np.dtype[np.unsignedinteger]:
+        """Type of a word on the host."""
+        return np.dtype(np.uint16 if self.word_bytes == 2 else np.uint32)
+
+    @property
+    def loss_bit(self) -> int:
+        """The bit of a word that says that the loss counts the token."""
+        return 1 << (8 * self.word_bytes - 1)
+
+    @property
+    def first_word(self) -> int:
+        """Where the first row starts, in words."""
+        return round_up(16 * (self.batch_size + 1), ALIGN_BYTES) // self.word_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a slot that holds any batch: full rows, and one piece a token."""
+        row_words = round_up(self.seq_len + 1, ROW_ALIGN)
+        words = self.first_word * self.word_bytes + self.batch_size * row_words * self.word_bytes
+        pieces = 8 * self.batch_size * (self.seq_len + 1) if self.pieces else 0
+        cu = 4 * (self.max_segments + 1) if self.max_segments is not None else 0
+        return round_up(words, ALIGN_BYTES) + round_up(pieces, ALIGN_BYTES) + round_up(cu, ALIGN_BYTES)
+
+
+def round_up(n: Number, multiple: int) -> Number:
+    """Return the least multiple of `multiple` that is at least n; elementwise for an array."""
+    return -(-n // multiple) * multiple

@@ -1,0 +1,85 @@
+"""Make the tensors that the kernel writes.
+
+Loader(device=, static=)   ->   outputs_maker()   ->   Outputs, for each batch; upload.py has the kernel fill them
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from nanopack.config import Recipe
+from nanopack.kernels import CU_ALIGN
+from nanopack.ring.layout import ALIGN_BYTES, Layout
+
+
+class Outputs(NamedTuple):
+    """The tensors of a batch, in the order in which the kernel takes them; cu_seqlens up to a multiple of CU_ALIGN."""
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor | None
+    positions: torch.Tensor | None
+    doc_ids: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+
+
+def outputs_maker(recipe: Recipe, layout: Layout, device: torch.device) -> Callable[[], Outputs]:
+    """Return the function that gives tensors for a batch, uninitialised: the kernel writes every element."""
+
+    def maker(dtype: torch.dtype, size: int | None = None, wanted: bool = True) -> Callable[[], Any]:
+        shape = (recipe.batch_size, recipe.seq_len) if size is None else (size,)
+        if not wanted:
+            return lambda: None
+        # on a GPU, torch itself keeps memory that came free
+        return HostMemory(shape, dtype).empty if device.type == "cpu" else _allocator(shape, dtype, device)
+
+    cu_size = -(-((layout.max_segments or 0) + 1) // CU_ALIGN) * CU_ALIGN
+    inputs, targets = maker(torch.int32), maker(torch.int64)
+    weights = maker(torch.float32, wanted=recipe.weights is not None)
+    positions = maker(torch.int32, wanted="positions" in recipe.extras)
+    doc_ids = maker(torch.int32, wanted="doc_ids" in recipe.extras)
+    cu_seqlens = maker(torch.int32, cu_size, wanted=layout.max_segments is not None)
+    return lambda: Outputs(inputs(), targets(), weights(), positions(), doc_ids(), cu_seqlens())
+
+
+def _allocator(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], torch.Tensor]:
+    return lambda: torch.empty(shape, dtype=dtype, device=device)
+
+
+class HostMemory:
+    """Memory for tensors of one kind on the host, given out again when nobody holds the tensor that had it.
+
+    Pages fresh from the system cost several times what it takes to write a batch into them.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._shape = shape
+        self._dtype = torch.empty(0, dtype=dtype).numpy().dtype
+        # What a training loop holds at a time; when a heap of batches is let go, the rest returns to the system.
+        self._idle: deque[np.ndarray] = deque(maxlen=4)
+        self._out: dict[int, tuple[Any, np.ndarray]] = {}
+
+    def empty(self) -> torch.Tensor:
+        """Return an uninitialised tensor, 64-byte aligned."""
+        memory = self._idle.pop() if self._idle else self._fresh()
+        # the tensor, its views and what autograd keeps of it hold the view; when the last is gone, so is this
+        view = memory.view()
+        gone = weakref.ref(view, self._take_back)
+        self._out[id(gone)] = gone, memory
+        return torch.from_numpy(view)
+
+    def _take_back(self, gone: Any) -> None:
+        self._idle.append(self._out.pop(id(gone))[1])
+
+    def _fresh(self) -> np.ndarray:
+        nbytes = math.prod(self._shape) * self._dtype.itemsize
+        memory = np.empty(nbytes + ALIGN_BYTES, np.uint8)
+        aligned = memory[-memory.ctypes.data % ALIGN_BYTES :][:nbytes]
+        return aligned.view(self._dtype).reshape(self._shape)
