@@ -11,8 +11,8 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Tests are imported by path, so what they share, such as pack_oracle.py, has to be found another way.
-sys.path.insert(0, str(Path(__file__).parent))
+# Tests are imported by path, so what they share has to be found another way.
+sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("support", "simulator")]
 
 # A slow machine is no failure; in CI a failure must come again.
 settings.register_profile("nanopack", deadline=None, derandomize="CI" in os.environ, print_blob=True)

@@ -13,93 +13,17 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
+from data_sets import LARGE, PACKINGS, SMALL, byte_tokenizer, data_sets, recipes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nanopack
 from nanopack import ConversationError, reference
 from nanopack.conversations.records import open_conversations
-from nanopack.tokenizers.tokenizer import NANOCHAT_SPECIAL_TOKENS
 from nanopack.verify import compare
 
 # In the caller's thread: tests/test_process.py shows that a process gives the same batches.
 Loader = functools.partial(nanopack.Loader, workers=0)
-
-PACKINGS = ["best_fit", "stream", "best_fit_pad", "best_fit_crop", "pad"]
-CHATML = ("<|im_start|>", "<|im_end|>")
-
-
-def byte_tokenizer(more_ids: int = 0) -> tiktoken.Encoding:
-    """One token a byte, so that lengths are easy to say; `more_ids` lifts the special ids beyond 16-bit words."""
-    return tiktoken.Encoding(
-        "bytes",
-        pat_str=r"(?s:.)",
-        mergeable_ranks={bytes([i]): i for i in range(256)},
-        special_tokens={name: 256 + more_ids + i for i, name in enumerate((*NANOCHAT_SPECIAL_TOKENS, *CHATML))},
-    )
-
-
-SMALL, LARGE = byte_tokenizer(), byte_tokenizer(more_ids=100_000)
-texts = st.text("abc é", max_size=12)
-weights = st.none() | st.floats(0, 4, width=32)
-
-
-@st.composite
-def chats(draw):
-    messages = [{"role": "system", "content": draw(texts)}] if draw(st.booleans()) else []
-    for i in range(draw(st.integers(1, 4))):
-        content = draw(texts)
-        if i % 2 and draw(st.booleans()):
-            kinds = st.sampled_from(["text", "python", "python_output"])
-            content = [{"type": draw(kinds), "text": draw(texts)} for _ in range(draw(st.integers(0, 3)))]
-        messages.append({"role": "assistant" if i % 2 else "user", "content": content})
-    record = {"messages": messages}
-    return record if (weight := draw(weights)) is None else {**record, "weight": weight}
-
-
-plain_texts = st.fixed_dictionaries({"text": texts}, optional={"weight": st.floats(0, 2)})
-
-
-@st.composite
-def rendered_elsewhere(draw):
-    ids = draw(st.lists(st.integers(0, 255), min_size=1, max_size=30))
-    record = {"input_ids": draw(st.sampled_from([list, np.uint8, np.int32, np.uint64, torch.tensor]))(ids)}
-    if draw(st.booleans()):
-        mask = draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
-        record["loss_mask"] = draw(st.sampled_from([list, np.array, np.int8]))(mask)
-    return record
-
-
-data_sets = st.lists(chats() | plain_texts | rendered_elsewhere(), min_size=1, max_size=12)
-
-
-@st.composite
-def recipes(draw, packing):
-    arguments = {
-        "batch_size": draw(st.integers(1, 4)),
-        "seq_len": draw(st.integers(1, 24) | st.sampled_from([64, 128])),
-        "packing": packing,
-        "loss": draw(st.sampled_from(["assistant", "all"])),
-        "weights": draw(st.sampled_from([None, "token", "conversation"])),
-        "extras": tuple(draw(st.sets(st.sampled_from(["positions", "doc_ids", "cu_seqlens"])))),
-        "max_tokens": draw(st.none() | st.integers(1, 40)),
-        "boundary_loss": draw(st.booleans()),
-        "ignore_index": draw(st.sampled_from([-100, -1])),
-        "world_size": draw(st.integers(1, 14)),
-        "shard": draw(st.sampled_from(["rank", "row"])),
-        "shuffle_seed": draw(st.none() | st.integers(0, 2**64 - 1)),
-        "epochs": draw(st.none() | st.integers(1, 3)),
-    }
-    arguments["rank"] = draw(st.integers(0, arguments["world_size"] - 1))
-    if "cu_seqlens" in arguments["extras"]:
-        arguments["max_pieces"] = arguments["seq_len"]
-    if packing.startswith("best_fit"):
-        arguments |= {"window": draw(st.integers(1, 6)), "refill": draw(st.integers(1, 3))}
-    if packing == "best_fit":
-        arguments["max_age"] = draw(st.integers(1, 5))
-    if packing == "stream":
-        arguments["overlap"] = draw(st.booleans())
-    return arguments
 
 
 def first_batches(make, count):

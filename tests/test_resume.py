@@ -9,9 +9,9 @@ import pickle
 
 import numpy as np
 import pytest
+from data_sets import PACKINGS, SMALL, data_sets, recipes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_loader import PACKINGS, SMALL, data_sets, recipes
 
 import nanopack
 from nanopack import merge_states, reference

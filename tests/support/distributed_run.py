@@ -1,6 +1,7 @@
 """Train a tiny transformer as one would under torchrun, to be killed and gone on with: see test_distributed.py.
 
-    python -m torch.distributed.run --nproc-per-node=2 tests/distributed_run.py FOLDER    (or plain python: one process)
+    python -m torch.distributed.run --nproc-per-node=2 tests/support/distributed_run.py FOLDER
+    python tests/support/distributed_run.py FOLDER    (one process)
 
 For each step a line with the loss goes to FOLDER/losses; checkpoints go to FOLDER/checkpoint, from which a new run goes
 on, on as many ranks as it has; the weights come last, to FOLDER/weights. Losses and weights are the same bits on any

@@ -1,6 +1,6 @@
 """Train a tiny model with Lightning, to be cut off and gone on with: see test_adapters_lightning.py.
 
-    python -m torch.distributed.run --nproc-per-node=2 tests/lightning_run.py FOLDER
+    python -m torch.distributed.run --nproc-per-node=2 tests/support/lightning_run.py FOLDER
 
 Each rank trains 3 steps, and then 3 more from the checkpoint of the second; FOLDER/rank0, FOLDER/rank1 get the batches.
 """

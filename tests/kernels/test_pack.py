@@ -193,7 +193,7 @@ def test_the_example_of_pack_bytes_is_true():
 
 def run_guard(*args: str) -> subprocess.CompletedProcess[str]:
     env = dict(os.environ, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
-    script = Path(__file__).with_name("guard_pack.py")
+    script = Path(__file__).parents[1] / "support" / "guard_pack.py"
     return subprocess.run([sys.executable, script, *args], env=env, capture_output=True, text=True, timeout=120)
 
 
@@ -214,7 +214,7 @@ def test_touching_the_memory_beside_a_slot_would_end_the_process(executor, side)
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     return subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
 
 

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from test_picture import IGNORED, PIECES, TRAINED, make_batch
+from drawn_batch import IGNORED, PIECES, TRAINED, make_batch
 
 from nanopack import Loader, demo
 from nanopack.cli.lengths import Lengths, measure

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 # `python -m pytest` puts the checkout on the path, where transformers takes the folder kernels/ for PyPI's package.
-sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).parents[1]]
+sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).parents[2]]
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CONVERSATIONS = resources.files("nanopack") / "data" / "conversations.jsonl"

@@ -134,7 +134,7 @@ def test_static_batches_are_refused(tmp_path):
 
 def test_under_torchrun_each_rank_has_its_share_and_the_checkpoint_the_states_of_all(tmp_path):
     """Lightning saves what rank 0 holds."""
-    script = Path(__file__).with_name("lightning_run.py")
+    script = Path(__file__).parents[1] / "support" / "lightning_run.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -28,7 +28,7 @@ def start(what: str, cache: Path) -> subprocess.Popen[str]:
     """Run compile_pack.py without the interpreter that conftest.py turns on, and with nothing compiled before."""
     env = dict(os.environ, TRITON_CACHE_DIR=str(cache), OMP_NUM_THREADS="1")
     env.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(Path(__file__).with_name("compile_pack.py")), what]
+    command = [sys.executable, str(Path(__file__).parents[1] / "support" / "compile_pack.py"), what]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import torch
+from drawn_batch import IGNORED, make_batch
 
-from nanopack.batch import Batch, Piece
+from nanopack.batch import Piece
 from nanopack.cli.lengths import Bin
 from nanopack.cli.text import (
     COLOURS,
@@ -21,32 +21,6 @@ from nanopack.cli.text import (
     table,
     text_width,
 )
-
-IGNORED = -100
-# Row 0: a conversation of 5 tokens, 4 of one from its token 7 on, one of 1, padding. Row 1: padding only.
-PIECES = ((Piece(30, 0, 5, 0), Piece(10, 5, 4, 7), Piece(20, 9, 1, 0)), ())
-TRAINED = ("..TT..TTT...", "............")
-
-
-def make_batch(pieces=PIECES, trained=TRAINED) -> Batch:
-    columns = len(trained[0])
-    return Batch(
-        inputs=torch.arange(len(trained) * columns, dtype=torch.int32).reshape(-1, columns),
-        targets=torch.tensor([[7 if mark == "T" else IGNORED for mark in row] for row in trained]),
-        weights=None,
-        positions=None,
-        doc_ids=None,
-        cu_seqlens=None,
-        step=0,
-        num_trained=0,
-        num_tokens=0,
-        weight_sum=0.0,
-        max_seqlen=0,
-        epoch=1,
-        progress=1.0,
-        last=True,
-        word_pieces=pieces,
-    )
 
 
 def draw(batch, rows=(0, 1), width=80, colour=False):
