@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from nanopack import Loader, merge_states
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
-SCRIPT = Path(__file__).parents[1] / "support" / "distributed_run.py"
+SCRIPT = Path(__file__).parent / "support" / "distributed_run.py"
 # As in hypothesis, CI takes the same road each time.
 SEED = 0 if "CI" in os.environ else random.randrange(10_000)
 
