@@ -108,7 +108,7 @@ def workers_of(loader):
 
 @pytest.mark.parametrize("end", ["close", "drop", "kill the producer"])
 def test_workers_end_with_their_producer(end):
-    loader = Loader(CHATS, TOKENIZER, workers=2, **SMALL)
+    loader = Loader(CHATS, TOKENIZER, num_workers=2, **SMALL)
     next(loader)
     producer, workers = pid_of(loader), workers_of(loader)
     if end == "close":
@@ -122,7 +122,7 @@ def test_workers_end_with_their_producer(end):
 
 
 def test_a_killed_worker_is_named_with_what_it_was_doing():
-    with Loader(CHATS, TOKENIZER, workers=2, prefetch=1, **SMALL) as loader:
+    with Loader(CHATS, TOKENIZER, num_workers=2, prefetch=1, **SMALL) as loader:
         first = next(loader)
         os.kill(workers_of(loader)[1], signal.SIGKILL)
         with within(20):
@@ -135,7 +135,7 @@ def test_a_killed_worker_is_named_with_what_it_was_doing():
 
 
 def test_a_stopped_worker_is_waited_for_with_a_warning_and_nothing_is_lost(caplog):
-    with Loader(CHATS, TOKENIZER, workers=2, prefetch=1, **SMALL) as loader:
+    with Loader(CHATS, TOKENIZER, num_workers=2, prefetch=1, **SMALL) as loader:
         got = [next(loader)]
         workers = workers_of(loader)
         for worker in workers:

@@ -64,7 +64,7 @@ FAULTS = {
 def test_a_fault_is_named_after_the_batches_before_it(fault, workers):
     do, kind, message = FAULTS[fault]
     with within(20):
-        loader = Loader(Faulty(20, do), TOKENIZER, workers=workers, epochs=1, **SMALL)
+        loader = Loader(Faulty(20, do), TOKENIZER, num_workers=workers, epochs=1, **SMALL)
         batches, error = batches_until_error(loader)
         assert type(error) is kind
         assert error.__cause__ is None or "Traceback" in str(error.__cause__) or "EOF" in repr(error.__cause__)
@@ -167,7 +167,7 @@ def hog():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_memory_that_runs_out_is_a_memory_error(workers):
-    with Loader(Faulty(20, hog), TOKENIZER, workers=workers, **SMALL) as loader, within(20):
+    with Loader(Faulty(20, hog), TOKENIZER, num_workers=workers, **SMALL) as loader, within(20):
         with pytest.raises(MemoryError):
             for _ in loader:
                 pass

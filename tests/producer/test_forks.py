@@ -157,7 +157,7 @@ def test_a_process_forked_from_the_trainer_leaves_the_loader_alone():
 def test_a_forked_copy_of_an_inline_loader_is_refused_too():
     # both would fill the same slot
     with within(20):
-        assert_a_forked_process_is_refused(Loader(CHATS, TOKENIZER, workers=0, **SMALL))
+        assert_a_forked_process_is_refused(Loader(CHATS, TOKENIZER, num_workers=0, **SMALL))
 
 
 @pytest.mark.parametrize("code", [0, 3])

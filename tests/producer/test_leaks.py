@@ -39,7 +39,7 @@ def resources():
 
 def open_and_close(count):
     for number in range(count):
-        loader = Loader(CHATS, TOKENIZER, workers=1 + number % 2, **SMALL)
+        loader = Loader(CHATS, TOKENIZER, num_workers=1 + number % 2, **SMALL)
         next(loader)
         if number % 3:
             loader.close()
@@ -59,7 +59,7 @@ def test_a_refused_start_leaves_nothing_to_end_at_exit(monkeypatch):
     monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(ValueError, match="workers=0 there") as kept:
+    with pytest.raises(ValueError, match="num_workers=0 there") as kept:
         Loader(CHATS, TOKENIZER, **SMALL)
     assert not list(process._open) and kept
     process._close_all()
@@ -69,7 +69,7 @@ def test_a_refused_start_leaves_nothing_to_end_at_exit(monkeypatch):
 
 
 def soak(batches):
-    with Loader(CHATS, TOKENIZER, batch_size=4, seq_len=128, extras=("positions",), weights="token") as loader:
+    with Loader(CHATS, TOKENIZER, batch_size=4, seq_len=128, extras=("positions",), loss_weights="token") as loader:
         pid = pid_of(loader)
         producer_pages = Path(f"/proc/{pid}/statm")
         for _ in range(1000):

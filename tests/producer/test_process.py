@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals and /pr
 
 def test_a_daemonic_process_gets_an_error_with_the_remedy(monkeypatch):
     monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
-    with pytest.raises(ValueError, match="workers=0 there"):
+    with pytest.raises(ValueError, match="num_workers=0 there"):
         Loader(CHATS, TOKENIZER, **SMALL)
 
 
@@ -91,13 +91,13 @@ def test_workers_and_prefetch_change_nothing(data, packing, workers, prefetch, e
         "packing": packing,
         "loss": "all",
         "epochs": epochs,
-        "weights": "conversation",
+        "loss_weights": "conversation",
         "extras": ("positions", "doc_ids", "cu_seqlens"),
         "max_pieces": 16,
     }
     wanted = reference.batches(data, TOKENIZER, **arguments)
-    inline = Loader(data, TOKENIZER, workers=0, **arguments)
-    with within(60), Loader(data, TOKENIZER, workers=workers, prefetch=prefetch, **arguments) as loader:
+    inline = Loader(data, TOKENIZER, num_workers=0, **arguments)
+    with within(60), Loader(data, TOKENIZER, num_workers=workers, prefetch=prefetch, **arguments) as loader:
         assert compare(wanted, loader).difference is None
         assert len(list(inline)) == loader.stats()["batches"] and inline.ledger() == loader.ledger()
 
@@ -113,7 +113,7 @@ def test_more_requests_than_a_pipe_holds_do_not_lock_the_workers_up():
     """A thousand rows read side by side, each a chunk ahead, and documents that fill the pipe of the results."""
     chats = [{"text": f"{'a b c d e f g h ' * 400}{k}"} for k in range(1200)]
     arguments = dict(batch_size=1000, seq_len=16, shard="row", window=2, packing="best_fit_pad", loss="all")
-    with within(60), Loader(chats, TOKENIZER, workers=2, **arguments) as loader:
+    with within(60), Loader(chats, TOKENIZER, num_workers=2, **arguments) as loader:
         batch = next(loader)
     expected = next(reference.batches(chats, TOKENIZER, **arguments))
     assert compare(iter([expected]), iter([batch])).difference is None
