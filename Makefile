@@ -10,9 +10,9 @@ INSTALL := $(PIP) install --quiet --no-index --find-links $(WHEELS) --no-build-i
 else
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 endif
-# As many test processes as there are cores; `loadgroup` keeps tests that share a slow fixture in one of them.
+# A test process per core; `loadfile` runs a file in one of them, so that slow module fixtures are made once.
 PYTEST := $(BIN)/python -m pytest
-PARALLEL := -n logical --maxprocesses 8 --dist loadgroup
+PARALLEL := -n logical --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test slow test-trainers lint bench gpu gpu-tests gpu-memcheck gpu-bench clean
 
@@ -26,9 +26,9 @@ test: .venv/dev
 slow: .venv/dev
 	$(PYTEST) $(PARALLEL) -m slow
 
-# TRL and Lightning: `make test` skips the tests that need them.
+# accelerate, TRL and Lightning: large to install and slow to run, so not part of `make test`.
 test-trainers: .venv/trainers
-	$(PYTEST) tests/adapters
+	$(PYTEST) $(PARALLEL) -m trainers
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -7,8 +7,8 @@ from setuptools import find_packages, setup
 # The range that tests/tokenizers/test_splintr.py compares with tiktoken: widen it only with that test passing.
 FAST = ["splintr-rs>=0.22,<0.23"]
 PLOT = ["matplotlib>=3.8"]
-HF = ["transformers>=5", "accelerate>=1.1"]
-TRL = [*HF, "trl>=1"]
+TRANSFORMERS = ["transformers>=5"]
+HF = [*TRANSFORMERS, "accelerate>=1.1", "trl>=1"]
 LIGHTNING = ["lightning>=2.4"]
 TEST = [
     "pytest>=8",
@@ -22,7 +22,7 @@ TEST = [
     "safetensors>=0.4",
     "zstandard>=0.22",
     *FAST,
-    *HF,
+    *TRANSFORMERS,
 ]
 LINT = ["ruff>=0.6", "mypy>=1.11"]
 
@@ -49,11 +49,10 @@ setup(
         "plot": PLOT,
         "fast": FAST,
         "hf": HF,
-        "trl": TRL,
         "lightning": LIGHTNING,
         "test": TEST,
         "dev": TEST + PLOT + LINT,
-        "trainers": TRL + LIGHTNING,
+        "trainers": HF + LIGHTNING,
         "gpu": ["pytest>=8", "hypothesis>=6.100"],
     },
     entry_points={"console_scripts": ["nanopack = nanopack.cli:main"]},

@@ -172,6 +172,7 @@ def test_documents_would_see_each_other_otherwise(change):
 # The trainers
 
 
+@pytest.mark.trainers
 def test_accelerate_trains_in_a_loop_of_ones_own():
     accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install 'nanopack[hf]'")
     accelerator = accelerate.Accelerator(cpu=True)
@@ -195,6 +196,7 @@ def assert_learned(losses: list[float]) -> None:
     assert sum(losses[-5:]) / 5 < losses[0] - 0.5
 
 
+@pytest.mark.trainers
 def test_a_run_in_accelerate_goes_on_from_its_checkpoint_as_if_it_had_not_ended(tmp_path):
     accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install 'nanopack[hf]'")
 
@@ -247,6 +249,7 @@ def losses_of(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.trainers
 def test_transformers_trainer_trains_on_the_loaders_batches(tmp_path):
     pytest.importorskip("accelerate", reason="needs accelerate: pip install 'nanopack[hf]'")
     from transformers import Trainer, TrainingArguments
@@ -260,6 +263,7 @@ def test_transformers_trainer_trains_on_the_loaders_batches(tmp_path):
     assert_learned(losses_of(trainer))
 
 
+@pytest.mark.trainers
 def test_its_first_loss_is_that_of_all_targets_of_both_batches(tmp_path):
     pytest.importorskip("accelerate", reason="needs accelerate: pip install 'nanopack[hf]'")
     from transformers import Trainer, TrainingArguments
@@ -276,6 +280,7 @@ def test_its_first_loss_is_that_of_all_targets_of_both_batches(tmp_path):
     assert losses_of(trainer)[0] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.trainers
 def test_trls_sft_trainer_trains_on_the_loaders_batches(tmp_path):
     trl = pytest.importorskip("trl", reason="needs trl: pip install 'nanopack[hf]'")
     datasets = pytest.importorskip("datasets", reason="needs datasets")

@@ -21,7 +21,10 @@ from lightning_run import Trained, make_loader, make_trainer, saved_every
 
 from nanopack.adapters.lightning import Batches
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(does not have many workers|GPU available|in the `DataLoader`).*")
+pytestmark = [
+    pytest.mark.trainers,
+    pytest.mark.filterwarnings("ignore:.*(does not have many workers|GPU available|in the `DataLoader`).*"),
+]
 
 
 class Stop(Callback):
