@@ -369,7 +369,7 @@ REFUSED = {
     "unknown extra": (["pack", "--extras", "positions,x"], "'x' is not known"),
     "rank alone": (["pack", "--rank", "1"], "nanopack: --rank=1, but no world_size; pass both"),
     "rank too large": (["pack", "--rank", "2", "--world-size", "2"], "use an int from 0 to 1"),
-    "no such tokenizer": (["pack", "--tokenizer", "gpt9"], "--tokenizer='gpt9' is no bundled name"),
+    "no such tokenizer": (["pack", "--tokenizer", "gpt9"], "--tokenizer='gpt9' is neither a bundled name"),
     "tokenizer of tiktoken's": (
         ["pack", "--tokenizer", "gpt2"],
         "or folder; give a bundled name (chat32k), a nanochat",

@@ -193,7 +193,7 @@ def changed(**fields: object) -> Template:
         ({"system": None}, "merge_system=True is not allowed with system=None; give a Turn"),
         ({"system": Turn(end="x")}, "give a Turn that has only before and after"),
         ({"system": Turn(trained=True)}, "give a Turn that has only before and after"),
-        ({"system": Turn(after="<end>")}, "'<end>' in system is inside the user's text and cannot be a special token"),
+        ({"system": Turn(after="<end>")}, "'<end>' in system is inside the user's text, which is encoded as ordinary"),
     ],
     ids=str,
 )

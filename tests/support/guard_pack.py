@@ -93,8 +93,8 @@ def exit_code(run: Callable[[str, str], None], executor: str, side: str) -> int:
 
 
 if __name__ == "__main__":
-    cases = {"packed": pack_all_beside, "overrun": overrun}
-    ended = {
-        f"{n} {side}": exit_code(run, sys.argv[1], side) for n, run in cases.items() for side in ("after", "before")
-    }
+    ended = {}
+    for side in ("after", "before"):
+        ended[f"packed {side}"] = exit_code(pack_all_beside, sys.argv[1], side)
+        ended[f"overrun {side}"] = exit_code(overrun, sys.argv[1], side)
     print(json.dumps(ended))
