@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiktoken
+from data_sets import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,15 +20,9 @@ import nanopack
 from nanopack import ConversationError, Loader, mixture, reference
 from nanopack.conversations.records import Source
 from nanopack.mixture import MAX_PICKS, Mixture
-from nanopack.tokenizers.tokenizer import NANOCHAT_SPECIAL_TOKENS
 from nanopack.verify import compare
 
-BYTES = tiktoken.Encoding(
-    "bytes",
-    pat_str=r"(?s:.)",
-    mergeable_ranks={bytes([i]): i for i in range(256)},
-    special_tokens={name: 256 + i for i, name in enumerate(NANOCHAT_SPECIAL_TOKENS)},
-)
+BYTES = byte_tokenizer()
 
 
 class Numbers:

@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from faulty import CHATS, SMALL, TOKENIZER, Faulty, wait_until
+from faulty import CHATS, SMALL, TOKENIZER, Faulty, ready, wait_until
 
 from nanopack import Loader
 
@@ -18,7 +18,7 @@ def test_a_trainer_that_finds_its_batches_ready_has_not_waited():
         next(loader)
         waited = loader.stats()["waited_for_producer_s"]
         for _ in range(20):
-            wait_until(lambda: loader._feed.ready)
+            wait_until(lambda: ready(loader))
             next(loader)
         stats = loader.stats()
     assert stats["waited_for_producer_s"] == waited

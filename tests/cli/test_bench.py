@@ -12,13 +12,12 @@ import subprocess
 import sys
 import types
 from functools import partial
-from pathlib import Path
 
 import nanochat_loops
 import pytest
 import torch
+from data_sets import SHIPPED
 
-import nanopack
 from nanopack import Loader, cli
 from nanopack.cli import options
 from nanopack.cli.bench import corpus as data
@@ -31,7 +30,6 @@ from nanopack.cli.bench import stalls as waiting
 from nanopack.cli.bench import tokenizer_bound as tokenizer
 from nanopack.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
-SHIPPED = Path(nanopack.__file__).parent / "data" / "conversations.jsonl"
 TOKENIZER = load_tokenizer("chat32k")
 ENCODING = TOKENIZER.encoding
 PARTS = [

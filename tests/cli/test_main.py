@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_sets import SHIPPED
 
 import nanopack.upload.executor
 from nanopack import Loader, cli
@@ -25,7 +26,6 @@ from nanopack.config import LoaderConfig
 COMMANDS = ("pack", "verify", "inspect")
 SMALL = ("--batch-size", "4", "--seq-len", "64")
 RANKS = Path(nanopack.__file__).parent / "data" / "chat32k.tiktoken"
-SHIPPED = Path(nanopack.__file__).parent / "data" / "conversations.jsonl"
 
 
 @pytest.fixture(autouse=True)

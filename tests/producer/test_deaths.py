@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from faulty import CHATS, SMALL, TOKENIZER, Faulty, expected, is_gone, pid_of, wait_until, within
+from faulty import CHATS, SMALL, TOKENIZER, Faulty, expected, is_gone, pid_of, ready, sent_once_full, wait_until, within
 
 from nanopack import Loader, reference
 from nanopack.errors import ProducerError
@@ -29,15 +29,13 @@ def test_every_batch_that_was_ready_comes_before_the_death(number, prefetch):
     # without pytest's own handler, which would print the stack
     with Loader(Faulty(0, faulthandler.disable), TOKENIZER, prefetch=prefetch, **SMALL) as loader:
         got = [next(loader)]
-        # the producer fills all slots, and then waits
-        wait_until(lambda: loader._feed.ring.signs.posted == loader._feed.ring.signs.freed + prefetch + 1)
-        posted = loader._feed.ring.signs.posted
+        sent = sent_once_full(loader, prefetch)
         os.kill(pid_of(loader), number)
         assert is_gone(pid_of(loader))
         with within(20), pytest.raises(ProducerError, match=f"killed by {number.name}"):
             for batch in loader:
                 got.append(batch)
-    assert len(got) == posted and compare(expected(posted), iter(got)).difference is None
+    assert len(got) == sent and compare(expected(sent), iter(got)).difference is None
 
 
 def test_a_death_is_noticed_though_a_stranger_holds_the_pipe_open(monkeypatch):
@@ -82,7 +80,7 @@ def test_batches_that_are_ready_come_from_a_stopped_producer_without_a_wait():
     with Loader(CHATS, TOKENIZER, prefetch=4, **SMALL) as loader:
         got = [next(loader)]
         # two may be on the device already, and keep their slots until the next call
-        wait_until(lambda: loader._feed.ready >= 3)
+        wait_until(lambda: ready(loader) >= 3)
         os.kill(pid_of(loader), signal.SIGSTOP)
         with within(20):
             got += [next(loader) for _ in range(3)]

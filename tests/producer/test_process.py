@@ -6,7 +6,7 @@ import multiprocessing
 import sys
 
 import pytest
-from faulty import CHATS, SMALL, TOKENIZER, Faulty, wait_until, within
+from faulty import CHATS, SMALL, TOKENIZER, Faulty, ready, wait_until, within
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from trainer_script import script
@@ -106,7 +106,7 @@ def test_news_of_all_slots_fit_the_pipe_though_a_batch_has_many_pieces():
     chats = [{"text": "a"}] * 10
     with Loader(chats, TOKENIZER, batch_size=16, seq_len=512, packing="stream", loss="all", prefetch=4) as loader:
         next(loader)
-        wait_until(lambda: loader._feed.ready >= 3)
+        wait_until(lambda: ready(loader) >= 3)
 
 
 def test_more_requests_than_a_pipe_holds_do_not_lock_the_workers_up():

@@ -9,6 +9,7 @@ import pickle
 from importlib import resources
 
 import pytest
+from data_sets import SHIPPED
 
 from nanopack import Loader, Template, Turn, verify
 from nanopack.config import LoaderConfig
@@ -32,7 +33,7 @@ def tokenizer_with(special_tokens: list[str]) -> Tokenizer:
 
 def shipped(count: int) -> list[dict]:
     """Shipped conversations whose contents are all strings."""
-    lines = (DATA / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = SHIPPED.read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     plain = [r for r in records if all(isinstance(m["content"], str) for m in r.get("messages", []))]
     return plain[:count]

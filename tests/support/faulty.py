@@ -48,6 +48,18 @@ def pid_of(loader):
     return loader._feed._process.pid
 
 
+def ready(loader):
+    """How many batches wait to be taken."""
+    return loader._feed.ready
+
+
+def sent_once_full(loader, prefetch):
+    """How many batches the producer has sent once all slots are full, when it sends no more."""
+    signs = loader._feed.ring.signs
+    wait_until(lambda: signs.posted == signs.freed + prefetch + 1)
+    return signs.posted
+
+
 def wait_until(true, seconds=20.0):
     end = time.monotonic() + seconds
     while not true():

@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from data_sets import SHIPPED
 
 # `python -m pytest` puts the checkout on the path, where transformers takes the folder kernels/ for PyPI's package.
 sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).parents[2]]
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-CONVERSATIONS = resources.files("nanopack") / "data" / "conversations.jsonl"
 
 # A newline behind a block would be taken for the template's own layout.
 HEADER = "<|im_start|>{{ message['role'] }}\n"
@@ -48,7 +48,7 @@ CALLS = (
 
 def shipped(count: int) -> list[dict[str, Any]]:
     """The first shipped conversations whose contents are all strings."""
-    records = [json.loads(line) for line in CONVERSATIONS.read_text(encoding="utf-8").splitlines()]
+    records = [json.loads(line) for line in SHIPPED.read_text(encoding="utf-8").splitlines()]
     return [r for r in records if all(isinstance(m["content"], str) for m in r.get("messages", []))][:count]
 
 

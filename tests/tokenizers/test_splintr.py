@@ -9,12 +9,12 @@ import pickle
 import sys
 import threading
 import unicodedata
-from importlib import resources
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiktoken
+from data_sets import SHIPPED
 from fuzz_texts import TEXTS, fuzz
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -30,7 +30,6 @@ from nanopack.verify import compare
 
 pytest.importorskip("splintr", reason="splintr-rs is not installed: pip install nanopack[fast]")
 
-FILE = str(resources.files("nanopack") / "data" / "conversations.jsonl")
 TOKENIZER = load_tokenizer("chat32k")
 FAST = FastTokenizer(TOKENIZER.encoding)
 SMALL = {"batch_size": 4, "seq_len": 64, "epochs": 1}
@@ -125,7 +124,7 @@ def test_python_knows_no_unicode_that_the_guard_does_not():
 
 
 def test_every_text_of_the_shipped_conversations_has_tiktokens_ids():
-    source = open_conversations(FILE)
+    source = open_conversations(SHIPPED)
     for index in range(len(source)):
         for message in check(source[index]).messages:
             parts = [message.content] if isinstance(message.content, str) else [part.text for part in message.content]
@@ -344,8 +343,8 @@ def test_the_batches_are_the_reference_packers_which_tiktoken_encodes(workers):
 
 def test_the_shipped_conversations_give_the_same_batches_with_both_encoders():
     with (
-        Loader(FILE, "chat32k", epochs=1, encoder="fast", num_workers=0) as ours,
-        Loader(FILE, "chat32k", epochs=1) as its,
+        Loader(SHIPPED, "chat32k", epochs=1, encoder="fast", num_workers=0) as ours,
+        Loader(SHIPPED, "chat32k", epochs=1) as its,
     ):
         found = compare(its, ours)
     assert found, found.difference
