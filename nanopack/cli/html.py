@@ -1,9 +1,9 @@
-"""Write a batch as a page for a browser, where every token tells where it comes from and why it is trained or not.
+"""Write a batch as an HTML page that shows of every token where it comes from and why it is in the loss or not.
 
     Batch, Loader   ->   explain_rows()   ->   save_page()   ->   one .html file that needs no other
 
-The page itself is data/inspect.html. Texts and reasons come in tables, each once, and what stands side by side in one
-message is one span: a batch of 32 x 2048 tokens takes about 600 kB. Words of a conversation reach the page only as JSON
+The page itself is data/inspect.html. Each distinct text and reason is stored once, and adjacent tokens of one message
+are one span: a batch of 32 x 2048 tokens takes about 600 kB. Words of a conversation reach the page only as JSON
 without "<", and from there as text, so nothing in them can become markup or run.
 """
 
@@ -23,8 +23,8 @@ from nanopack.loader import Loader
 from nanopack.render.renderer import Renderer
 
 
-class _Table:
-    """Values, each once, and the number of each."""
+class _Numbering:
+    """Distinct values, numbered in order of appearance."""
 
     def __init__(self) -> None:
         self._numbers: dict[Any, int] = {}
@@ -37,7 +37,7 @@ class _Table:
 
 
 def explain_rows(batch: Batch, loader: Loader) -> list[list[Explanation]]:
-    """Return what `loader.explain` says of every slot."""
+    """Return `loader.explain` of every position of the batch, (B, T)."""
     recipe, source, tokenizer = loader.recipe, loader.source, loader.tokenizer
     render = Renderer(tokenizer, recipe.template)
     return [
@@ -47,16 +47,16 @@ def explain_rows(batch: Batch, loader: Loader) -> list[list[Explanation]]:
 
 
 def page_data(rows: Sequence[Sequence[Explanation]]) -> dict[str, Any]:
-    """Return what the page knows, JSON-able: for each row the numbers of its texts and reasons, and its spans.
+    """Return the data of the page, JSON-able: for each row the numbers of its texts and reasons, and its spans.
 
     A row has T + 1 texts (-1 in padding): the last is only a target. A span is
-    [start, stop, piece, place, message, role, token of the document at start].
+    [start, stop, piece, place, message, role, index of its first token in the document].
     """
-    texts, reasons, places = _Table(), _Table(), _Table()
-    told = []
+    texts, reasons, places = _Numbering(), _Numbering(), _Numbering()
+    packed = []
     for row in rows:
         tokens = [explanation.input for explanation in row] + [row[-1].target]
-        told.append(
+        packed.append(
             {
                 "texts": [-1 if token is None else texts.number(token.text) for token in tokens],
                 "reasons": [reasons.number((explanation.trained, explanation.reason)) for explanation in row],
@@ -69,11 +69,11 @@ def page_data(rows: Sequence[Sequence[Explanation]]) -> dict[str, Any]:
         "texts": texts.values(),
         "reasons": reasons.values(),
         "places": places.values(),
-        "rows": told,
+        "rows": packed,
     }
 
 
-def _spans(tokens: Sequence[Token | None], places: _Table) -> list[list[Any]]:
+def _spans(tokens: Sequence[Token | None], places: _Numbering) -> list[list[Any]]:
     spans: list[list[Any]] = []
     piece, before = -1, None
     for column, token in enumerate(tokens):
@@ -94,7 +94,7 @@ def _place(token: Token, later: int) -> tuple[int, int]:
 
 
 def save_page(rows: Sequence[Sequence[Explanation]], path: Path, *, title: str) -> None:
-    """Write the page of a batch, of which `explain_rows` tells."""
+    """Write the page of a batch, given its `explain_rows`."""
     page = (resources.files("nanopack") / "data" / "inspect.html").read_text(encoding="utf-8")
     # JSON has "<" only in strings, and "</script" in one would end the data
     data = json.dumps(page_data(rows), separators=(",", ":")).replace("<", "\\u003c")
