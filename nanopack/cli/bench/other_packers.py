@@ -30,12 +30,13 @@ class NotHereError(Exception):
     """A package is not installed or cannot be imported; the message becomes the note in the report."""
 
 
-def need(package: str) -> Any:
-    """Return the package of that name, or raise NotHereError."""
+def need(package: str, name: str | None = None) -> Any:
+    """Return the package, or what it calls `name`, which may import more of it; NotHereError if that fails."""
     if importlib.util.find_spec(package.partition(".")[0]) is None:
         raise NotHereError(f"{package.partition('.')[0]} is not installed")
     try:
-        return importlib.import_module(package)
+        found = importlib.import_module(package)
+        return getattr(found, name) if name else found
     except Exception as error:
         first_line = next(iter(str(error).splitlines()), "")
         raise NotHereError(f"{package} cannot be imported ({type(error).__name__}: {first_line})") from error
@@ -43,7 +44,7 @@ def need(package: str) -> Any:
 
 def trl(documents: Sequence[Document], strategy: str) -> PackedContender:
     """Return TRL's pack_dataset over all documents at once, in memory."""
-    pack_dataset, datasets = need("trl").pack_dataset, need("datasets")
+    pack_dataset, datasets = need("trl", "pack_dataset"), need("datasets")
     need("pyarrow").set_cpu_count(1)
     datasets.disable_progress_bars()
     columns = {"input_ids": [d.ids.astype(np.int32) for d in documents], "loss_mask": [d.mask for d in documents]}
@@ -86,7 +87,7 @@ def grain(documents: Sequence[Document], bins: int) -> PackedContender:
 
 def flattening(documents: Sequence[Document]) -> PackedContender:
     """Return transformers' flattening collator over batches of as many documents as fit."""
-    collate = need("transformers").DataCollatorWithFlattening(return_tensors="pt")
+    collate = need("transformers", "DataCollatorWithFlattening")(return_tensors="pt")
     groups: list[list[dict[str, list[int]]]] = [[]]
     room = ROWS * ROW
     for document in documents:
