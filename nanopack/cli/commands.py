@@ -27,7 +27,7 @@ from nanopack import reference
 from nanopack.batch import Batch
 from nanopack.cli.html import explain_rows, save_page
 from nanopack.cli.lengths import Lengths, measure
-from nanopack.cli.options import RECIPE_DEFAULTS
+from nanopack.cli.options import CONFIG_DEFAULTS
 from nanopack.cli.plots import load_matplotlib, save_curve, save_lengths
 from nanopack.cli.progress import Show, progress
 from nanopack.cli.summary import Totals, count_batches, describe_batch, describe_lengths, draw, percent, table
@@ -47,7 +47,7 @@ def pack(options: Namespace) -> int:
     save = _saver(options.save)
     kept: list[Batch] = []
     with _loader(options) as loader, progress("packing") as show:
-        totals = Totals(loader.recipe)
+        totals = Totals(loader.config)
         for batch in _deliver(loader, totals, options.max_batches, show):
             if save or not kept:
                 kept.append(batch)
@@ -71,9 +71,9 @@ def verify(options: Namespace) -> int:
     for name in ("encoder", "executor"):
         data.pop(name, None)
     with _loader(options) as loader, progress("verifying") as show:
-        data |= {"rank": loader.recipe.rank, "world_size": loader.recipe.world_size}
+        data |= {"rank": loader.config.rank, "world_size": loader.config.world_size}
         expected = reference.batches(_conversations(options), loader.tokenizer, **data)
-        got = _deliver(loader, Totals(loader.recipe), options.max_batches, show)
+        got = _deliver(loader, Totals(loader.config), options.max_batches, show)
         found = compare(itertools.islice(expected, options.max_batches), got)
         ledger = loader.ledger()
     equal = bool(found) and found.batches > 0
@@ -94,9 +94,9 @@ def inspect(options: Namespace) -> int:
     if options.lengths_png:
         load_matplotlib(options.lengths_png)
     with _loader(options) as loader:
-        if (options.row or 0) >= loader.recipe.batch_size:
-            raise ValueError(f"--row={options.row} is outside the batch; use 0 to {loader.recipe.batch_size - 1}")
-        totals = Totals(loader.recipe)
+        if (options.row or 0) >= loader.config.batch_size:
+            raise ValueError(f"--row={options.row} is outside the batch; use 0 to {loader.config.batch_size - 1}")
+        totals = Totals(loader.config)
         with progress("packing") as show:
             delivered = _deliver(loader, totals, options.max_batches, show)
             drawn = next((batch for batch in delivered if batch.step == options.batch), None)
@@ -115,7 +115,7 @@ def inspect(options: Namespace) -> int:
         _print_json({**_inspection(lengths, loader, totals.report(ledger)), "written": written})
     else:
         print(f"{_title(options)}\n\n{describe_lengths(lengths, loader)}")
-        print(f"\nPacked with {loader.recipe.packing}:\n\n{table(totals.rows(ledger, speed=False))}")
+        print(f"\nPacked with {loader.config.packing}:\n\n{table(totals.rows(ledger, speed=False))}")
         if drawn is not None:
             print(f"\n{describe_batch(drawn, loader, options.rows, options.row)}")
         if written:
@@ -145,14 +145,14 @@ def bench(options: Namespace) -> int:
 
 def _write_pictures(batch: Batch | None, lengths: Lengths, loader: Loader, options: Namespace) -> list[str]:
     """Write the pictures that were asked for, and return their paths."""
-    recipe = loader.recipe
+    config = loader.config
     if batch and options.html:
-        packed = f"{recipe.batch_size:,} rows x {recipe.seq_len:,} tokens, packed with {recipe.packing}"
+        packed = f"{config.batch_size:,} rows x {config.seq_len:,} tokens, packed with {config.packing}"
         padding = percent(1 - batch.num_tokens / batch.inputs.numel())
         title = f"{_title(options)}: batch {batch.step}, {packed}, {padding} padding"
         save_page(explain_rows(batch, loader), options.html, title=title)
     if options.lengths_png:
-        save_lengths(lengths, recipe, options.lengths_png, title=_title(options))
+        save_lengths(lengths, config, options.lengths_png, title=_title(options))
     return [str(path) for path in (options.lengths_png, options.html) if path]
 
 
@@ -223,7 +223,7 @@ def _title(options: Namespace) -> str:
 
 def _loader_options(options: Namespace) -> dict[str, Any]:
     """Return the loader's arguments among the options; one pass over the data unless given."""
-    given = {name: value for name, value in vars(options).items() if name in (*RECIPE_DEFAULTS, "encoder", "executor")}
+    given = {name: value for name, value in vars(options).items() if name in (*CONFIG_DEFAULTS, "encoder", "executor")}
     return {"epochs": 1, **given}
 
 
@@ -274,8 +274,8 @@ def _safetensors(path: Path) -> Any:
 
 def _measure(loader: Loader, read: int) -> Lengths:
     """Return the lengths of the conversations that the loader read in its first pass."""
-    recipe, source = loader.recipe, loader.source
-    share = Share(len(source), recipe.rank, recipe.world_size, recipe.shuffle_seed)
+    config, source = loader.config, loader.source
+    share = Share(len(source), config.rank, config.world_size, config.seed)
     count = min(read, share.reads(1))
     with progress("measuring") as show:
 
@@ -284,11 +284,11 @@ def _measure(loader: Loader, read: int) -> Lengths:
                 yield share.conversation(number)
                 show((number + 1) / count, f"{number + 1:,} conversations")
 
-        return measure(source, indices(), Renderer(loader.tokenizer, recipe.template))
+        return measure(source, indices(), Renderer(loader.tokenizer, config.template))
 
 
 def _inspection(lengths: Lengths, loader: Loader, packed: dict[str, Any]) -> dict[str, Any]:
-    row_tokens = loader.recipe.row_tokens
+    row_tokens = loader.config.row_tokens
     histogram = [found._asdict() for found in lengths.histogram(row_tokens)]
     return {"documents": lengths.summary(row_tokens, loader.source.where), "histogram": histogram, "packing": packed}
 

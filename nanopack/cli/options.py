@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nanopack import __version__
-from nanopack.config import EXTRAS, LOSSES, ON_ERROR, SHARDS, TEMPLATES, WEIGHTS, Recipe
+from nanopack.config import EXTRAS, LOSS_WEIGHTS, LOSSES, ON_ERROR, SHARDS, TEMPLATES, LoaderConfig
 from nanopack.packing.packers import MAX_AGE, PACKINGS, WINDOWS
 from nanopack.tokenizers.splintr import ENCODERS
 
-RECIPE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Recipe)}
+CONFIG_DEFAULTS = {field.name: field.default for field in dataclasses.fields(LoaderConfig)}
 LISTED_PIECES = 12
 """Pieces that inspect lists unless a row was asked for."""
 
@@ -140,28 +140,33 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_data_options(group: argparse._ArgumentGroup) -> None:
     def option(name: str, what: str, default: object = "", **settings: Any) -> None:
-        shown = default or RECIPE_DEFAULTS.get(name)
+        shown = default or CONFIG_DEFAULTS.get(name)
         what += "" if shown is None or isinstance(shown, (bool, tuple)) else f" (default: {shown})"
         group.add_argument(f"--{name.replace('_', '-')}", help=what, default=argparse.SUPPRESS, **settings)
 
     windows = ", ".join(f"{size} {packing}" for packing, size in WINDOWS.items())
     option("tokenizer", TOKENIZERS, "chat32k")
-    option("encoder", "fast: splintr-rs, exact and sooner; checked against tiktoken", "tiktoken", choices=ENCODERS[1:])
+    option(
+        "encoder", "fast: splintr-rs, the same ids faster, checked against tiktoken", "tiktoken", choices=ENCODERS[1:]
+    )
     option("batch_size", "rows of a batch, B", metavar="B", type=int)
     option("seq_len", "tokens of a row, T", metavar="T", type=int)
     option("packing", PACKING_HELP, choices=PACKINGS)
-    option("loss", "which tokens are trained", choices=LOSSES)
+    option("loss", "which tokens are in the loss", choices=LOSSES)
     option(
-        "weights",
-        "add loss weights: 1 a trained token, or such that every conversation counts once",
-        choices=WEIGHTS[1:],
+        "loss_weights",
+        "add loss weights: 1 for each token in the loss, or every conversation the same in total",
+        choices=LOSS_WEIGHTS[1:],
     )
     option(
-        "extras", f"more tensors, with commas: {', '.join(EXTRAS)}", metavar="A,B", type=lambda text: text.split(",")
+        "extras",
+        f"more tensors, separated by commas: {', '.join(EXTRAS)}",
+        metavar="A,B",
+        type=lambda text: text.split(","),
     )
     option("max_pieces", "pieces a row for which cu_seqlens has room", "T // 8 + 1", metavar="N", type=int)
-    option("template", "the chat template", choices=TEMPLATES)
-    option("max_tokens", "cut documents to this many tokens", metavar="N", type=int)
+    option("template", "chat template", choices=TEMPLATES)
+    option("max_document_tokens", "cut documents to this many tokens", metavar="N", type=int)
     option("window", "documents among which to choose", windows, metavar="N", type=int)
     option("max_age", "rows that a document may wait", f"{MAX_AGE}, best_fit only", metavar="N", type=int)
     option("refill", "documents read at a time", metavar="N", type=int)
@@ -171,16 +176,16 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
         dest="boundary_loss",
         action="store_false",
         default=argparse.SUPPRESS,
-        help="never train the first token of a document",
+        help="keep the first token of each document out of the loss",
     )
-    option("ignore_index", "the target where nothing is trained", metavar="I", type=int)
-    option("rank", "which share of the conversations to read", "0", metavar="R", type=int)
-    option("world_size", "number of shares", metavar="W", type=int)
-    option("shard", "what reads a share: a rank, or a row of all ranks' batches together", choices=SHARDS)
-    option("shuffle_seed", "a new order in each pass", metavar="S", type=int)
+    option("ignore_index", "target of positions that are not in the loss", metavar="I", type=int)
+    option("rank", "which shard of the conversations to read", "0", metavar="R", type=int)
+    option("world_size", "number of shards", metavar="W", type=int)
+    option("shard", "what reads a shard: a rank, or each row of all ranks' batches", choices=SHARDS)
+    option("seed", "shuffle, in another order each epoch", metavar="S", type=int)
     option("epochs", "passes over the conversations", "1", metavar="N", type=int)
-    option("executor", "what makes the tensors", "torch", choices=("torch", "triton"))
-    option("on_error", "at a conversation that is not valid", choices=ON_ERROR)
+    option("executor", "what unpacks slots into tensors", "torch", choices=("torch", "triton"))
+    option("on_error", "what to do about an invalid conversation", choices=ON_ERROR)
     group.add_argument("--max-batches", metavar="N", type=_from(1), help="stop after this many batches")
 
 

@@ -19,14 +19,14 @@ from nanopack.batch import Batch
 from nanopack.cli.lengths import Lengths
 from nanopack.cli.options import LISTED_PIECES
 from nanopack.cli.text import columns, draw_histogram, draw_rows, list_pieces, printable, screen
-from nanopack.config import Recipe
+from nanopack.config import LoaderConfig
 from nanopack.explain import text_of
 from nanopack.loader import Loader
 from nanopack.tokenizers.tokenizer import AnyTokenizer
 
 REASONS = {
     "untrained": "no token in the loss",
-    "max_tokens": "beyond max_tokens",
+    "max_document_tokens": "beyond max_document_tokens",
     "seq_len": "documents longer than a row",
     "crop": "to fill a row exactly",
 }
@@ -41,7 +41,7 @@ Rows = list[tuple[str, str, str]]
 class Totals:
     """Sums over the batches delivered so far."""
 
-    recipe: Recipe
+    config: LoaderConfig
     batches: int = 0
     seconds: float = 0.0  # waited for batches
     tokens: int = 0  # in `inputs`, without padding
@@ -53,26 +53,26 @@ class Totals:
 
     def add(self, batch: Batch, seconds: float) -> None:
         """Count a batch, for which the caller waited `seconds`."""
-        columns = self.recipe.seq_len
+        columns = self.config.seq_len
         pieces = [piece for row in batch.word_pieces for piece in row]
         self.batches += 1
         self.seconds += seconds
         self.tokens += batch.num_tokens
         self.last_tokens = batch.num_tokens
         self.ended = batch.last
-        self.trained += batch.num_trained
+        self.trained += batch.num_loss_tokens
         self.alone_rows += len(pieces)
         self.alone_tokens += sum(min(piece.length, columns) for piece in pieces)
 
     def report(self, ledger: dict[str, Any]) -> dict[str, Any]:
         """Return the totals as plain data (JSON-able): fractions are 0 to 1, or None if undefined."""
-        recipe = self.recipe
-        batch_positions = recipe.batch_size * recipe.seq_len
+        config = self.config
+        batch_positions = config.batch_size * config.seq_len
         full = self.tokens - self.last_tokens if self.ended else None
         return {
-            "packing": recipe.packing,
-            "batch_size": recipe.batch_size,
-            "seq_len": recipe.seq_len,
+            "packing": config.packing,
+            "batch_size": config.batch_size,
+            "seq_len": config.seq_len,
             "batches": self.batches,
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -86,13 +86,13 @@ class Totals:
 
     def _padding_one_a_row(self) -> float | None:
         # a piece shows how long its document is only if no document is cut in the middle
-        whole = self.alone_tokens if self.recipe.cuts_to_row else None
-        return _padding(whole, self.alone_rows * self.recipe.seq_len)
+        whole = self.alone_tokens if self.config.cuts_to_row else None
+        return _padding(whole, self.alone_rows * self.config.seq_len)
 
     def rows(self, ledger: dict[str, Any], *, speed: bool = True) -> Rows:
         """Return the lines of the report on the run."""
         report = self.report(ledger)
-        batches = f"of {self.recipe.batch_size:,} rows x {self.recipe.seq_len:,} tokens"
+        batches = f"of {self.config.batch_size:,} rows x {self.config.seq_len:,} tokens"
         return [
             *_conversation_rows(ledger["conversations"]),
             *_token_rows(ledger["tokens"]),
@@ -106,15 +106,15 @@ class Totals:
 
 def describe_lengths(lengths: Lengths, loader: Loader) -> str:
     """Return a table of how long the documents are, and a histogram if there are any."""
-    described = table(lengths.rows(loader.recipe, _file_and_line(loader)))
-    bins = lengths.histogram(loader.recipe.row_tokens)
+    described = table(lengths.rows(loader.config, _file_and_line(loader)))
+    bins = lengths.histogram(loader.config.row_tokens)
     return f"{described}\n\n{draw_histogram(bins, **screen())}" if len(lengths.tokens) else described
 
 
 def describe_batch(batch: Batch, loader: Loader, rows: int, row: int | None) -> str:
     """Return the first `rows` rows of a batch, drawn, and the pieces of `row`; None: the first pieces of row 0."""
     listed = row or 0
-    drawn = list(range(min(rows, loader.recipe.batch_size)))
+    drawn = list(range(min(rows, loader.config.batch_size)))
     if listed not in drawn:
         drawn.append(listed)
     pieces = list_pieces(
@@ -122,17 +122,17 @@ def describe_batch(batch: Batch, loader: Loader, rows: int, row: int | None) -> 
         listed,
         where=_file_and_line(loader),
         text=_first_words(loader.tokenizer),
-        ignore_index=loader.recipe.ignore_index,
+        ignore_index=loader.config.ignore_index,
         limit=LISTED_PIECES if row is None else None,
         **screen(),
     )
-    title = f"Batch {batch.step}, {len(drawn)} of {loader.recipe.batch_size} rows:"
+    title = f"Batch {batch.step}, {len(drawn)} of {loader.config.batch_size} rows:"
     return f"{title}\n\n{draw(batch, drawn, loader)}\n\nRow {listed}:\n\n{pieces}"
 
 
 def draw(batch: Batch, rows: Sequence[int], loader: Loader) -> str:
     """Return these rows of a batch, drawn for stdout."""
-    return draw_rows(batch, rows, ignore_index=loader.recipe.ignore_index, **screen())
+    return draw_rows(batch, rows, ignore_index=loader.config.ignore_index, **screen())
 
 
 def table(rows: Rows) -> str:

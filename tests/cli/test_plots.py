@@ -8,13 +8,13 @@ import pytest
 from nanopack import Loader, demo
 from nanopack.cli.lengths import Lengths, measure
 from nanopack.cli.plots import save_lengths
-from nanopack.config import Recipe
+from nanopack.config import LoaderConfig
 from nanopack.render.renderer import Renderer
 
 
 def test_no_document_at_all_can_be_drawn(tmp_path):
     nothing = np.empty(0, np.int64)
-    save_lengths(Lengths(nothing, nothing, nothing), Recipe(seq_len=8), tmp_path / "b.png", title="")
+    save_lengths(Lengths(nothing, nothing, nothing), LoaderConfig(seq_len=8), tmp_path / "b.png", title="")
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -26,5 +26,5 @@ def test_the_padding_shown_is_what_the_loader_has(packing, window):
         slots = loader.ledger()["slots"]
         render = Renderer(loader.tokenizer, "nanochat")
         lengths = measure(loader.source, range(120), render)
-        found = lengths.padding(Recipe(seq_len=64, loss="all"), packing, window)
+        found = lengths.padding(LoaderConfig(seq_len=64, loss="all"), packing, window)
     assert found == pytest.approx(slots["padding"] / slots["total"], abs=1e-12)

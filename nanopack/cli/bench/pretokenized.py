@@ -86,9 +86,9 @@ def measure(data: Data, pace: Pace) -> list[Table]:
     documents = at_least(data.documents, QUICK_TOKENS if pace.quick else TOKENS)
     contenders = {}
     for packing in PACKINGS:
-        contender = partial(loader, documents, data.tokenizer, packing=packing, workers=0)
+        contender = partial(loader, documents, data.tokenizer, packing=packing, num_workers=0)
         contenders[f"nanopack, {packing}"] = measure_of(contender, 2)
-    process = partial(loader, documents, data.tokenizer, workers=1)
+    process = partial(loader, documents, data.tokenizer, num_workers=1)
     contenders["nanopack, best_fit, in a process"] = measure_of(process, pace.drain)
     contenders[COPY] = measure_of(copy, COPIES)
     absent = []

@@ -53,11 +53,11 @@ def _data_grows(data: Data, pace: Pace) -> Table:
         numbers = _one_pass(data, chats, QUICK_LIMIT_S if pace.quick else LIMIT_S)
         note = "" if "trainer_resident_mb" in numbers else "memory not measured: no /proc here"
         rows.append(Result(f"{times} x the data", numbers, note))
-    return Table("More data, workers=1, one pass", rows)
+    return Table("More data, num_workers=1, one pass", rows)
 
 
 def _one_pass(data: Data, chats: Sequence[Any], limit_s: float) -> dict[str, Any]:
-    settings: dict[str, Any] = {"max_tokens": ROW, "epochs": 1, "shuffle_seed": 0, "workers": 1, "device": "cpu"}
+    settings: dict[str, Any] = {"max_document_tokens": ROW, "epochs": 1, "seed": 0, "num_workers": 1, "device": "cpu"}
     memory: dict[str, Any] = {}
     tokens, progress = 0, 0.0
     began = time.perf_counter()
@@ -170,19 +170,19 @@ def _workers_grow(data: Data, pace: Pace) -> Table:
     cores = os.cpu_count() or 1
     counts = sorted({*(2**power for power in range(cores.bit_length())), cores})
     measures = {
-        f"workers={workers}": tokens_per_s(partial(loader, data, workers=workers), warm=pace.drain)
+        f"num_workers={workers}": tokens_per_s(partial(loader, data, num_workers=workers), warm=pace.drain)
         for workers in counts
     }
     speeds = spreads(in_rounds(measures, pace))
     rows = [
-        Result(name, {"tokens_per_s": speed, "to_1_worker_x": ratio(speed, speeds["workers=1"])})
+        Result(name, {"tokens_per_s": speed, "to_1_worker_x": ratio(speed, speeds["num_workers=1"])})
         for name, speed in speeds.items()
     ]
     return Table(f"More workers, of {cores} cores", rows)
 
 
 def _startup(data: Data, pace: Pace) -> Table:
-    measures = {f"workers={workers}": partial(_first_batch, data, workers) for workers in (0, 1, 2)}
+    measures = {f"num_workers={workers}": partial(_first_batch, data, workers) for workers in (0, 1, 2)}
     rows = [
         Result(name, {"first_batch_s": Spread(tuple(rounds))}) for name, rounds in in_rounds(measures, pace).items()
     ]
@@ -191,7 +191,7 @@ def _startup(data: Data, pace: Pace) -> Table:
 
 def _first_batch(data: Data, workers: int, _: float) -> float:
     began = time.perf_counter()
-    with loader(data, workers=workers, window=64) as work:
+    with loader(data, num_workers=workers, window=64) as work:
         work()
         return time.perf_counter() - began
 
@@ -199,7 +199,7 @@ def _first_batch(data: Data, workers: int, _: float) -> float:
 def _resume(data: Data, pace: Pace) -> Table:
     steps = QUICK_RESUME_STEPS if pace.quick else RESUME_STEPS
     records = [{"input_ids": document.ids, "loss_mask": document.mask} for document in data.documents]
-    settings: dict[str, Any] = {"loss": "all", "workers": 0, "device": "cpu"}
+    settings: dict[str, Any] = {"loss": "all", "num_workers": 0, "device": "cpu"}
     states = {}
     with Loader(records, data.tokenizer, RESUME_ROWS, RESUME_ROW, **settings) as batches:
         for step in range(max(steps) + 1):
@@ -227,4 +227,4 @@ def _resume(data: Data, pace: Pace) -> Table:
         )
         for step in steps
     ]
-    return Table(f"Resuming pretokenized documents, B={RESUME_ROWS}, T={RESUME_ROW}, workers=0", results, "step")
+    return Table(f"Resuming pretokenized documents, B={RESUME_ROWS}, T={RESUME_ROW}, num_workers=0", results, "step")

@@ -122,8 +122,8 @@ def _waits(contender: Contender, drain: int, step_ms: float) -> Measure[Waits]:
 def measure(data: Data, pace: Pace) -> list[Table]:
     """Return the waits of each loader at each step time, what a loader costs a host loop, and the time in `next`."""
     contenders: dict[str, tuple[Contender, int]] = {
-        "nanopack, workers=1": (partial(loader, data, workers=1), pace.drain),
-        "nanopack, workers=2": (partial(loader, data, workers=2), pace.drain),
+        "nanopack, num_workers=1": (partial(loader, data, num_workers=1), pace.drain),
+        "nanopack, num_workers=2": (partial(loader, data, num_workers=2), pace.drain),
         MIDTRAINING: (partial(generator, data, nanochat.midtraining), 1),
         SFT: (partial(generator, data, nanochat.sft), 1),
         "torch DataLoader, 2 workers, SFT in them": (partial(data_loader, data, 2), pace.drain),
@@ -153,7 +153,7 @@ def packing_thread(data: Data) -> Iterator[Work]:
     stop = threading.Event()
 
     def pack() -> None:
-        with loader(data, workers=0) as work:
+        with loader(data, num_workers=0) as work:
             while not stop.is_set():
                 tokens = work()
                 with contextlib.suppress(queue.Full):
@@ -171,7 +171,7 @@ def packing_thread(data: Data) -> Iterator[Work]:
 def _beside_host_work(data: Data, pace: Pace) -> Table:
     contenders: Mapping[str, Contender] = {
         ALONE: lambda: contextlib.nullcontext(lambda: 0),
-        "nanopack, workers=1": partial(loader, data, workers=1),
+        "nanopack, num_workers=1": partial(loader, data, num_workers=1),
         "a packing thread in this process": partial(packing_thread, data),
     }
     steps = STEPS // 4 if pace.quick else STEPS
@@ -211,7 +211,7 @@ def _host_loop(contender: Contender, steps: int, _: float) -> list[float]:
 
 
 def _next_when_ready(data: Data, pace: Pace) -> Table:
-    settings: dict[str, Any] = {"max_tokens": ROW, "workers": 1, "device": "cpu", "prefetch": READY + 2}
+    settings: dict[str, Any] = {"max_document_tokens": ROW, "num_workers": 1, "device": "cpu", "prefetch": READY + 2}
     names = ("after other work", *["right after another"] * (READY - 1))
     times: dict[str, list[float]] = {name: [] for name in names}
     x = torch.ones(64)
@@ -236,4 +236,4 @@ def _next_when_ready(data: Data, pace: Pace) -> Table:
         else not_measured(name, "the producer never filled the ring in time")
         for name, all_us in times.items()
     ]
-    return Table("next(loader) when batches are ready, workers=1", results)
+    return Table("next(loader) when batches are ready, num_workers=1", results)
