@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from nanopack.cli.commands import bench, demo_train, inspect, pack, verify
 from nanopack.cli.options import parse
 from nanopack.cli.progress import warnings_on_stderr
+from nanopack.cli.text import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,4 +66,4 @@ def _run(argv: Sequence[str] | None) -> int:
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'input or output'}: {error.strerror}"
-    return " ".join(str(error).splitlines())
+    return printable(" ".join(str(error).splitlines()))

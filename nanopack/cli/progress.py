@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from nanopack.cli.text import printable
+
 SECONDS_BETWEEN = 0.05
 STDERR = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
@@ -61,7 +63,7 @@ def warnings_on_stderr() -> Iterator[None]:
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            STDERR.print(f"nanopack: {record.getMessage()}", soft_wrap=True)
+            STDERR.print(f"nanopack: {printable(record.getMessage())}", soft_wrap=True)
 
     log, handler = logging.getLogger("nanopack"), Handler()
     log.addHandler(handler)
