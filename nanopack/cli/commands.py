@@ -44,15 +44,15 @@ SAVED = ("inputs", "targets", "weights", "positions", "doc_ids", "cu_seqlens")
 
 def pack(options: Namespace) -> int:
     """Pack conversations into batches; report speed, padding and what became of every token, and draw the first row."""
-    save = _saver(options.save)
+    safetensors = _load_safetensors(options.save)
     kept: list[Batch] = []
     with _loader(options) as loader, progress("packing") as show:
         totals = Totals(loader.config)
         for batch in _deliver(loader, totals, options.max_batches, show):
-            if save or not kept:
+            if options.save or not kept:
                 kept.append(batch)
         ledger = loader.ledger()
-    saved = save(kept) if save else None
+    saved = _save(kept, options.save, safetensors) if options.save and kept else None
     if options.json:
         _print_json({**totals.report(ledger), "saved": saved})
     else:
@@ -204,9 +204,8 @@ def _exit_code(batches: int, ledger: dict[str, Any]) -> int:
     """Return 1 if nothing was packed, and say so, or if the ledger does not balance; else 0."""
     if not batches:
         counts = ledger["conversations"]
-        dropped = sum(counts["dropped"].values())
-        lost = f"{counts['read']:,} conversations read, {dropped:,} dropped, {counts['skipped']:,} skipped"
-        print(f"nanopack: nothing was packed: {lost}", file=sys.stderr)
+        found = f"{counts['read']:,} read, {sum(counts['dropped'].values()):,} dropped, {counts['skipped']:,} skipped"
+        print(f"nanopack: nothing was packed; conversations: {found}", file=sys.stderr)
     return 0 if batches and ledger["balanced"] else 1
 
 
@@ -244,32 +243,26 @@ def _deliver(loader: Loader, totals: Totals, max_batches: int | None, show: Show
         yield batch
 
 
-def _saver(path: Path | None) -> Callable[[list[Batch]], dict[str, list[int]]] | None:
-    """Return the function that saves batches at `path` and returns their shapes. ImportError names a missing extra."""
-    if path is None:
+def _load_safetensors(path: Path | None) -> Any:
+    """Return the module that writes `path`; None if it is another file."""
+    if path is None or path.suffix != ".safetensors":
         return None
-    safetensors = _safetensors(path) if path.suffix == ".safetensors" else None
-
-    def save(batches: list[Batch]) -> dict[str, list[int]]:
-        if not batches:
-            raise ValueError(f"there is no batch to save in {path}; pack says what became of the conversations")
-        names = [name for name in SAVED if getattr(batches[0], name) is not None]
-        arrays = {name: torch.stack([getattr(batch, name).cpu() for batch in batches]) for name in names}
-        if safetensors:
-            safetensors.save_file(arrays, path)
-        else:
-            columns: dict[str, Any] = {name: array.numpy() for name, array in arrays.items()}
-            np.savez(path, **columns)
-        return {name: list(array.shape) for name, array in arrays.items()}
-
-    return save
-
-
-def _safetensors(path: Path) -> Any:
     try:
         return importlib.import_module("safetensors.torch")
     except ImportError as error:
         raise ImportError(f"{path} needs safetensors; pip install nanopack[safetensors]") from error
+
+
+def _save(batches: list[Batch], path: Path, safetensors: Any) -> dict[str, list[int]]:
+    """Write the batches, one array a field, and return the shapes: (batches, B, T), or (batches, length)."""
+    names = [name for name in SAVED if getattr(batches[0], name) is not None]
+    arrays = {name: torch.stack([getattr(batch, name).cpu() for batch in batches]) for name in names}
+    if safetensors:
+        safetensors.save_file(arrays, path)
+    else:
+        fields: dict[str, Any] = {name: array.numpy() for name, array in arrays.items()}
+        np.savez(path, **fields)
+    return {name: list(array.shape) for name, array in arrays.items()}
 
 
 def _measure(loader: Loader, read: int) -> Lengths:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,6 @@ from nanopack.cli.plots import COLOURS
 from nanopack.explain import Explanation, Token, explain_row
 from nanopack.loader import Loader
 from nanopack.render.renderer import Renderer
-
-
-class _Numbering:
-    """Distinct values, numbered in order of appearance."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[Any, int] = {}
-
-    def number(self, value: Hashable) -> int:
-        return self._numbers.setdefault(value, len(self._numbers))
-
-    def values(self) -> list[Any]:
-        return list(self._numbers)
 
 
 def explain_rows(batch: Batch, loader: Loader) -> list[list[Explanation]]:
@@ -52,28 +39,31 @@ def page_data(rows: Sequence[Sequence[Explanation]]) -> dict[str, Any]:
     A row has T + 1 texts (-1 in padding): the last is only a target. A span is
     [start, stop, piece, place, message, role, index of its first token in the document].
     """
-    texts, reasons, places = _Numbering(), _Numbering(), _Numbering()
+    # each distinct value and its number
+    texts: dict[str, int] = {}
+    reasons: dict[tuple[bool, str], int] = {}
+    places: dict[str, int] = {}
     packed = []
     for row in rows:
         tokens = [explanation.input for explanation in row] + [row[-1].target]
         packed.append(
             {
-                "texts": [-1 if token is None else texts.number(token.text) for token in tokens],
-                "reasons": [reasons.number((explanation.trained, explanation.reason)) for explanation in row],
+                "texts": [-1 if token is None else texts.setdefault(token.text, len(texts)) for token in tokens],
+                "reasons": [reasons.setdefault((one.trained, one.reason), len(reasons)) for one in row],
                 "spans": _spans(tokens, places),
             }
         )
     return {
         "columns": len(rows[0]),
         "colours": COLOURS,
-        "texts": texts.values(),
-        "reasons": reasons.values(),
-        "places": places.values(),
+        "texts": list(texts),
+        "reasons": list(reasons),
+        "places": list(places),
         "rows": packed,
     }
 
 
-def _spans(tokens: Sequence[Token | None], places: _Numbering) -> list[list[Any]]:
+def _spans(tokens: Sequence[Token | None], places: dict[str, int]) -> list[list[Any]]:
     spans: list[list[Any]] = []
     piece, before = -1, None
     for column, token in enumerate(tokens):
@@ -83,7 +73,7 @@ def _spans(tokens: Sequence[Token | None], places: _Numbering) -> list[list[Any]
             if follows and before is not None and before.message == token.message:
                 spans[-1][1] = column + 1
             else:
-                place = places.number(token.where)
+                place = places.setdefault(token.where, len(places))
                 spans.append([column, column + 1, piece, place, token.message, token.role, token.offset])
         before = token
     return spans

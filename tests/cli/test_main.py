@@ -233,7 +233,7 @@ def test_a_shard_without_conversations_is_all_padding(run, chats):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_nothing_packed_is_exit_code_1_and_one_line(run, untrained, command):
     code, out, err = run(command, untrained)
-    assert (code, err) == (1, "nanopack: nothing was packed: 1 conversations read, 1 dropped, 0 skipped\n")
+    assert (code, err) == (1, "nanopack: nothing was packed; conversations: 1 read, 1 dropped, 0 skipped\n")
     if command == "verify":
         assert out == ""
         assert json.loads(run(command, untrained, "--json")[1])["equal"] is False
@@ -246,7 +246,7 @@ def test_all_lines_skipped_is_exit_code_1(run, tmp_path):
     for command in COMMANDS:
         code, _, err = run(command, tmp_path / "bad.jsonl", "--on-error", "skip")
         assert code == 1
-        assert err.splitlines()[-1] == "nanopack: nothing was packed: 2 conversations read, 0 dropped, 2 skipped"
+        assert err.splitlines()[-1] == "nanopack: nothing was packed; conversations: 2 read, 0 dropped, 2 skipped"
 
 
 def test_colours_only_on_a_terminal_that_wants_them(run, chats, monkeypatch):
@@ -428,9 +428,9 @@ def test_a_folder_is_no_place_to_save_at(run, tmp_path):
     assert "a.npz' cannot be written: it is a folder" in refusal(run("pack", "--save", tmp_path / "a.npz"))
 
 
-def test_nothing_to_save_is_an_error(run, untrained, tmp_path):
-    line = refusal(run("pack", untrained, "--save", tmp_path / "a.npz"))
-    assert f"there is no batch to save in {tmp_path / 'a.npz'}" in line
+def test_nothing_packed_saves_nothing(run, untrained, tmp_path):
+    code, _, err = run("pack", untrained, "--save", tmp_path / "a.npz")
+    assert code == 1 and err.startswith("nanopack: nothing was packed")
     assert not (tmp_path / "a.npz").exists()
 
 
