@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
+from inspect import getdoc
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -61,7 +62,7 @@ def parse(
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(run: Command, name: str, what: str) -> Parser:
-        one: Parser = commands.add_parser(name, help=what, description=run.__doc__)
+        one: Parser = commands.add_parser(name, help=what, description=getdoc(run))
         one.set_defaults(command=run)
         one.add_argument("files", nargs="*", metavar="FILES", help=".jsonl, .jsonl.gz, .parquet, or globs of them")
         one.add_argument("--json", action="store_true", help="print one JSON object to stdout, and nothing else")
@@ -81,7 +82,7 @@ def parse(
         _add_data_options(one.add_argument_group("which batches"))
     _add_bench_options(command(bench, "bench", "measure nanopack, what it replaces, and its bounds"))
     what = "train a small GPT on the conversations that ship with nanopack"
-    _add_demo_options(commands.add_parser("demo-train", help=what, description=demo_train.__doc__), demo_train)
+    _add_demo_options(commands.add_parser("demo-train", help=what, description=getdoc(demo_train)), demo_train)
     return parser.parse_args(argv)
 
 
