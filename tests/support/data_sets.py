@@ -10,14 +10,14 @@ import tiktoken
 import torch
 from hypothesis import strategies as st
 
-import nanopack
+from nanopack.data import CONVERSATIONS
 from nanopack.tokenizers.tokenizer import NANOCHAT_SPECIAL_TOKENS
 
 PACKINGS = ["best_fit", "stream", "best_fit_pad", "best_fit_crop", "pad"]
 SPECIAL_TOKENS = (*NANOCHAT_SPECIAL_TOKENS, "<|im_start|>", "<|im_end|>")
 
 
-SHIPPED = Path(nanopack.__file__).parent / "data" / "conversations.jsonl"
+SHIPPED = Path(CONVERSATIONS)
 """The conversations in the package."""
 
 
