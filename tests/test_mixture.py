@@ -20,9 +20,10 @@ import nanopack
 from nanopack import ConversationError, Loader, mixture, reference
 from nanopack.conversations.records import Source
 from nanopack.mixture import MAX_PICKS, Mixture
+from nanopack.tokenizers.tokenizer import NANOCHAT_SPECIAL_TOKENS
 from nanopack.verify import compare
 
-BYTES = byte_tokenizer()
+BYTES = byte_tokenizer(specials=NANOCHAT_SPECIAL_TOKENS)
 
 
 class Numbers:
