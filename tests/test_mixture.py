@@ -335,7 +335,7 @@ def test_what_cannot_be_mixed_is_an_error_that_names_place_value_and_remedy(edge
         pytest.param({"by": ["token"]}, r"^by=\['token'\] is not allowed", id="by-unhashable"),
         pytest.param({"by": "token"}, r"^by='token' needs a tokenizer .*; pass tokenizer=", id="no-tokenizer"),
         pytest.param({"tokenizer": BYTES}, r"^tokenizer has no meaning with by='conversation'", id="tokenizer"),
-        pytest.param({"by": "token", "tokenizer": "none"}, r"^tokenizer=.none. is no bundled", id="tokenizer-none"),
+        pytest.param({"by": "token", "tokenizer": "none"}, r"^tokenizer=.none. is neither a bundled", id="tokenizer-none"),
         pytest.param(
             {"by": "token", "tokenizer": BYTES, "template": "x"}, r"^template='x' is not one of", id="template"
         ),
