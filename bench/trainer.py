@@ -24,6 +24,8 @@ import numpy as np
 import torch
 
 from nanopack import Loader
+from nanopack.producer.producer import Producer
+from nanopack.producer.reader import Reader
 from nanopack.ring.ring import Ring
 from nanopack.upload.device import open_device
 from nanopack.upload.executor import make_kernel
@@ -93,15 +95,16 @@ def measure_next() -> dict[str, float]:
     x = torch.ones(64)
     times: dict[str, list[float]] = {"first": [], "following": [], "kernel": []}
     with Loader(FILE, "chat32k", workers=1, prefetch=8) as loader:
-        layout, recipe = loader._producer.layout, loader.recipe
+        reader = Reader(loader.source, loader.tokenizer, loader.recipe)
+        layout, recipe = reader.layout, loader.recipe
         ring = Ring(layout, 1)
-        loader._producer.produce(ring.slots[0])
+        Producer(reader).produce(ring.slots[0])
         staged = torch.from_numpy(ring.slots[0].buffer)
         cpu = open_device("cpu")
         kernel = make_kernel(None, cpu.device, layout, loader.tokenizer.bos_id, -100)
         make_outputs = outputs_maker(recipe, layout, cpu.device)
         for _ in range(BURSTS):
-            while loader._feed.ready < 6:
+            while loader._feed.qsize() < 6:
                 step(x)
             for name in ("first", *["following"] * 5):
                 began = time.perf_counter()

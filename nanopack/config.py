@@ -117,20 +117,20 @@ class Recipe:
         return self.batch_size * self.world_size
 
     @property
-    def lanes(self) -> range:
-        """The lanes of this rank, and how all ranks together number them: one a rank, or one a row."""
+    def shards(self) -> range:
+        """Numbers of this rank's shards among those of all ranks: one a rank, or with shard="row" one a row."""
         if self.shard == "rank":
             return range(self.rank, self.rank + 1)
         return range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
 
     @property
-    def all_lanes(self) -> range:
-        """The lanes of all ranks."""
+    def all_shards(self) -> range:
+        """Numbers of the shards of all ranks."""
         return range(self.world_size if self.shard == "rank" else self.global_rows)
 
     @property
-    def lane_rows(self) -> int:
-        """Rows that a lane gives a batch."""
+    def shard_rows(self) -> int:
+        """Rows that a shard gives a batch."""
         return self.batch_size if self.shard == "rank" else 1
 
     @property

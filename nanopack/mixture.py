@@ -24,7 +24,8 @@ import numpy as np
 
 from nanopack.config import check_int
 from nanopack.conversations.files import Files
-from nanopack.conversations.records import Conversation, Source, check, open_conversations, short
+from nanopack.conversations.records import Conversation, check, open_conversations, short
+from nanopack.conversations.source import Source
 from nanopack.errors import TemplateError
 from nanopack.render.renderer import Document, Renderer
 from nanopack.tokenizers.tokenizer import load_tokenizer

@@ -13,6 +13,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import operator
 import sys
 import time
 from argparse import Namespace
@@ -36,8 +37,8 @@ from nanopack.cli.progress import Bar
 from nanopack.cli.summary import Totals, count_batches, percent
 from nanopack.cli.terminal import draw, tell_batch, tell_lengths, tell_run
 from nanopack.cli.text import table
-from nanopack.conversations.order import Share
 from nanopack.loader import Loader
+from nanopack.producer.shard import shards_of
 from nanopack.render.renderer import Renderer
 from nanopack.tokenizers.tokenizer import load_tokenizer
 from nanopack.verify import compare
@@ -112,7 +113,7 @@ def inspect(options: Namespace) -> int:
         if drawn is not None and options.explain:
             return _explain(loader, drawn, options)
         ledger = loader.ledger()
-        lengths = _measure(loader, ledger["conversations"]["read"])
+        lengths = _measure(loader)
         written = _write_pictures(drawn, lengths, loader, options)
     if options.json:
         _print_json({**_inspection(lengths, loader, totals.report(ledger)), "written": written})
@@ -263,19 +264,24 @@ def _safetensors(path: Path) -> Any:
         raise ImportError(f"{path} needs safetensors; pip install nanopack[safetensors]") from error
 
 
-def _measure(loader: Loader, read: int) -> Lengths:
-    """Return the lengths of what the loader has read in its first pass."""
-    recipe, source = loader.recipe, loader.source
-    share = Share(len(source), recipe.rank, recipe.world_size, recipe.shuffle_seed)
-    count = min(read, share.reads(1))
+def _measure(loader: Loader) -> Lengths:
+    """Return the lengths of what the loader has read in its first pass, in the data's order."""
+    states, source = loader.state_dict()["lanes"], loader.source
+    read = [
+        (number, shard.conversation(number))
+        for shard in shards_of(loader.recipe, len(source))
+        for number in range(min(shard.num_reads(1), states[str(shard.number)]["ledger"]["conversations_read"]))
+    ]
+    # the shards read side by side
+    read.sort(key=operator.itemgetter(0))
     with Bar("measuring") as bar:
 
         def indices() -> Iterator[int]:
-            for number in range(count):
-                yield share.conversation(number)
-                bar.show((number + 1) / count, f"{number + 1:,} conversations")
+            for count, (_, conversation) in enumerate(read, 1):
+                yield conversation
+                bar.show(count / len(read), f"{count:,} conversations")
 
-        return measure(source, indices(), Renderer(loader.tokenizer, recipe.template))
+        return measure(source, indices(), Renderer(loader.tokenizer, loader.recipe.template))
 
 
 def _inspection(lengths: Lengths, loader: Loader, packed: dict[str, Any]) -> dict[str, Any]:

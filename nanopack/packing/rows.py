@@ -28,19 +28,6 @@ class Run(NamedTuple):
 Row = list[Run]
 
 
-class Piece(NamedTuple):
-    """A run of one document in one row, as the batch tells it."""
-
-    conversation: int
-    """Index of the conversation in the data set."""
-    start: int
-    """First column."""
-    length: int
-    """Tokens."""
-    offset: int
-    """Token of the document that stands in the first column."""
-
-
 class Packer(Protocol):
     """What the producer and the ledger need of a packing."""
 
