@@ -153,7 +153,7 @@ def _measure(reader: Reader, shards: Iterable[Shard], read_all: ReadAll) -> np.n
         if document.error is not None:
             describe_or_raise(document, reader.source, reader.recipe)
         elif not document.dropped:
-            lengths[document.conversation] = len(document)
+            lengths[document.conversation] = len(document.words)
     return lengths
 
 

@@ -30,6 +30,7 @@ from nanopack.tokenizers.tokenizer import AnyTokenizer
 CHUNK = 32
 # Most tokens of a chunk where nothing is read ahead and the trainer waits for it.
 CHUNK_TOKENS = 1 << 14
+_NO_WORDS = np.empty(0, np.uint16)
 
 
 @dataclass(eq=False)
@@ -38,8 +39,8 @@ class ReadDocument:
 
     conversation: int
     """Index in the data set."""
-    words: np.ndarray | None = None
-    """(n,) uint16 or uint32: token ids with the loss bit on top, see ring/layout.py; None where there is an error."""
+    words: np.ndarray = field(default_factory=lambda: _NO_WORDS)
+    """(n,) uint16 or uint32: token ids with the loss bit on top, see ring/layout.py; none where there is an error."""
     num_tokens: int = 0
     """Before anything was cut."""
     cut: dict[str, int] = field(default_factory=dict)
@@ -59,13 +60,9 @@ class ReadDocument:
     taken: int = 0
     """Tokens of it that are in rows so far."""
 
-    def __len__(self) -> int:
-        return 0 if self.words is None else len(self.words)
-
     @cached_property
     def checksum(self) -> bytes:
         """CRC32 of the words, 4 bytes."""
-        assert self.words is not None
         return zlib.crc32(self.words.data).to_bytes(4, "little")
 
 
@@ -74,7 +71,7 @@ class Chunk(NamedTuple):
 
     documents: list[ReadDocument]
     words: np.ndarray
-    """Words of all documents without an error, end to end: theirs are views of it."""
+    """(n,) uint16 or uint32: the words of all documents, end to end; their own are views of it."""
 
 
 class Reader:

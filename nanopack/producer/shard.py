@@ -101,18 +101,18 @@ class ShardPacker:
         rows = self._packer.next_rows()
         crops = self._recipe.packing == "best_fit_crop"
         for document, offset, length in chain.from_iterable(rows):
-            if crops and length < len(document):
+            if crops and length < len(document.words):
                 self._crop(document, length)
+            new = offset + length - document.taken
             # the stream repeats a token that two rows or batches share
-            new = max(0, offset + length - document.taken)
-            document.taken += new
-            self.sources[document.source].emit(new, ends=new > 0 and document.taken == len(document))
+            if new > 0:
+                document.taken += new
+                self.sources[document.source].emit(new, ends=document.taken == len(document.words))
         return rows
 
     def _crop(self, document: ReadDocument, length: int) -> None:
         """Cut a document to the part that was placed, and weigh it by that."""
-        assert document.words is not None
-        self.sources[document.source].crop(len(document) - length)
+        self.sources[document.source].crop(len(document.words) - length)
         document.words = document.words[:length]
         document.weight = weigh(
             self._recipe, document.own_weight, int(np.count_nonzero(document.words >= self._loss_bit))
@@ -182,7 +182,7 @@ class ShardPacker:
         for number, document in documents.items():
             self._check_again(document)
             document.read, document.source = number, self._source.source_of(document.conversation)
-        held = [(documents[number], len(documents[number])) for number in state["waiting"]]
+        held = [(documents[number], len(documents[number].words)) for number in state["waiting"]]
         self._packer.restore(state["packer"], held)
         # of the documents held but not left, the stream repeats only the last token
         left = dict(self._packer.left())
@@ -214,7 +214,7 @@ class ShardPacker:
             if self._accept(document):
                 self._fruitless.clear()
                 self._in_vain = 0
-                return document, len(document)
+                return document, len(document.words)
             self._give_up_on_nothing(document.conversation)
         return None
 

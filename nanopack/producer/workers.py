@@ -152,7 +152,7 @@ def _send(chunk: Chunk, results: Connection) -> None:
     facts = [
         (
             document.conversation,
-            -1 if document.words is None else len(document.words),
+            len(document.words),
             document.num_tokens,
             document.cut,
             document.weight,
@@ -171,9 +171,7 @@ def _receive(results: Connection) -> list[ReadDocument]:
     facts, dtype = results.recv()
     words, documents, begin = np.frombuffer(results.recv_bytes(), dtype), [], 0
     for conversation, length, num_tokens, cut, weight, own_weight, dropped, failure in facts:
-        end = begin + max(0, length)
-        own = None if length < 0 else words[begin:end]
+        own, begin = words[begin : begin + length], begin + length
         error = None if failure is None else _error(failure)
         documents.append(ReadDocument(conversation, own, num_tokens, cut, weight, own_weight, dropped, error))
-        begin = end
     return documents

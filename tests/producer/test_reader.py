@@ -80,7 +80,7 @@ def reader_of(records, recipe=None):
 
 
 def facts_of(document):
-    words = None if document.words is None else (document.words.dtype, document.words.tolist())
+    words = document.words.dtype, document.words.tolist()
     error = None if document.error is None else (type(document.error), str(document.error))
     cut, weights = document.cut, (document.weight, document.own_weight)
     return document.conversation, words, document.num_tokens, cut, weights, document.dropped, error
@@ -129,7 +129,7 @@ def test_a_panic_of_a_tokenizer_is_reported_with_its_conversation(monkeypatch):
     monkeypatch.setattr(Tokenizer, "encode_batch", panicking)
     reads = reader_of([{"text": "a"}, {"text": "bad"}, {"text": "c"}]).read(range(3)).documents
     assert [type(read.error) for read in reads] == [type(None), Panic, type(None)]
-    assert reads[0].words is not None and reads[2].words is not None
+    assert [len(read.words) for read in reads] == [2, 0, 2]
 
 
 def test_ctrl_c_does_not_wait_for_its_place_where_the_trainer_reads():

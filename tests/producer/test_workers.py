@@ -56,7 +56,7 @@ def started(monkeypatch):
 
 
 def facts_of(document):
-    words = None if document.words is None else (document.words.dtype, document.words.tolist())
+    words = document.words.dtype, document.words.tolist()
     error = None if document.error is None else (type(document.error), str(document.error))
     cut, weights = document.cut, (document.weight, document.own_weight)
     return document.conversation, words, document.num_tokens, cut, weights, document.dropped, error
