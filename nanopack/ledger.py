@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 DROPPED = ("untrained",)
-CUT = ("max_tokens", "seq_len", "crop")
+CUT = ("max_document_tokens", "seq_len", "crop")
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Ledger:
     tokens_emitted: int = 0
     """In batches, each counted once."""
     tokens_cut: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CUT, 0))
-    """By reason: `max_tokens`, `seq_len` (longer than a row), `crop` (by best_fit_crop, to fill a row)."""
+    """By reason: `max_document_tokens`, `seq_len` (longer than a row), `crop` (by best_fit_crop, to fill a row)."""
     tokens_dropped: int = 0
     """Of dropped conversations, after cutting."""
     tokens_waiting: int = 0

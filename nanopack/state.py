@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from nanopack.config import Recipe
+from nanopack.config import LoaderConfig
 from nanopack.conversations.records import Conversation, check
 from nanopack.conversations.source import Source
 from nanopack.tokenizers.tokenizer import AnyTokenizer
@@ -40,17 +40,17 @@ SAMPLE = 16
 _FREE = ("rank", "extras", "max_pieces", "on_error")
 
 
-def fingerprint(source: Source, tokenizer: AnyTokenizer, recipe: Recipe) -> dict[str, Any]:
+def fingerprint(source: Source, tokenizer: AnyTokenizer, config: LoaderConfig) -> dict[str, Any]:
     """Return what a state depends on: {"conversations": their number, "sample", "tokenizer": digests, "arguments"}."""
     arguments = {
-        field.name: _plain(getattr(recipe, field.name))
-        for field in dataclasses.fields(recipe)
+        field.name: _plain(getattr(config, field.name))
+        for field in dataclasses.fields(config)
         if field.name not in _FREE
     }
-    if recipe.shard == "row":
+    if config.shard == "row":
         # the global batch is what counts, however many ranks share it
         del arguments["batch_size"], arguments["world_size"]
-        arguments["batch_size * world_size"] = recipe.global_rows
+        arguments["batch_size * world_size"] = config.global_rows
     return {
         "conversations": len(source),
         "sample": _digest([source.picks_digest().encode(), *_sample(source)]),
@@ -92,24 +92,24 @@ def _digest(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
-def check_state(state: Any, ours: Mapping[str, Any], recipe: Recipe, *, strict: bool) -> dict[str, Any]:
+def check_state(state: Any, ours: Mapping[str, Any], config: LoaderConfig, *, strict: bool) -> dict[str, Any]:
     """Return {"step", "lanes": those of this rank}, as `Start` takes them.
 
     Raises ValueError for what is not a state, lacks shards of this rank, or (with `strict`) belongs to other data or
     arguments: the message names each difference.
     """
-    _refuse_foreign(state)
+    state = _checked(state)
     if strict and (differences := _differences(state["fingerprint"], ours)):
         raise ValueError(
             f"the state belongs to another run: {'; '.join(differences)}; resume with what the run was started with, "
             f"or pass strict=False to resume all the same"
         )
-    wanted = [str(number) for number in recipe.shards]
+    wanted = [str(number) for number in config.shards]
     if missing := [number for number in wanted if number not in state["lanes"]]:
-        what = "rank" if recipe.shard == "rank" else "row"
+        what = "rank" if config.shard == "rank" else "row"
         raise ValueError(
             f"the state has {what}s {', '.join(state['lanes'])}, but not {', '.join(missing)}, which "
-            f"rank={recipe.rank} of world_size={recipe.world_size} needs; put the states of all ranks together with "
+            f"rank={config.rank} of world_size={config.world_size} needs; put the states of all ranks together with "
             f"nanopack.merge_states"
         )
     return {"step": state["step"], "lanes": {number: state["lanes"][number] for number in wanted}}
@@ -127,7 +127,7 @@ def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         raise ValueError("merge_states has nothing to merge; pass the states of all ranks")
     for number, state in enumerate(states):
         try:
-            _refuse_foreign(state)
+            states[number] = _checked(state)
         except ValueError as error:
             raise ValueError(f"state {number}: {error}") from None
     first, shards = states[0], dict[str, Any]()
@@ -150,7 +150,8 @@ def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {**first, "lanes": {str(number): shards[str(number)] for number in range(count)}}
 
 
-def _refuse_foreign(state: Any) -> None:
+def _checked(state: Any) -> Mapping[str, Any]:
+    """Return a state in today's names. ValueError where it is damaged, or not a state of nanopack."""
     if not isinstance(state, Mapping) or "format" not in state:
         raise ValueError(f"a {type(state).__name__} is not a state of nanopack; pass what state_dict() returned")
     if state["format"] != FORMAT:
@@ -164,6 +165,29 @@ def _refuse_foreign(state: Any) -> None:
         if not isinstance(its_state, Mapping) or not SHARD_KEYS.issubset(its_state):
             lacks = ", ".join(sorted(SHARD_KEYS - set(its_state)))
             raise ValueError(f"the state is damaged: shard {shard} lacks {lacks}")
+    return _with_new_names(state)
+
+
+# Arguments by the names that states before 0.1.0 have for them.
+_RENAMED = {"weights": "loss_weights", "shuffle_seed": "seed", "max_tokens": "max_document_tokens"}
+
+
+def _with_new_names(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a state saved before the arguments were renamed as it would be saved now; any other as it is."""
+    arguments = state["fingerprint"].get("arguments", {})
+    if "shuffle_seed" not in arguments:
+        return state
+    renamed = {_RENAMED.get(name, name): value for name, value in arguments.items()}
+    shards = {number: _with_new_reasons(its_state) for number, its_state in state["lanes"].items()}
+    return {**state, "lanes": shards, "fingerprint": {**state["fingerprint"], "arguments": renamed}}
+
+
+def _with_new_reasons(shard: Mapping[str, Any]) -> dict[str, Any]:
+    def renamed(ledger: Mapping[str, Any]) -> dict[str, Any]:
+        cut = {_RENAMED.get(reason, reason): tokens for reason, tokens in ledger["tokens_cut"].items()}
+        return {**ledger, "tokens_cut": cut}
+
+    return {**shard, "ledger": renamed(shard["ledger"]), "sources": [renamed(ledger) for ledger in shard["sources"]]}
 
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

@@ -203,13 +203,13 @@ def _start(process: Any) -> None:
             process.start()
     except AssertionError as error:
         raise ValueError(
-            "workers=1 and more start a process, which a daemonic process such as a DataLoader's worker may not; "
-            "use workers=0 there"
+            "num_workers=1 and more start a process, which a daemonic process such as a DataLoader's worker may not; "
+            "use num_workers=0 there"
         ) from error
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"workers=1 and more start a process, for which conversations and tokenizer must be picklable on this "
-            f"platform ({error}); pass files, or use workers=0"
+            f"num_workers=1 and more start a process, for which conversations and tokenizer must be picklable on this "
+            f"platform ({error}); pass files, or use num_workers=0"
         ) from error
 
 

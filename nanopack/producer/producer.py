@@ -53,13 +53,13 @@ class Producer:
         stage of the work is reported to `status`; without one this is the trainer's own process, where Ctrl-C is
         raised at once.
         """
-        self._recipe = reader.recipe
+        self._config = reader.config
         self._reader = reader
         self._status = status
         self._on_chunk = None if status is None else partial(status.set, READING)
         self._workers = Workers(workers, reader, self._on_chunk) if workers else None
         self._shards = [
-            ShardPacker(shard, reader, self._read_all) for shard in shards_of(self._recipe, len(reader.source))
+            ShardPacker(shard, reader, self._read_all) for shard in shards_of(self._config, len(reader.source))
         ]
         self._step = 0
         self._batches = start.batches
@@ -74,7 +74,7 @@ class Producer:
         Where another rank has more batches than this one, batches of padding follow, so that all deliver equally many.
         Raises as `ShardPacker.next_rows` does.
         """
-        size = self._recipe.shard_rows
+        size = self._config.shard_rows
         rows = [packer.next_rows() for packer in self._shards]
         if not any(rows) and self._step >= self._batches_of_the_longest():
             return None
@@ -100,7 +100,7 @@ class Producer:
 
     def _batches_of_the_longest(self) -> int:
         """Return the number of batches of the rank with most of them. Called when this one has no more."""
-        if self._recipe.world_size == 1:
+        if self._config.world_size == 1:
             return self._step
         if self._batches is None:
             self._batches, _ = count_batches(self._reader, all_ranks=True, read_all=self._read_all)
@@ -108,15 +108,15 @@ class Producer:
 
     def _read_all(self, indices: Iterable[int]) -> Iterator[ReadDocument]:
         if self._workers is not None:
-            return self._workers.read_all(indices, shards=len(self._recipe.shards))
-        tokens = self._recipe.shard_rows * self._recipe.seq_len
+            return self._workers.read_all(indices, shards=len(self._config.shards))
+        tokens = self._config.shard_rows * self._config.seq_len
         own = self._status is None
         return read_in_turn(self._reader, indices, batch_tokens=tokens, on_chunk=self._on_chunk, raise_interrupts=own)
 
 
 def initial_state(reader: Reader) -> bytes:
     """Return the state of a producer that has not read anything, as `state_of` reads it."""
-    shards = shards_of(reader.recipe, len(reader.source))
+    shards = shards_of(reader.config, len(reader.source))
     return pack_state(0, [ShardPacker(shard, reader, lambda indices: iter(())) for shard in shards])
 
 
@@ -128,9 +128,9 @@ def count_batches(reader: Reader, *, all_ranks: bool, read_all: ReadAll | None =
     process does. Raises as `ShardPacker.next_rows` does.
     """
     if read_all is None:
-        recipe = reader.recipe
-        read_all = partial(read_in_turn, reader, batch_tokens=recipe.batch_size * recipe.seq_len, raise_interrupts=True)
-    shards = shards_of(reader.recipe, len(reader.source), all_ranks=all_ranks)
+        config = reader.config
+        read_all = partial(read_in_turn, reader, batch_tokens=config.batch_size * config.seq_len, raise_interrupts=True)
+    shards = shards_of(reader.config, len(reader.source), all_ranks=all_ranks)
     lengths = _measure(reader, shards, read_all)
     packed = [_simulate(reader, lengths[_order(reader, shard)]) for shard in shards]
     return max(batches for batches, _ in packed), sum(tokens for _, tokens in packed)
@@ -138,7 +138,7 @@ def count_batches(reader: Reader, *, all_ranks: bool, read_all: ReadAll | None =
 
 def _order(reader: Reader, shard: Shard) -> np.ndarray:
     """Return the conversations of a shard in all epochs, in the order in which they are read, int64."""
-    return np.fromiter(shard.conversations(0, shard.num_reads(reader.recipe.epochs or 1)), np.int64)
+    return np.fromiter(shard.conversations(0, shard.num_reads(reader.config.epochs or 1)), np.int64)
 
 
 def _measure(reader: Reader, shards: Iterable[Shard], read_all: ReadAll) -> np.ndarray:
@@ -151,7 +151,7 @@ def _measure(reader: Reader, shards: Iterable[Shard], read_all: ReadAll) -> np.n
         wanted[_order(reader, shard)] = True
     for document in read_all(np.flatnonzero(wanted).tolist()):
         if document.error is not None:
-            describe_or_raise(document, reader.source, reader.recipe)
+            describe_or_raise(document, reader.source, reader.config)
         elif not document.dropped:
             lengths[document.conversation] = len(document.words)
     return lengths
@@ -160,7 +160,7 @@ def _measure(reader: Reader, shards: Iterable[Shard], read_all: ReadAll) -> np.n
 def _simulate(reader: Reader, lengths: np.ndarray) -> tuple[int, int]:
     """Return the number of batches and of tokens that documents of these lengths give, (k,) int64; 0: none."""
     documents = enumerate(lengths[lengths > 0].tolist())
-    packer = packer_of(reader.recipe, partial(next, documents, None))
+    packer = packer_of(reader.config, partial(next, documents, None))
     batches = 0
     while packer.next_rows():
         batches += 1

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanopack.config import Recipe
+from nanopack.config import LoaderConfig
 from nanopack.conversations.records import Conversation, check
 from nanopack.conversations.source import Source
 from nanopack.errors import TemplateError
@@ -77,25 +77,25 @@ class Chunk(NamedTuple):
 class Reader:
     """Reads conversations by index. Nothing in it changes, so any process may use it."""
 
-    def __init__(self, source: Source, tokenizer: AnyTokenizer, recipe: Recipe) -> None:
+    def __init__(self, source: Source, tokenizer: AnyTokenizer, config: LoaderConfig) -> None:
         """Raise as `Renderer` and `Layout` do."""
         self.source = source
         self.tokenizer = tokenizer
-        self.recipe = recipe
-        self.layout = _layout(recipe, tokenizer.vocab_size)
-        self.render = Renderer(tokenizer, recipe.template)
+        self.config = config
+        self.layout = _layout(config, tokenizer.vocab_size)
+        self.render = Renderer(tokenizer, config.template)
         self._loss_bit = self.layout.word_dtype.type(self.layout.loss_bit)
 
-    def __reduce__(self) -> tuple[type[Reader], tuple[Source, AnyTokenizer, Recipe]]:
+    def __reduce__(self) -> tuple[type[Reader], tuple[Source, AnyTokenizer, LoaderConfig]]:
         # closures do not pickle
-        return Reader, (self.source, self.tokenizer, self.recipe)
+        return Reader, (self.source, self.tokenizer, self.config)
 
     def check_template(self) -> None:
         """Raise TemplateError where the first conversation needs special tokens that the tokenizer lacks.
 
         So the tokenizer is refused at once, rather than with the first batch, where the data begin with messages.
         """
-        if not missing_tokens(self.tokenizer, self.recipe.template):
+        if not missing_tokens(self.tokenizer, self.config.template):
             return
         try:
             self.render(check(self.source[0]))
@@ -141,11 +141,11 @@ class Reader:
         """Cut the rendered documents and mark their tokens in the loss; return the words of all, end to end."""
         if not documents:
             return np.empty(0, self.layout.word_dtype)
-        recipe = self.recipe
+        config = self.config
         lengths = []
         for document, one in zip(documents, rendered, strict=True):
             document.num_tokens = length = len(one.ids)
-            for reason, limit in recipe.limits:
+            for reason, limit in config.limits:
                 if length > limit:
                     document.cut[reason] = length - limit
                     length = limit
@@ -153,28 +153,28 @@ class Reader:
         kept = list(zip(rendered, lengths, strict=True))
         words = np.concatenate([one.ids[:n] for one, n in kept], dtype=self.layout.word_dtype, casting="unsafe")
         in_loss = np.ones(len(words), bool)
-        if recipe.loss != "all":
+        if config.loss != "all":
             np.concatenate([one.mask[:n] for one, n in kept], out=in_loss)
         begins = list(accumulate(lengths, initial=0))
-        if not recipe.boundary_loss:
+        if not config.boundary_loss:
             in_loss[begins[:-1]] = False
         words |= np.multiply(in_loss, self._loss_bit, dtype=words.dtype)
         # no document is empty
         counts = np.add.reduceat(in_loss, begins[:-1], dtype=np.int64).tolist()
         for document, (begin, end), count in zip(documents, pairwise(begins), counts, strict=True):
             document.words = words[begin:end]
-            document.dropped = not count and recipe.drops_untrained
-            document.weight = weigh(recipe, document.own_weight, count)
+            document.dropped = not count and config.drops_untrained
+            document.weight = weigh(config, document.own_weight, count)
         return words
 
 
-def _layout(recipe: Recipe, vocab_size: int) -> Layout:
+def _layout(config: LoaderConfig, vocab_size: int) -> Layout:
     return Layout.of(
-        recipe.batch_size,
-        recipe.seq_len,
+        config.batch_size,
+        config.seq_len,
         vocab_size,
-        pieces=recipe.weights is not None or "positions" in recipe.extras or "doc_ids" in recipe.extras,
-        max_pieces=recipe.max_pieces if "cu_seqlens" in recipe.extras else None,
+        pieces=config.loss_weights is not None or "positions" in config.extras or "doc_ids" in config.extras,
+        max_pieces=config.max_pieces if "cu_seqlens" in config.extras else None,
     )
 
 
@@ -205,8 +205,8 @@ def read_in_turn(
         size = max(1, min(CHUNK, most * len(part) // max(1, tokens)))
 
 
-def weigh(recipe: Recipe, own_weight: float, loss_tokens: int) -> float:
+def weigh(config: LoaderConfig, own_weight: float, loss_tokens: int) -> float:
     """Return the loss weight of each token in the loss, of a document with `loss_tokens` of them."""
-    if recipe.weights == "conversation":
+    if config.loss_weights == "conversation":
         return own_weight / loss_tokens if loss_tokens else 0.0
-    return 1.0 if recipe.weights is None else own_weight
+    return 1.0 if config.loss_weights is None else own_weight

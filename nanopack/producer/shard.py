@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from nanopack.config import Recipe
+from nanopack.config import LoaderConfig
 from nanopack.conversations.order import Shard
 from nanopack.conversations.source import Source
 from nanopack.errors import NEVER_SKIPPED, ConversationError
@@ -34,16 +34,16 @@ ReadAll = Callable[[Iterable[int]], Iterator[ReadDocument]]
 """Reads the conversations of these indices, in this order."""
 
 
-def shards_of(recipe: Recipe, n: int, *, all_ranks: bool = False) -> list[Shard]:
+def shards_of(config: LoaderConfig, n: int, *, all_ranks: bool = False) -> list[Shard]:
     """Return the shards of n conversations that this rank reads: one, or with shard="row" one for each of its rows.
 
     With `all_ranks`, the shards of all ranks.
     """
-    numbers = recipe.all_shards if all_ranks else recipe.shards
-    return [Shard(n, number, len(recipe.all_shards), recipe.shuffle_seed) for number in numbers]
+    numbers = config.all_shards if all_ranks else config.shards
+    return [Shard(n, number, len(config.all_shards), config.seed) for number in numbers]
 
 
-def describe_or_raise(document: ReadDocument, source: Source, recipe: Recipe) -> str:
+def describe_or_raise(document: ReadDocument, source: Source, config: LoaderConfig) -> str:
     """Raise the error of a document, naming its place; with on_error="skip", return that message instead.
 
     Errors that are not the conversation's fault are always raised as they are.
@@ -54,22 +54,22 @@ def describe_or_raise(document: ReadDocument, source: Source, recipe: Recipe) ->
         raise error
     what = str(error) if isinstance(error, ConversationError) else f"{type(error).__name__}: {error}"
     what = f"{source.where(document.conversation)}, {what}"
-    if recipe.on_error == "raise":
+    if config.on_error == "raise":
         raise ConversationError(f'{what}. Fix it or pass on_error="skip".') from error
     return what
 
 
-def packer_of(recipe: Recipe, read: Callable[[], tuple[Any, int] | None]) -> Packer:
+def packer_of(config: LoaderConfig, read: Callable[[], tuple[Any, int] | None]) -> Packer:
     """Return the packer of one shard. It asks for documents by `read`, which returns (document, length) or None."""
     return make_packer(
-        recipe.packing,
+        config.packing,
         read,
-        batch_size=recipe.shard_rows,
-        seq_len=recipe.seq_len,
-        window=recipe.window,
-        max_age=recipe.max_age,
-        refill=recipe.refill,
-        overlap=recipe.overlap,
+        batch_size=config.shard_rows,
+        seq_len=config.seq_len,
+        window=config.window,
+        max_age=config.max_age,
+        refill=config.refill,
+        overlap=config.overlap,
     )
 
 
@@ -79,7 +79,7 @@ class ShardPacker:
     def __init__(self, shard: Shard, reader: Reader, read_all: ReadAll) -> None:
         self.shard = shard
         self._source = reader.source
-        self._recipe = reader.recipe
+        self._config = reader.config
         self._loss_bit = reader.layout.word_dtype.type(reader.layout.loss_bit)
         self._read_all = read_all
         self.sources = [Ledger() for _ in self._source.names or ("",)]
@@ -90,7 +90,7 @@ class ShardPacker:
         # conversations that gave no document since the last one that did, and how many reads that took
         self._fruitless: set[int] = set()
         self._in_vain = 0
-        self._packer = packer_of(self._recipe, self._next_document)
+        self._packer = packer_of(self._config, self._next_document)
         self._documents = self._documents_from(0)
 
     def next_rows(self) -> list[Row]:
@@ -99,7 +99,7 @@ class ShardPacker:
         Raises ConversationError for a bad conversation (with on_error="raise"), ValueError where nothing can be packed.
         """
         rows = self._packer.next_rows()
-        crops = self._recipe.packing == "best_fit_crop"
+        crops = self._config.packing == "best_fit_crop"
         for document, offset, length in chain.from_iterable(rows):
             if crops and length < len(document.words):
                 self._crop(document, length)
@@ -115,12 +115,12 @@ class ShardPacker:
         self.sources[document.source].crop(len(document.words) - length)
         document.words = document.words[:length]
         document.weight = weigh(
-            self._recipe, document.own_weight, int(np.count_nonzero(document.words >= self._loss_bit))
+            self._config, document.own_weight, int(np.count_nonzero(document.words >= self._loss_bit))
         )
 
     def count_positions(self, tokens: int, loss_tokens: int) -> None:
         """Count the positions of this shard's rows in a batch: those with tokens, and the targets in the loss."""
-        positions = self._recipe.shard_rows * self._recipe.seq_len
+        positions = self._config.shard_rows * self._config.seq_len
         self.positions.slots += positions
         self.positions.slots_tokens += tokens
         self.positions.slots_padding += positions - tokens
@@ -136,16 +136,16 @@ class ShardPacker:
         """Pass over the data that the reading has reached, from 1."""
         epoch = self.shard.epoch(self._num_read)
         # the end of the last pass does not begin another
-        return min(epoch, self._recipe.epochs or epoch)
+        return min(epoch, self._config.epochs or epoch)
 
     def progress(self) -> tuple[float, bool]:
         """Return the fraction of the data consumed, and whether that is all of it."""
-        shard, passes = self.shard, self._recipe.epochs or 1
-        stream = self._recipe.packing == "stream"
+        shard, passes = self.shard, self._config.epochs or 1
+        stream = self._config.packing == "stream"
         done = self._num_read if stream else self._num_read - self._packer.waiting_documents
         consumed = shard.number + shard.count * done
         last = consumed >= passes * shard.n
-        if self._recipe.epochs is not None:
+        if self._config.epochs is not None:
             return min(1.0, consumed / (passes * shard.n)), last
         # as nanochat: the stream reports where it reads, the rows how much they have consumed, past 1 in a second pass
         return (shard.order_index(done) if stream else consumed) / shard.n, last
@@ -198,14 +198,14 @@ class ShardPacker:
 
     def _check_again(self, document: ReadDocument) -> None:
         if document.error is not None:
-            what = describe_or_raise(document, self._source, self._recipe)
+            what = describe_or_raise(document, self._source, self._config)
             raise ConversationError(f"{what}. It could be read before.")
         if document.dropped:
             where = self._source.where(document.conversation)
             raise ValueError(f"{where} has changed: nothing in it is in the loss any more")
 
     def _documents_from(self, read: int) -> Iterator[ReadDocument]:
-        epochs = self._recipe.epochs
+        epochs = self._config.epochs
         return self._read_all(self.shard.conversations(read, None if epochs is None else self.shard.num_reads(epochs)))
 
     def _next_document(self) -> tuple[ReadDocument, int] | None:
@@ -225,7 +225,7 @@ class ShardPacker:
         document.source = self._source.source_of(document.conversation)
         ledger = self.sources[document.source]
         if document.error is not None:
-            log.warning("skipped %s", describe_or_raise(document, self._source, self._recipe))
+            log.warning("skipped %s", describe_or_raise(document, self._source, self._config))
             ledger.skip()
             return False
         ledger.read(document.num_tokens, document.cut, dropped=document.dropped)
@@ -233,7 +233,7 @@ class ShardPacker:
 
     def _give_up_on_nothing(self, conversation: int) -> None:
         """Raise ValueError where further reading can give no document any more."""
-        if self._recipe.epochs is not None:
+        if self._config.epochs is not None:
             return
         n = self.shard.n
         self._in_vain += 1

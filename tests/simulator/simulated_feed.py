@@ -72,17 +72,19 @@ def data(number: int) -> Data:
         "epochs": 1,
     }
     if number % 8 > 5:
-        extras = {"weights": "token", "extras": ("positions", "doc_ids", "cu_seqlens")}
+        extras = {"loss_weights": "token", "extras": ("positions", "doc_ids", "cu_seqlens")}
         arguments |= extras | {"max_pieces": arguments["seq_len"]}
     batches = []
     with contextlib.suppress(ValueError):
         for batch in reference.batches(conversations, TOKENIZER, **arguments):
             batches.append(batch)
-    return Data(conversations, arguments, batches, *_produce(Loader(conversations, TOKENIZER, workers=0, **arguments)))
+    return Data(
+        conversations, arguments, batches, *_produce(Loader(conversations, TOKENIZER, num_workers=0, **arguments))
+    )
 
 
 def _produce(loader: Loader) -> tuple[list[tuple[np.ndarray, BatchFacts]], Exception | End]:
-    reader = Reader(loader.source, loader.tokenizer, loader.recipe)
+    reader = Reader(loader.source, loader.tokenizer, loader.config)
     producer, layout = Producer(reader), reader.layout
     slot = Slot(layout, np.zeros(layout.nbytes, np.uint8))
     slots = []
