@@ -163,7 +163,7 @@ def _send(chunk: Chunk, results: Connection) -> None:
         for document in chunk.documents
     ]
     results.send((facts, chunk.words.dtype.str))
-    results.send_bytes(chunk.words.data)
+    results.send_bytes(chunk.words.view(np.uint8).data)
 
 
 def _receive(results: Connection) -> list[ReadDocument]:

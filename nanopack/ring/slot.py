@@ -1,7 +1,7 @@
 """Write one batch into a slot: its token words, and the tables of rows, pieces and cu_seqlens.
 
     rows of runs, words of documents   ->   Slot.fill()   ->   kernels/pack.py
-     packing/       producer/reader.py                          the bytes, BatchFacts for the host
+     packing/       producer/reader.py                          which reads the bytes; BatchFacts
 
 layout.py defines the format. numpy alone: neither torch nor a GPU.
 """

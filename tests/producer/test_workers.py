@@ -102,6 +102,12 @@ def test_what_goes_wrong_comes_in_its_place_with_its_traceback(started, fault, k
     assert "in __getitem__" in str(reads[40].error.__cause__)
 
 
+def test_a_chunk_of_bad_conversations_alone_comes_too(started):
+    found = list(started(2, [{"text": 5}] * 40).read_all(range(40), shards=1))
+    assert [document.conversation for document in found] == list(range(40))
+    assert {type(document.error) for document in found} == {ConversationError}
+
+
 def test_words_are_those_of_the_slot(started):
     [read] = started(1, [{"text": "a b"}]).read_all([0], shards=1)
     assert read.words.dtype == np.uint16 and (read.words >> 15).all()
