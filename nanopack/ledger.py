@@ -130,13 +130,15 @@ class Ledger:
             wrong.append(f"trained targets: {self.targets_trained}, more than the {self.tokens_emitted} tokens emitted")
         return wrong
 
-    def report(self, packed: Mapping[str, int], sources: Mapping[str, Ledger]) -> dict[str, Any]:
+    def report(
+        self, packed: Mapping[str, int] | None = None, sources: Mapping[str, Ledger] | None = None
+    ) -> dict[str, Any]:
         """Return the counters as nested plain data (JSON-able), with `balanced` and, if it is false, `imbalances`.
 
         `packed` are the sums of the packers' own counters (`packed`, `emitted`, `cropped`): they count as they pack,
-        the ledger document by document, and both must agree. `sources` are the ledgers of a mixture's sources by name.
+        the ledger document by document, and both must agree. `sources` are the ledgers of a mixture's sources, by name.
         """
-        wrong = self.imbalances()
+        wrong, sources = self.imbalances(), sources or {}
         wrong += [f"{name}: {what}" for name, ledger in sources.items() for what in ledger.imbalances()]
         counted = {
             "packed": ("conversations_packed", self.conversations_packed),
@@ -144,7 +146,7 @@ class Ledger:
             "cropped": ("tokens_cut", self.tokens_cut["crop"]),
         }
         for name, (counter, count) in counted.items():
-            if packed[name] != count:
+            if packed is not None and packed[name] != count:
                 wrong.append(f"{counter}: {count} counted by document, {packed[name]} by the packing")
         return {
             **self._documents(),
