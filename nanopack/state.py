@@ -136,7 +136,7 @@ def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"states 0 and {number} are of different runs: {'; '.join(differences)}")
         if state["step"] != first["step"]:
             raise ValueError(
-                f"states 0 and {number} are of different steps:  {first['step']} and {state['step']}; "
+                f"states 0 and {number} are not of the same step: steps  {first['step']} and {state['step']}; "
                 f"save the states of all ranks at the same step"
             )
         for shard, its_state in state["lanes"].items():
