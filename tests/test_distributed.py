@@ -31,6 +31,7 @@ from distributed_run import BYTES, SAVE_EVERY, STEPS
 from torch.distributed.checkpoint.stateful import Stateful
 
 from nanopack import Loader, merge_states
+from nanopack.packing import Stream
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
 SCRIPT = Path(__file__).parent / "support" / "distributed_run.py"
@@ -170,7 +171,7 @@ def test_a_group_that_is_not_that_of_all_ranks_is_refused(ranks):
 def test_a_rank_that_cannot_count_says_so_and_the_others_do_not_wait_for_it(ranks):
     first, second, third = ranks(3, counted_with_a_bad_conversation_of_rank_1)
     assert second[0] == "ConversationError" and "conversation 4" in second[1]
-    assert first == third == ("RuntimeError", "another rank could not count its batches; what it raises says why")
+    assert first == third == ("RuntimeError", "another rank could not count its batches; its own error says why")
 
 
 CASES = {
@@ -178,7 +179,7 @@ CASES = {
     "the beginning, where all lists are empty": dict(steps=0),
     "the end, where all lists are empty": dict(steps=1000, epochs=1),
     "no document waits": dict(steps=3, packing="pad"),
-    "a stream, and its carried token": dict(steps=3, packing="stream", overlap=True),
+    "a stream, and its carried token": dict(steps=3, packing=Stream(overlap=True)),
     "a mixture, whose sources are counted": dict(steps=4, conversations=MIXED, packing="best_fit_crop"),
     "a producer process, shuffled": dict(steps=6, num_workers=1, seed=3, epochs=2),
 }

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 # From the data to the user. A stage imports only what stands before it.
 ORDER = [
     "errors",
+    "checks",
     "packing",
     "conversations",
     "tokenizers",

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import itertools
 import json
 import sys
 import time
@@ -26,11 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanopack import demo, reference
+from nanopack import demo
 from nanopack.batch import Batch
 from nanopack.cli.html import explain_rows, save_page
 from nanopack.cli.lengths import Lengths, measure
-from nanopack.cli.options import CONFIG_DEFAULTS
+from nanopack.cli.options import CONFIG_DEFAULTS, packing_of
 from nanopack.cli.plots import load_matplotlib, save_batch, save_curve, save_lengths
 from nanopack.cli.progress import Bar
 from nanopack.cli.summary import Totals, count_batches, percent
@@ -40,7 +39,7 @@ from nanopack.conversations.order import Share
 from nanopack.loader import Loader
 from nanopack.render.renderer import Renderer
 from nanopack.tokenizers.tokenizer import load_tokenizer
-from nanopack.verify import compare
+from nanopack.verify import verify as compare_with_reference
 
 SAVED = ("inputs", "targets", "weights", "positions", "doc_ids", "cu_seqlens")
 
@@ -70,14 +69,19 @@ def pack(options: Namespace) -> int:
 
 def verify(options: Namespace) -> int:
     """Compare every field of every batch with the slow reference packer's; exit code 1 at the first difference."""
-    data = _loader_options(options)
-    for name in ("encoder", "executor"):
-        data.pop(name, None)
-    with _loader(options) as loader, Bar("verifying") as bar:
-        data |= {"rank": loader.config.rank, "world_size": loader.config.world_size}
-        expected = reference.batches(_conversations(options), loader.tokenizer, **data)
-        got = _deliver(loader, Totals(loader.config), options.max_batches, bar)
-        found = compare(itertools.islice(expected, options.max_batches), got)
+    with Bar("verifying") as bar:
+
+        def show(batch: Batch) -> None:
+            done = (batch.step + 1) / options.max_batches if options.max_batches else 0.0
+            bar.show(max(done, batch.progress), count_batches(batch.step + 1))
+
+        found = compare_with_reference(
+            _conversations(options),
+            getattr(options, "tokenizer", "chat32k"),
+            max_batches=options.max_batches,
+            on_batch=show,
+            **_loader_options(options),
+        )
     if options.json:
         _print_json({"equal": bool(found), **dataclasses.asdict(found)})
     elif found:
@@ -118,7 +122,7 @@ def inspect(options: Namespace) -> int:
         _print_json({**_inspection(lengths, loader, totals.report(ledger)), "written": written})
     else:
         print(f"{_title(options)}\n\n{tell_lengths(lengths, loader)}")
-        print(f"\nPacked with {loader.config.packing}:\n\n{table(totals.rows(ledger, speed=False))}")
+        print(f"\nPacked with {loader.config.packing.name}:\n\n{table(totals.rows(ledger, speed=False))}")
         if drawn is not None:
             print(f"\n{tell_batch(drawn, loader, options)}")
         if written:
@@ -150,7 +154,7 @@ def _write_pictures(batch: Batch | None, lengths: Lengths, loader: Loader, optio
     """Write the pictures that were asked for, and return where."""
     config = loader.config
     if batch:
-        packed = f"{config.batch_size:,} rows x {config.seq_len:,} tokens, packed with {config.packing}"
+        packed = f"{config.batch_size:,} rows x {config.seq_len:,} tokens, packed with {config.packing.name}"
         padding = percent(1 - batch.num_tokens / batch.inputs.numel())
         title = f"{_title(options)}: batch {batch.step}, {packed}, {padding} padding"
     if batch and options.png:
@@ -215,6 +219,8 @@ def _title(options: Namespace) -> str:
 def _loader_options(options: Namespace) -> dict[str, Any]:
     """Return what was asked for of the loader; one pass over the data unless more were."""
     given = {name: value for name, value in vars(options).items() if name in (*CONFIG_DEFAULTS, "encoder", "executor")}
+    if packing := packing_of(options):
+        given["packing"] = packing
     return {"epochs": 1, **given}
 
 

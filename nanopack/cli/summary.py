@@ -58,7 +58,7 @@ class Totals:
         batch_slots = config.batch_size * config.seq_len
         full = self.tokens - self.last_tokens if self.ended else None
         return {
-            "packing": config.packing,
+            "packing": config.packing.name,
             "batch_size": config.batch_size,
             "seq_len": config.seq_len,
             "batches": self.batches,
@@ -74,7 +74,7 @@ class Totals:
 
     def _padding_one_a_row(self) -> float | None:
         # Only where no document is cut in the middle does a piece tell how long its document is.
-        whole = self.alone_tokens if self.config.cuts_to_row else None
+        whole = self.alone_tokens if self.config.packing.cuts_to_row else None
         return _padding(whole, self.alone_rows * self.config.seq_len)
 
     def rows(self, ledger: dict[str, Any], *, speed: bool = True) -> list[tuple[str, str, str]]:

@@ -1,6 +1,6 @@
 """Fill each row with the longest waiting documents that fit, at the same cost however many wait.
 
-lengths of what is read   ->   BestFit.next_rows()   ->   rows of whole documents
+lengths of what is read   ->   BestFitPacker.next_rows()   ->   rows of whole documents
       lane.py                                               packing.py chooses among packings
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 from nanopack.packing.rows import Read, Row, Run, State, counters, set_counters
 
 
-class BestFit:
+class BestFitPacker:
     """Each row takes, again and again, the longest waiting document that fits its rest, first come among equals.
 
     Before each choice the waiting list is refilled, `refill` documents at a time, until `window` wait. When none fits,

@@ -1,6 +1,6 @@
 """Put documents end to end: nanochat's midtraining loader.
 
-lengths of what is read   ->   Stream.next_rows()   ->   rows of runs, of whole and of parts of documents
+lengths of what is read   ->   StreamPacker.next_rows()   ->   rows of runs, of whole and of parts of documents
       shard.py                                              slot.py writes them out
 """
 
@@ -13,13 +13,13 @@ from typing import Any
 from nanopack.packing.rows import Read, Row, Run, State, counters, set_counters
 
 
-class Stream:
+class StreamPacker:
     """Documents end to end: a batch is the next B*T+1 tokens, a row T+1 of them, sharing one with the next row.
 
     This is nanochat's midtraining loader. With `overlap`, the last token of a batch is the first of the next one.
 
     >>> lengths = iter([(0, 6), (1, 12)])
-    >>> Stream(lambda: next(lengths), batch_size=2, seq_len=4, overlap=False).next_rows()
+    >>> StreamPacker(lambda: next(lengths), batch_size=2, seq_len=4, overlap=False).next_rows()
     [[Run(document=0, offset=0, length=5)], [Run(document=0, offset=4, length=2), Run(document=1, offset=0, length=3)]]
     """
 

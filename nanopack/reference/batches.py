@@ -12,10 +12,10 @@ of one string, the `Batch` class and the name of an error, so that no mistake ca
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -27,8 +27,16 @@ from nanopack.reference.packing import Document, Rows, Word, pack_rows, pack_str
 from nanopack.render.templates import Template
 from nanopack.tokenizers.tokenizer import load_tokenizer
 
+# The packings, with their options; window, max_age and refill count documents, rows and documents.
+DEFAULTS: dict[str, dict[str, int]] = {
+    "best_fit": {"window": 64, "max_age": 128, "refill": 1},
+    "stream": {"overlap": False},
+    "best_fit_pad": {"window": 100, "refill": 1},
+    "best_fit_crop": {"window": 1000, "refill": 1},
+    "pad": {},
+}
 CHOICES: dict[str, tuple[str | None, ...]] = {
-    "packing": ("best_fit", "stream", "best_fit_pad", "best_fit_crop", "pad"),
+    "packing": tuple(DEFAULTS),
     "loss": ("assistant", "all"),
     "loss_weights": (None, "token", "conversation"),
     "extras": ("positions", "doc_ids", "cu_seqlens"),
@@ -36,8 +44,6 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "shard": ("rank", "row"),
     "on_error": ("raise", "skip"),
 }
-WINDOWS = {"best_fit": 64, "best_fit_pad": 100, "best_fit_crop": 1000, "pad": 1}
-MAX_AGE = 128
 SPECIAL_TOKENS = {
     "nanochat": [
         *("<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"),
@@ -55,41 +61,36 @@ def batches(
     *,
     batch_size: int = 32,
     seq_len: int = 2048,
-    packing: str = "best_fit",
+    packing: str | PackingOptions = "best_fit",
+    template: str | Template = "nanochat",
     loss: str = "assistant",
     loss_weights: str | None = None,
-    extras: Sequence[str] = (),
-    max_pieces: int | None = None,
-    template: str | Template = "nanochat",
-    max_document_tokens: int | None = None,
-    window: int | None = None,
-    max_age: int | None = None,
-    refill: int = 1,
-    overlap: bool = False,
     boundary_loss: bool = True,
     ignore_index: int = -100,
+    max_document_tokens: int | None = None,
+    extras: Collection[str] = (),
+    max_pieces: int | None = None,
+    seed: int | None = None,
+    epochs: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     shard: str = "rank",
-    seed: int | None = None,
-    epochs: int | None = None,
     on_error: str = "raise",
 ) -> Iterator[Batch]:
     """Return the batches of one rank, on the CPU; endless where `epochs` is None. Arguments as of `Loader`.
 
     Raises ValueError for an unknown choice, an impossible number, or messages for which the tokenizer lacks special
-    tokens, and ConversationError for a conversation that cannot be used.
+    tokens, and ConversationError for an invalid conversation.
     """
+    packing, options = (packing, DEFAULTS.get(packing, {})) if isinstance(packing, str) else _options(packing)
     chosen = dict(
         packing=packing, loss=loss, loss_weights=loss_weights, template=template, shard=shard, on_error=on_error
     )
     for name, value in [*chosen.items(), *(("extras", extra) for extra in extras)]:
         if value not in CHOICES[name] and not isinstance(value, Template):
             raise ValueError(f"{name}={value!r} is not known. Pass one of {CHOICES[name]}.")
-    counts = dict(batch_size=batch_size, seq_len=seq_len, refill=refill, world_size=world_size)
-    if_given = dict(
-        max_pieces=max_pieces, max_document_tokens=max_document_tokens, window=window, max_age=max_age, epochs=epochs
-    )
+    counts = dict(batch_size=batch_size, seq_len=seq_len, world_size=world_size)
+    if_given = dict(max_pieces=max_pieces, max_document_tokens=max_document_tokens, epochs=epochs)
     for name, count in [*counts.items(), *((name, count) for name, count in if_given.items() if count is not None)]:
         if type(count) is not int or count < 1:
             raise ValueError(f"{name}={count!r} is impossible. Pass an int from 1.")
@@ -142,11 +143,10 @@ def batches(
     def lane(number: int) -> Lane:
         reader = Reader(len(records), read, number, lanes, epochs, seed)
         if packing == "stream":
-            return Lane(reader, pack_stream(reader, lane_rows, seq_len, overlap))
-        choices = WINDOWS[packing] if window is None or packing == "pad" else window
-        age = MAX_AGE if max_age is None else max_age
-        bound = age if packing == "best_fit" else math.inf
-        return Lane(reader, pack_rows(reader, packing, lane_rows, seq_len, choices, refill, bound))
+            return Lane(reader, pack_stream(reader, lane_rows, seq_len, bool(options["overlap"])))
+        # One document a row is the choice among one.
+        window, refill, max_age = options.get("window", 1), options.get("refill", 1), options.get("max_age", math.inf)
+        return Lane(reader, pack_rows(reader, packing, lane_rows, seq_len, window, refill, max_age))
 
     def longest() -> int:
         """Count the batches of the lane that has most."""
@@ -156,6 +156,19 @@ def batches(
     # Lazy: each batch is built, with what the readers tell then, before the next one is packed.
     packed = _side_by_side([lane(number) for number in own], lane_rows, longest)
     return (build(step, rows, lanes) for step, (rows, lanes) in enumerate(packed))
+
+
+class PackingOptions(Protocol):
+    """A packing object, such as `nanopack.BestFit(window=8)`: its options are its attributes."""
+
+    @property
+    def name(self) -> str:
+        """The name that stands for it with its default options."""
+
+
+def _options(packing: PackingOptions) -> tuple[str, dict[str, int]]:
+    """Return name and options of a packing object; no other code of it is used."""
+    return packing.name, {option: getattr(packing, option) for option in DEFAULTS[packing.name]}
 
 
 @dataclass
@@ -198,7 +211,7 @@ def _side_by_side(lanes: list[Lane], lane_rows: int, longest: Callable[[], int])
 
 
 def _batch(
-    packing: str, seq_len: int, loss_weights: str | None, extras: Sequence[str],
+    packing: str, seq_len: int, loss_weights: str | None, extras: Collection[str],
     max_pieces: int | None, bos_id: int, ignore_index: int, step: int, rows: Rows, lanes: list[Lane],
 ) -> Batch:  # fmt: skip
     inputs, targets, target_weights, positions, doc_ids, starts = [], [], [], [], [], []
