@@ -25,7 +25,7 @@ from nanopack.config import Encoder, Executor, Extra, LoaderConfig, Loss, LossWe
 from nanopack.conversations.records import Conversations, open_conversations
 from nanopack.distributed import agree_on_most, group_to_agree_in, rank_and_world_size
 from nanopack.explain import Explanation, explain
-from nanopack.ledger import Ledger
+from nanopack.ledger import Ledger, LedgerReport
 from nanopack.mixture import Mixture
 from nanopack.packing.packings import Packing, PackingName, as_packing
 from nanopack.producer.feed import Feed, Inline
@@ -34,7 +34,7 @@ from nanopack.producer.producer import Produced, Producer, Start
 from nanopack.render.templates import Template
 from nanopack.ring.ring import Ring
 from nanopack.state import FORMAT, check_state, fingerprint
-from nanopack.stats import Stats
+from nanopack.stats import Stats, StatsReport
 from nanopack.tokenizers.splintr import choose_encoder
 from nanopack.tokenizers.tokenizer import TokenizerLike, load_tokenizer
 from nanopack.upload.delivery import Delivery
@@ -273,7 +273,7 @@ class Loader:
             word_pieces=filled.word_pieces,
         )
 
-    def ledger(self) -> dict[str, Any]:
+    def ledger(self) -> LedgerReport:
         """Return what happened to every conversation, token and slot up to the batch delivered last; see `Ledger`.
 
         Of a mixture, `sources` tells it for each source.
@@ -345,8 +345,8 @@ class Loader:
         counter = Producer(self.source, self._encoder, self.config)
         return counter.count_batches(of_all_ranks=of_all_ranks)
 
-    def stats(self) -> dict[str, Any]:
-        """Return where time and memory went so far; see `Stats` for the names and units."""
+    def stats(self) -> StatsReport:
+        """Return where time and memory went so far; see `StatsReport` for names and units."""
         return self._stats.report(
             self._delivery.waited_for_producer, None if self.config.epochs is None else self._ledger().slots_tokens
         )

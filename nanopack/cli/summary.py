@@ -6,6 +6,7 @@ loader.ledger()                ->   Totals.rows(), Totals.report()   ->   comman
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ class Totals:
         self.alone_rows += len(pieces)
         self.alone_tokens += sum(min(piece.length, columns) for piece in pieces)
 
-    def report(self, ledger: dict[str, Any]) -> dict[str, Any]:
+    def report(self, ledger: Mapping[str, Any]) -> dict[str, Any]:
         """Return the totals as plain data (JSON-able); shares are of 1, None where there is nothing to share."""
         config = self.config
         batch_slots = config.batch_size * config.seq_len
@@ -77,7 +78,7 @@ class Totals:
         whole = self.alone_tokens if self.config.packing.cuts_to_row else None
         return _padding(whole, self.alone_rows * self.config.seq_len)
 
-    def rows(self, ledger: dict[str, Any], *, speed: bool = True) -> list[tuple[str, str, str]]:
+    def rows(self, ledger: Mapping[str, Any], *, speed: bool = True) -> list[tuple[str, str, str]]:
         """Return (name, number, note) of everything that a reader wants to know of the run."""
         report = self.report(ledger)
         batches = f"of {self.config.batch_size:,} rows x {self.config.seq_len:,} tokens"
@@ -122,7 +123,7 @@ def _reason(what: str, reason: str) -> str:
     return f"{what}: {REASONS.get(reason, reason)}"
 
 
-def _conversation_rows(counts: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _conversation_rows(counts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     notes = [
         *((number, _reason("dropped", reason)) for reason, number in counts["dropped"].items()),
         (counts["skipped"], "skipped: not valid"),
@@ -134,7 +135,7 @@ def _conversation_rows(counts: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _token_rows(counts: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _token_rows(counts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     notes = [
         *((number, _reason("cut", reason)) for reason, number in counts["cut"].items()),
         (counts["dropped"], "dropped with their conversations"),
@@ -156,7 +157,7 @@ def _padding_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _ledger_rows(ledger: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _ledger_rows(ledger: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if ledger["balanced"]:
         return [("ledger", "balanced", "every conversation and every token is accounted for")]
     first, *others = ledger["imbalances"]
