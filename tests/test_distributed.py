@@ -22,6 +22,7 @@ from distributed_ranks import (
     default_share,
     gathered_state,
     load_and_go_on,
+    logged_without_a_fitting_group,
     rows_of,
     save_and_go_on,
     steps_in_common,
@@ -152,10 +153,10 @@ def test_rank_and_world_size_are_those_of_torch_distributed(ranks, shard):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("grouping", ["passed", "default", "none"])
 @pytest.mark.parametrize("shard", ["rank", "row"])
-def test_ranks_of_uneven_data_end_together(ranks, shard, grouped, workers):
-    answers = ranks(3, steps_in_common, grouped, shard=shard, num_workers=workers)
+def test_ranks_of_uneven_data_end_together(ranks, shard, grouping, workers):
+    answers = ranks(4 if grouping == "none" else 3, steps_in_common, grouping, shard=shard, num_workers=workers)[:3]
     steps, length, filled = map(set, zip(*answers, strict=True))
     assert steps == length == {max(filled)} and min(filled) < max(filled) / 5
 
@@ -166,6 +167,13 @@ def test_a_group_that_is_not_that_of_all_ranks_is_refused(ranks):
         assert "process_group has 3 ranks, but world_size=2" in other
         assert ("process_group has 2 ranks, but world_size=3" if rank < 2 else "process_group") in pair
         assert "process_group has no meaning without epochs" in endless
+
+
+def test_a_loader_of_other_ranks_than_the_default_group_s_does_not_wait_for_them_and_says_so(ranks):
+    # each process stands for rank 0, of two or of one: none of them could meet the others
+    for lines, counted in ranks(3, logged_without_a_fitting_group, 2):
+        assert not counted and ["has 3 ranks, but world_size=2" in line for line in lines] == [True]
+    assert ranks(3, logged_without_a_fitting_group, 1) == [([], False)] * 3
 
 
 def test_a_rank_that_cannot_count_says_so_and_the_others_do_not_wait_for_it(ranks):
