@@ -46,8 +46,8 @@ class Packing(ABC):
     def build(self, read: Read, *, batch_size: int, seq_len: int) -> Packer:
         """Return a packer that fills batches of `batch_size` rows of seq_len + 1 tokens.
 
-        `read()` returns the next document, as any hashable object equal only to itself, and its length in tokens, from
-        1; None at the end of the data. The packer calls it when its rule needs another document.
+        `read()` returns (document, length in tokens, from 1), or None at the end of the data. A document is any
+        hashable object equal only to itself. The packer reads when its rule needs another document.
         """
 
     def options(self) -> dict[str, int]:

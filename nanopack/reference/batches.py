@@ -1,12 +1,12 @@
-"""The slow packer in plain Python lists: the definition of what a batch is.
+"""The slow packer in plain Python lists: the definition of a batch.
 
-    conversations, tokenizer, arguments   ->   batches()   ->   what a Loader must give, bit for bit
-                                                                verify.py
+    conversations, tokenizer, arguments   ->   batches()   ->   the batches that a Loader must give, bit for bit
+                                                                verify.py compares them
 
-To be read the way the data travel: reference_documents.py makes the documents, reference_order.py says in which order
-they are read, reference_packing.py makes rows of them, this file batches of the rows. Written to be right, not fast:
-choices are scans over lists, tensors appear in the last lines. It shares nothing with the fast path but the tokenizing
-of one string, the `Batch` class and the name of an error, so that no mistake can hide in both.
+Read it the way the data travel: documents.py makes the documents, order.py decides in which order they are read,
+packing.py makes rows of them, this file makes batches of the rows. Written to be right, not fast: choices are scans
+over lists, tensors appear in the last lines. It shares nothing with the fast path but the tokenizing of one string, the
+`Batch` class and the names of errors, so that no mistake can hide in both.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def batches(
     lacking = [token for token in needed if token not in coder.special_tokens]
     records = open_records(conversations)
     cut = seq_len + 1 if packing in ("best_fit", "best_fit_pad", "pad") else None
-    # nanochat's packings keep a document that trains nothing, and so must we to give its batches.
+    # nanochat's packings keep a document without a token in the loss, and so must we to reproduce its batches.
     drops = packing in ("best_fit", "pad") and loss == "assistant"
 
     def read(index: int) -> Document | None:
@@ -117,7 +117,7 @@ def batches(
             if ready is not None:
                 tokens = check_ids(ready, coder.vocab_size)
             else:
-                # Asked here, so that a tokenizer that lacks one is not taken for many bad conversations.
+                # Checked here, so that a tokenizer that lacks one does not make every conversation a bad one.
                 tokens = [] if messages and lacking else render(messages, text, coder, template)
         except MemoryError:
             raise
@@ -135,7 +135,7 @@ def batches(
         document = Document(index, tokens, weight)
         return None if drops and document.num_loss_tokens == 0 else document
 
-    # A lane is a share of the conversations, packed by itself: one a rank, or one a row of the global batch.
+    # A lane is a shard of the conversations, packed by itself: one per rank, or one per row of the global batch.
     by_row = shard == "row"
     lanes, lane_rows = (batch_size * world_size, 1) if by_row else (world_size, batch_size)
     own = range(rank * batch_size, (rank + 1) * batch_size) if by_row else [rank]
@@ -149,11 +149,11 @@ def batches(
         return Lane(reader, pack_rows(reader, packing, lane_rows, seq_len, window, refill, max_age))
 
     def longest() -> int:
-        """Count the batches of the lane that has most."""
+        """Return the number of batches of the longest lane of all ranks."""
         return max(sum(1 for _ in lane(number).packed) for number in range(lanes)) if world_size > 1 else 0
 
     build = partial(_batch, packing, seq_len, loss_weights, extras, max_pieces, coder.bos_id, ignore_index)
-    # Lazy: each batch is built, with what the readers tell then, before the next one is packed.
+    # Lazy: each batch is built, with the progress of its readers, before the next one is packed.
     packed = _side_by_side([lane(number) for number in own], lane_rows, longest)
     return (build(step, rows, lanes) for step, (rows, lanes) in enumerate(packed))
 
@@ -173,7 +173,7 @@ def _options(packing: PackingOptions) -> tuple[str, dict[str, int]]:
 
 @dataclass
 class Lane:
-    """A share of the conversations as it is packed."""
+    """A shard of the conversations as it is packed."""
 
     reader: Reader[Document]
     packed: Iterator[tuple[Rows, int]]
@@ -181,8 +181,8 @@ class Lane:
     placed: int = 0
 
     def progress(self, streams: bool) -> tuple[float, bool]:
-        """Return which share of the data is used up, and whether that is all."""
-        # By rows, a conversation is done with when it is placed, dropped or skipped.
+        """Return the fraction of the data consumed, and whether that is all of it."""
+        # By rows, a conversation is consumed when it is placed, dropped or skipped.
         return self.reader.progress(streams, self.reader.reads if streams else self.placed + self.reader.left_out)
 
 
@@ -200,7 +200,7 @@ def _side_by_side(lanes: list[Lane], lane_rows: int, longest: Callable[[], int])
                 lane.placed = lane_batch[1]
                 rows += lane_batch[0]
                 ended = False
-        # All ranks must give equally many batches: who is done gives padding.
+        # All ranks must give equally many batches: a rank that is done gives padding.
         if ended and batches >= longest():
             return
         yield rows, lanes
@@ -217,7 +217,7 @@ def _batch(
     inputs, targets, target_weights, positions, doc_ids, starts = [], [], [], [], [], []
     padding = Document(-1, [(bos_id, False)] * (seq_len + 1), 0.0)
     for number, row in enumerate(rows):
-        # From here on padding is one more document, at the end of the row; it differs only in its doc_id.
+        # From here on padding is one more document, at the end of the row, different only in its doc_id.
         words = [*row, *padding.words()[len(row) :]]
         pieces = _pieces(words)
         inputs.append([word.id for word in words[:-1]])
@@ -246,7 +246,7 @@ def _batch(
         num_tokens=sum(len(row[:seq_len]) for row in rows),
         weight_sum=math.fsum(weighed.flatten().tolist()),
         max_seqlen=max_seqlen,
-        # The end of the last pass begins no other.
+        # The end of the last pass does not begin another.
         epoch=max(lane.reader.epoch_reached for lane in lanes),
         progress=math.fsum(progress) / len(lanes),
         last=all(last),
@@ -255,7 +255,7 @@ def _batch(
 
 
 def _pieces(words: list[Word]) -> list[Piece]:
-    """Return the runs of one document in all T + 1 words of a row."""
+    """Return the runs of single documents in all T + 1 words of a row."""
     pieces: list[Piece] = []
     for column, word in enumerate(words):
         if column and word.document is words[column - 1].document:
@@ -266,7 +266,7 @@ def _pieces(words: list[Word]) -> list[Piece]:
 
 
 def _filled(starts: list[int], step: int, batch_size: int, max_pieces: int) -> list[int]:
-    """Return cu_seqlens at the length that all batches share: a varying one would make a model recompile."""
+    """Return cu_seqlens filled up to the length of every batch: a varying length would make a model recompile."""
     pieces, room = len(starts) - 1, batch_size * max_pieces
     if pieces > room:
         raise ValueError(

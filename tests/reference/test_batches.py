@@ -510,7 +510,7 @@ def test_bits_are_counted_after_the_boundary_is_cleared():
 
 
 def test_endless_pass_without_a_document_is_an_error():
-    with pytest.raises(ValueError, match="trains nothing"):
+    with pytest.raises(ValueError, match="has no token in the loss"):
         take(1, [QUESTION], batch_size=1, seq_len=3)
     assert take(None, [QUESTION], batch_size=1, seq_len=3, epochs=2) == []
 
