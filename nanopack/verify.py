@@ -6,7 +6,7 @@ Loader and reference.batches on the same arguments   ->   verify()   ->   Verifi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -37,20 +37,12 @@ class Verification:
 
 
 # The arguments are the Loader's own: writing out its names a third time would only let them drift apart.
-def verify(
-    conversations: Any,
-    tokenizer: Any,
-    *,
-    max_batches: int | None = None,
-    on_batch: Callable[[Batch], object] | None = None,
-    **arguments: Any,
-) -> Verification:
+def verify(conversations: Any, tokenizer: Any, *, max_batches: int | None = None, **arguments: Any) -> Verification:
     """Compare the batches of `Loader(conversations, tokenizer, **arguments)` with those of `reference.batches`.
 
     Args:
         conversations, tokenizer, arguments: as of `Loader`, but `epochs` is 1 unless given.
         max_batches: stop after this many batches; required with epochs=None, where the data are endless.
-        on_batch: called with each batch of the loader before it is compared, such as to show progress.
 
     Raises:
         ValueError: as `Loader` does.
@@ -62,17 +54,16 @@ def verify(
     if arguments["epochs"] is None and max_batches is None:
         raise ValueError("epochs=None is endless; pass max_batches, or a number of epochs")
     with Loader(conversations, tokenizer, **arguments) as loader:
-        data_arguments = {name: value for name, value in arguments.items() if name in DATA_ARGUMENTS}
-        data_arguments |= {"rank": loader.config.rank, "world_size": loader.config.world_size}
-        expected = reference.batches(conversations, tokenizer, **data_arguments)
-        got = itertools.islice(loader, max_batches)
-        return compare(itertools.islice(expected, max_batches), got if on_batch is None else _reported(got, on_batch))
+        expected = expected_batches(loader, conversations, arguments)
+        return compare(itertools.islice(expected, max_batches), itertools.islice(loader, max_batches))
 
 
-def _reported(batches: Iterator[Batch], on_batch: Callable[[Batch], object]) -> Iterator[Batch]:
-    for batch in batches:
-        on_batch(batch)
-        yield batch
+def expected_batches(loader: Loader, conversations: Any, arguments: Mapping[str, Any]) -> Iterator[Batch]:
+    """Return the reference's batches for a loader of these conversations and arguments."""
+    deciding = {name: value for name, value in arguments.items() if name in DATA_ARGUMENTS}
+    # where they were not given, torch.distributed knows them
+    deciding |= {"rank": loader.config.rank, "world_size": loader.config.world_size}
+    return reference.batches(conversations, loader.tokenizer, **deciding)
 
 
 def compare(expected: Iterator[Batch], got: Iterator[Batch]) -> Verification:
