@@ -483,11 +483,11 @@ def test_too_many_pieces_is_an_error_that_names_the_argument():
 @pytest.mark.parametrize(
     "packing, loss, conversations, progress",
     [
-        ("best_fit", "assistant", [1, 1], 2.0),
+        (BestFit(window=1), "assistant", [1, 1], 2.0),
         ("pad", "assistant", [1], 1.0),
-        ("best_fit_pad", "assistant", [0], 0.5),
-        ("best_fit_crop", "assistant", [0], 0.5),
-        ("best_fit", "all", [0], 0.5),
+        (BestFitPad(window=1), "assistant", [0], 0.5),
+        (BestFitCrop(window=1), "assistant", [0], 0.5),
+        (BestFit(window=1), "all", [0], 0.5),
         ("pad", "all", [0], 0.5),
     ],
 )
