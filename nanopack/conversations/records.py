@@ -60,7 +60,7 @@ Conversations: TypeAlias = Dataset | str | os.PathLike[str] | Sequence[str | os.
 
 
 class Source(Protocol):
-    """Conversations by number, as every other module sees them. Whoever has them in this form inherits from it."""
+    """Random-access conversations, the interface that every other module uses. Implementations must subclass it."""
 
     def __len__(self) -> int: ...
 
