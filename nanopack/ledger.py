@@ -7,10 +7,60 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 DROPPED = ("untrained",)
 CUT = ("max_document_tokens", "seq_len", "crop")
+
+
+class ConversationCounts(TypedDict):
+    """What became of conversations; `read` is the sum of the others."""
+
+    read: int
+    packed: int
+    dropped: dict[str, int]
+    skipped: int
+    waiting: int
+
+
+class TokenCounts(TypedDict):
+    """What became of tokens; `read` is the sum of the others."""
+
+    read: int
+    emitted: int
+    cut: dict[str, int]
+    dropped: int
+    waiting: int
+
+
+class SlotCounts(TypedDict):
+    """Positions of all batches; `total` is the sum of the others."""
+
+    total: int
+    tokens: int
+    padding: int
+
+
+class SourceReport(TypedDict):
+    """The part of a ledger that is counted for each source of a mixture too."""
+
+    conversations: ConversationCounts
+    tokens: TokenCounts
+
+
+class LoaderReport(SourceReport):
+    """The part of a ledger that every loader has."""
+
+    slots: SlotCounts
+    targets: dict[str, int]
+    balanced: bool
+    imbalances: list[str]
+
+
+class LedgerReport(LoaderReport, total=False):
+    """What `Loader.ledger` returns; see `Ledger` for each counter. Only a mixture has `sources`."""
+
+    sources: dict[str, SourceReport]
 
 
 @dataclass
@@ -132,7 +182,7 @@ class Ledger:
 
     def report(
         self, packed: Mapping[str, int] | None = None, sources: Mapping[str, Ledger] | None = None
-    ) -> dict[str, Any]:
+    ) -> LedgerReport:
         """Return the counters as nested plain data (JSON-able), with `balanced` and, if it is false, `imbalances`.
 
         `packed` are the sums of the packers' own counters (`packed`, `emitted`, `cropped`): they count as they pack,
@@ -148,16 +198,20 @@ class Ledger:
         for name, (counter, count) in counted.items():
             if packed is not None and packed[name] != count:
                 wrong.append(f"{counter}: {count} counted by document, {packed[name]} by the packing")
-        return {
-            **self._documents(),
+        own = self._documents()
+        report: LedgerReport = {
+            "conversations": own["conversations"],
+            "tokens": own["tokens"],
             "slots": {"total": self.slots, "tokens": self.slots_tokens, "padding": self.slots_padding},
             "targets": {"trained": self.targets_trained},
-            **({"sources": {name: ledger._documents() for name, ledger in sources.items()}} if sources else {}),
             "balanced": not wrong,
             "imbalances": wrong,
         }
+        if sources:
+            report["sources"] = {name: ledger._documents() for name, ledger in sources.items()}
+        return report
 
-    def _documents(self) -> dict[str, Any]:
+    def _documents(self) -> SourceReport:
         return {
             "conversations": {
                 "read": self.conversations_read,

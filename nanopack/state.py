@@ -31,6 +31,7 @@ import numpy as np
 from nanopack.config import LoaderConfig
 from nanopack.conversations.records import Conversation, check
 from nanopack.conversations.source import Source
+from nanopack.packing.packings import PACKINGS
 from nanopack.tokenizers.tokenizer import AnyTokenizer
 
 FORMAT = 1
@@ -47,6 +48,7 @@ def fingerprint(source: Source, tokenizer: AnyTokenizer, config: LoaderConfig) -
         for field in dataclasses.fields(config)
         if field.name not in _FREE
     }
+    arguments |= {"packing": config.packing.name, **config.packing.options()}
     if config.shard == "row":
         # the global batch is what counts, however many ranks share it
         del arguments["batch_size"], arguments["world_size"]
@@ -136,7 +138,7 @@ def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"states 0 and {number} are of different runs: {'; '.join(differences)}")
         if state["step"] != first["step"]:
             raise ValueError(
-                f"states 0 and {number} are not of the same step: steps  {first['step']} and {state['step']}; "
+                f"states 0 and {number} are not of the same step: steps {first['step']} and {state['step']}; "
                 f"save the states of all ranks at the same step"
             )
         for shard, its_state in state["lanes"].items():
@@ -170,6 +172,7 @@ def _checked(state: Any) -> Mapping[str, Any]:
 
 # Arguments by the names that states before 0.1.0 have for them.
 _RENAMED = {"weights": "loss_weights", "shuffle_seed": "seed", "max_tokens": "max_document_tokens"}
+_PACKING_OPTIONS = {"window", "max_age", "refill", "overlap"}
 
 
 def _with_new_names(state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -177,7 +180,13 @@ def _with_new_names(state: Mapping[str, Any]) -> Mapping[str, Any]:
     arguments = state["fingerprint"].get("arguments", {})
     if "shuffle_seed" not in arguments:
         return state
-    renamed = {_RENAMED.get(name, name): value for name, value in arguments.items()}
+    # every packing had all options then, whether they meant anything or not
+    meant = PACKINGS[arguments["packing"]]().options()
+    renamed = {
+        _RENAMED.get(name, name): value
+        for name, value in arguments.items()
+        if name in meant or name not in _PACKING_OPTIONS
+    }
     shards = {number: _with_new_reasons(its_state) for number, its_state in state["lanes"].items()}
     return {**state, "lanes": shards, "fingerprint": {**state["fingerprint"], "arguments": renamed}}
 

@@ -8,13 +8,24 @@ order.py                     which conversation a shard (of a rank, or a row) re
 
 from nanopack.conversations.files import Files
 from nanopack.conversations.order import Shard, permute
-from nanopack.conversations.records import Conversation, Message, Part, Tokens, check, open_conversations
+from nanopack.conversations.records import (
+    Conversation,
+    Conversations,
+    Dataset,
+    Message,
+    Part,
+    Tokens,
+    check,
+    open_conversations,
+)
 from nanopack.conversations.source import Source
 from nanopack.errors import ConversationError
 
 __all__ = [
     "Conversation",
     "ConversationError",
+    "Conversations",
+    "Dataset",
     "Files",
     "Message",
     "Part",

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanopack.conversations.order import Shard
+from nanopack.packing.simulate import simulate
 from nanopack.producer.reader import ReadDocument, Reader, read_in_turn
-from nanopack.producer.shard import ReadAll, ShardPacker, describe_or_raise, pack_state, packer_of, shards_of
+from nanopack.producer.shard import ReadAll, ShardPacker, describe_or_raise, pack_state, shards_of
 from nanopack.producer.workers import Workers
 from nanopack.ring.facts import BatchFacts
 from nanopack.ring.ring import FILLING, READING, ProducerStatus
@@ -132,8 +133,12 @@ def count_batches(reader: Reader, *, all_ranks: bool, read_all: ReadAll | None =
         read_all = partial(read_in_turn, reader, batch_tokens=config.batch_size * config.seq_len, raise_interrupts=True)
     shards = shards_of(reader.config, len(reader.source), all_ranks=all_ranks)
     lengths = _measure(reader, shards, read_all)
-    packed = [_simulate(reader, lengths[_order(reader, shard)]) for shard in shards]
-    return max(batches for batches, _ in packed), sum(tokens for _, tokens in packed)
+    batches = tokens = 0
+    for shard in shards:
+        own = lengths[_order(reader, shard)]
+        packed = simulate(config.packing, own[own > 0].tolist(), config.seq_len, batch_size=config.shard_rows)
+        batches, tokens = max(batches, packed.batches), tokens + packed.emitted
+    return batches, tokens
 
 
 def _order(reader: Reader, shard: Shard) -> np.ndarray:
@@ -155,13 +160,3 @@ def _measure(reader: Reader, shards: Iterable[Shard], read_all: ReadAll) -> np.n
         elif not document.dropped:
             lengths[document.conversation] = len(document.words)
     return lengths
-
-
-def _simulate(reader: Reader, lengths: np.ndarray) -> tuple[int, int]:
-    """Return the number of batches and of tokens that documents of these lengths give, (k,) int64; 0: none."""
-    documents = enumerate(lengths[lengths > 0].tolist())
-    packer = packer_of(reader.config, partial(next, documents, None))
-    batches = 0
-    while packer.next_rows():
-        batches += 1
-    return batches, packer.emitted

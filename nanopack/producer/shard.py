@@ -24,7 +24,6 @@ from nanopack.conversations.order import Shard
 from nanopack.conversations.source import Source
 from nanopack.errors import NEVER_SKIPPED, ConversationError
 from nanopack.ledger import Ledger
-from nanopack.packing.packers import make_packer
 from nanopack.packing.rows import Packer, Row
 from nanopack.producer.reader import ReadDocument, Reader, weigh
 
@@ -59,20 +58,6 @@ def describe_or_raise(document: ReadDocument, source: Source, config: LoaderConf
     return what
 
 
-def packer_of(config: LoaderConfig, read: Callable[[], tuple[Any, int] | None]) -> Packer:
-    """Return the packer of one shard. It asks for documents by `read`, which returns (document, length) or None."""
-    return make_packer(
-        config.packing,
-        read,
-        batch_size=config.shard_rows,
-        seq_len=config.seq_len,
-        window=config.window,
-        max_age=config.max_age,
-        refill=config.refill,
-        overlap=config.overlap,
-    )
-
-
 class ShardPacker:
     """One shard of the conversations and its packing."""
 
@@ -90,7 +75,9 @@ class ShardPacker:
         # conversations that gave no document since the last one that did, and how many reads that took
         self._fruitless: set[int] = set()
         self._in_vain = 0
-        self._packer = packer_of(self._config, self._next_document)
+        self._packer: Packer = self._config.packing.build(
+            self._next_document, batch_size=self._config.shard_rows, seq_len=self._config.seq_len
+        )
         self._documents = self._documents_from(0)
 
     def next_rows(self) -> list[Row]:
@@ -99,7 +86,7 @@ class ShardPacker:
         Raises ConversationError for a bad conversation (with on_error="raise"), ValueError where nothing can be packed.
         """
         rows = self._packer.next_rows()
-        crops = self._config.packing == "best_fit_crop"
+        crops = self._config.packing.crops
         for document, offset, length in chain.from_iterable(rows):
             if crops and length < len(document.words):
                 self._crop(document, length)
@@ -141,7 +128,7 @@ class ShardPacker:
     def progress(self) -> tuple[float, bool]:
         """Return the fraction of the data consumed, and whether that is all of it."""
         shard, passes = self.shard, self._config.epochs or 1
-        stream = self._config.packing == "stream"
+        stream = self._config.packing.splits
         done = self._num_read if stream else self._num_read - self._packer.waiting_documents
         consumed = shard.number + shard.count * done
         last = consumed >= passes * shard.n
