@@ -17,3 +17,7 @@ class EncoderError(RuntimeError):
 
 class ProducerError(RuntimeError):
     """A producer process died, or was ended by something other than an `Exception`."""
+
+
+NEVER_SKIPPED = (MemoryError, TemplateError, EncoderError, ProducerError)
+"""Errors that no conversation causes: on_error="skip" does not skip them."""

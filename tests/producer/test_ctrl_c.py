@@ -17,8 +17,8 @@ slow = pytest.mark.slow
 
 STATES = {
     "busy in the data set": "loader = make(lambda: time.sleep(60), 20)\nnext(loader)\n",
-    "stopped": "loader = make()\nnext(loader)\nos.kill(pid_of(loader), signal.SIGSTOP)\n",
-    "killed": "loader = make()\nnext(loader)\nos.kill(pid_of(loader), signal.SIGKILL)\n",
+    "stopped": "loader = make()\nnext(loader)\nos.kill(loader.producer_pid, signal.SIGSTOP)\n",
+    "killed": "loader = make()\nnext(loader)\nos.kill(loader.producer_pid, signal.SIGKILL)\n",
     "awaited by a thread": (
         "loader = make(lambda: time.sleep(60), 20)\n"
         "def wait():\n    try:\n        [0 for _ in loader]\n    except RuntimeError:\n        pass\n"
@@ -151,7 +151,7 @@ try:
     next(loader)
 except RuntimeError as error:
     print(error, flush=True)
-pid = pid_of(loader)
+pid = loader.producer_pid
 began = time.time()
 del loader
 gc.collect()

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from faulty import CHATS, SMALL, TOKENIZER, Faulty, expected, is_gone, pid_of, ready, sent_once_full, wait_until, within
+from faulty import CHATS, SMALL, TOKENIZER, Faulty, expected, is_gone, ready, sent_once_full, wait_until, within
 
 from nanopack import Loader, reference
 from nanopack.errors import ProducerError
@@ -30,8 +30,8 @@ def test_every_batch_that_was_ready_comes_before_the_death(number, prefetch):
     with Loader(Faulty(0, faulthandler.disable), TOKENIZER, prefetch=prefetch, **SMALL) as loader:
         got = [next(loader)]
         sent = sent_once_full(loader, prefetch)
-        os.kill(pid_of(loader), number)
-        assert is_gone(pid_of(loader))
+        os.kill(loader.producer_pid, number)
+        assert is_gone(loader.producer_pid)
         with within(20), pytest.raises(ProducerError, match=f"killed by {number.name}"):
             for batch in loader:
                 got.append(batch)
@@ -67,7 +67,7 @@ def test_a_death_is_noticed_though_a_stranger_holds_the_pipe_open(monkeypatch):
 def test_a_stall_names_the_stage_and_a_stop_in_it(caplog):
     stop = Faulty(20, lambda: os.kill(os.getpid(), signal.SIGSTOP))
     with Loader(stop, TOKENIZER, epochs=1, **SMALL) as loader, caplog.at_level(logging.WARNING, "nanopack"):
-        pid = pid_of(loader)
+        pid = loader.producer_pid
         threading.Timer(2.5, os.kill, (pid, signal.SIGCONT)).start()
         with within(20):
             assert compare(reference.batches(CHATS, TOKENIZER, epochs=1, **SMALL), loader).difference is None
@@ -81,7 +81,7 @@ def test_batches_that_are_ready_come_from_a_stopped_producer_without_a_wait():
         got = [next(loader)]
         # two may be on the device already, and keep their slots until the next call
         wait_until(lambda: ready(loader) >= 3)
-        os.kill(pid_of(loader), signal.SIGSTOP)
+        os.kill(loader.producer_pid, signal.SIGSTOP)
         with within(20):
             got += [next(loader) for _ in range(3)]
     assert compare(expected(4), iter(got)).difference is None
@@ -90,7 +90,7 @@ def test_batches_that_are_ready_come_from_a_stopped_producer_without_a_wait():
 def test_a_stopped_producer_does_not_keep_close_waiting():
     loader = Loader(CHATS, TOKENIZER, **SMALL)
     next(loader)
-    pid = pid_of(loader)
+    pid = loader.producer_pid
     os.kill(pid, signal.SIGSTOP)
     with within(20):
         loader.close()
@@ -98,7 +98,7 @@ def test_a_stopped_producer_does_not_keep_close_waiting():
 
 
 def workers_of(loader):
-    pid = pid_of(loader)
+    pid = loader.producer_pid
     children = Path(f"/proc/{pid}/task/{pid}/children")
     wait_until(lambda: len(children.read_text().split()) == 2)
     return [int(child) for child in children.read_text().split()]
@@ -108,7 +108,7 @@ def workers_of(loader):
 def test_workers_end_with_their_producer(end):
     loader = Loader(CHATS, TOKENIZER, num_workers=2, **SMALL)
     next(loader)
-    producer, workers = pid_of(loader), workers_of(loader)
+    producer, workers = loader.producer_pid, workers_of(loader)
     if end == "close":
         loader.close()
     elif end == "drop":

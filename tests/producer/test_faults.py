@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from faulty import CHATS, SMALL, TOKENIZER, Faulty, NotPicklable, expected, is_gone, pid_of, raising, within
+from faulty import CHATS, SMALL, TOKENIZER, Faulty, NotPicklable, expected, is_gone, raising, within
 
 import nanopack
 from nanopack import ConversationError, Loader, reference
@@ -75,7 +75,7 @@ def test_a_fault_is_named_after_the_batches_before_it(fault, workers):
     # a killed process loses what it had not sent; what raises comes after all batches before it
     if workers == 1 and not fault.startswith("SIG") and "exit" not in fault:
         assert len(batches) == len(expected) >= 20
-    assert is_gone(pid_of(loader))
+    assert is_gone(loader.producer_pid)
     loader.close()
 
 

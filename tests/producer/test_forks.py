@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from faulty import CHATS, SMALL, TOKENIZER, Faulty, expected, is_gone, pid_of, within
+from faulty import CHATS, SMALL, TOKENIZER, Faulty, expected, is_gone, within
 
 from nanopack import Loader, reference
 from nanopack.verify import compare
@@ -24,7 +24,7 @@ def test_dropping_the_loader_ends_its_producer():
     loader = Loader(CHATS, TOKENIZER, **SMALL)
     for _ in loader:
         break
-    pid = pid_of(loader)
+    pid = loader.producer_pid
     with within(20):
         del loader, _
         gc.collect()
@@ -35,7 +35,7 @@ def test_a_loader_dropped_unclosed_in_a_cycle_ends_a_busy_producer():
     loader = Loader(Faulty(20, lambda: time.sleep(60)), TOKENIZER, **SMALL)
     loader.cycle = loader
     next(loader)
-    pid = pid_of(loader)
+    pid = loader.producer_pid
     with within(20):
         del loader
         gc.collect()
@@ -49,7 +49,7 @@ def test_close_in_another_thread_ends_the_wait():
         for _ in loader:
             pass
     loader.close()
-    assert is_gone(pid_of(loader))
+    assert is_gone(loader.producer_pid)
 
 
 def test_closing_at_any_moment_ends_next_with_the_same_error():
@@ -118,7 +118,7 @@ def test_two_loaders_at_once_do_not_disturb_each_other():
         for _ in range(2):
             with Loader(CHATS[:5], TOKENIZER, epochs=1, **SMALL) as val:
                 assert len(list(val)) == len(list(reference.batches(CHATS[:5], TOKENIZER, epochs=1, **SMALL)))
-            assert is_gone(pid_of(val))
+            assert is_gone(val.producer_pid)
         for _ in range(10):
             next(train)
 
@@ -148,7 +148,7 @@ def test_a_process_forked_from_the_trainer_leaves_the_loader_alone():
         # a DataLoader whose workers outlive the loader
         other = iter(torch.utils.data.DataLoader(list(range(100)), num_workers=1))
         next(other)
-        pid = pid_of(loader)
+        pid = loader.producer_pid
         loader.close()
         assert is_gone(pid)
     assert compare(expected(21), iter(got)).difference is None
@@ -187,5 +187,5 @@ def test_data_loader_workers_come_and_go_while_the_loader_runs():
         for _ in range(2):
             for _ in torch.utils.data.DataLoader(list(range(10)), num_workers=2):
                 got.append(next(loader))
-        pid = pid_of(loader)
+        pid = loader.producer_pid
     assert is_gone(pid) and compare(expected(len(got)), iter(got)).difference is None

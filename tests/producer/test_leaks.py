@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from faulty import CHATS, SMALL, TOKENIZER, in_dev_shm, pid_of
+from faulty import CHATS, SMALL, TOKENIZER, in_dev_shm
 
 from nanopack import Loader
 from nanopack.producer import process
@@ -70,7 +70,7 @@ def test_a_refused_start_leaves_nothing_to_end_at_exit(monkeypatch):
 
 def soak(batches):
     with Loader(CHATS, TOKENIZER, batch_size=4, seq_len=128, extras=("positions",), loss_weights="token") as loader:
-        pid = pid_of(loader)
+        pid = loader.producer_pid
         producer_pages = Path(f"/proc/{pid}/statm")
         for _ in range(1000):
             next(loader)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from trainer_script import script
 
 from nanopack import Loader, reference
-from nanopack.packing.packers import PACKINGS
+from nanopack.packing import BestFitPad
+from nanopack.packing.packings import PACKINGS
 from nanopack.producer import process
 from nanopack.verify import compare
 
@@ -112,7 +113,7 @@ def test_news_of_all_slots_fit_the_pipe_though_a_batch_has_many_pieces():
 def test_more_requests_than_a_pipe_holds_do_not_lock_the_workers_up():
     """A thousand rows read side by side, each a chunk ahead, and documents that fill the pipe of the results."""
     chats = [{"text": f"{'a b c d e f g h ' * 400}{k}"} for k in range(1200)]
-    arguments = dict(batch_size=1000, seq_len=16, shard="row", window=2, packing="best_fit_pad", loss="all")
+    arguments = dict(batch_size=1000, seq_len=16, shard="row", packing=BestFitPad(window=2), loss="all")
     with within(60), Loader(chats, TOKENIZER, num_workers=2, **arguments) as loader:
         batch = next(loader)
     expected = next(reference.batches(chats, TOKENIZER, **arguments))

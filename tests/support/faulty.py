@@ -43,21 +43,16 @@ def expected(count, **arguments):
     return itertools.islice(reference.batches(CHATS, TOKENIZER, **(SMALL | arguments)), count)
 
 
-def pid_of(loader):
-    """The producer's pid."""
-    return loader._feed._process.pid
-
-
 def ready(loader):
     """How many batches wait to be taken."""
-    return loader._feed.ready
+    return loader._feed.qsize()
 
 
 def sent_once_full(loader, prefetch):
     """How many batches the producer has sent once all slots are full, when it sends no more."""
-    signs = loader._feed.ring.signs
-    wait_until(lambda: signs.posted == signs.freed + prefetch + 1)
-    return signs.posted
+    status = loader._feed.ring.status
+    wait_until(lambda: status.sent == status.released + prefetch + 1)
+    return status.sent
 
 
 def wait_until(true, seconds=20.0):
