@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 import pickle
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +45,11 @@ from nanopack.upload.outputs import Outputs, outputs_maker
 from nanopack.upload.upload import Upload
 
 log = logging.getLogger("nanopack")
+
+_NO_DATA_SET = (
+    "A loader is not a data set for a DataLoader: it gives ready batches, so iterate over the loader itself, or use "
+    "Batches of nanopack.adapters.hf or nanopack.adapters.lightning"
+)
 
 
 class Loader:
@@ -180,17 +186,21 @@ class Loader:
         self._encoder = choose_encoder(encoder, self.tokenizer, self.source)
         self._producer = Producer(self.source, self._encoder, self.config)
         layout = self._producer.layout
-        self._kernel = make_kernel(executor, self.device, layout, self.tokenizer.bos_id, ignore_index)
-        self._make_outputs = outputs_maker(self.config, layout, self.device)
-        if static:
-            # at the same addresses also when a state is taken up
-            fixed = self._make_outputs()
-            self._make_outputs = lambda: fixed
+        # ordinary tensors, whatever mode the loader is made in: they are written again in others
+        with torch.inference_mode(False):
+            self._kernel = make_kernel(executor, self.device, layout, self.tokenizer.bos_id, ignore_index)
+            self._make_outputs = outputs_maker(self.config, layout, self.device)
+            if static:
+                # at the same addresses also when a state is taken up
+                fixed = self._make_outputs()
+                self._make_outputs = lambda: fixed
         self._device: Device = device_api
         self._workers, self._prefetch = num_workers, prefetch
         self._static = static
         self._owner = os.getpid()
         self._batches: int | None = None
+        self._turn = threading.RLock()
+        self._passes, self._resumed, self._repeats = 0, False, False
         if process_group is not None:
             if epochs is None:
                 raise ValueError("process_group has no meaning without epochs; leave it out, or pass epochs")
@@ -201,8 +211,9 @@ class Loader:
         self._shut: Callable[[], Any] | None = None
         self._start(None)
 
+    @torch.inference_mode(False)
     def _start(self, state: dict[str, Any] | None) -> None:
-        """Set the stages up, to go on from a state or to begin."""
+        """Set the stages up, to resume from a state or to begin."""
         start = Start(state, self._batches)
         parts = (self.source, self._encoder, self.config)
         if self._workers == 0:
@@ -229,18 +240,61 @@ class Loader:
         self._stats = Stats(ring_bytes=len(ring.buffer))
 
     def __iter__(self) -> Iterator[Batch]:
-        """Return the loader itself: it goes on where it stands."""
-        return self
+        """Return an iterator over the rest of the pass, or over a new pass where no batch is left of this one.
+
+        A pass is all batches of `epochs`. Each gives the same batches, in the same order, and begins with step 0 and
+        new `ledger()` and `stats()`; `state_dict()` is a place in a pass. Leaving a loop early keeps the place: the
+        next `iter` resumes there. After `load_state_dict` the first `iter` resumes from the state even where that is
+        the end, since a finished run is finished; the loop is then empty, and a warning says so.
+        """
+        resumed, self._resumed = self._resumed, False
+        if not self._delivery.closed and self._is_over():
+            if resumed:
+                log.warning(
+                    "the state that was loaded is that of the end of the data: no batch is left, and the loop is "
+                    "empty; the next iter(loader), or restart(), begins a new pass"
+                )
+            else:
+                self.restart()
+        return _Pass(self)
+
+    def restart(self) -> None:
+        """Begin a new pass: the next batch is the first one again, whatever was delivered before."""
+        self._refuse_fork()
+        with self._turn:
+            self._delivery.check_open()
+            self._resumed = False
+            if self._step:
+                if self.config.seed is not None and not self._repeats:
+                    self._repeats = True
+                    log.warning(
+                        "a new pass begins: seed=%s, and it has the same batches in the same order; for a new order "
+                        "in each pass give the loader all of them, epochs=%s times their number",
+                        self.config.seed,
+                        self.config.epochs or 1,
+                    )
+                self._passes += 1
+                self._start(None)
+
+    def _is_over(self) -> bool:
+        """Return whether no batch of the pass is left; waits until the next one is ready."""
+        self._refuse_fork()
+        with self._turn, torch.inference_mode(False):
+            return self._step > 0 and self.config.epochs is not None and self._delivery.is_over()
 
     def __next__(self) -> Batch:
-        """Return the next batch. After the end or an error every further call raises that again."""
+        """Return the next batch. After the end or an error every further call raises that again.
+
+        Threads that call it take turns. To share a pass, they share one `iter(loader)`.
+        """
         self._refuse_fork()
-        began = time.perf_counter()
-        outputs, produced = self._delivery.next()
-        batch = self._batch(outputs, produced)
-        self._step += 1
-        self._stats.queued = self._feed.ready
-        self._stats.count(batch, produced, time.perf_counter() - began)
+        with self._turn, torch.inference_mode(False):
+            began = time.perf_counter()
+            outputs, produced = self._delivery.next()
+            batch = self._batch(outputs, produced)
+            self._step += 1
+            self._stats.queued = self._feed.ready
+            self._stats.count(batch, produced, time.perf_counter() - began)
         return batch
 
     def _refuse_fork(self) -> None:
@@ -305,7 +359,9 @@ class Loader:
         """
         self._delivery.check_open()
         self._refuse_fork()
-        self._start(check_state(state_dict, self._fingerprint, self.config, strict=strict))
+        with self._turn:
+            self._start(check_state(state_dict, self._fingerprint, self.config, strict=strict))
+            self._resumed = True
 
     @functools.cached_property
     def _fingerprint(self) -> dict[str, Any]:
@@ -318,10 +374,21 @@ class Loader:
         TypeError where `epochs` is None.
         """
         if self.config.epochs is None:
-            raise TypeError("the batches are endless; pass epochs to have a number of them")
+            raise TypeError(f"the batches are endless; pass epochs to have a number of them. {_NO_DATA_SET}")
         if self._batches is None:
             self._batches, _ = self._count_batches(of_all_ranks=True)
         return self._batches
+
+    def __getitem__(self, index: Any) -> Batch:
+        """Raise TypeError: torch's DataLoader takes what has no `__getitem__` for a data set too."""
+        raise TypeError(_NO_DATA_SET)
+
+    def __reduce__(self) -> Any:
+        """Raise TypeError: a process and its memory cannot be copied or pickled."""
+        raise TypeError(
+            f"a loader belongs to its process ({self._owner}) and is neither copied nor pickled: send the arguments to "
+            f"the other process and make one there, with rank and world_size; state_dict() says where it stands"
+        )
 
     def __bool__(self) -> bool:
         """Return True: a loader is something, whether it has batches or not."""
@@ -374,3 +441,18 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Pass:
+    """An iterator over what is left of one pass of a loader; once at its end it stays there."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader, self._number = loader, loader._passes
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._number != self._loader._passes:
+            raise StopIteration
+        return next(self._loader)

@@ -67,6 +67,17 @@ class Delivery:
         self.books = produced.books
         return outputs, produced
 
+    def is_over(self) -> bool:
+        """Return whether every batch is delivered; waits for the next one, or the end."""
+        self.check_open()
+        self._submit_ready()
+        return not self._upload.can_deliver and self._end is StopIteration
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._end is _closed
+
     def close(self) -> None:
         """Deliver nothing any more."""
         self._end = _closed

@@ -177,7 +177,7 @@ class Cpu:
 
     def zeros(self, nbytes: int) -> torch.Tensor:
         """Return (nbytes,) uint8 zeros; torch aligns them to 64 bytes."""
-        return torch.zeros(nbytes, dtype=torch.uint8)
+        return torch.zeros(nbytes, dtype=torch.uint8, device="cpu")
 
     def copy(self, to: torch.Tensor, source: torch.Tensor, stream: None) -> None:
         """Copy bytes, on this thread alone."""

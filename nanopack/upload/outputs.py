@@ -61,7 +61,7 @@ class HostMemory:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._shape = shape
-        self._dtype = torch.empty(0, dtype=dtype).numpy().dtype
+        self._dtype = torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
         # What a training loop holds at a time; when a heap of batches is let go, the rest returns to the system.
         self._idle: deque[np.ndarray] = deque(maxlen=4)
         self._out: dict[int, tuple[Any, np.ndarray]] = {}
