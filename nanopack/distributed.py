@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,3 +79,17 @@ def of_all_ranks(state: Mapping[str, Any]) -> dict[str, Any]:
     states: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(states, state)
     return merge_states(states)
+
+
+def sum_over_ranks(numbers: Sequence[float], device: torch.device, process_group: Any = None) -> list[float]:
+    """Return the sum of each number over the ranks, in float64; all ranks of the group call it, NCCL on `device`.
+
+    Where torch.distributed is not initialised the numbers are returned as they are.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return list(numbers)
+    on_gpu = torch.distributed.get_backend(process_group) == "nccl"
+    summed = torch.tensor(numbers, dtype=torch.float64, device=device if on_gpu else "cpu")
+    torch.distributed.all_reduce(summed, group=process_group)
+    found: list[float] = summed.tolist()
+    return found

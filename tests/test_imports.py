@@ -31,6 +31,7 @@ ORDER = [
     "explain",
     "state",
     "distributed",
+    "loss",
     "loader",
     "reference",
     "verify",
