@@ -148,6 +148,10 @@ class Batches(torch.utils.data.IterableDataset[dict[str, Any]]):
         """Return how many batches a pass has; TypeError, which trainers take for "no length", where it is endless."""
         return len(self.loader)
 
+    def __bool__(self) -> bool:
+        """Return True, without counting."""
+        return True
+
     @property
     def dataset(self) -> Any:
         """What accelerate iterates over to skip the batches that a resumed run has trained: none, once attached."""
