@@ -139,10 +139,9 @@ class Batches(torch.utils.data.IterableDataset[dict[str, Any]]):
         return map(self._yielded, self.loader)
 
     def _yielded(self, batch: Batch) -> dict[str, Any]:
-        inputs = _inputs(batch)
         if self._trainer is not None:
-            self._trainer.note(batch, inputs["labels"], train=self._trainer.batches is self)
-        return inputs
+            self._trainer.note(batch, train=self._trainer.batches is self)
+        return _inputs(batch)
 
     def __len__(self) -> int:
         """Return how many batches a pass has; TypeError, which trainers take for "no length", where it is endless."""

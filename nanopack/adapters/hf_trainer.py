@@ -3,17 +3,19 @@
     Batches   ->   note() each batch   ->   on_step_begin(): totals of the step   ->   compute_loss_func()
                                             on_step_end(): the loader's state     ->   trainer_state.json
 
-A trainer fetches all micro-batches of a step, then calls `on_step_begin`, then trains them: so that there the sum of
-their weights is known, over all ranks by one all_reduce. The state goes into the trainer's own, which it writes last:
-a checkpoint is whole with it or not at all.
+A trainer fetches all micro-batches of a step, then calls `on_step_begin`, then trains them in that order: there the sum
+of their weights is known, over all ranks by one all_reduce. A validation batch it evaluates before it fetches the next.
+The loss function gets only the labels of a batch, so the weights wait here. The state goes into the trainer's own,
+which it writes last: a checkpoint is whole with it or not at all.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterator
 from math import ceil, fsum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainerCallback
@@ -25,6 +27,14 @@ from nanopack.loss import weighted_loss
 
 # where the loader's state lies in `trainer_state.json`, under "stateful_callbacks"
 KEY = "nanopack"
+
+
+class _Weights(NamedTuple):
+    """What is kept of a fetched batch: (B, T) float32 or None, and two sums."""
+
+    weights: torch.Tensor | None
+    weight_sum: float
+    num_tokens: int
 
 
 class AttachedTrainer(TrainerCallback):
@@ -39,7 +49,9 @@ class AttachedTrainer(TrainerCallback):
         # SFTTrainer counts the columns of one row, whatever the rows are and padding is
         self._counts_tokens = hasattr(trainer, "_total_train_tokens")
         self._num_tokens = 0
-        self._fetched: list[_Labelled] = []
+        self._fetched: list[_Weights] = []
+        self._step: deque[tuple[torch.Tensor | None, float]] = deque()
+        self._validated: _Weights | None = None
         if self._weighted:
             self._take_the_loss()
         trainer.get_train_dataloader = lambda: batches
@@ -51,13 +63,19 @@ class AttachedTrainer(TrainerCallback):
             raise ValueError("the trainer has a compute_loss_func, which knows no loss_weights; leave one of them out")
         if not args.average_tokens_across_devices and args.world_size > 1:
             raise ValueError("loss_weights need average_tokens_across_devices=True: the sum of weights is of all ranks")
-        self._trainer.compute_loss_func = compute_loss_func
+        self._trainer.compute_loss_func = self.compute_loss
 
-    def note(self, batch: Batch, labels: torch.Tensor, *, train: bool) -> None:
-        """Take note of a batch that the trainer fetches: it gives the loss function nothing but the labels."""
-        known = labels.nanopack = _Labelled(batch)  # type: ignore[attr-defined]
-        if train and (self._weighted or self._counts_tokens):
-            self._fetched.append(known)
+    def note(self, batch: Batch, *, train: bool) -> None:
+        """Take note of a batch that the trainer fetches."""
+        if not (self._weighted or self._counts_tokens):
+            return
+        # cloned, because the next micro-batch of the step is written over it where the loader is static
+        weights = None if batch.weights is None else batch.weights.clone()
+        noted = _Weights(weights, batch.weight_sum, batch.num_tokens)
+        if train:
+            self._fetched.append(noted)
+        else:
+            self._validated = noted
 
     def skipped(self) -> _Skipped:
         """Return a data set of what the resumed run has trained in this epoch, in name only, and then the batches."""
@@ -66,6 +84,28 @@ class AttachedTrainer(TrainerCallback):
         if self.batches.loader.config.epochs is not None:
             a_pass = max(1, ceil(len(self.batches) / args.gradient_accumulation_steps))
         return _Skipped(self.batches, steps % a_pass * args.gradient_accumulation_steps)
+
+    def compute_loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Return the loss of a micro-batch: its weighted cross-entropies, over the sum of weights of its whole step.
+
+        That of a validation batch is divided by the sum of its weights over all ranks. The trainer's compute_loss_func:
+        the trainer multiplies the loss by the number of ranks, whose mean it then takes.
+        """
+        weights, total = self._weights()
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
+        return weighted_loss(logits[:, :-1], labels[:, 1:], weights, total)
+
+    def _weights(self) -> tuple[torch.Tensor | None, float]:
+        """Return the weights of the batch whose loss is due, and the sum that divides it."""
+        if self._trainer.model.training and self._step:
+            return self._step.popleft()
+        if self._trainer.model.training or self._validated is None:
+            raise ValueError(
+                "this batch has no known loss weights: it is not of attached Batches, or its loss was computed before; "
+                "for validation use Batches(loader).attach(trainer, validation=Batches(validation_loader))"
+            )
+        validated, self._validated = self._validated, None
+        return validated.weights, sum_over_ranks([validated.weight_sum], self._device)[0]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Resume where the checkpoint's run stood. Raise RuntimeError where it does not say."""
@@ -89,11 +129,10 @@ class AttachedTrainer(TrainerCallback):
         state.stateful_callbacks.pop(KEY, None)
         if not (self._weighted or self._counts_tokens):
             return
-        own = [fsum(known.weight_sum for known in self._fetched), sum(known.num_tokens for known in self._fetched)]
+        own = [fsum(batch.weight_sum for batch in self._fetched), sum(batch.num_tokens for batch in self._fetched)]
         weight_sum, num_tokens = sum_over_ranks(own, self._device)
         self._num_tokens += int(num_tokens)
-        for known in self._fetched:
-            known.total = weight_sum
+        self._step = deque((batch.weights, weight_sum) for batch in self._fetched)
         self._fetched.clear()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -109,33 +148,6 @@ class AttachedTrainer(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Do as after a step."""
         self.on_step_end(args, state, control)
-
-
-class _Labelled:
-    """What has to be known of a micro-batch whose labels the loss function gets."""
-
-    def __init__(self, batch: Batch) -> None:
-        # cloned, because the next micro-batch of the step is written over it where the loader is static
-        self.weights = None if batch.weights is None else batch.weights.clone()
-        self.weight_sum, self.num_tokens = batch.weight_sum, batch.num_tokens
-        self.total: float | None = None
-
-
-def compute_loss_func(outputs: Any, labels: torch.Tensor | None, num_items_in_batch: Any = None) -> torch.Tensor:
-    """Return the loss of a micro-batch: its weighted cross-entropies, over the sum of weights of its whole step.
-
-    That of a validation batch is divided by the sum of its weights over all ranks. A Trainer takes it as
-    `compute_loss_func`: it multiplies the loss by the number of ranks, whose mean it then takes.
-    """
-    known = getattr(labels, "nanopack", None)
-    if labels is None or known is None:
-        raise ValueError(
-            "these labels are not those of attached Batches, or were moved: make the loader on the trainer's device, "
-            "and attach the validation too, Batches(loader).attach(trainer, validation=Batches(validation_loader))"
-        )
-    total = sum_over_ranks([known.weight_sum], labels.device)[0] if known.total is None else known.total
-    logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
-    return weighted_loss(logits[:, :-1], labels[:, 1:], known.weights, total)
 
 
 class _Skipped(torch.utils.data.IterableDataset[Any]):
