@@ -13,7 +13,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the data to the user. A stage imports only what stands before it.
 ORDER = [
+    "data",
     "errors",
+    "checks",
     "packing",
     "conversations",
     "tokenizers",

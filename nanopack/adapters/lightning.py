@@ -1,4 +1,4 @@
-"""Give a Loader's batches to Lightning's Trainer, and save in its checkpoints how far the training is.
+"""Feed a Loader's batches to Lightning's Trainer, and save the loader's state in its checkpoints.
 
     make_loader   ->   Batches(make_loader)   ->   trainer.fit(model, datamodule=...)   ->   training_step(batch)
      loader.py                                      ckpt_path="last" resumes
@@ -11,17 +11,16 @@
 
     Trainer(max_steps=10_000).fit(model, datamodule=Batches(make_loader, validation=make_validation_loader))
 
-`training_step` and `validation_step` get the `Batch` itself. The loaders are made on each rank after Lightning has
-started the process group and chosen the device, which is why this takes functions and not loaders.
+`training_step` and `validation_step` get the `Batch` itself. Each rank makes its loaders after Lightning has started
+the process group and chosen the device, so this takes functions and not loaders.
 
-Where Lightning does not know how many batches there are, it fetches one ahead, and drops it when it stops. What counts
-here is which batch it trains: it moves each to the device right before. And it gives a loader its state back only where
-a checkpoint lies within an epoch, a data module always: so this is one.
+Lightning fetches one batch ahead where it does not know how many there are, and drops it when it stops. The state
+saved is that of the batch it trains, which it moves to the device right before. And Lightning restores a loader's
+state only from a checkpoint within an epoch, a data module's always: so this is a data module.
 
-What Lightning calls an epoch is a pass over all batches of the loader, its own `epochs` included; with
-`limit_train_batches` an epoch continues after the batches of the one before. With `overfit_batches`, and in each
-validation and sanity check, the batches are the first ones. A checkpoint that is written while a step fails counts that
-step's batch as trained.
+An epoch of Lightning is a pass over all batches of the loader, its own `epochs` included; with `limit_train_batches` an
+epoch continues after the one before. Validation, the sanity check, and with `overfit_batches` each epoch begin with the
+first batch. A checkpoint that is written while a step fails counts that step's batch as trained.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ except ImportError as error:
 
 
 class _Fetched:
-    """A batch that Lightning has fetched and not begun; to its `apply_to_collection` it is one opaque thing."""
+    """A batch that Lightning has fetched but not begun; opaque to its `apply_to_collection`."""
 
     def __init__(self, batch: Batch, state: dict[str, Any] | None) -> None:
         self.batch, self.state = batch, state
@@ -76,15 +75,15 @@ class Batches(LightningDataModule):
         self.loader: Loader | None = None
         self.validation_loader: Loader | None = None
         self._make_loader, self._make_validation_loader = make_loader, validation
-        # where the run stands after the batch trained last, and after the one fetched last
+        # the states after the last batch trained, and after the last one fetched
         self._trained: Mapping[str, Any] | None = None
         self._fetched: Mapping[str, Any] | None = None
         if validation is not None:
-            # only then, because Lightning looks whether a data module has this method
+            # only then: Lightning checks whether a data module has this method
             self.val_dataloader = lambda: _Validation(self._open(self.validation_loader))
 
     def setup(self, stage: str) -> None:
-        """Make the loaders. Raise ValueError where their batches do not outlast the fetching of the next."""
+        """Make the loaders. Raise ValueError where fetching a batch would overwrite the previous one."""
         if stage in ("fit", "validate") and self._make_validation_loader is not None:
             self.validation_loader = self._make(self._make_validation_loader)
         if stage == "fit":
@@ -98,13 +97,13 @@ class Batches(LightningDataModule):
         loader = make_loader()
         if loader._static:
             loader.close()
-            raise ValueError("static=True: Lightning fetches a batch before it trains the one it has; leave it out")
+            raise ValueError("static=True: Lightning fetches a batch before it trains the previous one; leave it out")
         return loader
 
     @staticmethod
     def _open(loader: Loader | None) -> Loader:
         if loader is None:
-            raise TypeError("there is no loader before trainer.fit makes it")
+            raise TypeError("there is no loader before trainer.fit, which makes it")
         return loader
 
     def teardown(self, stage: str) -> None:
@@ -115,11 +114,11 @@ class Batches(LightningDataModule):
             self.validation_loader.close()
 
     def train_dataloader(self) -> Batches:
-        """Return itself: Lightning warns of what it iterates over where that has no state."""
+        """Return itself: Lightning warns about an iterable without a state."""
         return self
 
     def __iter__(self) -> Iterator[_Fetched]:
-        """Yield the batches after those that are trained, whatever was fetched before; after the last, a new pass."""
+        """Yield the batches after those already trained, whatever was fetched before; after the last, a new pass."""
         loader = self._open(self.loader)
         if self.trainer is not None and self.trainer.overfit_batches:
             loader.restart()
@@ -134,7 +133,7 @@ class Batches(LightningDataModule):
             yield _Fetched(batch, self._fetched)
 
     def __len__(self) -> int:
-        """Return how many batches a pass has; TypeError, which Lightning takes for "no length", where it is endless."""
+        """Return the number of batches in a pass. Raises TypeError ("no length" for Lightning) where it is endless."""
         return len(self._open(self.loader))
 
     def __bool__(self) -> bool:
@@ -142,16 +141,16 @@ class Batches(LightningDataModule):
         return True
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Return the `Batch`, which lies on its device; from here on it counts as trained."""
+        """Return the `Batch`, already on its device; from here on it counts as trained."""
         if isinstance(batch, _Fetched):
             self._trained = batch.state or self._trained
             return batch.batch
         return batch if isinstance(batch, Batch) else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the run stands after the batch trained last. All ranks call it."""
+        """Return the state after the last batch trained, of all ranks. All ranks call it."""
         return {} if self._trained is None else of_all_ranks(self._trained)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Resume from there at the next batch."""
+        """Resume from a state at the next batch."""
         self._trained = state_dict

@@ -78,7 +78,7 @@ class PackedDataLoader(BaseDataLoader):
             seq_len,
             rank=dp_rank,
             world_size=dp_world_size,
-            extras=("positions",),
+            extras=["positions"],
             epochs=None if config.infinite else epochs or 1,
             device="cpu",
             **arguments,

@@ -16,7 +16,7 @@ import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeGuard
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeGuard
 
 import numpy as np
 
@@ -26,6 +26,8 @@ from nanopack.errors import ConversationError
 __all__ = [
     "Conversation",
     "ConversationError",
+    "Conversations",
+    "Dataset",
     "Message",
     "Part",
     "Source",
@@ -43,8 +45,22 @@ PART_TYPES = ("text", "python", "python_output")
 FLOAT32_MAX = 3.4028234663852886e38
 
 
+class Dataset(Protocol):
+    """Any data set: a list, `datasets.Dataset`, torch `Dataset`, nanochat task or `nanopack.mixture`."""
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """Return record `index`, a conversation in one of the accepted shapes, for 0 <= index < len."""
+
+
+Conversations: TypeAlias = Dataset | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+"""What `Loader` and `mixture` take: a data set, or path(s) or globs of .jsonl, .jsonl.gz and .parquet files."""
+
+
 class Source(Protocol):
-    """Conversations by number, as every other module sees them. Whoever has them in this form inherits from it."""
+    """Random-access conversations, the interface that every other module uses. Implementations must subclass it."""
 
     def __len__(self) -> int: ...
 
