@@ -266,6 +266,34 @@ def lines(path: Path) -> list[str]:
     return path.read_text().splitlines()
 
 
+def run_script(folder: Path, training: dict[str, Any], loading: dict[str, Any], *flags: str, ranks: int = 1) -> None:
+    folder.mkdir(exist_ok=True)
+    launched = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launched, str(SCRIPT), str(folder), json.dumps(training), json.dumps(loading), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("kills", "trl", "loading"),
+    [
+        (2, False, {"seed": 1, "num_workers": 1}),
+        pytest.param(25, False, {"epochs": 1, "num_workers": 1}, marks=pytest.mark.slow),
+        pytest.param(25, True, {"seed": 1, "loss_weights": "conversation", "num_workers": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_killed_at_random_moments_has_the_losses_of_one_that_was_not(kills, trl, loading, tmp_path):
+    needs(trl)
+    training = {"max_steps": 20, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    flags = ["--trl"] if trl else []
+    run_script(tmp_path / "whole", training, loading, *flags)
+    run_script(tmp_path / "killed", training, loading, f"--kills={kills}", *flags)
+    whole, killed = (lines(tmp_path / run / "losses") for run in ("whole", "killed"))
+    assert len(whole) == 20 and all(line.split()[0] == str(step) for step, line in enumerate(whole, start=1))
+    # to the bit, also where a step was trained once more
+    assert set(killed) == set(whole)
+
+
 @pytest.mark.parametrize("loss_weights", [None, "conversation"])
 def test_two_ranks_with_unequal_ends_train_and_resume_as_a_plain_loop_does(loss_weights, tmp_path):
     loading = {"epochs": 1, "seed": 1, "loss_weights": loss_weights}
@@ -275,16 +303,13 @@ def test_two_ranks_with_unequal_ends_train_and_resume_as_a_plain_loop_does(loss_
     together = [[*one, *other] for one, other in zip(chunks(ranks[0], 4), chunks(ranks[1], 4), strict=True)]
     expected = losses_of_a_plain_loop(together * 2)
 
-    def run(folder: Path, *flags: str, **training: Any) -> None:
-        folder.mkdir(exist_ok=True)
-        training = {
-            "max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 4,
-            "save_strategy": "steps", "save_steps": 1, **training,
-        }  # fmt: skip
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
-        command += [str(folder), json.dumps(training), json.dumps(loading), *flags]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr[-3000:]
+    training = {
+        "max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 4,
+        "save_strategy": "steps", "save_steps": 1,
+    }  # fmt: skip
+
+    def run(folder: Path, *flags: str, **changes: Any) -> None:
+        run_script(folder, training | changes, loading, *flags, ranks=2)
 
     run(tmp_path / "whole")
     losses = [float.fromhex(line.split()[1]) for line in lines(tmp_path / "whole" / "losses")]

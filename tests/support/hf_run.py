@@ -4,14 +4,19 @@
     python -m torch.distributed.run --nproc-per-node=2 tests/support/hf_run.py FOLDER ...    (two ranks)
 
 The first JSON are arguments of the trainer, the second of the loader. Each step's loss goes to FOLDER/losses, each
-rank's batches to FOLDER/seen<rank>, a line for each; --resume takes the newest whole checkpoint, if there is one.
+rank's batches to FOLDER/seen<rank>, a line for each; --resume takes the newest whole checkpoint, if there is one. With
+--kills=N the run is killed N times at random moments and resumed, each time in a fork of what is imported by then.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import random
+import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,5 +121,23 @@ def main(folder: Path, training: dict[str, Any], loading: dict[str, Any], *flags
         seen.writelines(f"{line}\n" for line in batches.seen)
 
 
+def run_killed(kills: int, folder: Path, *arguments: Any) -> None:
+    """Run in processes that are killed after 0 to 3 seconds, each resuming where the one before was."""
+    moments = random.Random(kills)
+    for number in range(kills):
+        pid = os.fork()
+        if pid == 0:
+            main(folder, *arguments, "--resume")
+            os._exit(0)
+        time.sleep(moments.uniform(0, 3))
+        os.kill(pid, (signal.SIGKILL, signal.SIGTERM)[number % 2])
+        os.waitpid(pid, 0)
+    main(folder, *arguments, "--resume")
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3]), *sys.argv[4:])
+    folder, *parsed = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+    if sys.argv[4:] and sys.argv[4].startswith("--kills="):
+        run_killed(int(sys.argv[4].removeprefix("--kills=")), folder, *parsed, *sys.argv[5:])
+    else:
+        main(folder, *parsed, *sys.argv[4:])
