@@ -17,3 +17,7 @@ class EncoderError(RuntimeError):
 
 class ProducerError(RuntimeError):
     """A process of the producer is gone, or was stopped by what is no ordinary exception."""
+
+
+NEVER_SKIPPED = (MemoryError, TemplateError, EncoderError, ProducerError)
+"""Errors that are no fault of the conversation at which they come: on_error="skip" does not skip them."""

@@ -34,6 +34,7 @@ ORDER = [
     "state",
     "distributed",
     "loss",
+    "passes",
     "loader",
     "reference",
     "verify",

@@ -1,23 +1,24 @@
 """Records and files in, checked conversations out, in the order in which a rank reads them.
 
 files.py, random_access.py   read record i of .jsonl, .jsonl.gz and .parquet files
+source.py                    the interface of a data set
 records.py                   check a record of any accepted shape -> Conversation
-order.py                     which conversation a rank (or row) reads when
+order.py                     which conversation a shard (of a rank, or a row) reads when
 """
 
 from nanopack.conversations.files import Files
-from nanopack.conversations.order import Share, permute
+from nanopack.conversations.order import Shard, permute
 from nanopack.conversations.records import (
     Conversation,
     Conversations,
     Dataset,
     Message,
     Part,
-    Source,
     Tokens,
     check,
     open_conversations,
 )
+from nanopack.conversations.source import Source
 from nanopack.errors import ConversationError
 
 __all__ = [
@@ -28,7 +29,7 @@ __all__ = [
     "Files",
     "Message",
     "Part",
-    "Share",
+    "Shard",
     "Source",
     "Tokens",
     "check",

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from nanopack.conversations.random_access import GzipBytes, OpenFile, PlainBytes, Recent, Version
+from nanopack.conversations.source import Source
 from nanopack.errors import ConversationError
 
 COLUMNS = ("messages", "conversations", "text", "input_ids")
@@ -166,7 +167,7 @@ def _value(scalar: Any) -> object:
     return scalar.as_py()
 
 
-class Files:
+class Files(Source):
     """The records of several files, one file after the other."""
 
     def __init__(self, parts: Sequence[Lines | Rows]) -> None:

@@ -1,7 +1,7 @@
 """Open a data set of conversations, and bring each into one shape.
 
     files, lists, data sets   ->   open_conversations()[i]   ->   check()   ->   Conversation
-          files.py                    i from Share                     render.py makes it a document
+          files.py                    i from Shard                     render.py makes it a document
 
 No conversation is read before it is asked for, and none is tokenized here. In which order roles may follow
 each other is the chat template's business (render.py).
@@ -16,11 +16,12 @@ import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeGuard
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias
 
 import numpy as np
 
-from nanopack.conversations.files import COLUMNS, Files, open_files
+from nanopack.conversations.files import COLUMNS, open_files
+from nanopack.conversations.source import Source
 from nanopack.errors import ConversationError
 
 __all__ = [
@@ -59,21 +60,6 @@ Conversations: TypeAlias = Dataset | str | os.PathLike[str] | Sequence[str | os.
 """What `Loader` and `mixture` take: a data set, or path(s) or globs of .jsonl, .jsonl.gz and .parquet files."""
 
 
-class Source(Protocol):
-    """Random-access conversations, the interface that every other module uses. Implementations must subclass it."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> object:
-        """Return the record as it was stored, for 0 <= index < len; IndexError elsewhere."""
-
-    def where(self, index: int) -> str:
-        """Return where the record stands: 'chats.jsonl:17', 'chats.parquet row 17' or 'conversation 17'.
-
-        Lines count from 1, as in an editor; rows and conversations from 0, as in Python.
-        """
-
-
 class Items(Source):
     """The records of an object with len and [int]: list, datasets.Dataset, torch Dataset, nanochat task."""
 
@@ -101,8 +87,9 @@ def open_conversations(conversations: Any) -> Source:
     """
     if isinstance(conversations, (str, os.PathLike)):
         conversations = [conversations]
-    if _is_source(conversations):
-        source: Source = conversations
+    # by class, not by its methods: a pandas.Series has all of them, and means something else by where()
+    if isinstance(conversations, Source):
+        source = conversations
     elif isinstance(conversations, (list, tuple)) and any(map(_is_path, conversations)):
         source = open_files([path for item in conversations for path in find_files(item)])
     else:
@@ -126,11 +113,6 @@ def find_files(item: Any) -> list[str]:
     for path in paths:
         _refuse_unreadable(path)
     return paths
-
-
-def _is_source(item: object) -> TypeGuard[Source]:
-    # By descent, not by its methods: a pandas.Series has all of them, and means something else by where().
-    return isinstance(item, Files) or Source in type(item).__mro__
 
 
 def _is_path(item: object) -> bool:
