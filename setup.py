@@ -52,6 +52,7 @@ setup(
         "fast": FAST,
         "hf": HF,
         "lightning": LIGHTNING,
+        "torchtitan": ["torchtitan>=0.3"],
         "test": TEST,
         "dev": TEST + PLOT + LINT,
         "trainers": HF + LIGHTNING,

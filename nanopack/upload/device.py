@@ -165,7 +165,7 @@ class Cpu(Device):
         pass
 
     def zeros(self, nbytes: int) -> torch.Tensor:
-        return torch.zeros(nbytes, dtype=torch.uint8)
+        return torch.zeros(nbytes, dtype=torch.uint8, device="cpu")
 
     def copy(self, to: torch.Tensor, source: torch.Tensor, stream: None) -> None:
         _on_one_thread(to.copy_, source)

@@ -61,7 +61,7 @@ class HostMemory:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._shape = shape
-        self._dtype = torch.empty(0, dtype=dtype).numpy().dtype
+        self._dtype = torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
         # About what a training loop holds at a time; if many batches are dropped at once, the rest is freed.
         self._idle: deque[np.ndarray] = deque(maxlen=4)
         self._out: dict[int, tuple[Any, np.ndarray]] = {}

@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer made here, of the shipped conversations, and chat templates for it: no network."""
+"""A tokenizer of Hugging Face, chat templates, a tiny Llama and a loader for it, all made here: no network."""
 
 from __future__ import annotations
 
@@ -80,3 +80,38 @@ def make_tokenizer(chat_template: str | None = None, **settings: Any) -> Any:
     tokenizer = PreTrainedTokenizerFast(**{**defaults, **settings})
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+DATA = [*shipped(120), {"text": "Once upon a time."}, {"text": "The end."}]
+
+
+def make_model(attention: str = "sdpa", dtype: Any = None, **settings: Any) -> Any:
+    """Return a tiny Llama with random weights, always the same."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1001,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        attn_implementation=attention,
+        **settings,
+    )
+    return LlamaForCausalLM(config).to(dtype or torch.float32)
+
+
+def arguments_of(**changes: Any) -> dict[str, Any]:
+    """Return what `make_loader` gives to a Loader, and `nanopack.reference.batches` takes too."""
+    return {"batch_size": 4, "seq_len": 127, "extras": ("positions",), "template": "hf", **changes}
+
+
+def make_loader(conversations: Any = DATA, **arguments: Any) -> Any:
+    from nanopack import Loader
+
+    arguments = arguments_of(**{"num_workers": 0, **arguments})
+    return Loader(conversations, make_tokenizer(MARKED), device="cpu", **arguments)
