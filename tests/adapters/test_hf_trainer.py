@@ -25,7 +25,7 @@ from nanopack import Batch, reference
 from nanopack.adapters.hf import Batches
 from nanopack.loss import total_weight, weighted_loss
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.trainers]
 
 TRAINERS = [pytest.param(False, id="Trainer"), pytest.param(True, id="SFTTrainer")]
 SCRIPT = Path(__file__).parents[1] / "support" / "hf_run.py"

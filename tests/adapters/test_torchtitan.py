@@ -22,6 +22,8 @@ from torchtitan.components.loss import IGNORE_INDEX
 from nanopack import Batch, reference
 from nanopack.adapters.torchtitan import PackedDataLoader
 
+pytestmark = pytest.mark.trainers
+
 SCRIPT = Path(__file__).parents[1] / "support" / "torchtitan_run.py"
 CHATS = [
     [{"role": "user", "content": f"{i} + {i}?"}, {"role": "assistant", "content": f"{2 * i}. " * (i % 5 + 1)}]
