@@ -169,7 +169,17 @@ class Message:
     role: str
     content: str | tuple[Part, ...]
     rest: Mapping[str, Any] | None = None
-    """What else the message holds that is not None, such as tool_calls."""
+    """What else the message holds and is not absent, such as tool_calls; see `MESSAGE` in keys.py."""
+    train: bool = True
+    """False: nothing of this message is in the loss."""
+
+    @property
+    def text(self) -> str | None:
+        """The content as one string, the texts of its parts joined; None where a part is not text."""
+        if isinstance(self.content, str):
+            return self.content
+        joined = all(part.type == "text" for part in self.content)
+        return "".join(part.text for part in self.content) if joined else None
 
 
 class Tokens(NamedTuple):
@@ -189,6 +199,10 @@ class Conversation:
     text: str | None = None
     weight: float = 1.0
     tokens: Tokens | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    """Definitions of tools, for template="hf"."""
+    template_kwargs: Mapping[str, Any] | None = None
+    """What else the chat template is given, for template="hf"."""
 
 
 def check(record: object) -> Conversation:
