@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -32,20 +33,23 @@ PART_TYPES = {"text": "text", "python": "python", "python_output": "python_outpu
 PART_TYPES |= {"input_text": "text", "output_text": "text"}
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Part:
     """A stretch of an assistant's message: what it says, runs, or is given back."""
 
     type: str
     text: str
 
 
-class Message(NamedTuple):
+# Not frozen, which would double the time that the usual message takes; nothing changes one.
+@dataclass(slots=True)
+class Message:
     """One turn of a conversation."""
 
     role: str
     content: str | tuple[Part, ...]
     rest: Mapping[str, Any] | None = None
-    """What else the message holds and is neither absent nor harmless, such as tool_calls; see keys.py."""
+    """What else the message holds, but for what is absent and what became `train`: tool_calls, name, id, ..."""
     train: bool = True
     """False: nothing of this message is in the loss."""
 
@@ -113,7 +117,7 @@ def _rest(message: Mapping[str, Any], role: str, ignored: set[str]) -> tuple[dic
     flags: dict[str, bool] = {}
     for key, value in message.items():
         kind = MESSAGE.get(key)
-        if kind in (keys.READ, keys.HARMLESS) or is_absent(value):
+        if kind == keys.READ or is_absent(value):
             continue
         if kind in (keys.IN_LOSS, keys.NOT_IN_LOSS):
             flags[key] = _flag(key, value, role) == (kind == keys.IN_LOSS)
@@ -230,7 +234,8 @@ def fail(why: str) -> NoReturn:
 def _fail_role(message: Mapping[str, object], key: str) -> NoReturn:
     if key not in message and message.keys() & {*SHAPES}:
         fail("this is a record, not a message: a file that is one JSON array of records must be named .json")
-    fail(f"{key} is {short(message.get(key))}; allowed are {', '.join(sorted(OUR_ROLES))}, or ShareGPT's names for them")
+    allowed = ", ".join(sorted(OUR_ROLES))
+    fail(f"{key} is {short(message.get(key))}; allowed are {allowed}, or ShareGPT's names for them")
 
 
 def remedy(value: object) -> str:

@@ -9,8 +9,9 @@ Nothing is tokenized here. In which order roles may follow each other is the cha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from nanopack.conversations import keys
 from nanopack.conversations.files import SUFFIXES
@@ -49,13 +50,14 @@ __all__ = [
 ]
 
 FLOAT32_MAX = 3.4028234663852886e38
-FIRST_ASSISTANT = ("keep", "raise", "drop", "empty_user")
 
 _NOTED = frozenset(key for key, kind in RECORD.items() if kind == keys.HARMLESS)
 _ONLY_MESSAGES = {"messages"}
 
 
-class Conversation(NamedTuple):
+# Not frozen, as Message is not.
+@dataclass(slots=True)
+class Conversation:
     """Messages, or the text of a plain document, or the tokens of one that is rendered already."""
 
     messages: tuple[Message, ...]
@@ -95,11 +97,11 @@ def check(record: object) -> Conversation:
     elif shape == "text":
         found = Conversation((), read_text(held["text"], "text"), weight)
     elif shape == "prompt":
-        found = _prompted(held)._replace(weight=weight)
+        found = replace(_prompted(held), weight=weight)
     elif shape == "instruction":
         found = Conversation(_instructed(held), None, weight)
     else:
-        found = _chat(held[shape])._replace(weight=weight)
+        found = replace(_chat(held[shape]), weight=weight)
     beside = {key: value for key, value in held.items() if key not in _READ_BY[shape]}
     return _with_beside(found, beside, shape) if beside else found
 
@@ -152,12 +154,12 @@ def _with_beside(found: Conversation, beside: Mapping[str, Any], shape: str) -> 
             if found.messages[0].role in SYSTEM_ROLES:
                 fail(f"the record has {key} and message 0 is the system's already; remove one of them")
             said = Message("system", value if isinstance(value, str) else read_parts(value, key, ignored))
-            found = found._replace(messages=(said, *found.messages))
+            found = replace(found, messages=(said, *found.messages))
         elif key == "tools":
-            found = found._replace(tools=read_dicts(value, key))
+            found = replace(found, tools=read_dicts(value, key))
         else:
-            found = found._replace(template_kwargs=read_dict(value, key))
-    return found._replace(ignored_keys=tuple(sorted(ignored)))
+            found = replace(found, template_kwargs=read_dict(value, key))
+    return replace(found, ignored_keys=tuple(sorted(ignored)))
 
 
 _HONOURED = {
@@ -186,7 +188,7 @@ def _prompted(held: Mapping[str, Any]) -> Conversation:
         _chat([{"role": role, "content": held[key]}] if isinstance(held[key], str) else held[key])
         for key, role in (("prompt", "user"), ("completion", "assistant"))
     )
-    asked = tuple(message._replace(train=False) for message in prompt.messages)
+    asked = tuple(replace(message, train=False) for message in prompt.messages)
     ignored = sorted({*prompt.ignored_keys, *answer.ignored_keys})
     return Conversation((*asked, *answer.messages), ignored_keys=tuple(ignored))
 
@@ -231,8 +233,8 @@ def choose(conversation: Conversation, loss: str, first_assistant: str) -> Conve
         messages = _begun(messages, begin, first_assistant)
     if loss == "last":
         last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=0)
-        messages = tuple(m._replace(train=m.train and i == last) for i, m in enumerate(messages))
-    return conversation._replace(messages=messages)
+        messages = tuple(replace(m, train=m.train and i == last) for i, m in enumerate(messages))
+    return replace(conversation, messages=messages)
 
 
 def _begun(messages: tuple[Message, ...], begin: int, how: str) -> tuple[Message, ...]:
