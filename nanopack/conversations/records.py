@@ -214,7 +214,8 @@ def _weight(weight: object) -> float:
         weight = float(weight)
     # Beyond float32's largest number a weight would reach the loss as infinity; NaN fails every comparison.
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= FLOAT32_MAX:
-        fail(f"weight must be a number from 0 to {FLOAT32_MAX:.1e} (float32), not {describe(weight)}")
+        missing = "; pandas writes nan for a missing one: give 1.0" if weight != weight else ""
+        fail(f"weight must be a number from 0 to {FLOAT32_MAX:.1e} (float32), not {describe(weight)}{missing}")
     return float(weight)
 
 
