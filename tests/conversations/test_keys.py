@@ -10,6 +10,7 @@ import pytest
 from containers import CONTAINERS
 from data_sets import SMALL as ENCODING
 from key_oracle import REFUSED, draw_record, meaning
+from outcomes import outcome, reference_outcome
 
 from nanopack.conversations.keys import (
     HARMLESS,
@@ -25,9 +26,8 @@ from nanopack.conversations.keys import (
     TEMPLATE,
 )
 from nanopack.conversations.keys import REFUSED as NO
-from nanopack.conversations.records import Conversation, Message, Part, check, open_conversations
+from nanopack.conversations.records import check, open_conversations
 from nanopack.errors import ConversationError
-from nanopack.reference import records as reference
 from nanopack.render.renderer import Renderer
 from nanopack.tokenizers.tokenizer import load_tokenizer
 
@@ -35,45 +35,6 @@ SMALL = load_tokenizer(ENCODING)
 
 U = {"role": "user", "content": "Q"}
 A = {"role": "assistant", "content": "A"}
-
-
-def parts_of(message: Message) -> list[tuple[str, str]]:
-    return [(part.type, part.text) for part in message.content if isinstance(part, Part)]
-
-
-def told(conversation: Conversation) -> Any:
-    """A conversation in the oracle's form."""
-    messages = [
-        (
-            m.role,
-            m.content if isinstance(m.content, str) else [(p.type, p.text) for p in m.content],
-            dict(m.rest or {}),
-            m.train,
-        )
-        for m in conversation.messages
-    ]
-    tokens = conversation.tokens
-    listed = None
-    if tokens is not None:
-        mask = [True] * len(tokens.ids) if tokens.mask is None else tokens.mask.tolist()
-        listed = list(zip(tokens.ids.tolist(), mask, strict=True))
-    return messages, conversation.text, listed, conversation.weight, conversation.tools, conversation.template_kwargs
-
-
-def outcome(record: object) -> Any:
-    try:
-        return told(check(record))
-    except ConversationError:
-        return REFUSED
-
-
-def reference_outcome(record: object) -> Any:
-    try:
-        found = reference.conversation(record)
-    except ConversationError:
-        return REFUSED
-    messages = [tuple(message) for message in found.messages]
-    return messages, found.text, found.tokens, found.weight, found.tools, found.template_kwargs
 
 
 def hold_against_oracle(seed: int, count: int) -> int:

@@ -552,7 +552,7 @@ BAD = {
     "user twice": [user("x"), user("y")],
     "unknown role": [user("x"), {"role": "tool", "content": "y"}],
     "role is no string": [{"role": 1, "content": "y"}],
-    "unknown role": [{"role": "judge", "content": "x"}],
+    "a judge": [{"role": "judge", "content": "x"}],
     "system alone": [{"role": "system", "content": "x"}],
     "system before the assistant": [{"role": "system", "content": "x"}, assistant("y")],
     "system in the middle": [user("x"), {"role": "system", "content": "y"}],
