@@ -15,7 +15,7 @@ from nanopack import Loader
 from nanopack.config import LoaderConfig
 from nanopack.conversations.records import check, open_conversations
 from nanopack.data import CONVERSATIONS
-from nanopack.packing.packers import PACKINGS, make_packer
+from nanopack.packing.packings import PACKINGS, as_packing
 from nanopack.producer.producer import Producer
 from nanopack.render.renderer import Renderer
 from nanopack.ring.ring import Ring
@@ -60,7 +60,7 @@ def test_packing_a_million_tokens(benchmark, packing):
 
     def pack():
         items = iter(enumerate(lengths))
-        packer = make_packer(packing, lambda: next(items, None), batch_size=32, seq_len=2048)
+        packer = as_packing(packing).build(lambda: next(items, None), batch_size=32, seq_len=2048)
         while packer.next_rows():
             pass
 

@@ -48,9 +48,9 @@ class Batch:
     inputs: torch.Tensor
     """(B, T) int32: token ids; the beginning-of-sequence id in padding."""
     targets: torch.Tensor
-    """(B, T) int64: the next token where it is trained, else `ignore_index`."""
+    """(B, T) int64: the next token where it is in the loss, else `ignore_index`."""
     weights: torch.Tensor | None
-    """(B, T) float32: loss weight of each target, 0.0 where it is not trained. None unless asked for."""
+    """(B, T) float32: loss weight of each target, 0.0 outside the loss. None without `loss_weights`."""
     positions: torch.Tensor | None
     """(B, T) int32: position in the piece, from 0; padding counts as one piece. None unless asked for."""
     doc_ids: torch.Tensor | None
@@ -61,7 +61,7 @@ class Batch:
     step: int
     """Number of this batch, from 0."""
     num_loss_tokens: int
-    """Targets that are trained."""
+    """Targets in the loss."""
     num_tokens: int
     """Tokens in `inputs` that are not padding."""
     weight_sum: float
@@ -73,7 +73,7 @@ class Batch:
     progress: float
     """Share of the data consumed (of all `epochs` where they are given)."""
     last: bool
-    """True from the batch on that reaches the end of the data (of all `epochs` where they are given)."""
+    """True for the batch that reaches the end of the data (of all `epochs` if given) and for every later one."""
     word_pieces: Sequence[tuple[Piece, ...]]
     """For each row its pieces over the T + 1 words that the row is cut from: the word in column T is only a target."""
 

@@ -8,10 +8,60 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypedDict
 
 DROPPED = ("untrained",)
 CUT = ("max_document_tokens", "seq_len", "crop")
+
+
+class ConversationCounts(TypedDict):
+    """What became of conversations; `read` is the sum of the others."""
+
+    read: int
+    packed: int
+    dropped: dict[str, int]
+    skipped: int
+    waiting: int
+
+
+class TokenCounts(TypedDict):
+    """What became of tokens; `read` is the sum of the others."""
+
+    read: int
+    emitted: int
+    cut: dict[str, int]
+    dropped: int
+    waiting: int
+
+
+class SlotCounts(TypedDict):
+    """Positions of all batches; `total` is the sum of the others."""
+
+    total: int
+    tokens: int
+    padding: int
+
+
+class SourceReport(TypedDict):
+    """The part of a ledger that is counted for each source of a mixture too."""
+
+    conversations: ConversationCounts
+    tokens: TokenCounts
+
+
+class LoaderReport(SourceReport):
+    """The part of a ledger that every loader has."""
+
+    slots: SlotCounts
+    targets: dict[str, int]
+    balanced: bool
+    imbalances: list[str]
+
+
+class LedgerReport(LoaderReport, total=False):
+    """What `Loader.ledger` returns; see `Ledger` for each counter. Only a mixture has `sources`."""
+
+    sources: dict[str, SourceReport]
 
 
 @dataclass
@@ -88,7 +138,7 @@ class Ledger:
             wrong.append(f"trained targets: {self.targets_trained}, more than the {self.tokens_emitted} tokens emitted")
         return wrong
 
-    def report(self, sources: Mapping[str, Ledger] | None = None) -> dict[str, Any]:
+    def report(self, sources: Mapping[str, Ledger] | None = None) -> LedgerReport:
         """Return the counters as nested plain data (JSON-able), with `balanced` and, if it is false, `imbalances`.
 
         With `sources`, the counters of each source of a mixture, which must add up to these.
@@ -97,14 +147,18 @@ class Ledger:
         if sources:
             wrong += [f"{name}: {what}" for name, ledger in sources.items() for what in ledger.imbalances()]
             wrong += self._beside(Ledger.total(sources.values()))
-        return {
-            **self._read_and_packed(),
+        own = self._read_and_packed()
+        report: LedgerReport = {
+            "conversations": own["conversations"],
+            "tokens": own["tokens"],
             "slots": {"total": self.slots, "tokens": self.slots_tokens, "padding": self.slots_padding},
             "targets": {"trained": self.targets_trained},
-            **({"sources": {name: ledger._read_and_packed() for name, ledger in sources.items()}} if sources else {}),
             "balanced": not wrong,
             "imbalances": wrong,
         }
+        if sources:
+            report["sources"] = {name: ledger._read_and_packed() for name, ledger in sources.items()}
+        return report
 
     def _beside(self, total: Ledger) -> list[str]:
         """Return where the sources do not add up to the whole, in words. Slots are of no source."""
@@ -115,7 +169,7 @@ class Ledger:
             if name.startswith(("conversations", "tokens")) and whole[name] != parts[name]
         ]
 
-    def _read_and_packed(self) -> dict[str, Any]:
+    def _read_and_packed(self) -> SourceReport:
         return {
             "conversations": {
                 "read": self.conversations_read,

@@ -10,40 +10,50 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 import os
 import pickle
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from nanopack.batch import Batch
-from nanopack.config import LoaderConfig, check_bool, check_int
-from nanopack.conversations.records import open_conversations
-from nanopack.distributed import agree_on_most, check_group, rank_and_world_size
+from nanopack.checks import check_bool, check_int
+from nanopack.config import (
+    Encoder,
+    Executor,
+    Extra,
+    FirstAssistant,
+    LoaderConfig,
+    Loss,
+    LossWeights,
+    OnError,
+    Shard,
+    TemplateName,
+)
+from nanopack.conversations.records import Conversations, open_conversations
+from nanopack.distributed import agree_on_most, group_to_agree_in, rank_and_world_size
 from nanopack.explain import Explanation, explain
-from nanopack.ledger import Ledger
+from nanopack.ledger import Ledger, LedgerReport
 from nanopack.mixture import Mixture
+from nanopack.packing.packings import Packing, PackingName, as_packing
 from nanopack.producer.feed import Feed, Inline
 from nanopack.producer.process import Process
 from nanopack.producer.producer import Produced, Producer, Start
 from nanopack.render.templates import Template
 from nanopack.ring.ring import Ring
 from nanopack.state import FORMAT, check_state, fingerprint
-from nanopack.stats import Stats
+from nanopack.stats import Stats, StatsReport
 from nanopack.tokenizers.splintr import choose_encoder
-from nanopack.tokenizers.tokenizer import load_tokenizer
+from nanopack.tokenizers.tokenizer import TokenizerLike, load_tokenizer
 from nanopack.upload.delivery import Delivery
 from nanopack.upload.device import Device, open_device
 from nanopack.upload.executor import make_kernel
 from nanopack.upload.memory import Memory
 from nanopack.upload.outputs import Outputs, outputs_maker
 from nanopack.upload.upload import Upload
-
-log = logging.getLogger("nanopack")
 
 
 class Loader:
@@ -54,61 +64,76 @@ class Loader:
             `nanopack.mixture`), or path(s), folders or globs of `.jsonl`, `.ndjson`, `.json` (also `.gz`, `.zst`),
             `.parquet`, `.arrow`. A conversation is `{"messages": [{"role", "content"}, ...]}`, ShareGPT's
             `{"conversations": [{"from", "value"}, ...]}`, a bare list of messages, `{"prompt", "completion"}`,
-            `{"instruction", "input", "output"}`, `{"text": ...}`, or tokens that are ready, `{"input_ids": ...}` with
-            `"labels"` or `"loss_mask"`; `"weight"` (a float >= 0) is its own loss weight. docs/data.md says what every
-            key does; one that matters and cannot be honoured is an error.
+            `{"instruction", "input", "output"}`, `{"text": ...}`, or tokens, `{"input_ids": ...}` with `"labels"` or
+            `"loss_mask"`; `"weight"` (a float >= 0) is its own loss weight. docs/data.md says what every key does; one
+            that matters and cannot be honoured is an error.
         tokenizer: a `tiktoken.Encoding`, a nanochat tokenizer folder or its `tokenizer.pkl`, an object whose `.enc` is
             an `Encoding`, a fast Hugging Face tokenizer, or `"chat32k"`, which ships with nanopack.
         batch_size: rows of a batch, B.
         seq_len: tokens of a row, T.
-        packing: `"best_fit"` (rows of whole documents, hardly any padding, none waits long), `"stream"` (documents end
-            to end: nanochat midtraining), `"best_fit_pad"` (nanochat SFT), `"best_fit_crop"` (nanochat pretraining),
-            `"pad"` (one document a row).
+
+    What the batches are: part of a checkpoint's fingerprint.
+
+    Args:
+        packing: a name, or an object with options:
+
+            ================= ================================ =========================================================
+            `"best_fit"`      `BestFit(window=64,              rows of whole documents, hardly any padding, none waits
+                              max_age=128)`                    long (TRL: "bfd")
+            `"best_fit_pad"`  `BestFitPad(window=100)`         the same, but a document may wait forever: nanochat SFT
+            `"best_fit_crop"` `BestFitCrop(window=1000)`       full rows, by cropping documents: nanochat pretraining
+            `"stream"`        `Stream(overlap=False)`          documents end to end: nanochat midtraining (TRL:
+                                                               "wrapped")
+            `"pad"`           `Pad()`                          one document a row
+            ================= ================================ =========================================================
+
+        template: `"nanochat"`, `"chatml"`, `"llama3"`, a `nanopack.Template` of your own, or `"hf"`: the chat template
+            of a transformers tokenizer (what {% generation %} marks is in the loss; see `nanopack.render.hf_template`).
+        first_assistant: what to do with a chat that begins with the assistant, but for a system message: `"keep"` it,
+            if the template can (nanochat cannot); `"raise"`; `"drop"` what comes before the first user message; or put
+            an empty user message there (`"empty_user"`).
         loss: `"assistant"`: the targets that the template says, but for messages with `weight` 0; `"last"`: of those,
             the last answer's; `"all"`: every token, whatever masks and weights say.
-        loss_weights: None, `"token"` (1.0 where trained) or `"conversation"` (1 / its trained tokens, so that each
-            conversation counts once); a conversation's own weight multiplies either.
-        extras: any of `"positions"`, `"doc_ids"`, `"cu_seqlens"`.
-        max_pieces: pieces a row for which `cu_seqlens` has room, at most T; T // 8 + 1 if None.
-        encoder: `"fast"`: splintr-rs encodes in tiktoken's stead, sooner (`pip install nanopack[fast]`).
-            The ids are the same: known differences go to tiktoken, the two are compared here on a fuzz and a sample of
-            the data (a tenth of a second), and then on one text in a thousand. None: tiktoken, or the tokenizer itself.
-        template: `"nanochat"`, `"chatml"`, `"llama3"`, a `nanopack.Template` of your own, or `"hf"`: the chat template
-            of a transformers tokenizer (what {% generation %} marks is trained; see `nanopack/chat_template.py`).
-        first_assistant: what to do with a chat that begins with the assistant (or whose system message it follows):
-            `"keep"` it, if the template can (nanochat cannot), `"raise"`, `"drop"` what comes before the first user
-            message, or put an empty user message there (`"empty_user"`).
-        max_document_tokens: a document longer than this is cut (and counted).
-        window: documents among which the best_fit packings choose: 64, 100 (`best_fit_pad`), 1000 (`best_fit_crop`).
-        max_age: `best_fit` only: a document that has waited so many rows opens the next one; 128 if None.
-        refill: documents that are read at a time when fewer than `window` wait.
-        overlap: `stream` only: a batch advances by B * T tokens instead of B * T + 1, so that every token is a target.
+        loss_weights: None, `"token"` (1.0 for each target in the loss) or `"conversation"` (1 / its targets in the
+            loss, so that each conversation counts once); a conversation's own weight multiplies either.
         boundary_loss: False: the first token of a document is never a target.
-        ignore_index: what `targets` holds where nothing is trained.
-        rank, world_size: which share of the conversations this process reads; from `torch.distributed` where that is
-            initialised, else 0 of 1.
-        shard: `"rank"`: each rank packs its own share of the conversations; `"row"`: each row of all ranks' batches
-            together does, so that these do not depend on the number of ranks, and a run can go on with another.
-        seed: a new order of the conversations in each pass, the same on all ranks; None: their own order.
+        ignore_index: value of `targets` outside the loss.
+        max_document_tokens: longer documents are cut to this many tokens (and the cut is counted); None: no limit.
+        extras: any of `"positions"`, `"doc_ids"`, `"cu_seqlens"`.
+        max_pieces: capacity of `cu_seqlens` in pieces per row, 1 to T; None: T // 8 + 1.
+        seed: seed of a new order of the conversations in each pass, the same on all ranks; None: their own order.
         epochs: passes over the data, all of it delivered, the last rows padded; None: endless. All ranks deliver
             equally many batches: those that have fewer end with batches of padding.
-        device: where the tensors lie: a CUDA device (ROCm included) or the CPU; None: CUDA where there is one.
+        rank, world_size: which shard of the conversations this process reads; from `torch.distributed` where that is
+            initialised, else 0 of 1. Pass both or neither.
+        shard: `"rank"`: each rank packs one shard of the conversations; `"row"`: each row of the batches of all ranks
+            together does, so that these do not depend on the number of ranks, and a run can resume with another.
+
+    How they are made: free to change between runs.
+
+    Args:
+        device: device of the tensors: a CUDA device (ROCm included) or the CPU; None: CUDA where there is one.
         executor: `"torch"` or `"triton"` (on the CPU only under Triton's interpreter, TRITON_INTERPRET=1); None: triton
             on a GPU, torch elsewhere.
+        encoder: `"fast"`: splintr-rs encodes instead of tiktoken, faster (`pip install nanopack[fast]`). The ids are
+            the same: known differences go to tiktoken, and the two are compared on a sample of the data at
+            construction, then on one text in a thousand. None: tiktoken, or the tokenizer itself.
         num_workers: number of tokenizing processes. 0: none, everything runs in the caller's thread. 1: the producer
             process tokenizes as well. n >= 2: the producer packs and n more processes tokenize (n + 1 in all).
-        prefetch: batches that the producer makes ahead.
-        static: every batch is written into the same tensors (for CUDA graphs); they hold until the next call.
-        on_error: `"raise"` at a bad conversation, or `"skip"` it (counted and logged).
-        process_group: with `epochs`, the process group (gloo, NCCL) of all ranks, through which they agree here, by one
-            all_reduce, how many batches the longest has; without, a rank that is done renders the others' shares.
+        prefetch: batches that the producer makes ahead of time.
+        static: every batch is written into the same tensors (for CUDA graphs), valid until the next call.
+        on_error: `"raise"` for a bad conversation, or `"skip"` it (counted and logged).
+        process_group: process group (gloo, NCCL) of all ranks. With `epochs`, one all_reduce at construction agrees on
+            the number of batches, so all ranks construct their loaders together. None: the default group of
+            `torch.distributed` where it has `world_size` ranks; elsewhere a rank that runs out must render every other
+            rank's data to find that number: slow.
 
     Raises:
-        ValueError: an argument cannot be; the message names it, its value and what is allowed.
+        ValueError: an argument is invalid; the message names it, its value and what is allowed.
         ConversationError: (from `next`) a bad conversation; the message names file, line and message.
         ImportError: `encoder="fast"` without splintr-rs.
-        EncoderError: (from `next`) a text got other ids from the fast encoder than from tiktoken.
-        ProducerError: (from `next`) the producer's process died, or was stopped by what is no ordinary exception.
+        EncoderError: (from `next`) the fast encoder gave a text other ids than tiktoken.
+        ProducerError: (from `next`) the producer process died, or raised something other than an Exception.
 
     >>> with Loader([{"text": "Hello there"}], "chat32k", batch_size=1, seq_len=4, packing="stream") as loader:
     ...     inputs, targets = next(loader)
@@ -118,62 +143,56 @@ class Loader:
 
     def __init__(
         self,
-        conversations: Any,
-        tokenizer: Any,
+        conversations: Conversations,
+        tokenizer: TokenizerLike,
         batch_size: int = 32,
         seq_len: int = 2048,
         *,
-        packing: str = "best_fit",
-        loss: str = "assistant",
-        loss_weights: str | None = None,
-        extras: Sequence[str] = (),
-        max_pieces: int | None = None,
-        encoder: str | None = None,
-        template: str | Template = "nanochat",
-        first_assistant: str = "keep",
-        max_document_tokens: int | None = None,
-        window: int | None = None,
-        max_age: int | None = None,
-        refill: int = 1,
-        overlap: bool = False,
+        # what the batches are: part of a checkpoint's fingerprint
+        packing: PackingName | Packing = "best_fit",
+        template: TemplateName | Template = "nanochat",
+        first_assistant: FirstAssistant = "keep",
+        loss: Loss = "assistant",
+        loss_weights: LossWeights | None = None,
         boundary_loss: bool = True,
         ignore_index: int = -100,
-        rank: int | None = None,
-        world_size: int | None = None,
-        shard: str = "rank",
+        max_document_tokens: int | None = None,
+        extras: Collection[Extra] = (),
+        max_pieces: int | None = None,
         seed: int | None = None,
         epochs: int | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        shard: Shard = "rank",
+        # how they are made: free to change between runs
         device: str | torch.device | None = None,
-        executor: str | None = None,
+        executor: Executor | None = None,
+        encoder: Encoder | None = None,
         num_workers: int = 1,
         prefetch: int = 4,
         static: bool = False,
-        on_error: str = "raise",
-        process_group: Any = None,
+        on_error: OnError = "raise",
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         rank, world_size = rank_and_world_size(rank, world_size)
         self.config = LoaderConfig(
             batch_size=batch_size,
             seq_len=seq_len,
-            packing=packing,
-            loss=loss,
-            loss_weights=loss_weights,
-            extras=extras,
-            max_pieces=max_pieces,
+            packing=as_packing(packing),
             template=template,
             first_assistant=first_assistant,
-            max_document_tokens=max_document_tokens,
-            window=window,
-            max_age=max_age,
-            refill=refill,
-            overlap=overlap,
+            loss=loss,
+            loss_weights=loss_weights,
             boundary_loss=boundary_loss,
             ignore_index=ignore_index,
+            max_document_tokens=max_document_tokens,
+            extras=extras,
+            max_pieces=max_pieces,
+            seed=seed,
+            epochs=epochs,
             rank=rank,
             world_size=world_size,
             shard=shard,
-            seed=seed,
-            epochs=epochs,
             on_error=on_error,
         )
         check_int("num_workers", num_workers, least=0)
@@ -198,13 +217,9 @@ class Loader:
         self._static = static
         self._owner = os.getpid()
         self._batches: int | None = None
-        if process_group is not None:
-            if epochs is None:
-                raise ValueError("process_group has no meaning without epochs; leave it out, or pass epochs")
-            check_group(process_group, world_size)
-            self._batches = agree_on_most(
-                process_group, lambda: self._count_batches(of_all_ranks=False)[0], self.device
-            )
+        group = group_to_agree_in(process_group, epochs, world_size)
+        if group is not None:
+            self._batches = agree_on_most(group, lambda: self._count_batches(of_all_ranks=False)[0], self.device)
         self._shut: Callable[[], Any] | None = None
         self._start(None)
 
@@ -276,7 +291,7 @@ class Loader:
             word_pieces=filled.word_pieces,
         )
 
-    def ledger(self) -> dict[str, Any]:
+    def ledger(self) -> LedgerReport:
         """Return what happened to every conversation, token and slot up to the batch delivered last; see `Ledger`.
 
         Of a mixture, `sources` tells it for each source.
@@ -321,8 +336,8 @@ class Loader:
     def __len__(self) -> int:
         """Return how many batches there are in all, from the first one on; exact.
 
-        All the data are rendered for it, once, unless `process_group` was given; `list(loader)` asks for it too. Raises
-        TypeError where `epochs` is None.
+        All the data are rendered for it, once, unless the ranks agreed through a process group; `list(loader)` calls
+        it too. Raises TypeError where `epochs` is None.
         """
         if self.config.epochs is None:
             raise TypeError("the batches are endless; pass epochs to have a number of them")
@@ -331,7 +346,7 @@ class Loader:
         return self._batches
 
     def __bool__(self) -> bool:
-        """Return True: a loader is something, whether it has batches or not."""
+        """Always True, so that `if loader:` does not call `len()`, which may render the whole data set."""
         return True
 
     @functools.cached_property
@@ -348,8 +363,8 @@ class Loader:
         counter = Producer(self.source, self._encoder, self.config)
         return counter.count_batches(of_all_ranks=of_all_ranks)
 
-    def stats(self) -> dict[str, Any]:
-        """Return where time and memory went so far; see `Stats` for the names and units."""
+    def stats(self) -> StatsReport:
+        """Return where time and memory went so far; see `StatsReport` for names and units."""
         return self._stats.report(
             self._delivery.waited_for_producer, None if self.config.epochs is None else self._ledger().slots_tokens
         )

@@ -20,6 +20,7 @@ import numpy as np
 from nanopack.config import LoaderConfig
 from nanopack.conversations.records import Conversation, Source, check
 from nanopack.mixture import Mixture
+from nanopack.packing.packings import PACKINGS
 from nanopack.tokenizers.tokenizer import AnyTokenizer
 
 FORMAT = 1
@@ -36,6 +37,7 @@ def fingerprint(source: Source, tokenizer: AnyTokenizer, config: LoaderConfig) -
         for field in dataclasses.fields(config)
         if field.name not in _FREE
     }
+    arguments |= {"packing": config.packing.name, **config.packing.options()}
     # states from before there was a choice still load
     if config.first_assistant == "keep":
         del arguments["first_assistant"]
@@ -91,7 +93,7 @@ def check_state(state: Any, ours: Mapping[str, Any], config: LoaderConfig, *, st
     Raises ValueError where it is no state, lacks lanes of this rank, or (with `strict`) is one of other data or
     arguments: the message names each difference.
     """
-    _refuse_foreign(state)
+    state = _checked(state)
     if strict and (differences := _differences(state["fingerprint"], ours)):
         raise ValueError(
             f"the state belongs to another run: {'; '.join(differences)}; resume with what the run was started with, "
@@ -120,7 +122,7 @@ def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         raise ValueError("merge_states has nothing to merge; pass the states of all ranks")
     for number, state in enumerate(states):
         try:
-            _refuse_foreign(state)
+            states[number] = _checked(state)
         except ValueError as error:
             raise ValueError(f"state {number}: {error}") from None
     first, lanes = states[0], dict[str, Any]()
@@ -143,7 +145,8 @@ def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {**first, "lanes": {str(number): lanes[str(number)] for number in range(count)}}
 
 
-def _refuse_foreign(state: Any) -> None:
+def _checked(state: Any) -> Mapping[str, Any]:
+    """Return a state in today's names. ValueError where it is damaged, or not a state of nanopack."""
     if not isinstance(state, Mapping) or "format" not in state:
         raise ValueError(f"a {type(state).__name__} is no state of nanopack; pass what state_dict() returned")
     if state["format"] != FORMAT:
@@ -156,6 +159,36 @@ def _refuse_foreign(state: Any) -> None:
     for lane, stands in state["lanes"].items():
         if not isinstance(stands, Mapping) or not LANE.issubset(stands):
             raise ValueError(f"the state is damaged: lane {lane} lacks {', '.join(sorted(LANE - set(stands)))}")
+    return _with_new_names(state)
+
+
+# Arguments by the names that states before 0.1.0 have for them.
+_RENAMED = {"weights": "loss_weights", "shuffle_seed": "seed", "max_tokens": "max_document_tokens"}
+_PACKING_OPTIONS = {"window", "max_age", "refill", "overlap"}
+
+
+def _with_new_names(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a state saved before the arguments were renamed as it would be saved now; any other as it is."""
+    arguments = state["fingerprint"].get("arguments", {})
+    if "shuffle_seed" not in arguments:
+        return state
+    # every packing had all options then, whether they meant anything or not
+    meant = PACKINGS[arguments["packing"]]().options()
+    renamed = {
+        _RENAMED.get(name, name): value
+        for name, value in arguments.items()
+        if name in meant or name not in _PACKING_OPTIONS
+    }
+    lanes = {number: _with_new_reasons(lane) for number, lane in state["lanes"].items()}
+    return {**state, "lanes": lanes, "fingerprint": {**state["fingerprint"], "arguments": renamed}}
+
+
+def _with_new_reasons(lane: Mapping[str, Any]) -> dict[str, Any]:
+    def renamed(ledger: Mapping[str, Any]) -> dict[str, Any]:
+        cut = {_RENAMED.get(reason, reason): tokens for reason, tokens in ledger["tokens_cut"].items()}
+        return {**ledger, "tokens_cut": cut}
+
+    return {**lane, "ledger": renamed(lane["ledger"]), "sources": [renamed(ledger) for ledger in lane["sources"]]}
 
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

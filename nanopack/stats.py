@@ -6,10 +6,28 @@ Loader.__next__ counts   ->   Stats.report()   ->   loader.stats()
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TypedDict
 
 from nanopack.batch import Batch
 from nanopack.producer.producer import Produced
+
+
+class StatsReport(TypedDict):
+    """What `Loader.stats` returns: totals since the loader was constructed or loaded a state."""
+
+    batches: int
+    tokens: int  # without padding
+    tokens_per_s: float  # of wall time, the caller's own work included
+    padding: float  # fraction (0 to 1) of the positions
+    next_s: float  # seconds in `next`
+    waited_for_producer_s: float  # of these, with no batch ready
+    bytes_copied: int
+    longest_wait_rows: int  # of a document, for its row
+    queue_depth: int  # batches ready when `next` last returned
+    ring_bytes: int  # shared memory of the slots
+    tokens_total_estimated: int | None
+    """Of the whole run: the tokens so far by the progress (`Loader.tokens_total` is exact). None without `epochs`, or
+    before the first batch."""
 
 
 class Stats:
@@ -33,16 +51,11 @@ class Stats:
         self._in_next += seconds
         self._progress = batch.progress
 
-    def report(self, waited_s: float, tokens_so_far: int | None) -> dict[str, Any]:
-        """Return the totals since the loader was made, or took up a state.
+    def report(self, waited_s: float, tokens_so_far: int | None) -> StatsReport:
+        """Return the totals.
 
-        `waited_s` were spent with nothing ready; `tokens_so_far` are those of the whole run, None where it has no end.
-
-        batches, tokens (without padding), tokens_per_s (of wall time, the caller's own work included), padding (share
-        of the slots), next_s (seconds in `next`), waited_for_producer_s (of these, with nothing ready), bytes_copied,
-        longest_wait_rows (of a document, for its row), queue_depth (batches ready when `next` last returned),
-        ring_bytes (shared memory of the slots), tokens_total_estimated (of the whole run: those so far by the progress;
-        `Loader.tokens_total` is exact. None without `epochs`, or before the first batch).
+        `waited_s` is the time spent with no batch ready; `tokens_so_far` the tokens since the first step of the whole
+        run, None where it has no end.
         """
         elapsed = time.perf_counter() - self._began
         return {

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import nanopack
 from nanopack import ConversationError, reference
 from nanopack.conversations.records import open_conversations
+from nanopack.packing import BestFitCrop
 from nanopack.verify import compare
 
 # In the caller's thread: tests/test_process.py shows that a process gives the same batches.
@@ -355,7 +356,7 @@ def test_a_document_is_cut_where_it_must_be_and_what_was_cut_is_counted():
     ],
 )
 def test_the_ledger_notices_a_counter_that_is_off_by_one(counter):
-    loader = Loader([{"text": "abc" * i} for i in range(1, 9)], SMALL, 2, 8, packing="best_fit_crop", window=3)
+    loader = Loader([{"text": "abc" * i} for i in range(1, 9)], SMALL, 2, 8, packing=BestFitCrop(window=3))
     next(loader)
     ledger = loader._ledger()
     assert ledger.imbalances() == []

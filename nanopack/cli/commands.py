@@ -15,7 +15,7 @@ import sys
 import time
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanopack import reference
 from nanopack.batch import Batch
 from nanopack.cli.html import explain_rows, save_page
 from nanopack.cli.lengths import Lengths, measure
-from nanopack.cli.options import CONFIG_DEFAULTS
+from nanopack.cli.options import CONFIG_DEFAULTS, packing_of
 from nanopack.cli.plots import load_matplotlib, save_curve, save_lengths
 from nanopack.cli.progress import Show, progress
 from nanopack.cli.summary import Totals, count_batches, describe_batch, describe_lengths, draw, percent, table
@@ -37,7 +36,7 @@ from nanopack.data import CONVERSATIONS
 from nanopack.loader import Loader
 from nanopack.render.renderer import Renderer
 from nanopack.tokenizers.tokenizer import load_tokenizer
-from nanopack.verify import compare
+from nanopack.verify import compare, expected_batches
 
 SAVED = ("inputs", "targets", "weights", "positions", "doc_ids", "cu_seqlens")
 
@@ -67,12 +66,8 @@ def pack(options: Namespace) -> int:
 
 def verify(options: Namespace) -> int:
     """Compare every field of every batch with the slow reference packer's; exit code 1 at the first difference."""
-    data = _loader_options(options)
-    for name in ("encoder", "executor"):
-        data.pop(name, None)
     with _loader(options) as loader, progress("verifying") as show:
-        data |= {"rank": loader.config.rank, "world_size": loader.config.world_size}
-        expected = reference.batches(_conversations(options), loader.tokenizer, **data)
+        expected = expected_batches(loader, _conversations(options), _loader_options(options))
         got = _deliver(loader, Totals(loader.config), options.max_batches, show)
         found = compare(itertools.islice(expected, options.max_batches), got)
         ledger = loader.ledger()
@@ -115,7 +110,7 @@ def inspect(options: Namespace) -> int:
         _print_json({**_inspection(lengths, loader, totals.report(ledger)), "written": written})
     else:
         print(f"{_title(options)}\n\n{describe_lengths(lengths, loader)}")
-        print(f"\nPacked with {loader.config.packing}:\n\n{table(totals.rows(ledger, speed=False))}")
+        print(f"\nPacked with {loader.config.packing.name}:\n\n{table(totals.rows(ledger, speed=False))}")
         if drawn is not None:
             print(f"\n{describe_batch(drawn, loader, options.rows, options.row)}")
         if written:
@@ -147,7 +142,7 @@ def _write_pictures(batch: Batch | None, lengths: Lengths, loader: Loader, optio
     """Write the pictures that were asked for, and return their paths."""
     config = loader.config
     if batch and options.html:
-        packed = f"{config.batch_size:,} rows x {config.seq_len:,} tokens, packed with {config.packing}"
+        packed = f"{config.batch_size:,} rows x {config.seq_len:,} tokens, packed with {config.packing.name}"
         padding = percent(1 - batch.num_tokens / batch.inputs.numel())
         title = f"{_title(options)}: batch {batch.step}, {packed}, {padding} padding"
         save_page(explain_rows(batch, loader), options.html, title=title)
@@ -200,7 +195,7 @@ def demo_train(options: Namespace) -> int:
     return 0
 
 
-def _exit_code(batches: int, ledger: dict[str, Any]) -> int:
+def _exit_code(batches: int, ledger: Mapping[str, Any]) -> int:
     """Return 1 if nothing was packed, and say so, or if the ledger does not balance; else 0."""
     if not batches:
         counts = ledger["conversations"]
@@ -223,6 +218,8 @@ def _title(options: Namespace) -> str:
 def _loader_options(options: Namespace) -> dict[str, Any]:
     """Return the loader's arguments among the options; one pass over the data unless given."""
     given = {name: value for name, value in vars(options).items() if name in (*CONFIG_DEFAULTS, "encoder", "executor")}
+    if packing := packing_of(options):
+        given["packing"] = packing
     return {"epochs": 1, **given}
 
 

@@ -10,12 +10,24 @@ order.py                     which conversation a rank (or row) reads when
 
 from nanopack.conversations.files import Files
 from nanopack.conversations.order import Share, permute
-from nanopack.conversations.records import Conversation, Message, Part, Source, Tokens, check, open_conversations
+from nanopack.conversations.records import (
+    Conversation,
+    Conversations,
+    Dataset,
+    Message,
+    Part,
+    Source,
+    Tokens,
+    check,
+    open_conversations,
+)
 from nanopack.errors import ConversationError
 
 __all__ = [
     "Conversation",
     "ConversationError",
+    "Conversations",
+    "Dataset",
     "Files",
     "Message",
     "Part",

@@ -7,15 +7,15 @@ lanes' shares of the data   ->   count_batches()   ->   len(loader), and when a 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 
 import numpy as np
 
 from nanopack.config import LoaderConfig
 from nanopack.conversations.order import Share
 from nanopack.conversations.records import Source
+from nanopack.packing.simulate import simulate
 from nanopack.producer.reader import Read
-from nanopack.producer.shard import ReadAll, packer_of, refuse
+from nanopack.producer.shard import ReadAll, refuse
 
 
 def count_batches(source: Source, config: LoaderConfig, lanes: Iterable[int], read_all: ReadAll) -> tuple[int, int]:
@@ -35,12 +35,9 @@ def count_batches(source: Source, config: LoaderConfig, lanes: Iterable[int], re
     batches = tokens = 0
     for share in shares:
         these = lengths[np.fromiter(share.conversations(0, share.reads(epochs)), np.int64)]
-        numbered = enumerate(these[these > 0].tolist())
-        packer = packer_of(config, partial(next, numbered, None))
-        count = 0
-        while packer.next_rows():
-            count += 1
-        batches, tokens = max(batches, count), tokens + packer.emitted
+        lengths_read = these[these > 0].tolist()
+        packed = simulate(config.packing, lengths_read, config.seq_len, batch_size=config.lane_rows)
+        batches, tokens = max(batches, packed.batches), tokens + packed.emitted
     return batches, tokens
 
 

@@ -23,7 +23,6 @@ from nanopack.conversations.records import Source
 from nanopack.errors import ConversationError, EncoderError, ProducerError, TemplateError
 from nanopack.ledger import Ledger
 from nanopack.mixture import Mixture
-from nanopack.packing.packers import make_packer
 from nanopack.packing.rows import Packer, Row
 from nanopack.producer.reader import Read, weigh
 from nanopack.ring.layout import Layout
@@ -46,20 +45,6 @@ def refuse(read: Read, source: Source, config: LoaderConfig) -> str:
     return what
 
 
-def packer_of(config: LoaderConfig, read: Callable[[], tuple[Any, int] | None]) -> Packer:
-    """Return the packer of one lane, which asks for documents by `read`."""
-    return make_packer(
-        config.packing,
-        read,
-        batch_size=config.lane_rows,
-        seq_len=config.seq_len,
-        window=config.window,
-        max_age=config.max_age,
-        refill=config.refill,
-        overlap=config.overlap,
-    )
-
-
 class Lane:
     """One share of the conversations and the packing of it."""
 
@@ -79,7 +64,7 @@ class Lane:
         # conversations that gave no document since the last one that did, and how many readings that took
         self._fruitless: set[int] = set()
         self._in_vain = 0
-        self._packer = packer_of(config, self._read)
+        self._packer: Packer = config.packing.build(self._read, batch_size=config.lane_rows, seq_len=config.seq_len)
         self._reading = self._read_from(0)
 
     def next_rows(self) -> list[Row]:
@@ -88,7 +73,7 @@ class Lane:
         Raises ConversationError for a bad conversation (with on_error="raise"), ValueError where nothing can be packed.
         """
         rows = self._packer.next_rows()
-        if self._config.packing == "best_fit_crop":
+        if self._config.packing.crops:
             self._weigh_what_was_cropped(rows)
         self._count_packer()
         if self._mixture is not None:
@@ -118,7 +103,7 @@ class Lane:
     def progress(self) -> tuple[float, bool]:
         """Return the share of the data consumed, and whether that is all of it."""
         ledger, share, passes = self.ledger, self.share, self._config.epochs or 1
-        stream = self._config.packing == "stream"
+        stream = self._config.packing.splits
         done = ledger.conversations_read
         if not stream:
             done = ledger.conversations_packed + ledger.conversations_dropped.total() + ledger.conversations_skipped
@@ -243,7 +228,7 @@ class Lane:
             new = max(0, offset + length - words.taken)
             words.taken += new
             ledger.tokens_emitted += new
-            cropped = len(words.words) - length if self._config.packing == "best_fit_crop" else 0
+            cropped = len(words.words) - length if self._config.packing.crops else 0
             ledger.tokens_cut["crop"] += cropped
             if new and words.taken + cropped == len(words.words):
                 ledger.conversations_packed += 1

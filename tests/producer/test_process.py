@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from nanopack import ConversationError, Loader, reference
 from nanopack.errors import ProducerError
-from nanopack.packing.packers import PACKINGS
+from nanopack.packing.packings import PACKINGS
 from nanopack.verify import compare
 
 pytestmark = [

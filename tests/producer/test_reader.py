@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from nanopack.config import LoaderConfig
 from nanopack.conversations.records import check, open_conversations
+from nanopack.packing import BestFit, Stream
 from nanopack.producer.reader import CHUNK, Reader, read_in_turn
 from nanopack.ring.layout import Layout
 from nanopack.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -70,7 +71,7 @@ CONFIGS = st.builds(
     loss_weights=st.sampled_from([None, "token", "conversation"]),
     boundary_loss=st.booleans(),
     max_document_tokens=st.sampled_from([None, 1, 2, 30]),
-    packing=st.sampled_from(["best_fit", "stream"]),
+    packing=st.sampled_from([BestFit(), Stream()]),
     seq_len=st.sampled_from([16, 128]),
 )
 
