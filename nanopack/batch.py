@@ -1,7 +1,7 @@
 """The batch that the training loop gets: tensors on the device, facts on the host.
 
-    kernels/pack.py writes the tensors   ->   Batch   ->   the training loop
-    producer.py counts the facts
+    kernels/pack.py writes the tensors        ->   Batch   ->   the training loop
+    producer/producer.py counts the facts
 
 Nothing here computes on a tensor, so nothing here can make the host wait for the device.
 """
@@ -11,13 +11,62 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from nanopack.packing.rows import Piece
-
 __all__ = ["Batch", "Flat", "Piece"]
+
+
+class Piece(NamedTuple):
+    """A part of one document that stands in one row."""
+
+    conversation: int
+    """Index of the conversation in the data set."""
+    start: int
+    """First column."""
+    length: int
+    """Tokens."""
+    offset: int
+    """Index in the document of the token in the first column."""
+
+
+class PieceTable(Sequence[tuple[Piece, ...]]):
+    """The pieces of each row, as a sequence of tuples: kept as numbers, and turned into pieces when they are read."""
+
+    def __init__(self, table: bytes, counts: bytes) -> None:
+        """`table` is (P, 4) int64, the fields of all pieces row by row; `counts` (B,) int64, the pieces of each row.
+
+        Bytes, because they cross between processes faster than arrays do.
+        """
+        self.table = table
+        self.counts = counts
+
+    @cached_property
+    def _fields(self) -> np.ndarray:
+        return np.frombuffer(self.table, np.int64).reshape(-1, 4)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(np.frombuffer(self.counts, np.int64).tolist(), initial=0))
+
+    def __len__(self) -> int:
+        return len(self.counts) // 8
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return tuple(self[i] for i in range(*row.indices(len(self))))
+        row = range(len(self))[row]
+        fields = self._fields[self._ends[row] : self._ends[row + 1]]
+        return tuple(Piece(*values) for values in fields.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
 
 
 class Flat(NamedTuple):

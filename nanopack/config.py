@@ -22,7 +22,7 @@ LossWeights: TypeAlias = Literal["token", "conversation"]
 Extra: TypeAlias = Literal["positions", "doc_ids", "cu_seqlens"]
 TemplateName: TypeAlias = Literal["nanochat", "chatml", "llama3", "hf"]
 OnError: TypeAlias = Literal["raise", "skip"]
-Shard: TypeAlias = Literal["rank", "row"]
+ShardBy: TypeAlias = Literal["rank", "row"]
 Executor: TypeAlias = Literal["torch", "triton"]
 Encoder: TypeAlias = Literal["fast"]
 
@@ -32,7 +32,7 @@ LOSS_WEIGHTS = (None, *get_args(LossWeights))
 EXTRAS: tuple[Extra, ...] = get_args(Extra)
 TEMPLATES = get_args(TemplateName)
 ON_ERROR = get_args(OnError)
-SHARDS = get_args(Shard)
+SHARDS = get_args(ShardBy)
 
 # A column of a flattened batch is an int32 in cu_seqlens.
 MAX_POSITIONS = 2**31 - 1
@@ -58,7 +58,7 @@ class LoaderConfig:
     epochs: int | None = None
     rank: int = 0
     world_size: int = 1
-    shard: Shard = "rank"
+    shard: ShardBy = "rank"
     on_error: OnError = "raise"
 
     def __post_init__(self) -> None:
@@ -111,20 +111,20 @@ class LoaderConfig:
         return self.batch_size * self.world_size
 
     @property
-    def lanes(self) -> range:
-        """The lanes of this rank, and how all ranks together number them: one a rank, or one a row."""
+    def shards(self) -> range:
+        """Numbers of this rank's shards among those of all ranks: one a rank, or with shard="row" one a row."""
         if self.shard == "rank":
             return range(self.rank, self.rank + 1)
         return range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
 
     @property
-    def all_lanes(self) -> range:
-        """The lanes of all ranks."""
+    def all_shards(self) -> range:
+        """Numbers of the shards of all ranks."""
         return range(self.world_size if self.shard == "rank" else self.global_rows)
 
     @property
-    def lane_rows(self) -> int:
-        """Rows that a lane contributes to a batch."""
+    def shard_rows(self) -> int:
+        """Rows that a shard contributes to a batch."""
         return self.batch_size if self.shard == "rank" else 1
 
     @property

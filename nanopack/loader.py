@@ -1,6 +1,6 @@
 """Drive the stages: conversations in, one batch at each `next(loader)`.
 
-    producer.py fills a slot   ->   delivery.py: kernels/pack.py writes the tensors   ->   Loader.__next__   ->   Batch
+    producer/ fills a slot   ->   upload/: kernels/pack.py writes the tensors   ->   Loader.__next__   ->   Batch
 
 The public face of nanopack. What a batch contains is decided by the arguments alone: `reference.batches` with the same
 arguments gives the same batches, slowly.
@@ -8,10 +8,10 @@ arguments gives the same batches, slowly.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
-import pickle
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from nanopack.batch import Batch
+from nanopack.batch import Batch, PieceTable
 from nanopack.checks import check_bool, check_int
 from nanopack.config import (
     Encoder,
@@ -30,29 +30,30 @@ from nanopack.config import (
     Loss,
     LossWeights,
     OnError,
-    Shard,
+    ShardBy,
     TemplateName,
 )
 from nanopack.conversations.records import Conversations, open_conversations
 from nanopack.distributed import agree_on_most, group_to_agree_in, rank_and_world_size
 from nanopack.explain import Explanation, explain
 from nanopack.ledger import Ledger, LedgerReport
-from nanopack.mixture import Mixture
 from nanopack.packing.packings import Packing, PackingName, as_packing
 from nanopack.producer.feed import Feed, Inline
 from nanopack.producer.process import Process
-from nanopack.producer.producer import Produced, Producer, Start
+from nanopack.producer.producer import Producer, Start, count_batches, initial_state
+from nanopack.producer.reader import Reader
+from nanopack.producer.shard import state_of
 from nanopack.render.templates import Template
+from nanopack.ring.facts import BatchFacts
 from nanopack.ring.ring import Ring
 from nanopack.state import FORMAT, check_state, fingerprint
 from nanopack.stats import Stats, StatsReport
 from nanopack.tokenizers.splintr import choose_encoder
 from nanopack.tokenizers.tokenizer import TokenizerLike, load_tokenizer
-from nanopack.upload.delivery import Delivery
 from nanopack.upload.device import Device, open_device
 from nanopack.upload.executor import make_kernel
-from nanopack.upload.memory import Memory
 from nanopack.upload.outputs import Outputs, outputs_maker
+from nanopack.upload.prefetcher import Prefetcher
 from nanopack.upload.upload import Upload
 
 
@@ -163,7 +164,7 @@ class Loader:
         epochs: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
-        shard: Shard = "rank",
+        shard: ShardBy = "rank",
         # how they are made: free to change between runs
         device: str | torch.device | None = None,
         executor: Executor | None = None,
@@ -202,14 +203,14 @@ class Loader:
         self.device = device_api.device
         self.tokenizer = load_tokenizer(tokenizer)
         self.source = open_conversations(conversations)
-        # what only encodes: everything else, and whoever looks at the loader, has the tokenizer that was given
-        self._encoder = choose_encoder(encoder, self.tokenizer, self.source)
-        self._producer = Producer(self.source, self._encoder, self.config)
-        layout = self._producer.layout
+        # only the reader gets the encoder: everything else, users included, sees the tokenizer that was given
+        self._reader = Reader(self.source, choose_encoder(encoder, self.tokenizer, self.source), self.config)
+        self._reader.check_template()
+        layout = self._reader.layout
         self._kernel = make_kernel(executor, self.device, layout, self.tokenizer.bos_id, ignore_index)
         self._make_outputs = outputs_maker(self.config, layout, self.device)
         if static:
-            # at the same addresses also when a state is taken up
+            # at the same addresses also after load_state_dict
             fixed = self._make_outputs()
             self._make_outputs = lambda: fixed
         self._device: Device = device_api
@@ -217,62 +218,67 @@ class Loader:
         self._static = static
         self._owner = os.getpid()
         self._batches: int | None = None
+        self._counts: dict[bool, tuple[int, int]] = {}
         group = group_to_agree_in(process_group, epochs, world_size)
         if group is not None:
-            self._batches = agree_on_most(group, lambda: self._count_batches(of_all_ranks=False)[0], self.device)
-        self._shut: Callable[[], Any] | None = None
+            self._batches = agree_on_most(group, lambda: self._count(all_ranks=False)[0], self.device)
+        self._release: Callable[[], Any] | None = None
         self._start(None)
 
     def _start(self, state: dict[str, Any] | None) -> None:
-        """Set the stages up, to go on from a state or to begin."""
-        start = Start(state, self._batches)
-        parts = (self.source, self._encoder, self.config)
-        if self._workers == 0:
-            self._producer = Producer(*parts, start)
-            ring = Ring(self._producer.layout, slots=1)
-            self._feed: Feed = Inline(self._producer, ring)
-        else:
-            # one slot beside those that are ready: the one being filled
-            helpers = self._workers if self._workers > 1 else 0
-            process = Process(*parts, self._producer.layout, self._prefetch + 1, helpers, start)
-            ring, self._feed = process.ring, process
-        if self._shut is not None:
-            self._shut()
-        self._memory = Memory(self._device, self._feed, ring, self._owner)
-        # runs also when the loader is dropped, and at the interpreter's exit
-        self._shut = weakref.finalize(self, self._memory.give_back)
-        self._memory.pin()
-        slots = [torch.from_numpy(slot.buffer) for slot in ring.slots]
-        self._upload = Upload(self._device, slots, self._make_outputs, self._kernel, static=self._static)
-        self._memory.upload = self._upload
-        books = pickle.dumps(state) if state else self._producer.books()
-        self._delivery = Delivery(self._device, self._feed, self._upload, books, ahead=True)
-        self._step = state["step"] if state else 0
+        """Set the stages up, from the beginning or from a state (`check_state`)."""
+        feed, ring = self._start_producer(Start(state, self._batches))
+        if self._release is not None:
+            self._release()
+        with contextlib.ExitStack() as held:
+            held.callback(feed.close)
+            self._device.pin(ring.buffer)
+            held.callback(self._device.unpin, ring.buffer)
+            slots = [torch.from_numpy(slot.buffer) for slot in ring.slots]
+            upload = Upload(self._device, slots, self._make_outputs, self._kernel, static=self._static)
+            held.callback(upload.close)
+            # a second time, to end first: whatever fails above ends it too
+            held.callback(feed.close)
+            # runs at close(), when the loader is dropped, and at the interpreter's exit
+            self._release = weakref.finalize(self, _close, os.getpid(), held.pop_all())
+        self._feed, self._upload = feed, upload
+        self._prefetcher = Prefetcher(self._device, feed, upload, ahead=True)
+        self._first_state = state or state_of(initial_state(self._reader))
+        self._step = self._first_state["step"]
         self._stats = Stats(ring_bytes=len(ring.buffer))
 
+    def _start_producer(self, start: Start) -> tuple[Feed, Ring]:
+        if self._workers == 0:
+            ring = Ring(self._reader.layout, slots=1)
+            return Inline(Producer(self._reader, start), ring), ring
+        # one slot more than those that are ready: the one being filled
+        helpers = self._workers if self._workers > 1 else 0
+        process = Process(self._reader, self._prefetch + 1, helpers, start)
+        return process, process.ring
+
     def __iter__(self) -> Iterator[Batch]:
-        """Return the loader itself: it goes on where it stands."""
-        return self
+        """Return an iterator over the batches that are still to come. It has no length: see `__len__`."""
+        return iter(self.__next__, None)
 
     def __next__(self) -> Batch:
         """Return the next batch. After the end or an error every further call raises that again."""
         self._refuse_fork()
         began = time.perf_counter()
-        outputs, produced = self._delivery.next()
-        batch = self._batch(outputs, produced)
+        outputs, facts = self._prefetcher.next()
+        batch = self._batch(outputs, facts)
         self._step += 1
-        self._stats.queued = self._feed.ready
-        self._stats.count(batch, produced, time.perf_counter() - began)
+        self._stats.queued = self._feed.qsize()
+        self._stats.count(batch, facts, time.perf_counter() - began)
         return batch
 
     def _refuse_fork(self) -> None:
         if os.getpid() != self._owner:
             raise RuntimeError(f"this loader belongs to process {self._owner}; make one in this process")
 
-    def _batch(self, outputs: Outputs, produced: Produced) -> Batch:
-        filled, cu_seqlens = produced.filled, outputs.cu_seqlens
+    def _batch(self, outputs: Outputs, facts: BatchFacts) -> Batch:
+        cu_seqlens = outputs.cu_seqlens
         if cu_seqlens is not None:
-            cu_seqlens = cu_seqlens[: (self._producer.layout.max_segments or 0) + 1]
+            cu_seqlens = cu_seqlens[: (self._reader.layout.max_segments or 0) + 1]
         return Batch(
             inputs=outputs.inputs,
             targets=outputs.targets,
@@ -281,51 +287,64 @@ class Loader:
             doc_ids=outputs.doc_ids,
             cu_seqlens=cu_seqlens,
             step=self._step,
-            num_loss_tokens=sum(filled.row_trained),
-            num_tokens=filled.num_tokens,
-            weight_sum=filled.weight_sum,
-            max_seqlen=filled.max_seqlen,
-            epoch=produced.epoch,
-            progress=produced.progress,
-            last=produced.last,
-            word_pieces=filled.word_pieces,
+            num_loss_tokens=facts.num_loss_tokens,
+            num_tokens=facts.num_tokens,
+            weight_sum=facts.weight_sum,
+            max_seqlen=facts.max_seqlen,
+            epoch=facts.epoch,
+            progress=facts.progress,
+            last=facts.last,
+            word_pieces=PieceTable(facts.pieces, facts.pieces_per_row),
         )
 
+    @property
+    def producer_pid(self) -> int | None:
+        """Process id of the producer, for py-spy and the like; None with num_workers=0."""
+        return self._feed.pid
+
     def ledger(self) -> LedgerReport:
-        """Return what happened to every conversation, token and slot up to the batch delivered last; see `Ledger`.
+        """Count what became of every conversation, token and position up to the batch delivered last; see `Ledger`.
 
-        Of a mixture, `sources` tells it for each source.
+        For a mixture, `sources` has the counts of each source by name.
         """
-        names = self.source.names if isinstance(self.source, Mixture) else ()
-        return self._ledger().report({name: self._ledger(number) for number, name in enumerate(names)})
+        shards = list(self._state()["lanes"].values())
+        packed = {name: sum(shard["packer"][name] for shard in shards) for name in ("packed", "emitted", "cropped")}
+        sources = {
+            name: Ledger.total(Ledger.of(shard["sources"][number]) for shard in shards)
+            for number, name in enumerate(self.source.names)
+        }
+        return self._ledger().report(packed, sources)
 
-    def _ledger(self, source: int | None = None) -> Ledger:
-        lanes = pickle.loads(self._delivery.books)["lanes"].values()
-        counted = [lane["ledger"] if source is None else lane["sources"][source] for lane in lanes]
-        return Ledger.total(map(Ledger.of, counted))
+    def _ledger(self) -> Ledger:
+        return Ledger.total(Ledger.of(shard["ledger"]) for shard in self._state()["lanes"].values())
+
+    def _state(self) -> dict[str, Any]:
+        """Return {"step", "lanes"} after the batch delivered last."""
+        packed = self._prefetcher.state
+        # torch.distributed.checkpoint loads into the state that it is given: it must be nobody else's
+        return copy.deepcopy(self._first_state) if packed is None else state_of(packed)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the run stands after the batch delivered last: plain data (JSON-able), kilobytes.
+        """Return the state of the run after the batch delivered last: plain data (JSON-able), kilobytes.
 
-        `load_state_dict` of a loader with the same arguments goes on from there, with the very batches that this one
-        would have given next. What was prefetched is not part of it.
+        `load_state_dict` of a loader with the same arguments resumes from it, with exactly the batches that this one
+        would have given next. Prefetched batches are not part of it.
         """
-        # torch.distributed.checkpoint loads into what it is given: that must not be the fingerprint to compare with
-        return {"format": FORMAT, **pickle.loads(self._delivery.books), "fingerprint": copy.deepcopy(self._fingerprint)}
+        return {"format": FORMAT, **self._state(), "fingerprint": copy.deepcopy(self._fingerprint)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, strict: bool = True) -> None:
-        """Go on from a state: of this rank, or of all ranks (`nanopack.merge_states`). It may come at any time.
+        """Resume from a state of this rank, or of all ranks (`nanopack.merge_states`); at any time.
 
-        Only the conversations that waited for a row are read again, so it takes as long at any step. `device`,
+        Only the conversations that waited for a row are read again, so it takes the same time at any step. `device`,
         `executor`, `encoder`, `num_workers`, `prefetch`, `extras` and `on_error` may differ from what they were; with
         shard="row" also `world_size`, when `batch_size * world_size` is the same.
 
         Raises ValueError, naming every difference, for a state of other data, tokenizer or arguments; with
-        strict=False it is loaded all the same, as far as that is possible. The loader then stands where it stood. The
-        data are compared by their number and a sample, and by the conversations that waited: where those have changed,
-        ValueError comes from here with num_workers=0, else from the next `next`.
+        strict=False it is loaded all the same, as far as that is possible. After an error the loader is as it was. Data
+        are compared by their number and a sample, and by the conversations that waited: where those have changed,
+        ValueError is raised here with num_workers=0, else by the next `next`.
         """
-        self._delivery.check_open()
+        self._prefetcher.check_open()
         self._refuse_fork()
         self._start(check_state(state_dict, self._fingerprint, self.config, strict=strict))
 
@@ -334,15 +353,16 @@ class Loader:
         return fingerprint(self.source, self.tokenizer, self.config)
 
     def __len__(self) -> int:
-        """Return how many batches there are in all, from the first one on; exact.
+        """Return the number of batches in all epochs, from the first one on; exact.
 
-        All the data are rendered for it, once, unless the ranks agreed through a process group; `list(loader)` calls
-        it too. Raises TypeError where `epochs` is None.
+        The first call renders all the data once, unless the ranks agreed through a process group. `list(loader)` and
+        `tqdm(loader)` ask for it too; `list(iter(loader))` and `tqdm(iter(loader))` do not. Raises TypeError where
+        `epochs` is None.
         """
         if self.config.epochs is None:
             raise TypeError("the batches are endless; pass epochs to have a number of them")
         if self._batches is None:
-            self._batches, _ = self._count_batches(of_all_ranks=True)
+            self._batches, _ = self._count(all_ranks=True)
         return self._batches
 
     def __bool__(self) -> bool:
@@ -351,26 +371,29 @@ class Loader:
 
     @functools.cached_property
     def tokens_total(self) -> int:
-        """Tokens that this rank trains on in all epochs, padding not counted; exact.
+        """Tokens that this rank trains on in all epochs, without padding; exact.
 
-        This rank's data are rendered for it, once. Raises TypeError where `epochs` is None.
+        This rank's data are rendered for it, once; not again where `len` has rendered them. Raises TypeError where
+        `epochs` is None.
         """
         if self.config.epochs is None:
             raise TypeError("the tokens are endless; pass epochs to have a number of them")
-        return self._count_batches(of_all_ranks=False)[1]
+        return self._count(all_ranks=False)[1]
 
-    def _count_batches(self, *, of_all_ranks: bool) -> tuple[int, int]:
-        counter = Producer(self.source, self._encoder, self.config)
-        return counter.count_batches(of_all_ranks=of_all_ranks)
+    def _count(self, *, all_ranks: bool) -> tuple[int, int]:
+        """Return the batches and tokens of all epochs, see `count_batches`; each is counted once."""
+        all_ranks = all_ranks and self.config.world_size > 1
+        if all_ranks not in self._counts:
+            self._counts[all_ranks] = count_batches(self._reader, all_ranks=all_ranks)
+        return self._counts[all_ranks]
 
     def stats(self) -> StatsReport:
         """Return where time and memory went so far; see `StatsReport` for names and units."""
-        return self._stats.report(
-            self._delivery.waited_for_producer, None if self.config.epochs is None else self._ledger().slots_tokens
-        )
+        tokens_so_far = None if self.config.epochs is None else self._ledger().slots_tokens
+        return self._stats.report(self._prefetcher.waited_s, tokens_so_far)
 
     def explain(self, batch: Batch, row: int, col: int) -> Explanation:
-        """Return which conversation, message, role and text a slot came from, and why it is trained or not.
+        """Explain a position: its conversation, message, role and text, and why it is in the loss or not.
 
         Raises IndexError where the batch has no such row or column, TypeError where one is no int.
         """
@@ -380,15 +403,15 @@ class Loader:
             col,
             source=self.source,
             tokenizer=self.tokenizer,
-            render=self._producer.render,
+            render=self._reader.render,
             config=self.config,
         )
 
     def close(self) -> None:
         """End the loader: `next` raises from now on. Batches already delivered stay valid. May be called twice."""
-        self._delivery.close()
-        if self._shut is not None:
-            self._shut()
+        self._prefetcher.close()
+        if self._release is not None:
+            self._release()
 
     def __enter__(self) -> Loader:
         """Return the loader; leaving the block closes it."""
@@ -396,3 +419,9 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _close(owner: int, held: contextlib.ExitStack) -> None:
+    """Release a loader's resources, but not in a process forked from its owner."""
+    if os.getpid() == owner:
+        held.close()

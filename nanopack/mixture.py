@@ -25,7 +25,8 @@ import numpy as np
 from nanopack.checks import check_choice, check_int
 from nanopack.config import TemplateName
 from nanopack.conversations.files import Files
-from nanopack.conversations.records import Conversation, Source, check, open_conversations, short
+from nanopack.conversations.records import Conversation, check, open_conversations, short
+from nanopack.conversations.source import Source
 from nanopack.errors import TemplateError
 from nanopack.render.renderer import Document, Renderer
 from nanopack.render.templates import Template

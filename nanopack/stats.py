@@ -1,4 +1,4 @@
-"""Count where time and memory went, as the caller of `next` feels it.
+"""Count where time and memory went, as seen by the caller of `next`.
 
 Loader.__next__ counts   ->   Stats.report()   ->   loader.stats()
 """
@@ -9,7 +9,7 @@ import time
 from typing import TypedDict
 
 from nanopack.batch import Batch
-from nanopack.producer.producer import Produced
+from nanopack.ring.facts import BatchFacts
 
 
 class StatsReport(TypedDict):
@@ -31,7 +31,7 @@ class StatsReport(TypedDict):
 
 
 class Stats:
-    """Running totals of one loader. Every name in `report` says its unit."""
+    """Running totals of one loader since it was made, or since it resumed from a state."""
 
     def __init__(self, ring_bytes: int) -> None:
         self._ring_bytes = ring_bytes
@@ -39,15 +39,15 @@ class Stats:
         self.queued = 0
         self._in_next = 0.0
         self._progress = 0.0
-        self._batches = self._tokens = self._slots = self._bytes = self._longest_wait = 0
+        self._batches = self._tokens = self._positions = self._bytes = self._longest_wait = 0
 
-    def count(self, batch: Batch, produced: Produced, seconds: float) -> None:
-        """Add a batch that is delivered, and how long `next` took."""
+    def count(self, batch: Batch, facts: BatchFacts, seconds: float) -> None:
+        """Add a delivered batch, and the seconds that `next` took."""
         self._batches += 1
         self._tokens += batch.num_tokens
-        self._slots += batch.inputs.numel()
-        self._bytes += produced.filled.used_bytes
-        self._longest_wait = produced.longest_wait
+        self._positions += batch.inputs.numel()
+        self._bytes += facts.used_bytes
+        self._longest_wait = facts.longest_wait_rows
         self._in_next += seconds
         self._progress = batch.progress
 
@@ -62,7 +62,7 @@ class Stats:
             "batches": self._batches,
             "tokens": self._tokens,
             "tokens_per_s": self._tokens / elapsed,
-            "padding": 1 - self._tokens / self._slots if self._slots else 0.0,
+            "padding": 1 - self._tokens / self._positions if self._positions else 0.0,
             "next_s": self._in_next,
             "waited_for_producer_s": waited_s,
             "bytes_copied": self._bytes,

@@ -17,7 +17,7 @@ BAD = [
     ({"batch_size": 2**16, "seq_len": 2**16}, "batch_size=65536 times seq_len=65536 is 4294967296 tokens per batch"),
     (
         {"batch_size": 2**15, "seq_len": 2**15, "loss_weights": "token"},
-        "batch_size=32768 times seq_len=32768 with what is asked for beside the tokens takes a slot of 10739",
+        "batch_size=32768 times seq_len=32768 with the tables for weights and extras takes a slot of 10739",
     ),
     ({"packing": "bestfit"}, "packing='bestfit' is not allowed; use one of 'best_fit', 'stream'"),
     ({"packing": "bestfit"}, "'pad', or a packing such as nanopack.BestFit(window=64)"),

@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import operator
 import sys
 import time
 from argparse import Namespace
@@ -31,9 +32,9 @@ from nanopack.cli.plots import load_matplotlib, save_curve, save_lengths
 from nanopack.cli.progress import Show, progress
 from nanopack.cli.summary import Totals, count_batches, describe_batch, describe_lengths, draw, percent, table
 from nanopack.cli.text import draw_losses, screen
-from nanopack.conversations.order import Share
 from nanopack.data import CONVERSATIONS
 from nanopack.loader import Loader
+from nanopack.producer.shard import shards_of
 from nanopack.render.renderer import Renderer
 from nanopack.tokenizers.tokenizer import load_tokenizer
 from nanopack.verify import compare, expected_batches
@@ -104,7 +105,7 @@ def inspect(options: Namespace) -> int:
         if drawn is not None and options.explain:
             return _explain(loader, drawn, options)
         ledger = loader.ledger()
-        lengths = _measure(loader, ledger["conversations"]["read"])
+        lengths = _measure(loader)
         written = _write_pictures(drawn, lengths, loader, options)
     if options.json:
         _print_json({**_inspection(lengths, loader, totals.report(ledger)), "written": written})
@@ -262,18 +263,23 @@ def _save(batches: list[Batch], path: Path, safetensors: Any) -> dict[str, list[
     return {name: list(array.shape) for name, array in arrays.items()}
 
 
-def _measure(loader: Loader, read: int) -> Lengths:
-    """Return the lengths of the conversations that the loader read in its first pass."""
-    config, source = loader.config, loader.source
-    share = Share(len(source), config.rank, config.world_size, config.seed)
-    count = min(read, share.reads(1))
+def _measure(loader: Loader) -> Lengths:
+    """Return the lengths of the conversations that the loader read in its first pass, its shards side by side."""
+    states, source = loader.state_dict()["lanes"], loader.source
+    read = [
+        (number, shard.conversation(number))
+        for shard in shards_of(loader.config, len(source))
+        for number in range(min(shard.num_reads(1), states[str(shard.number)]["ledger"]["conversations_read"]))
+    ]
+    read.sort(key=operator.itemgetter(0))
     with progress("measuring") as show:
 
         def indices() -> Iterator[int]:
-            for number in range(count):
-                yield share.conversation(number)
-                show((number + 1) / count, f"{number + 1:,} conversations")
+            for count, (_, conversation) in enumerate(read, 1):
+                yield conversation
+                show(count / len(read), f"{count:,} conversations")
 
+        config = loader.config
         render = Renderer(loader.tokenizer, config.template, config.loss, config.first_assistant)
         return measure(source, indices(), render)
 

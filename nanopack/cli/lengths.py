@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanopack.config import LoaderConfig
-from nanopack.conversations.records import Conversation, Source, check
+from nanopack.conversations.records import Conversation, check
+from nanopack.conversations.source import Source
 from nanopack.packing import Packing, simulate
 from nanopack.render.renderer import Document
 

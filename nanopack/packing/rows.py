@@ -31,19 +31,6 @@ class Run(NamedTuple):
 Row = list[Run]
 
 
-class Piece(NamedTuple):
-    """A run of one document in one row, as a `Batch` reports it."""
-
-    conversation: int
-    """Index of the conversation in the data set."""
-    start: int
-    """First column."""
-    length: int
-    """Tokens."""
-    offset: int
-    """Index in the document of the token in the first column."""
-
-
 class Packer(Protocol):
     """Decides which documents fill the next rows, and counts what it does. Made by `Packing.build`."""
 

@@ -154,6 +154,16 @@ def test_inspect_of_a_rank_measures_its_shard(run, chats):
         assert report["documents"]["tokens"] == report["packing"]["ledger"]["tokens"]["read"]
 
 
+def test_inspect_measures_the_conversations_that_it_packs_also_where_each_row_is_a_shard(run, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": "word " * (k % 13)}) + "\n" for k in range(40)), encoding="utf-8")
+    options = ("--batch-size", 2, "--seq-len", 64, "--shard", "row", "--rank", 1, "--world-size", 2, "--json")
+    _, out, _ = run("inspect", path, *options)
+    found = json.loads(out)
+    assert found["documents"]["count"] == found["packing"]["ledger"]["conversations"]["read"] == 20
+    assert found["documents"]["tokens"] == found["packing"]["ledger"]["tokens"]["read"]
+
+
 def test_inspect_measures_a_document_once_however_many_epochs(run, chats):
     _, out, _ = run("inspect", chats, *SMALL, "--epochs", 3, "--json")
     assert json.loads(out)["documents"]["count"] == 40

@@ -256,7 +256,7 @@ if DURING == "next":
             time.sleep(30 if i == 5 else 0)
             return super().__getitem__(i)
 loader = nanopack.Loader(Data(), "chat32k", batch_size=1, seq_len=8, packing="stream", loss="all")
-print(loader._feed._process.pid, flush=True)
+print(loader.producer_pid, flush=True)
 batch = next(loader)
 if DURING == "exit":
     sys.exit(0)
@@ -398,7 +398,7 @@ def test_stats_tell_who_waited_for_whom():
         waited = loader.stats()["waited_for_producer_s"]
         for _ in range(20):
             with within(5):
-                while not loader._feed.ready:
+                while not loader._feed.qsize():
                     time.sleep(0.001)
             next(loader)
         assert loader.stats()["waited_for_producer_s"] == waited, "batches were ready"
