@@ -36,9 +36,9 @@ FACES = {
 
 # The arguments of Loader behind the star, in order, with their defaults.
 BATCHES = dict(
-    packing="best_fit", template="nanochat", loss="assistant", loss_weights=None, boundary_loss=True,
-    ignore_index=-100, max_document_tokens=None, extras=(), max_pieces=None, seed=None, epochs=None, rank=None,
-    world_size=None, shard="rank",
+    packing="best_fit", template="nanochat", first_assistant="keep", loss="assistant", loss_weights=None,
+    boundary_loss=True, ignore_index=-100, max_document_tokens=None, extras=(), max_pieces=None, seed=None,
+    epochs=None, rank=None, world_size=None, shard="rank",
 )  # fmt: skip
 MAKING = dict(
     device=None, executor=None, encoder=None, num_workers=1, prefetch=4, static=False, on_error="raise",
