@@ -18,7 +18,7 @@ import numpy as np
 
 from nanopack.conversations.records import Conversation, Message, Part, Tokens
 from nanopack.errors import ConversationError, TemplateError
-from nanopack.render.hf_template import make_chat_renderer
+from nanopack.render.hf_template import ChatTemplate
 from nanopack.render.templates import CHATML, LLAMA3, Template, Turn
 from nanopack.tokenizers.tokenizer import NANOCHAT_SPECIAL_TOKENS, AnyTokenizer
 
@@ -59,7 +59,7 @@ class Renderer:
         self._bos = _known(tokenizer.bos_id)
         self._plan_messages: _Planner | None = None
         if template == "hf":
-            self._encode_chat = make_chat_renderer(tokenizer)
+            self._encode_chat = ChatTemplate(tokenizer)
             return
         known = template if template == "nanochat" else _find(template)
         if missing := missing_tokens(tokenizer, template):
@@ -87,7 +87,7 @@ class Renderer:
             return Plan([self._bos, conversation.text], [True, True], [])
         if self._plan_messages is None:
             # Where in it each message begins the tokenizer's own template does not tell.
-            return Document(*self._encode_chat(conversation.messages), ())
+            return Document(*self._encode_chat(conversation), ())
         if not conversation.messages:
             raise ConversationError("there are no messages; a conversation needs at least one")
         _refuse_tool_calls(conversation.messages)
