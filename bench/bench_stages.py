@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nanopack import Loader
-from nanopack.config import Recipe
+from nanopack.config import LoaderConfig
 from nanopack.conversations.records import check, open_conversations
 from nanopack.packing.packers import PACKINGS, make_packer
 from nanopack.producer.producer import Producer
@@ -25,7 +25,7 @@ from nanopack.upload.outputs import outputs_maker
 
 FILE = str(resources.files("nanopack") / "data" / "conversations.jsonl")
 TOKENIZER = load_tokenizer("chat32k")
-RECIPE = Recipe(batch_size=32, seq_len=2048, epochs=1)
+CONFIG = LoaderConfig(batch_size=32, seq_len=2048, epochs=1)
 
 
 @pytest.fixture(autouse=True)
@@ -69,20 +69,20 @@ def test_packing_a_million_tokens(benchmark, packing):
 
 
 def test_filling_and_unpacking_one_batch(benchmark):
-    producer = Producer(open_conversations(FILE), TOKENIZER, RECIPE)
+    producer = Producer(open_conversations(FILE), TOKENIZER, CONFIG)
     ring = Ring(producer.layout, 1)
     producer.produce(ring.slots[0])
     cpu = torch.device("cpu")
     kernel = make_kernel("torch", cpu, producer.layout, TOKENIZER.bos_id, -100)
     staged = torch.from_numpy(ring.slots[0].buffer)
-    make_outputs = outputs_maker(RECIPE, producer.layout, cpu)
+    make_outputs = outputs_maker(CONFIG, producer.layout, cpu)
     benchmark(lambda: kernel(staged, make_outputs()))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_the_whole_loader_ten_epochs(benchmark, workers):
     def run():
-        with Loader(FILE, TOKENIZER, epochs=10, workers=workers) as loader:
+        with Loader(FILE, TOKENIZER, epochs=10, num_workers=workers) as loader:
             return sum(batch.num_tokens for batch in itertools.islice(loader, None))
 
     tokens = benchmark.pedantic(run, rounds=3, warmup_rounds=1)

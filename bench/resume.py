@@ -38,7 +38,7 @@ class Documents:
 def main() -> None:
     """Measure, print a table, and the same numbers as JSON on the last line."""
     documents, states = Documents(), {}
-    arguments = dict(batch_size=4, seq_len=256, packing="best_fit", workers=0)
+    arguments = dict(batch_size=4, seq_len=256, packing="best_fit", num_workers=0)
     with Loader(documents, "chat32k", **arguments) as loader:
         for step in range(max(STEPS) + 1):
             if step in STEPS:

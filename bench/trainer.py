@@ -1,9 +1,9 @@
 """What does the trainer feel of its loader?  python bench/trainer.py
 
 A training loop is played by steps of 400 small torch operations on one thread, as the host side of a real step. Its
-step time is measured alone, with batches of a Loader(workers=1), whose producer is another process, and with a thread
-of the same process doing that producer's work. A batch is taken every 32 steps, so that the producer keeps up. The
-three take turns in one run; told are ratios to the loop alone. Then: how long `next` takes when batches are ready
+step time is measured alone, with batches of a Loader(num_workers=1), whose producer is another process, and with a
+thread of the same process doing that producer's work. A batch is taken every 32 steps, so that the producer keeps up.
+The three take turns in one run; told are ratios to the loop alone. Then: how long `next` takes when batches are ready
 (B=32, T=2048, CPU tensors): after steps, when its code and memory are in no cache any more, and right behind another
 `next`; and how much of the latter is not the kernel.
 """
@@ -59,7 +59,7 @@ def packing_thread() -> Iterator[Callable[[], object]]:
     stop = threading.Event()
 
     def pack() -> None:
-        with Loader(FILE, "chat32k", workers=0) as loader:
+        with Loader(FILE, "chat32k", num_workers=0) as loader:
             while not stop.is_set():
                 batch = next(loader)
                 with contextlib.suppress(queue.Full):
@@ -80,7 +80,7 @@ def measure_steps() -> dict[str, list[float]]:
     times: dict[str, list[float]] = {"alone": [], "process": [], "thread": []}
     for _ in range(TURNS):
         times["alone"] += step_times_us(lambda: None)
-        with Loader(FILE, "chat32k", workers=1) as loader:
+        with Loader(FILE, "chat32k", num_workers=1) as loader:
             next(loader)
             times["process"] += step_times_us(lambda loader=loader: next(loader))
         with packing_thread() as take:
@@ -92,14 +92,14 @@ def measure_next() -> dict[str, float]:
     """Return medians in us: `next` after other work, those right behind it, and the kernel with its outputs."""
     x = torch.ones(64)
     times: dict[str, list[float]] = {"first": [], "following": [], "kernel": []}
-    with Loader(FILE, "chat32k", workers=1, prefetch=8) as loader:
-        layout, recipe = loader._producer.layout, loader.recipe
+    with Loader(FILE, "chat32k", num_workers=1, prefetch=8) as loader:
+        layout, config = loader._producer.layout, loader.config
         ring = Ring(layout, 1)
         loader._producer.produce(ring.slots[0])
         staged = torch.from_numpy(ring.slots[0].buffer)
         cpu = open_device("cpu")
         kernel = make_kernel(None, cpu.device, layout, loader.tokenizer.bos_id, -100)
-        make_outputs = outputs_maker(recipe, layout, cpu.device)
+        make_outputs = outputs_maker(config, layout, cpu.device)
         for _ in range(BURSTS):
             while loader._feed.ready < 6:
                 step(x)

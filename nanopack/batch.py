@@ -60,12 +60,12 @@ class Batch:
     filled up with B * T, so that the length is the same for every batch. None unless asked for."""
     step: int
     """Number of this batch, from 0."""
-    num_trained: int
+    num_loss_tokens: int
     """Targets that are trained."""
     num_tokens: int
     """Tokens in `inputs` that are not padding."""
     weight_sum: float
-    """Exact sum of `weights`; without weights, `num_trained`."""
+    """Exact sum of `weights`; without weights, `num_loss_tokens`."""
     max_seqlen: int
     """Length of the longest piece in `cu_seqlens`, padding included."""
     epoch: int

@@ -1,6 +1,6 @@
 """Say which batches are asked for: every choice that decides which token lands where.
 
-    Loader(**arguments)   ->   Recipe, checked and complete   ->   producer.py, ring.py, verify.py
+    Loader(**arguments)   ->   LoaderConfig, checked and complete   ->   producer.py, ring.py, verify.py
 
 One place for names, defaults and limits, so that each wrong argument is refused at construction with the same words.
 """
@@ -15,7 +15,7 @@ from nanopack.packing.packers import MAX_AGE, PACKINGS, WINDOWS
 from nanopack.render.templates import Template
 
 LOSSES = ("assistant", "all")
-WEIGHTS = (None, "token", "conversation")
+LOSS_WEIGHTS = (None, "token", "conversation")
 EXTRAS = ("positions", "doc_ids", "cu_seqlens")
 TEMPLATES = ("nanochat", "chatml", "llama3", "hf")
 ON_ERROR = ("raise", "skip")
@@ -26,18 +26,18 @@ MAX_SLOTS = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class LoaderConfig:
     """The arguments of a loader, checked, with the defaults of its packing filled in: `Loader` says what each means."""
 
     batch_size: int = 32
     seq_len: int = 2048
     packing: str = "best_fit"
     loss: str = "assistant"
-    weights: str | None = None
+    loss_weights: str | None = None
     extras: Sequence[str] = ()
     max_pieces: int | None = None
     template: str | Template = "nanochat"
-    max_tokens: int | None = None
+    max_document_tokens: int | None = None
     window: int | None = None
     max_age: int | None = None
     refill: int = 1
@@ -47,27 +47,27 @@ class Recipe:
     rank: int = 0
     world_size: int = 1
     shard: str = "rank"
-    shuffle_seed: int | None = None
+    seed: int | None = None
     epochs: int | None = None
     on_error: str = "raise"
 
     def __post_init__(self) -> None:
         """Raise ValueError for the first argument that cannot be, and fill in what the packing decides."""
-        for name in ("packing", "loss", "weights", "template", "shard", "on_error"):
+        for name in ("packing", "loss", "loss_weights", "template", "shard", "on_error"):
             _check_choice(name, getattr(self, name))
         for name in ("overlap", "boundary_loss"):
             check_bool(name, getattr(self, name))
         for name in ("batch_size", "seq_len", "refill", "world_size"):
             check_int(name, getattr(self, name), least=1)
-        for name in ("max_tokens", "window", "max_age", "epochs"):
+        for name in ("max_document_tokens", "window", "max_age", "epochs"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), least=1, or_none=True)
         if self.max_pieces is not None:
             why = f" with seq_len={self.seq_len}"
             check_int("max_pieces", self.max_pieces, least=1, most=self.seq_len, or_none=True, why=why)
         check_int("ignore_index", self.ignore_index, least=-(2**63), most=2**63 - 1)
-        if self.shuffle_seed is not None:
-            check_int("shuffle_seed", self.shuffle_seed, least=0, most=2**64 - 1, or_none=True)
+        if self.seed is not None:
+            check_int("seed", self.seed, least=0, most=2**64 - 1, or_none=True)
         check_int("rank", self.rank, least=0, most=self.world_size - 1, why=f" with world_size={self.world_size}")
         if self.batch_size * self.seq_len > MAX_SLOTS:
             raise ValueError(
@@ -146,7 +146,10 @@ class Recipe:
     @cached_property
     def limits(self) -> list[tuple[str, int]]:
         """Tokens to which a document is cut before it waits, each with the reason, in order."""
-        limits = [("max_tokens", self.max_tokens), ("seq_len", self.row_tokens if self.cuts_to_row else None)]
+        limits = [
+            ("max_document_tokens", self.max_document_tokens),
+            ("seq_len", self.row_tokens if self.cuts_to_row else None),
+        ]
         return [(reason, limit) for reason, limit in limits if limit is not None]
 
     @property
@@ -159,7 +162,7 @@ def _check_choice(name: str, value: object) -> None:
     allowed: tuple[object, ...] = {
         "packing": PACKINGS,
         "loss": LOSSES,
-        "weights": WEIGHTS,
+        "loss_weights": LOSS_WEIGHTS,
         "template": TEMPLATES,
         "shard": SHARDS,
         "on_error": ON_ERROR,

@@ -149,7 +149,7 @@ def train(
     }
     with Loader(unknown, tokenizer, epochs=1, **arguments) as held_out:
         unseen = list(held_out)
-    with Loader(known, tokenizer, shuffle_seed=SEED, **arguments) as loader:
+    with Loader(known, tokenizer, seed=SEED, **arguments) as loader:
         model = GPT(loader.tokenizer.vocab_size).to(loader.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95))
         run = Run(sum(weights.numel() for weights in model.parameters()))
@@ -179,7 +179,7 @@ def train_step(model: GPT, optimizer: torch.optim.Optimizer, batch: Batch) -> to
     for group in optimizer.param_groups:
         group["lr"] = RATE * min(1.0, (batch.step + 1) / WARM_STEPS)
     # (3) known before the forward; of several batches or ranks a step, divide by the sum of theirs
-    loss = loss_sum(model, batch) / max(1, batch.num_trained)
+    loss = loss_sum(model, batch) / max(1, batch.num_loss_tokens)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -190,7 +190,7 @@ def train_step(model: GPT, optimizer: torch.optim.Optimizer, batch: Batch) -> to
 def evaluate(model: GPT, batches: Sequence[Batch]) -> float:
     """Return the loss of a trained target over all batches: exact, however the targets are spread over them."""
     total = torch.stack([loss_sum(model, batch) for batch in batches]).sum()
-    return float(total) / sum(batch.num_trained for batch in batches)
+    return float(total) / sum(batch.num_loss_tokens for batch in batches)
 
 
 def save(folder: Path, run: Run, model: GPT, optimizer: torch.optim.Optimizer, loader: Loader) -> None:

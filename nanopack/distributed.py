@@ -1,6 +1,6 @@
 """Know which rank of how many this process is, and agree with the others how many batches there are.
 
-Loader(rank=, world_size=, group=)   ->   rank_and_world_size(), agree_on_most()   ->   loader.py
+Loader(rank=, world_size=, process_group=)   ->   rank_and_world_size(), agree_on_most()   ->   loader.py
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def check_group(group: Any, world_size: int) -> None:
     ranks = torch.distributed.get_world_size(group)
     if ranks != world_size:
         raise ValueError(
-            f"group has {ranks} ranks, but world_size={world_size}; pass the group of all ranks that share the data"
+            f"process_group has {ranks} ranks, but world_size={world_size}; pass the group of all ranks that share the "
+            f"data"
         )
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from nanopack.batch import Batch, Piece
-from nanopack.config import Recipe
+from nanopack.config import LoaderConfig
 from nanopack.conversations.records import Conversation, Source, check
 from nanopack.render.renderer import Document
 from nanopack.tokenizers.tokenizer import AnyTokenizer
@@ -89,21 +89,21 @@ def explain(
     source: Source,
     tokenizer: AnyTokenizer,
     render: Callable[[Conversation], Document],
-    recipe: Recipe,
+    config: LoaderConfig,
 ) -> Explanation:
     """Return what stands at `inputs[row, col]` and `targets[row, col]`.
 
     Raises IndexError where the batch has no such row or column, TypeError where one is no int.
     """
-    for name, index, size in (("row", row, recipe.batch_size), ("col", col, recipe.seq_len)):
+    for name, index, size in (("row", row, config.batch_size), ("col", col, config.seq_len)):
         if not hasattr(index, "__index__"):
             raise TypeError(f"{name}={index!r} is not an int; use 0 to {size - 1}")
         if not 0 <= index < size:
             raise IndexError(f"{name}={index} is outside the batch; use 0 to {size - 1}")
 
     pieces = [p for p in batch.word_pieces[row] if p.start <= col + 1 and col < p.start + p.length]
-    here, following = _tokens(pieces, range(col, col + 2), source, tokenizer, render, recipe)
-    return _explained(here, following, recipe)
+    here, following = _tokens(pieces, range(col, col + 2), source, tokenizer, render, config)
+    return _explained(here, following, config)
 
 
 def explain_row(
@@ -113,17 +113,17 @@ def explain_row(
     source: Source,
     tokenizer: AnyTokenizer,
     render: Callable[[Conversation], Document],
-    recipe: Recipe,
+    config: LoaderConfig,
 ) -> list[Explanation]:
     """Return what `explain` says of each slot of a row; a conversation is rendered once for all of its slots."""
-    columns = range(recipe.seq_len + 1)
-    tokens = _tokens(batch.word_pieces[row], columns, source, tokenizer, render, recipe)
-    return [_explained(here, following, recipe) for here, following in itertools.pairwise(tokens)]
+    columns = range(config.seq_len + 1)
+    tokens = _tokens(batch.word_pieces[row], columns, source, tokenizer, render, config)
+    return [_explained(here, following, config) for here, following in itertools.pairwise(tokens)]
 
 
-def _explained(here: Token | None, following: Token | None, recipe: Recipe) -> Explanation:
+def _explained(here: Token | None, following: Token | None, config: LoaderConfig) -> Explanation:
     trained = following is not None and following.trained
-    return Explanation(here, following, trained, _reason(here, following, recipe))
+    return Explanation(here, following, trained, _reason(here, following, config))
 
 
 def _tokens(
@@ -132,7 +132,7 @@ def _tokens(
     source: Source,
     tokenizer: AnyTokenizer,
     render: Callable[[Conversation], Document],
-    recipe: Recipe,
+    config: LoaderConfig,
 ) -> list[Token | None]:
     """Return what stands in each of the columns, which follow each other: a token of one of the pieces, or None."""
     found: dict[int, Token] = {}
@@ -141,7 +141,7 @@ def _tokens(
         document, where = render(conversation), source.where(piece.conversation)
         for column in range(max(piece.start, columns[0]), min(piece.start + piece.length, columns[-1] + 1)):
             offset = piece.offset + column - piece.start
-            found[column] = _token(piece.conversation, where, offset, conversation, document, tokenizer, recipe)
+            found[column] = _token(piece.conversation, where, offset, conversation, document, tokenizer, config)
     return [found.get(column) for column in columns]
 
 
@@ -152,7 +152,7 @@ def _token(
     conversation: Conversation,
     document: Document,
     tokenizer: AnyTokenizer,
-    recipe: Recipe,
+    config: LoaderConfig,
 ) -> Token:
     # a merged system message begins where the user's does: the later one is meant
     message = bisect_right(document.starts, offset) - 1
@@ -165,28 +165,28 @@ def _token(
         role=conversation.messages[message].role if message >= 0 else None,
         id=token_id,
         text=text_of([token_id], tokenizer),
-        trained=bool(recipe.loss == "all" or document.mask[offset]) and (recipe.boundary_loss or offset > 0),
+        trained=bool(config.loss == "all" or document.mask[offset]) and (config.boundary_loss or offset > 0),
         masked=conversation.tokens is not None,
     )
 
 
-def _reason(here: Token | None, target: Token | None, recipe: Recipe) -> str:
+def _reason(here: Token | None, target: Token | None, config: LoaderConfig) -> str:
     if here is None:
         return "this is padding"
     if target is None:
         return "nothing follows it in the row but padding"
-    if target.offset == 0 and not recipe.boundary_loss:
+    if target.offset == 0 and not config.boundary_loss:
         return "the target begins another document, and boundary_loss=False"
-    if recipe.loss == "all":
+    if config.loss == "all":
         return 'loss="all" trains every token'
     if target.masked:
         return f"its loss_mask {'trains' if target.trained else 'does not train'} it"
-    if recipe.template == "hf":
+    if config.template == "hf":
         return f"template 'hf' {'trains' if target.trained else 'does not train'} this token"
     if target.message is None:
         return "the text is trained as a whole" if target.trained else "the target begins another document"
     if target.trained:
-        return f"template {recipe.template_name!r} trains this part of the {target.role}'s message"
+        return f"template {config.template_name!r} trains this part of the {target.role}'s message"
     if target.role == "assistant":
-        return f"template {recipe.template_name!r} does not train this part of an assistant's message"
-    return f"template {recipe.template_name!r} trains no {target.role} message"
+        return f"template {config.template_name!r} does not train this part of an assistant's message"
+    return f"template {config.template_name!r} trains no {target.role} message"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 DROPPED = ("untrained",)
-CUT = ("max_tokens", "seq_len", "crop")
+CUT = ("max_document_tokens", "seq_len", "crop")
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Ledger:
     tokens_emitted: int = 0
     """In batches, each counted once."""
     tokens_cut: Counter[str] = field(default_factory=Counter)
-    """By reason: `max_tokens`, `seq_len` (longer than a row), `crop` (by best_fit_crop, to fill a row)."""
+    """By reason: `max_document_tokens`, `seq_len` (longer than a row), `crop` (by best_fit_crop, to fill a row)."""
     tokens_dropped: int = 0
     """Of dropped conversations, after cutting."""
     tokens_waiting: int = 0

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from nanopack.batch import Batch
-from nanopack.config import Recipe, check_bool, check_int
+from nanopack.config import LoaderConfig, check_bool, check_int
 from nanopack.conversations.records import open_conversations
 from nanopack.distributed import agree_on_most, check_group, rank_and_world_size
 from nanopack.explain import Explanation, explain
@@ -64,7 +64,7 @@ class Loader:
             to end: nanochat midtraining), `"best_fit_pad"` (nanochat SFT), `"best_fit_crop"` (nanochat pretraining),
             `"pad"` (one document a row).
         loss: `"assistant"`: a target is trained where the template says so; `"all"`: every token.
-        weights: None, `"token"` (1.0 where trained) or `"conversation"` (1 / its trained tokens, so that each
+        loss_weights: None, `"token"` (1.0 where trained) or `"conversation"` (1 / its trained tokens, so that each
             conversation counts once); a conversation's own weight multiplies either.
         extras: any of `"positions"`, `"doc_ids"`, `"cu_seqlens"`.
         max_pieces: pieces a row for which `cu_seqlens` has room, at most T; T // 8 + 1 if None.
@@ -73,7 +73,7 @@ class Loader:
             the data (a tenth of a second), and then on one text in a thousand. None: tiktoken, or the tokenizer itself.
         template: `"nanochat"`, `"chatml"`, `"llama3"`, a `nanopack.Template` of your own, or `"hf"`: the chat template
             of a transformers tokenizer (what {% generation %} marks is trained; see `nanopack/chat_template.py`).
-        max_tokens: a document longer than this is cut (and counted).
+        max_document_tokens: a document longer than this is cut (and counted).
         window: documents among which the best_fit packings choose: 64, 100 (`best_fit_pad`), 1000 (`best_fit_crop`).
         max_age: `best_fit` only: a document that has waited so many rows opens the next one; 128 if None.
         refill: documents that are read at a time when fewer than `window` wait.
@@ -84,19 +84,18 @@ class Loader:
             initialised, else 0 of 1.
         shard: `"rank"`: each rank packs its own share of the conversations; `"row"`: each row of all ranks' batches
             together does, so that these do not depend on the number of ranks, and a run can go on with another.
-        shuffle_seed: a new order of the conversations in each pass, the same on all ranks; None: their own order.
+        seed: a new order of the conversations in each pass, the same on all ranks; None: their own order.
         epochs: passes over the data, all of it delivered, the last rows padded; None: endless. All ranks deliver
             equally many batches: those that have fewer end with batches of padding.
         device: where the tensors lie: a CUDA device (ROCm included) or the CPU; None: CUDA where there is one.
         executor: `"torch"` or `"triton"` (on the CPU only under Triton's interpreter, TRITON_INTERPRET=1); None: triton
             on a GPU, torch elsewhere.
-        workers: 1: the producer, a process of its own, reads and tokenizes; 2 and more: so many further processes do
-            that for it; 0: no process, conversations are tokenized in the caller's thread.
+        num_workers: number of tokenizing processes. 0: none, everything runs in the caller's thread. 1: the producer
+            process tokenizes as well. n >= 2: the producer packs and n more processes tokenize (n + 1 in all).
         prefetch: batches that the producer makes ahead.
-        overlap_copy: copies run on a stream of their own; False: on the caller's, in order with its work.
         static: every batch is written into the same tensors (for CUDA graphs); they hold until the next call.
         on_error: `"raise"` at a bad conversation, or `"skip"` it (counted and logged).
-        group: with `epochs`, the process group (gloo, NCCL) of all ranks, through which they agree here, by one
+        process_group: with `epochs`, the process group (gloo, NCCL) of all ranks, through which they agree here, by one
             all_reduce, how many batches the longest has; without, a rank that is done renders the others' shares.
 
     Raises:
@@ -121,12 +120,12 @@ class Loader:
         *,
         packing: str = "best_fit",
         loss: str = "assistant",
-        weights: str | None = None,
+        loss_weights: str | None = None,
         extras: Sequence[str] = (),
         max_pieces: int | None = None,
         encoder: str | None = None,
         template: str | Template = "nanochat",
-        max_tokens: int | None = None,
+        max_document_tokens: int | None = None,
         window: int | None = None,
         max_age: int | None = None,
         refill: int = 1,
@@ -136,28 +135,27 @@ class Loader:
         rank: int | None = None,
         world_size: int | None = None,
         shard: str = "rank",
-        shuffle_seed: int | None = None,
+        seed: int | None = None,
         epochs: int | None = None,
         device: str | torch.device | None = None,
         executor: str | None = None,
-        workers: int = 1,
+        num_workers: int = 1,
         prefetch: int = 4,
-        overlap_copy: bool = True,
         static: bool = False,
         on_error: str = "raise",
-        group: Any = None,
+        process_group: Any = None,
     ) -> None:
         rank, world_size = rank_and_world_size(rank, world_size)
-        self.recipe = Recipe(
+        self.config = LoaderConfig(
             batch_size=batch_size,
             seq_len=seq_len,
             packing=packing,
             loss=loss,
-            weights=weights,
+            loss_weights=loss_weights,
             extras=extras,
             max_pieces=max_pieces,
             template=template,
-            max_tokens=max_tokens,
+            max_document_tokens=max_document_tokens,
             window=window,
             max_age=max_age,
             refill=refill,
@@ -167,13 +165,12 @@ class Loader:
             rank=rank,
             world_size=world_size,
             shard=shard,
-            shuffle_seed=shuffle_seed,
+            seed=seed,
             epochs=epochs,
             on_error=on_error,
         )
-        check_int("workers", workers, least=0)
+        check_int("num_workers", num_workers, least=0)
         check_int("prefetch", prefetch, least=1)
-        check_bool("overlap_copy", overlap_copy)
         check_bool("static", static)
         device_api = open_device(device)
         self.device = device_api.device
@@ -181,31 +178,33 @@ class Loader:
         self.source = open_conversations(conversations)
         # what only encodes: everything else, and whoever looks at the loader, has the tokenizer that was given
         self._encoder = choose_encoder(encoder, self.tokenizer, self.source)
-        self._producer = Producer(self.source, self._encoder, self.recipe)
+        self._producer = Producer(self.source, self._encoder, self.config)
         layout = self._producer.layout
         self._kernel = make_kernel(executor, self.device, layout, self.tokenizer.bos_id, ignore_index)
-        self._make_outputs = outputs_maker(self.recipe, layout, self.device)
+        self._make_outputs = outputs_maker(self.config, layout, self.device)
         if static:
             # at the same addresses also when a state is taken up
             fixed = self._make_outputs()
             self._make_outputs = lambda: fixed
         self._device: Device = device_api
-        self._workers, self._prefetch = workers, prefetch
-        self._ahead, self._static = overlap_copy, static
+        self._workers, self._prefetch = num_workers, prefetch
+        self._static = static
         self._owner = os.getpid()
         self._batches: int | None = None
-        if group is not None:
+        if process_group is not None:
             if epochs is None:
-                raise ValueError("group has no meaning without epochs; leave it out, or pass epochs")
-            check_group(group, world_size)
-            self._batches = agree_on_most(group, lambda: self._count_batches(of_all_ranks=False)[0], self.device)
+                raise ValueError("process_group has no meaning without epochs; leave it out, or pass epochs")
+            check_group(process_group, world_size)
+            self._batches = agree_on_most(
+                process_group, lambda: self._count_batches(of_all_ranks=False)[0], self.device
+            )
         self._shut: Callable[[], Any] | None = None
         self._start(None)
 
     def _start(self, state: dict[str, Any] | None) -> None:
         """Set the stages up, to go on from a state or to begin."""
         start = Start(state, self._batches)
-        parts = (self.source, self._encoder, self.recipe)
+        parts = (self.source, self._encoder, self.config)
         if self._workers == 0:
             self._producer = Producer(*parts, start)
             ring = Ring(self._producer.layout, slots=1)
@@ -222,12 +221,10 @@ class Loader:
         self._shut = weakref.finalize(self, self._memory.give_back)
         self._memory.pin()
         slots = [torch.from_numpy(slot.buffer) for slot in ring.slots]
-        self._upload = Upload(
-            self._device, slots, self._make_outputs, self._kernel, overlap_copy=self._ahead, static=self._static
-        )
+        self._upload = Upload(self._device, slots, self._make_outputs, self._kernel, static=self._static)
         self._memory.upload = self._upload
         books = pickle.dumps(state) if state else self._producer.books()
-        self._delivery = Delivery(self._device, self._feed, self._upload, books, ahead=self._ahead)
+        self._delivery = Delivery(self._device, self._feed, self._upload, books, ahead=True)
         self._step = state["step"] if state else 0
         self._stats = Stats(ring_bytes=len(ring.buffer))
 
@@ -262,7 +259,7 @@ class Loader:
             doc_ids=outputs.doc_ids,
             cu_seqlens=cu_seqlens,
             step=self._step,
-            num_trained=sum(filled.row_trained),
+            num_loss_tokens=sum(filled.row_trained),
             num_tokens=filled.num_tokens,
             weight_sum=filled.weight_sum,
             max_seqlen=filled.max_seqlen,
@@ -298,29 +295,29 @@ class Loader:
         """Go on from a state: of this rank, or of all ranks (`nanopack.merge_states`). It may come at any time.
 
         Only the conversations that waited for a row are read again, so it takes as long at any step. `device`,
-        `executor`, `encoder`, `workers`, `prefetch`, `extras` and `on_error` may differ from what they were; with
+        `executor`, `encoder`, `num_workers`, `prefetch`, `extras` and `on_error` may differ from what they were; with
         shard="row" also `world_size`, when `batch_size * world_size` is the same.
 
         Raises ValueError, naming every difference, for a state of other data, tokenizer or arguments; with
         strict=False it is loaded all the same, as far as that is possible. The loader then stands where it stood. The
         data are compared by their number and a sample, and by the conversations that waited: where those have changed,
-        ValueError comes from here with workers=0, else from the next `next`.
+        ValueError comes from here with num_workers=0, else from the next `next`.
         """
         self._delivery.check_open()
         self._refuse_fork()
-        self._start(check_state(state_dict, self._fingerprint, self.recipe, strict=strict))
+        self._start(check_state(state_dict, self._fingerprint, self.config, strict=strict))
 
     @functools.cached_property
     def _fingerprint(self) -> dict[str, Any]:
-        return fingerprint(self.source, self.tokenizer, self.recipe)
+        return fingerprint(self.source, self.tokenizer, self.config)
 
     def __len__(self) -> int:
         """Return how many batches there are in all, from the first one on; exact.
 
-        All the data are rendered for it, once, unless `group` was given; `list(loader)` asks for it too. Raises
+        All the data are rendered for it, once, unless `process_group` was given; `list(loader)` asks for it too. Raises
         TypeError where `epochs` is None.
         """
-        if self.recipe.epochs is None:
+        if self.config.epochs is None:
             raise TypeError("the batches are endless; pass epochs to have a number of them")
         if self._batches is None:
             self._batches, _ = self._count_batches(of_all_ranks=True)
@@ -336,18 +333,18 @@ class Loader:
 
         This rank's data are rendered for it, once. Raises TypeError where `epochs` is None.
         """
-        if self.recipe.epochs is None:
+        if self.config.epochs is None:
             raise TypeError("the tokens are endless; pass epochs to have a number of them")
         return self._count_batches(of_all_ranks=False)[1]
 
     def _count_batches(self, *, of_all_ranks: bool) -> tuple[int, int]:
-        counter = Producer(self.source, self._encoder, self.recipe)
+        counter = Producer(self.source, self._encoder, self.config)
         return counter.count_batches(of_all_ranks=of_all_ranks)
 
     def stats(self) -> dict[str, Any]:
         """Return where time and memory went so far; see `Stats` for the names and units."""
         return self._stats.report(
-            self._delivery.waited_for_producer, None if self.recipe.epochs is None else self._ledger().slots_tokens
+            self._delivery.waited_for_producer, None if self.config.epochs is None else self._ledger().slots_tokens
         )
 
     def explain(self, batch: Batch, row: int, col: int) -> Explanation:
@@ -362,7 +359,7 @@ class Loader:
             source=self.source,
             tokenizer=self.tokenizer,
             render=self._producer.render,
-            recipe=self.recipe,
+            config=self.config,
         )
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from nanopack.config import Recipe
+from nanopack.config import LoaderConfig
 from nanopack.conversations.records import Conversation, Source, check
 from nanopack.mixture import Mixture
 from nanopack.tokenizers.tokenizer import AnyTokenizer
@@ -29,17 +29,17 @@ SAMPLE = 16
 _FREE = ("rank", "extras", "max_pieces", "on_error")
 
 
-def fingerprint(source: Source, tokenizer: AnyTokenizer, recipe: Recipe) -> dict[str, Any]:
+def fingerprint(source: Source, tokenizer: AnyTokenizer, config: LoaderConfig) -> dict[str, Any]:
     """Return what a state depends on: number of conversations and a sample of them, tokenizer, arguments."""
     arguments = {
-        field.name: _plain(getattr(recipe, field.name))
-        for field in dataclasses.fields(recipe)
+        field.name: _plain(getattr(config, field.name))
+        for field in dataclasses.fields(config)
         if field.name not in _FREE
     }
-    if recipe.shard == "row":
+    if config.shard == "row":
         # the global batch is what counts, however many ranks share it
         del arguments["batch_size"], arguments["world_size"]
-        arguments["batch_size * world_size"] = recipe.global_rows
+        arguments["batch_size * world_size"] = config.global_rows
     mixed = source.picks_digest().encode() if isinstance(source, Mixture) else b""
     return {
         "conversations": len(source),
@@ -82,7 +82,7 @@ def _digest(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
-def check_state(state: Any, ours: Mapping[str, Any], recipe: Recipe, *, strict: bool) -> dict[str, Any]:
+def check_state(state: Any, ours: Mapping[str, Any], config: LoaderConfig, *, strict: bool) -> dict[str, Any]:
     """Return step and lanes of a state, as `Producer.restore` takes them.
 
     Raises ValueError where it is no state, lacks lanes of this rank, or (with `strict`) is one of other data or
@@ -94,12 +94,12 @@ def check_state(state: Any, ours: Mapping[str, Any], recipe: Recipe, *, strict: 
             f"the state belongs to another run: {'; '.join(differences)}; resume with what the run was started with, "
             f"or pass strict=False to go on all the same"
         )
-    wanted = [str(number) for number in recipe.lanes]
+    wanted = [str(number) for number in config.lanes]
     if missing := [number for number in wanted if number not in state["lanes"]]:
-        what = "rank" if recipe.shard == "rank" else "row"
+        what = "rank" if config.shard == "rank" else "row"
         raise ValueError(
             f"the state has {what}s {', '.join(state['lanes'])}, but not {', '.join(missing)}, which "
-            f"rank={recipe.rank} of world_size={recipe.world_size} needs; put the states of all ranks together with "
+            f"rank={config.rank} of world_size={config.world_size} needs; put the states of all ranks together with "
             f"nanopack.merge_states"
         )
     return {"step": state["step"], "lanes": {number: state["lanes"][number] for number in wanted}}

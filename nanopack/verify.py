@@ -14,10 +14,10 @@ import torch
 
 from nanopack import reference
 from nanopack.batch import Batch
-from nanopack.config import Recipe, check_int
+from nanopack.config import LoaderConfig, check_int
 from nanopack.loader import Loader
 
-DATA_ARGUMENTS = {field.name for field in fields(Recipe)}
+DATA_ARGUMENTS = {field.name for field in fields(LoaderConfig)}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def verify(conversations: Any, tokenizer: Any, *, max_batches: int | None = None
         raise ValueError("epochs=None is endless; pass max_batches, or a number of epochs")
     with Loader(conversations, tokenizer, **arguments) as loader:
         data_arguments = {name: value for name, value in arguments.items() if name in DATA_ARGUMENTS}
-        data_arguments |= {"rank": loader.recipe.rank, "world_size": loader.recipe.world_size}
+        data_arguments |= {"rank": loader.config.rank, "world_size": loader.config.world_size}
         expected = reference.batches(conversations, tokenizer, **data_arguments)
         return compare(itertools.islice(expected, max_batches), itertools.islice(loader, max_batches))
 

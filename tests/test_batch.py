@@ -16,13 +16,13 @@ CHATS = [
 
 
 def batches(packing: str = "best_fit", **arguments: object) -> list[Batch]:
-    with Loader(CHATS, "chat32k", 3, 64, packing=packing, epochs=1, workers=0, device="cpu", **arguments) as loader:
+    with Loader(CHATS, "chat32k", 3, 64, packing=packing, epochs=1, num_workers=0, device="cpu", **arguments) as loader:
         return list(loader)
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "stream", "pad"])
 def test_a_flat_batch_is_the_same_tensors_in_another_shape(packing):
-    for batch in batches(packing, weights="token", extras=("positions", "doc_ids", "cu_seqlens")):
+    for batch in batches(packing, loss_weights="token", extras=("positions", "doc_ids", "cu_seqlens")):
         flat = batch.flat()
         for name in ("inputs", "targets", "weights", "positions"):
             rows, row = getattr(batch, name), getattr(flat, name)

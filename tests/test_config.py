@@ -16,14 +16,14 @@ BAD = [
     ({"seq_len": "8"}, "seq_len='8' is not allowed"),
     ({"batch_size": 2**16, "seq_len": 2**16}, "batch_size=65536 times seq_len=65536 is 4294967296 tokens"),
     (
-        {"batch_size": 2**15, "seq_len": 2**15, "weights": "token"},
+        {"batch_size": 2**15, "seq_len": 2**15, "loss_weights": "token"},
         "batch_size=32768 times seq_len=32768 with what is asked for beside the tokens takes a slot of 10739",
     ),
     ({"packing": "bestfit"}, "packing='bestfit' is not allowed; use one of 'best_fit', 'stream'"),
     ({"packing": None}, "packing=None is not allowed"),
     ({"loss": "user"}, "loss='user' is not allowed; use one of 'assistant', 'all'"),
-    ({"weights": "tokens"}, "weights='tokens' is not allowed; use one of None, 'token', 'conversation'"),
-    ({"weights": False}, "weights=False is not allowed"),
+    ({"loss_weights": "tokens"}, "loss_weights='tokens' is not allowed; use one of None, 'token', 'conversation'"),
+    ({"loss_weights": False}, "loss_weights=False is not allowed"),
     ({"extras": "positions"}, "extras='positions' is not allowed; use a tuple"),
     ({"extras": ("position",)}, "'position' is not known; use any of 'positions', 'doc_ids', 'cu_seqlens'"),
     ({"extras": 3}, "extras=3 is not allowed; use a tuple"),
@@ -37,7 +37,7 @@ BAD = [
         {"template": "llama"},
         "template='llama' is not allowed; use one of 'nanochat', 'chatml', 'llama3', 'hf', or a n",
     ),
-    ({"max_tokens": 0}, "max_tokens=0 is not allowed; use an int from 1 upwards, or None"),
+    ({"max_document_tokens": 0}, "max_document_tokens=0 is not allowed; use an int from 1 upwards, or None"),
     ({"window": 0}, "window=0 is not allowed"),
     (
         {"window": 8, "packing": "stream"},
@@ -65,9 +65,8 @@ BAD = [
     ({"device": "meta"}, "device='meta' is not allowed: only CUDA"),
     ({"prefetch": 0}, "prefetch=0 is not allowed; use an int from 1 upwards"),
     ({"static": 1}, "static=1 is not allowed; use True or False"),
-    ({"overlap_copy": None}, "overlap_copy=None is not allowed; use True or False"),
-    ({"workers": -1}, "workers=-1 is not allowed"),
-    ({"workers": False}, "workers=False is not allowed"),
+    ({"num_workers": -1}, "num_workers=-1 is not allowed"),
+    ({"num_workers": False}, "num_workers=False is not allowed"),
 ]
 
 
@@ -89,8 +88,8 @@ def test_a_wrong_argument_is_named_with_its_value_and_what_is_allowed(arguments,
     ],
 )
 def test_each_packing_brings_its_own_window_and_age(packing, window, max_age):
-    recipe = Loader(DATA, "chat32k", packing=packing).recipe
-    assert (recipe.window, recipe.max_age) == (window, max_age)
+    config = Loader(DATA, "chat32k", packing=packing).config
+    assert (config.window, config.max_age) == (window, max_age)
 
 
 def test_a_tokenizer_without_the_template_s_special_tokens_is_refused_before_the_first_batch():

@@ -72,7 +72,7 @@ def test_the_held_out_loss_is_that_of_every_trained_target_however_batched():
     torch.nn.init.normal_(model.head.weight)
     losses = []
     for batch_size in (1, 4):
-        settings = {"extras": ("positions", "doc_ids"), "epochs": 1, "device": "cpu", "workers": 0}
+        settings = {"extras": ("positions", "doc_ids"), "epochs": 1, "device": "cpu", "num_workers": 0}
         with Loader(demo.shipped()[:40], demo.small_tokenizer(), batch_size, 48, **settings) as loader:
             losses.append(demo.evaluate(model, list(loader)))
     # float32, sums in another order

@@ -154,7 +154,7 @@ def test_rank_and_world_size_are_those_of_torch_distributed(ranks, shard):
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("shard", ["rank", "row"])
 def test_ranks_of_uneven_data_end_together(ranks, shard, grouped, workers):
-    answers = ranks(3, steps_in_common, grouped, shard=shard, workers=workers)
+    answers = ranks(3, steps_in_common, grouped, shard=shard, num_workers=workers)
     steps, length, filled = map(set, zip(*answers, strict=True))
     assert steps == length == {max(filled)} and min(filled) < max(filled) / 5
 
@@ -162,9 +162,9 @@ def test_ranks_of_uneven_data_end_together(ranks, shard, grouped, workers):
 def test_a_group_that_is_not_that_of_all_ranks_is_refused(ranks):
     for rank, said in enumerate(ranks(3, wrong_groups)):
         other, pair, endless = said
-        assert "group has 3 ranks, but world_size=2" in other
-        assert ("group has 2 ranks, but world_size=3" if rank < 2 else "group") in pair
-        assert "group has no meaning without epochs" in endless
+        assert "process_group has 3 ranks, but world_size=2" in other
+        assert ("process_group has 2 ranks, but world_size=3" if rank < 2 else "process_group") in pair
+        assert "process_group has no meaning without epochs" in endless
 
 
 def test_a_rank_that_cannot_count_says_so_and_the_others_do_not_wait_for_it(ranks):
@@ -180,7 +180,7 @@ CASES = {
     "no document waits": dict(steps=3, packing="pad"),
     "a stream, and its carried token": dict(steps=3, packing="stream", overlap=True),
     "a mixture, whose sources are counted": dict(steps=4, conversations=MIXED, packing="best_fit_crop"),
-    "a producer process, shuffled": dict(steps=6, workers=1, shuffle_seed=3, epochs=2),
+    "a producer process, shuffled": dict(steps=6, num_workers=1, seed=3, epochs=2),
 }
 
 
@@ -203,17 +203,17 @@ def together(answers):
 
 
 def test_a_checkpoint_in_the_background_holds_the_moment_at_which_it_was_begun(ranks, tmp_path):
-    saved = ranks(2, save_and_go_on, tmp_path, 5, 9, rows=4, workers=1, asynchronous=True)
-    assert together(ranks(2, load_and_go_on, tmp_path, 0, 9, rows=4, workers=1)) == together(saved)
+    saved = ranks(2, save_and_go_on, tmp_path, 5, 9, rows=4, num_workers=1, asynchronous=True)
+    assert together(ranks(2, load_and_go_on, tmp_path, 0, 9, rows=4, num_workers=1)) == together(saved)
 
 
 @pytest.mark.parametrize("shard", ["rank", "row"])
 def test_what_one_rank_saves_is_where_all_of_them_go_on(ranks, shard):
-    answers = ranks(3, gathered_state, shard=shard, shuffle_seed=1)
+    answers = ranks(3, gathered_state, shard=shard, seed=1)
     states, batches = zip(*answers, strict=True)
     assert states[0] == states[1] == states[2]
     for rank, expected in enumerate(batches):
-        with Loader(CHATS, BYTES, 2, 16, workers=0, shard=shard, shuffle_seed=1, rank=rank, world_size=3) as loader:
+        with Loader(CHATS, BYTES, 2, 16, num_workers=0, shard=shard, seed=1, rank=rank, world_size=3) as loader:
             loader.load_state_dict(states[0])
             assert rows_of([next(loader)]) == expected
 
@@ -225,4 +225,4 @@ def test_a_checkpoint_sharded_by_ranks_is_refused_by_other_ranks(ranks, tmp_path
 
 
 def test_a_loader_is_what_a_distributed_checkpoint_calls_stateful():
-    assert isinstance(Loader(CHATS, BYTES, 2, 16, workers=0), Stateful)
+    assert isinstance(Loader(CHATS, BYTES, 2, 16, num_workers=0), Stateful)

@@ -29,7 +29,7 @@ def with_a_gap_of_hugging_face():
 
 @pytest.mark.parametrize("make", [with_a_gap, with_a_gap_of_hugging_face])
 def test_an_id_that_the_tokenizer_does_not_use_is_shown_as_itself(make):
-    with Loader([{"input_ids": [97, 299, 98, 256]}], make(), 1, 4, packing="pad", workers=0) as loader:
+    with Loader([{"input_ids": [97, 299, 98, 256]}], make(), 1, 4, packing="pad", num_workers=0) as loader:
         batch = next(loader)
         told = [loader.explain(batch, 0, column) for column in range(4)]
         assert [found.input.text for found in told] == ["a", "<299>", "b", "<256>"]

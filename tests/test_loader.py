@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from data_sets import LARGE, PACKINGS, SMALL, byte_tokenizer, data_sets, recipes
+from data_sets import LARGE, PACKINGS, SMALL, byte_tokenizer, data_sets, drawn_arguments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +23,7 @@ from nanopack.conversations.records import open_conversations
 from nanopack.verify import compare
 
 # In the caller's thread: tests/test_process.py shows that a process gives the same batches.
-Loader = functools.partial(nanopack.Loader, workers=0)
+Loader = functools.partial(nanopack.Loader, num_workers=0)
 
 
 def first_batches(make, count):
@@ -42,7 +42,7 @@ def first_batches(make, count):
 @given(data=st.data())
 def test_batches_equal_the_reference_in_every_field(executor, packing, data):
     conversations = data.draw(data_sets)
-    arguments = data.draw(recipes(packing))
+    arguments = data.draw(drawn_arguments(packing))
     tokenizer = data.draw(st.sampled_from([SMALL, LARGE]))
     count = 3 if executor == "triton" else 6
     expected, error = first_batches(lambda: reference.batches(conversations, tokenizer, **arguments), count)
@@ -84,13 +84,13 @@ def batch_words(batch, packing):
 @pytest.mark.parametrize("packing", PACKINGS)
 @given(data=st.data())
 def test_host_facts_are_what_the_tensors_say(packing, data):
-    arguments = data.draw(recipes(packing)) | {"extras": ("doc_ids", "positions", "cu_seqlens"), "epochs": 1}
-    arguments |= {"max_pieces": arguments["seq_len"], "weights": "conversation"}
+    arguments = data.draw(drawn_arguments(packing)) | {"extras": ("doc_ids", "positions", "cu_seqlens"), "epochs": 1}
+    arguments |= {"max_pieces": arguments["seq_len"], "loss_weights": "conversation"}
     conversations = data.draw(data_sets)
     B, T = arguments["batch_size"], arguments["seq_len"]
     for step, batch in enumerate(Loader(conversations, SMALL, **arguments)):
         assert batch.step == step and batch.epoch == 1
-        assert batch.num_trained == int((batch.targets != arguments["ignore_index"]).sum())
+        assert batch.num_loss_tokens == int((batch.targets != arguments["ignore_index"]).sum())
         assert batch.num_tokens == int((batch.doc_ids >= 0).sum())
         assert batch.weight_sum == math.fsum(batch.weights.flatten().tolist())
         assert batch.max_seqlen == int(batch.cu_seqlens.diff().max())
@@ -114,7 +114,7 @@ def test_pieces_say_which_tokens_of_which_conversation_stand_where():
 
 
 def test_batches_stay_what_they_are_when_the_next_one_is_made():
-    loader = Loader([{"text": "abc" * i} for i in range(1, 9)], SMALL, 2, 8, packing="stream", weights="token")
+    loader = Loader([{"text": "abc" * i} for i in range(1, 9)], SMALL, 2, 8, packing="stream", loss_weights="token")
     first = next(loader)
     kept = [t.clone() for t in (first.inputs, first.targets, first.weights)]
     for _ in range(3):
@@ -123,7 +123,7 @@ def test_batches_stay_what_they_are_when_the_next_one_is_made():
 
 
 def test_dtypes_and_unpacking():
-    batch = next(Loader([{"text": "abcdef"}], SMALL, 2, 4, weights="token", extras=("positions", "doc_ids")))
+    batch = next(Loader([{"text": "abcdef"}], SMALL, 2, 4, loss_weights="token", extras=("positions", "doc_ids")))
     inputs, targets = batch
     assert inputs is batch.inputs and targets is batch.targets
     dtypes = [t.dtype for t in (inputs, targets, batch.weights, batch.positions, batch.doc_ids)]
@@ -193,7 +193,7 @@ def test_plain_text_needs_no_special_token_but_the_first():
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_messages_for_which_the_tokenizer_lacks_tokens_are_refused_and_never_skipped(on_error, workers):
     chat = [{"role": "user", "content": "a"}]
-    arguments = {"packing": "pad", "workers": workers, "on_error": on_error}
+    arguments = {"packing": "pad", "num_workers": workers, "on_error": on_error}
     says = (
         r"'gpt2-like' lacks special tokens of template='nanochat': <\|user_start\|>.* Give a tokenizer that has them, "
     )
@@ -235,7 +235,7 @@ def test_a_data_set_may_use_the_arrays_of_a_record_again_for_the_next(workers):
             self.ids[:], self.mask[:] = range(index, index + 5), index % 2
             return {"input_ids": self.ids, "loss_mask": self.mask}
 
-    found = nanopack.verify(Reusing([{}] * 99), SMALL, batch_size=2, seq_len=8, packing="stream", workers=workers)
+    found = nanopack.verify(Reusing([{}] * 99), SMALL, batch_size=2, seq_len=8, packing="stream", num_workers=workers)
     assert found and found.batches > 10, found.difference
 
 
@@ -283,7 +283,7 @@ def failing_ahead(loader: nanopack.Loader, monkeypatch: pytest.MonkeyPatch, fail
 
 
 def test_a_batch_that_an_interrupt_kept_back_does_not_count_as_delivered_and_none_behind_it_comes(monkeypatch):
-    with nanopack.Loader([{"text": "ab"}] * 9, SMALL, 1, 8, packing="pad", workers=1) as loader:
+    with nanopack.Loader([{"text": "ab"}] * 9, SMALL, 1, 8, packing="pad", num_workers=1) as loader:
         before = loader.state_dict()
         failing_ahead(loader, monkeypatch, interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -297,7 +297,7 @@ def test_a_batch_that_an_interrupt_kept_back_does_not_count_as_delivered_and_non
 
 
 def test_a_copy_ahead_that_fails_is_told_behind_the_batches_before_it(monkeypatch):
-    with nanopack.Loader([{"text": "ab"}] * 9, SMALL, 1, 8, packing="pad", workers=1) as loader:
+    with nanopack.Loader([{"text": "ab"}] * 9, SMALL, 1, 8, packing="pad", num_workers=1) as loader:
         failing_ahead(loader, monkeypatch, memory_is_short)
         assert next(loader).step == 0
         for _ in range(2):
@@ -326,13 +326,13 @@ def test_leaving_the_block_closes_the_loader_and_keeps_the_batches():
 
 
 def test_a_document_is_cut_where_it_must_be_and_what_was_cut_is_counted():
-    loader = Loader([{"text": "x" * 30}], SMALL, 1, 8, packing="best_fit_pad", max_tokens=20, epochs=1)
+    loader = Loader([{"text": "x" * 30}], SMALL, 1, 8, packing="best_fit_pad", max_document_tokens=20, epochs=1)
     [batch] = loader
     assert batch.inputs[0].tolist() == [256] + [120] * 7 and batch.targets[0].tolist() == [120] * 8
     assert loader.ledger()["tokens"] == {
         "read": 31,
         "emitted": 9,
-        "cut": {"max_tokens": 11, "seq_len": 11},
+        "cut": {"max_document_tokens": 11, "seq_len": 11},
         "dropped": 0,
         "waiting": 0,
     }
@@ -377,7 +377,7 @@ def test_the_ledger_notices_a_reason_that_is_off_by_one(counter, reason):
 @given(data=st.data())
 def test_the_ledger_balances_after_every_batch(data):
     packing = data.draw(st.sampled_from(PACKINGS))
-    loader = Loader(data.draw(data_sets), SMALL, **data.draw(recipes(packing)))
+    loader = Loader(data.draw(data_sets), SMALL, **data.draw(drawn_arguments(packing)))
     try:
         for _ in itertools.islice(loader, 20):
             assert loader.ledger()["balanced"], loader.ledger()["imbalances"]
@@ -410,7 +410,7 @@ def test_explain_names_conversation_message_role_and_text():
 @given(data=st.data())
 def test_explain_agrees_with_the_tensors_everywhere(data):
     packing = data.draw(st.sampled_from(PACKINGS))
-    arguments = data.draw(recipes(packing)) | {"epochs": 1, "seq_len": data.draw(st.integers(1, 12))}
+    arguments = data.draw(drawn_arguments(packing)) | {"epochs": 1, "seq_len": data.draw(st.integers(1, 12))}
     arguments |= {"max_pieces": arguments["seq_len"]} if "cu_seqlens" in arguments["extras"] else {}
     loader = Loader(data.draw(data_sets), SMALL, **arguments)
     for batch in itertools.islice(loader, 2):
@@ -442,7 +442,7 @@ def test_rank_and_world_size_come_from_torch_distributed_where_it_is_initialised
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         loader = Loader([{"text": "ab"}], SMALL, 1, 8)
-        assert (loader.recipe.rank, loader.recipe.world_size) == (0, 1)
+        assert (loader.config.rank, loader.config.world_size) == (0, 1)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -485,6 +485,6 @@ def test_documents_rendered_elsewhere_come_from_parquet_as_arrays(tmp_path):
     columns = {"input_ids": [[97, 98, 99], [100, 101]], "loss_mask": [[True, False, True], [False, True]]}
     parquet.write_table(pyarrow.table(columns), tmp_path / "ready.parquet")
     arguments = dict(batch_size=1, seq_len=4, epochs=1)
-    assert nanopack.verify(str(tmp_path / "ready.parquet"), SMALL, workers=0, **arguments)
+    assert nanopack.verify(str(tmp_path / "ready.parquet"), SMALL, num_workers=0, **arguments)
     record = open_conversations(tmp_path / "ready.parquet")[0]
     assert isinstance(record["input_ids"], np.ndarray) and record["loss_mask"].tolist() == [True, False, True]

@@ -372,20 +372,20 @@ def test_the_loader_gives_the_batches_of_the_reference(folder: Path, packing: st
     arguments: dict[str, Any] = {"batch_size": 2, "seq_len": 24, "packing": packing, "epochs": 2}
     share = {"rank": 1, "world_size": 2}
     expected = reference.batches(chats(folder), BYTES, **arguments, **share)
-    with Loader(chats(folder), BYTES, workers=0, **arguments, **share) as loader:
+    with Loader(chats(folder), BYTES, num_workers=0, **arguments, **share) as loader:
         found = compare(expected, loader)
     assert found and found.batches > 5
 
 
 def test_the_producers_process_takes_a_mixture(folder: Path) -> None:
-    found = nanopack.verify(chats(folder), BYTES, batch_size=2, seq_len=24, workers=1, device="cpu")
+    found = nanopack.verify(chats(folder), BYTES, batch_size=2, seq_len=24, num_workers=1, device="cpu")
     assert found and found.batches > 5
 
 
 def test_a_bad_conversation_is_named_by_its_source() -> None:
     bad = mixture([(texts(3, tokens=2), 1), ([{"text": 7}], 1, "bad ones")])
     with (
-        Loader(bad, BYTES, batch_size=1, seq_len=64, workers=0, device="cpu") as loader,
+        Loader(bad, BYTES, batch_size=1, seq_len=64, num_workers=0, device="cpu") as loader,
         pytest.raises(ConversationError, match=r"^conversation 0 of bad ones, text must be a str"),
     ):
         next(loader)

@@ -9,7 +9,7 @@ import pickle
 
 import numpy as np
 import pytest
-from data_sets import PACKINGS, SMALL, data_sets, recipes
+from data_sets import PACKINGS, SMALL, data_sets, drawn_arguments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,9 +17,9 @@ import nanopack
 from nanopack import merge_states, reference
 from nanopack.verify import first_difference
 
-Loader = functools.partial(nanopack.Loader, workers=0)
+Loader = functools.partial(nanopack.Loader, num_workers=0)
 # Beside arguments that decide what a batch is: those that may change when a run goes on.
-FREE = st.fixed_dictionaries({"prefetch": st.integers(1, 8), "overlap_copy": st.booleans()})
+FREE = st.fixed_dictionaries({"prefetch": st.integers(1, 8)})
 
 
 def through_json(state):
@@ -40,7 +40,7 @@ def same_books(one, other):
 @pytest.mark.parametrize("packing", PACKINGS)
 @given(data=st.data())
 def test_interrupted_any_number_of_times_equals_uninterrupted(packing, data):
-    conversations, arguments = data.draw(data_sets), data.draw(recipes(packing))
+    conversations, arguments = data.draw(data_sets), data.draw(drawn_arguments(packing))
     expected, whole, error = [], Loader(conversations, SMALL, **arguments), None
     try:
         expected = list(itertools.islice(whole, 9))
@@ -69,10 +69,10 @@ def test_interrupted_any_number_of_times_equals_uninterrupted(packing, data):
 @given(data=st.data())
 def test_a_producer_process_goes_on_as_exactly_whatever_its_workers_and_prefetch(data):
     conversations, packing = data.draw(data_sets), data.draw(st.sampled_from(PACKINGS))
-    arguments = {**data.draw(recipes(packing)), "epochs": 2}
+    arguments = {**data.draw(drawn_arguments(packing)), "epochs": 2}
     expected = list(Loader(conversations, SMALL, **arguments))
     stop, got = data.draw(st.integers(0, len(expected))), []
-    settings_of = st.fixed_dictionaries({"workers": st.sampled_from([0, 1, 2]), "prefetch": st.integers(1, 8)})
+    settings_of = st.fixed_dictionaries({"num_workers": st.sampled_from([0, 1, 2]), "prefetch": st.integers(1, 8)})
     with nanopack.Loader(conversations, SMALL, **arguments, **data.draw(settings_of)) as loader:
         got += itertools.islice(loader, stop)
         state = through_json(loader.state_dict())
@@ -105,7 +105,7 @@ def global_rows(batches):
 @given(data=st.data())
 def test_the_global_batch_sharded_by_rows_does_not_depend_on_the_ranks_though_they_change_twice(packing, data):
     conversations = data.draw(data_sets)
-    arguments = {**data.draw(recipes(packing)), "weights": "conversation", "shard": "row", "epochs": 2}
+    arguments = {**data.draw(drawn_arguments(packing)), "loss_weights": "conversation", "shard": "row", "epochs": 2}
     for name in ("rank", "world_size", "batch_size"):
         del arguments[name]
     rows, steps = 24, 6
@@ -128,7 +128,7 @@ def test_the_global_batch_sharded_by_rows_does_not_depend_on_the_ranks_though_th
 def test_micro_batches_are_ranks():
     """Accumulating over two micro-batches on two ranks is what four ranks do, in the same order of rows."""
     chats = [{"text": "abcdefg"[: 1 + k % 7] * (1 + k % 3)} for k in range(60)]
-    arguments = dict(seq_len=12, shard="row", weights=None)
+    arguments = dict(seq_len=12, shard="row", loss_weights=None)
     four = [next(Loader(chats, SMALL, 3, rank=rank, world_size=4, **arguments)) for rank in range(4)]
     accumulated = [next(Loader(chats, SMALL, 6, rank=rank, world_size=2, **arguments)) for rank in range(2)]
     micro = [inputs for batch in accumulated for inputs in batch.inputs.chunk(2)]
@@ -140,7 +140,7 @@ def test_micro_batches_are_ranks():
 def test_all_ranks_give_equally_many_batches_and_together_everything_just_as_often(data):
     packing = data.draw(st.sampled_from(PACKINGS))
     conversations = data.draw(data_sets)
-    arguments = {**data.draw(recipes(packing)), "loss": "all", "max_tokens": None}
+    arguments = {**data.draw(drawn_arguments(packing)), "loss": "all", "max_document_tokens": None}
     arguments["epochs"] = data.draw(st.integers(1, 3))
     world_size = arguments["world_size"]
     loaders = [Loader(conversations, SMALL, **{**arguments, "rank": rank}) for rank in range(world_size)]
@@ -153,7 +153,7 @@ def test_all_ranks_give_equally_many_batches_and_together_everything_just_as_oft
     for batches, loader in zip(delivered, loaders, strict=True):
         assert loader.tokens_total == loader.ledger()["tokens"]["emitted"]
         ends = itertools.dropwhile(lambda batch: batch.num_tokens, batches)
-        assert all(batch.num_trained == batch.num_tokens == 0 and batch.last for batch in ends)
+        assert all(batch.num_loss_tokens == batch.num_tokens == 0 and batch.last for batch in ends)
 
 
 def test_len_is_refused_where_there_is_no_end_and_a_loader_is_true():
@@ -349,7 +349,7 @@ MIXED = nanopack.mixture(
 @pytest.mark.parametrize("packing", PACKINGS)
 @given(data=st.data())
 def test_the_sources_of_a_mixture_balance_after_every_batch_and_go_on_counting_when_a_run_does(packing, data):
-    arguments = {**data.draw(recipes(packing)), "on_error": "skip", "epochs": 2}
+    arguments = {**data.draw(drawn_arguments(packing)), "on_error": "skip", "epochs": 2}
     loader = Loader(MIXED, SMALL, **arguments)
     while next(loader, None) is not None:
         ledger = loader.ledger()
@@ -404,8 +404,8 @@ def test_tokens_are_estimated_by_the_progress_also_when_a_run_goes_on_and_exact_
 def test_a_good_document_that_a_lane_rarely_meets_is_waited_for(workers):
     """With a shuffle and two ranks, whole passes may go by without it."""
     useless = [{"messages": [{"role": "user", "content": "x"}]}] * 3
-    arguments = dict(batch_size=1, seq_len=8, packing="pad", shuffle_seed=0, rank=0, world_size=2)
-    with nanopack.Loader([*useless, {"text": "hello"}], SMALL, **arguments, workers=workers) as loader:
+    arguments = dict(batch_size=1, seq_len=8, packing="pad", seed=0, rank=0, world_size=2)
+    with nanopack.Loader([*useless, {"text": "hello"}], SMALL, **arguments, num_workers=workers) as loader:
         batches = list(itertools.islice(loader, 60))
     expected = itertools.islice(reference.batches([*useless, {"text": "hello"}], SMALL, **arguments), 60)
     assert differences(list(expected), batches) == [None] * 60

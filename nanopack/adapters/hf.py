@@ -7,7 +7,7 @@ or after the TrainingArguments, reads its rank's share by itself and puts tensor
 
     with Loader(conversations, tokenizer, 8, 2047, template="hf", extras=("positions",)) as loader:
         for batch in loader:
-            loss = model(**model_inputs(batch), num_items_in_batch=batch.num_trained).loss
+            loss = model(**model_inputs(batch), num_items_in_batch=batch.num_loss_tokens).loss
 
     accelerator.register_for_checkpointing(Batches(loader))
 
@@ -50,7 +50,7 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
     input_ids: the inputs and, where the last target is trained, that target (else any id: nothing looks at it).
     labels: -100 and then the targets. position_ids: they restart at every document, and padding counts as one.
     use_cache: False.
-    Their labels other than -100 are `batch.num_trained`: `num_items_in_batch`, known without asking the device.
+    Their labels other than -100 are `batch.num_loss_tokens`: `num_items_in_batch`, known without asking the device.
 
     ValueError where the batch has no positions, or has weights, which these losses cannot take.
     """
@@ -59,7 +59,7 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
             'the batch has no positions, by which transformers keeps documents apart; pass extras=("positions",)'
         )
     if batch.weights is not None:
-        raise ValueError("the batch has weights, and the losses of transformers take none; pass weights=None")
+        raise ValueError("the batch has weights, and the losses of transformers take none; pass loss_weights=None")
     inputs, targets = batch.inputs.long(), batch.targets
     last = torch.where(targets[:, -1:] == IGNORED, inputs[:, -1:], targets[:, -1:])
     return {
@@ -78,13 +78,15 @@ class Batches(torch.utils.data.IterableDataset[dict[str, Any]]):
 
     def __init__(self, loader: Loader) -> None:
         """Raise ValueError where the loader's batches are not what `model_inputs` takes."""
-        recipe = loader.recipe
-        if "positions" not in recipe.extras:
-            raise ValueError(f'extras={recipe.extras!r} lacks "positions", by which transformers keeps documents apart')
-        if recipe.weights is not None:
-            raise ValueError(f"weights={recipe.weights!r}: the losses of transformers take none; pass weights=None")
-        if recipe.ignore_index != IGNORED:
-            raise ValueError(f"ignore_index={recipe.ignore_index}: transformers ignores {IGNORED}; leave it out")
+        config = loader.config
+        if "positions" not in config.extras:
+            raise ValueError(f'extras={config.extras!r} lacks "positions", by which transformers keeps documents apart')
+        if config.loss_weights is not None:
+            raise ValueError(
+                f"loss_weights={config.loss_weights!r}: the losses of transformers take none; pass loss_weights=None"
+            )
+        if config.ignore_index != IGNORED:
+            raise ValueError(f"ignore_index={config.ignore_index}: transformers ignores {IGNORED}; leave it out")
         self.loader = loader
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

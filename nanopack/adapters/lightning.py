@@ -4,7 +4,7 @@
      loader.py                                      ckpt_path="last" goes on
 
     def make_loader():
-        return Loader("chats/*.jsonl", tokenizer, 8, 2048, shuffle_seed=1)
+        return Loader("chats/*.jsonl", tokenizer, 8, 2048, seed=1)
 
     Trainer(max_steps=10_000).fit(model, datamodule=Batches(make_loader))
 

@@ -57,7 +57,7 @@ class Progress:
 
     >>> for timing in TIMINGS:
     ...     told, trained = Progress(num_iterations=3, timing=timing), 0
-    ...     loader = mid_loader([{"text": "Hi"}] * 99, "chat32k", 1, 4, device="cpu", progress=told, workers=0)
+    ...     loader = mid_loader([{"text": "Hi"}] * 99, "chat32k", 1, 4, device="cpu", progress=told, num_workers=0)
     ...     x, y = next(loader)
     ...     while not told.last_step:
     ...         trained += 1
@@ -105,8 +105,8 @@ def mid_loader(
     world_size: int = 1,
     progress: Progress | None = None,
     loss: str = "all",
-    max_tokens: int | None = MAX_TOKENS,
-    workers: int = 1,
+    max_document_tokens: int | None = MAX_TOKENS,
+    num_workers: int = 1,
     prefetch: int = 4,
 ) -> Pairs:
     """Return a generator of nanochat's midtraining batches: conversations end to end, B * T + 1 tokens a batch.
@@ -121,8 +121,8 @@ def mid_loader(
         world_size: of so many, as `ddp_world_size`.
         progress: is told of every batch; leave it out for validation.
         loss: `"all"`: every token is a target, as in nanochat; `"assistant"`: -1 where the assistant does not speak.
-        max_tokens: where a conversation is cut; 2048, whatever T is, in nanochat; None: nowhere.
-        workers: 0 does without a process of the loader's own, 2 and more tokenize in so many threads of it.
+        max_document_tokens: where a conversation is cut; 2048, whatever T is, in nanochat; None: nowhere.
+        num_workers: 0 does without a process of the loader's own, 2 and more tokenize in so many threads of it.
         prefetch: batches that are made ahead.
 
     The tensors, (B, T) int32 and int64, are fresh ones each time. The generator's `close()`, or its end as garbage,
@@ -135,12 +135,12 @@ def mid_loader(
         T,
         packing="stream",
         loss=loss,
-        max_tokens=max_tokens,
+        max_document_tokens=max_document_tokens,
         ignore_index=IGNORE_INDEX,
         rank=rank,
         world_size=world_size,
         device=device,
-        workers=workers,
+        num_workers=num_workers,
         prefetch=prefetch,
     )
     return _pairs(loader, progress)
@@ -157,8 +157,8 @@ def sft_loader(
     world_size: int = 1,
     progress: Progress | None = None,
     loss: str = "assistant",
-    max_tokens: int | None = MAX_TOKENS,
-    workers: int = 1,
+    max_document_tokens: int | None = MAX_TOKENS,
+    num_workers: int = 1,
     prefetch: int = 4,
 ) -> Pairs:
     """Return a generator of nanochat's SFT batches: rows of whole conversations, the best fit of 100, then padding.
@@ -175,12 +175,12 @@ def sft_loader(
         packing="best_fit_pad",
         window=100,
         loss=loss,
-        max_tokens=max_tokens,
+        max_document_tokens=max_document_tokens,
         ignore_index=IGNORE_INDEX,
         rank=rank,
         world_size=world_size,
         device=device,
-        workers=workers,
+        num_workers=num_workers,
         prefetch=prefetch,
     )
     return _pairs(loader, progress)
@@ -197,7 +197,7 @@ def base_loader(
     world_size: int | None = None,
     progress: Progress | None = None,
     input_dtype: torch.dtype = torch.int32,
-    workers: int = 1,
+    num_workers: int = 1,
     prefetch: int = 4,
 ) -> Pairs:
     """Return a generator of nanochat's pretraining batches: the best fit of 1,000 documents, the last of a row cropped.
@@ -214,7 +214,7 @@ def base_loader(
         world_size: of so many; likewise.
         progress: is told of every batch. nanochat's own loader tells nothing; the share of the data is that of SFT.
         input_dtype: `torch.int64` for inputs as nanochat's.
-        workers: see `mid_loader`.
+        num_workers: see `mid_loader`.
         prefetch: batches that are made ahead.
 
     Rank r of W reads documents r, r + W, r + 2W, ...; nanochat's reads the row groups r, r + W, ... of each file. For
@@ -235,7 +235,7 @@ def base_loader(
         rank=rank,
         world_size=world_size,
         device=device,
-        workers=workers,
+        num_workers=num_workers,
         prefetch=prefetch,
     )
     return _pairs(loader, progress, input_dtype)

@@ -30,7 +30,7 @@ from nanopack import demo, reference
 from nanopack.batch import Batch
 from nanopack.cli.html import explain_rows, save_page
 from nanopack.cli.lengths import Lengths, measure
-from nanopack.cli.options import RECIPE_DEFAULTS
+from nanopack.cli.options import CONFIG_DEFAULTS
 from nanopack.cli.plots import load_matplotlib, save_batch, save_curve, save_lengths
 from nanopack.cli.progress import Bar
 from nanopack.cli.summary import Totals, count_batches, percent
@@ -50,7 +50,7 @@ def pack(options: Namespace) -> int:
     save = _saver(options.save)
     kept: list[Batch] = []
     with _loader(options) as loader, Bar("packing") as bar:
-        totals = Totals(loader.recipe)
+        totals = Totals(loader.config)
         for batch in _deliver(loader, totals, options.max_batches, bar):
             if save or not kept:
                 kept.append(batch)
@@ -74,9 +74,9 @@ def verify(options: Namespace) -> int:
     for name in ("encoder", "executor"):
         data.pop(name, None)
     with _loader(options) as loader, Bar("verifying") as bar:
-        data |= {"rank": loader.recipe.rank, "world_size": loader.recipe.world_size}
+        data |= {"rank": loader.config.rank, "world_size": loader.config.world_size}
         expected = reference.batches(_conversations(options), loader.tokenizer, **data)
-        got = _deliver(loader, Totals(loader.recipe), options.max_batches, bar)
+        got = _deliver(loader, Totals(loader.config), options.max_batches, bar)
         found = compare(itertools.islice(expected, options.max_batches), got)
     if options.json:
         _print_json({"equal": bool(found), **dataclasses.asdict(found)})
@@ -97,9 +97,9 @@ def inspect(options: Namespace) -> int:
     for path in filter(None, (options.png, options.lengths_png)):
         load_matplotlib(path)
     with _loader(options) as loader:
-        if (options.row or 0) >= loader.recipe.batch_size:
-            raise ValueError(f"--row={options.row} is outside the batch; use 0 to {loader.recipe.batch_size - 1}")
-        totals = Totals(loader.recipe)
+        if (options.row or 0) >= loader.config.batch_size:
+            raise ValueError(f"--row={options.row} is outside the batch; use 0 to {loader.config.batch_size - 1}")
+        totals = Totals(loader.config)
         with Bar("packing") as bar:
             delivered = _deliver(loader, totals, options.max_batches, bar)
             drawn = next((batch for batch in delivered if batch.step == options.batch), None)
@@ -118,7 +118,7 @@ def inspect(options: Namespace) -> int:
         _print_json({**_inspection(lengths, loader, totals.report(ledger)), "written": written})
     else:
         print(f"{_title(options)}\n\n{tell_lengths(lengths, loader)}")
-        print(f"\nPacked with {loader.recipe.packing}:\n\n{table(totals.rows(ledger, speed=False))}")
+        print(f"\nPacked with {loader.config.packing}:\n\n{table(totals.rows(ledger, speed=False))}")
         if drawn is not None:
             print(f"\n{tell_batch(drawn, loader, options)}")
         if written:
@@ -148,17 +148,17 @@ def bench(options: Namespace) -> int:
 
 def _write_pictures(batch: Batch | None, lengths: Lengths, loader: Loader, options: Namespace) -> list[str]:
     """Write the pictures that were asked for, and return where."""
-    recipe = loader.recipe
+    config = loader.config
     if batch:
-        packed = f"{recipe.batch_size:,} rows x {recipe.seq_len:,} tokens, packed with {recipe.packing}"
+        packed = f"{config.batch_size:,} rows x {config.seq_len:,} tokens, packed with {config.packing}"
         padding = percent(1 - batch.num_tokens / batch.inputs.numel())
         title = f"{_title(options)}: batch {batch.step}, {packed}, {padding} padding"
     if batch and options.png:
-        save_batch(batch, options.png, title=title, ignore_index=recipe.ignore_index)
+        save_batch(batch, options.png, title=title, ignore_index=config.ignore_index)
     if batch and options.html:
         save_page(explain_rows(batch, loader), options.html, title=title)
     if options.lengths_png:
-        save_lengths(lengths, recipe, options.lengths_png, title=_title(options))
+        save_lengths(lengths, config, options.lengths_png, title=_title(options))
     return [str(path) for path in (options.png, options.lengths_png, options.html) if path]
 
 
@@ -214,7 +214,7 @@ def _title(options: Namespace) -> str:
 
 def _loader_options(options: Namespace) -> dict[str, Any]:
     """Return what was asked for of the loader; one pass over the data unless more were."""
-    given = {name: value for name, value in vars(options).items() if name in (*RECIPE_DEFAULTS, "encoder", "executor")}
+    given = {name: value for name, value in vars(options).items() if name in (*CONFIG_DEFAULTS, "encoder", "executor")}
     return {"epochs": 1, **given}
 
 
@@ -265,8 +265,8 @@ def _safetensors(path: Path) -> Any:
 
 def _measure(loader: Loader, read: int) -> Lengths:
     """Return the lengths of what the loader has read in its first pass."""
-    recipe, source = loader.recipe, loader.source
-    share = Share(len(source), recipe.rank, recipe.world_size, recipe.shuffle_seed)
+    config, source = loader.config, loader.source
+    share = Share(len(source), config.rank, config.world_size, config.seed)
     count = min(read, share.reads(1))
     with Bar("measuring") as bar:
 
@@ -275,11 +275,11 @@ def _measure(loader: Loader, read: int) -> Lengths:
                 yield share.conversation(number)
                 bar.show((number + 1) / count, f"{number + 1:,} conversations")
 
-        return measure(source, indices(), Renderer(loader.tokenizer, recipe.template))
+        return measure(source, indices(), Renderer(loader.tokenizer, config.template))
 
 
 def _inspection(lengths: Lengths, loader: Loader, packed: dict[str, Any]) -> dict[str, Any]:
-    row_tokens = loader.recipe.row_tokens
+    row_tokens = loader.config.row_tokens
     histogram = [found._asdict() for found in lengths.histogram(row_tokens)]
     return {"documents": lengths.summary(row_tokens, loader.source.where), "histogram": histogram, "packing": packed}
 

@@ -38,11 +38,11 @@ class _Table:
 
 def explain_rows(batch: Batch, loader: Loader) -> list[list[Explanation]]:
     """Return what `loader.explain` says of every slot."""
-    recipe, source, tokenizer = loader.recipe, loader.source, loader.tokenizer
-    render = Renderer(tokenizer, recipe.template)
+    config, source, tokenizer = loader.config, loader.source, loader.tokenizer
+    render = Renderer(tokenizer, config.template)
     return [
-        explain_row(batch, row, source=source, tokenizer=tokenizer, render=render, recipe=recipe)
-        for row in range(recipe.batch_size)
+        explain_row(batch, row, source=source, tokenizer=tokenizer, render=render, config=config)
+        for row in range(config.batch_size)
     ]
 
 

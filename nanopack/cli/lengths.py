@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nanopack.config import Recipe
+from nanopack.config import LoaderConfig
 from nanopack.conversations.records import Conversation, Source, check
 from nanopack.packing.packers import make_packer
 from nanopack.render.renderer import Document
@@ -61,9 +61,9 @@ class Lengths:
             "tokens_beyond_row": int((self.tokens[longer] - row_tokens).sum()),
         }
 
-    def rows(self, recipe: Recipe, where: Callable[[int], str]) -> list[tuple[str, str, str]]:
+    def rows(self, config: LoaderConfig, where: Callable[[int], str]) -> list[tuple[str, str, str]]:
         """Return (name, number, note) of the statistics."""
-        found = self.summary(recipe.row_tokens, where)
+        found = self.summary(config.row_tokens, where)
         rows = [
             ("documents", f"{found['count']:,}", ""),
             ("tokens", f"{found['tokens']:,}", "before anything is cut"),
@@ -77,10 +77,10 @@ class Lengths:
             ("90%", f"{found['p90']:,.0f}", "or fewer"),
             ("99%", f"{found['p99']:,.0f}", "or fewer"),
             ("longest", f"{found['max']:,}", found["longest"]),
-            ("too long", f"{found['longer_than_row']:,}", f"documents, for a row of {recipe.row_tokens:,} tokens"),
+            ("too long", f"{found['longer_than_row']:,}", f"documents, for a row of {config.row_tokens:,} tokens"),
         ]
         if found["longer_than_row"]:
-            rows.append(("", f"{found['tokens_beyond_row']:,}", f"tokens in them beyond that, {_fate(recipe)}"))
+            rows.append(("", f"{found['tokens_beyond_row']:,}", f"tokens in them beyond that, {_fate(config)}"))
         return rows
 
     def histogram(self, row_tokens: int) -> list[Bin]:
@@ -92,15 +92,15 @@ class Lengths:
             bins.append(Bin(least, most, len(inside), int(inside.sum())))
         return bins
 
-    def padding(self, recipe: Recipe, packing: str, window: int | None) -> float:
+    def padding(self, config: LoaderConfig, packing: str, window: int | None) -> float:
         """Return which share of 1 of the slots is padding when these documents are packed so, once; 0 without any.
 
         A document in which nothing is trained any more once it is cut to a row counts here; a loader may drop it.
         """
-        drops = recipe.loss == "assistant" and packing in ("best_fit", "pad")
+        drops = config.loss == "assistant" and packing in ("best_fit", "pad")
         kept = self.tokens[self.trained > 0] if drops else self.tokens
-        documents = iter(enumerate(np.minimum(kept, recipe.row_tokens).tolist()))
-        columns = recipe.seq_len
+        documents = iter(enumerate(np.minimum(kept, config.row_tokens).tolist()))
+        columns = config.seq_len
         packer = make_packer(packing, lambda: next(documents, None), batch_size=1, seq_len=columns, window=window)
         rows = tokens = 0
         while row := packer.next_rows():
@@ -109,10 +109,10 @@ class Lengths:
         return 1 - tokens / (rows * columns) if rows else 0.0
 
 
-def _fate(recipe: Recipe) -> str:
-    if recipe.cuts_to_row:
+def _fate(config: LoaderConfig) -> str:
+    if config.cuts_to_row:
         return "which are cut"
-    return "which go into the next row" if recipe.packing == "stream" else "which may be cropped"
+    return "which go into the next row" if config.packing == "stream" else "which may be cropped"
 
 
 def bin_edges(row_tokens: int) -> list[int]:

@@ -28,11 +28,11 @@ import sys
 from collections.abc import Sequence
 
 from nanopack.cli.commands import bench, demo_train, inspect, pack, verify
-from nanopack.cli.options import RECIPE_DEFAULTS, TOKENIZERS, parse
+from nanopack.cli.options import CONFIG_DEFAULTS, TOKENIZERS, parse
 from nanopack.cli.progress import warnings_on_stderr
 from nanopack.errors import ConversationError
 
-NAMES = "|".join([*RECIPE_DEFAULTS, "tokenizer", "encoder", "executor"])
+NAMES = "|".join([*CONFIG_DEFAULTS, "tokenizer", "encoder", "executor"])
 # In an error: what is quoted, or else an argument's name before a value. A path may hold rank=0/ too, quoted or not.
 ARGUMENT = re.compile(rf"""(?<!\w)(['"])(?:\\.|(?!\1).)*\1|(?<![^\s(])({NAMES})=(?=['"(\[]|[-\w]+(?:[\s,;:)]|$))""")
 

@@ -3,7 +3,7 @@
     argv   ->   parse()   ->   a Namespace, upon which commands.py acts
 
 An option of the loader that is not given is not in the Namespace either, so that every default stands in one place:
-recipe.py. Choices, numbers and file names are checked here, everything else by the loader.
+config.py. Choices, numbers and file names are checked here, everything else by the loader.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nanopack import __version__
-from nanopack.config import EXTRAS, LOSSES, ON_ERROR, SHARDS, TEMPLATES, WEIGHTS, Recipe
+from nanopack.config import EXTRAS, LOSS_WEIGHTS, LOSSES, ON_ERROR, SHARDS, TEMPLATES, LoaderConfig
 from nanopack.packing.packers import MAX_AGE, PACKINGS, WINDOWS
 from nanopack.tokenizers.splintr import ENCODERS
 
-RECIPE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Recipe)}
+CONFIG_DEFAULTS = {field.name: field.default for field in dataclasses.fields(LoaderConfig)}
 LISTED_PIECES = 12
 """Pieces of a row that inspect lists unless asked for one row."""
 
@@ -147,7 +147,7 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_data_options(group: argparse._ArgumentGroup) -> None:
     def option(name: str, what: str, default: object = "", **settings: Any) -> None:
-        shown = default or RECIPE_DEFAULTS.get(name)
+        shown = default or CONFIG_DEFAULTS.get(name)
         what += "" if shown is None or isinstance(shown, (bool, tuple)) else f" (default: {shown})"
         group.add_argument(f"--{name.replace('_', '-')}", help=what, default=argparse.SUPPRESS, **settings)
 
@@ -159,16 +159,16 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
     option("packing", PACKING_HELP, choices=PACKINGS)
     option("loss", "which tokens are trained", choices=LOSSES)
     option(
-        "weights",
+        "loss_weights",
         "add loss weights: 1 a trained token, or such that every conversation counts once",
-        choices=WEIGHTS[1:],
+        choices=LOSS_WEIGHTS[1:],
     )
     option(
         "extras", f"more tensors, with commas: {', '.join(EXTRAS)}", metavar="A,B", type=lambda text: text.split(",")
     )
     option("max_pieces", "pieces a row for which cu_seqlens has room", "T // 8 + 1", metavar="N", type=int)
     option("template", "the chat template", choices=TEMPLATES)
-    option("max_tokens", "cut documents to this many tokens", metavar="N", type=int)
+    option("max_document_tokens", "cut documents to this many tokens", metavar="N", type=int)
     option("window", "documents among which to choose", windows, metavar="N", type=int)
     option("max_age", "rows that a document may wait", f"{MAX_AGE}, best_fit only", metavar="N", type=int)
     option("refill", "documents read at a time", metavar="N", type=int)
@@ -184,7 +184,7 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
     option("rank", "which share of the conversations to read", "0", metavar="R", type=int)
     option("world_size", "number of shares", metavar="W", type=int)
     option("shard", "what reads a share: a rank, or a row of all ranks' batches together", choices=SHARDS)
-    option("shuffle_seed", "a new order in each pass", metavar="S", type=int)
+    option("seed", "a new order in each pass", metavar="S", type=int)
     option("epochs", "passes over the conversations", "1", metavar="N", type=int)
     option("executor", "what makes the tensors", "torch", choices=("torch", "triton"))
     option("on_error", "at a conversation that is not valid", choices=ON_ERROR)

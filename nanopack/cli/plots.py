@@ -19,7 +19,7 @@ import numpy as np
 from nanopack.batch import Batch
 from nanopack.cli.lengths import Lengths
 from nanopack.cli.text import trained_columns
-from nanopack.config import Recipe
+from nanopack.config import LoaderConfig
 from nanopack.demo import Run
 
 # Of Okabe and Ito's palette, which colour-blind readers tell apart: https://jfly.uni-koeln.de/color/
@@ -116,22 +116,22 @@ def _legend_makers() -> tuple[Any, Any]:
     return importlib.import_module("matplotlib.patches").Patch, importlib.import_module("matplotlib.lines").Line2D
 
 
-def save_lengths(lengths: Lengths, recipe: Recipe, path: Path, *, title: str) -> None:
+def save_lengths(lengths: Lengths, config: LoaderConfig, path: Path, *, title: str) -> None:
     """Write two panels: documents and their tokens by length, and padding by packing and window."""
     figure = load_matplotlib(path)(figsize=(13, 5), layout="constrained")
     figure.suptitle(title, fontsize=13)
     left, right = figure.subplots(1, 2)
-    _draw_lengths(left, lengths, recipe)
-    _draw_padding(right, lengths, recipe)
+    _draw_lengths(left, lengths, config)
+    _draw_padding(right, lengths, config)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=DOTS_PER_INCH)
 
 
-def _draw_lengths(axes: Any, lengths: Lengths, recipe: Recipe) -> None:
+def _draw_lengths(axes: Any, lengths: Lengths, config: LoaderConfig) -> None:
     tokens = lengths.tokens
-    longest = max(recipe.row_tokens, int(tokens.max(initial=1)))
+    longest = max(config.row_tokens, int(tokens.max(initial=1)))
     edges = np.geomspace(1, longest + 1, 41)
     for offset, weights, colour, label in (
         (0.0, np.ones(len(tokens)), BLUE, "of the documents"),
@@ -140,18 +140,18 @@ def _draw_lengths(axes: Any, lengths: Lengths, recipe: Recipe) -> None:
         heights, _ = np.histogram(tokens, edges, weights=100 * weights / max(1, weights.sum()))
         widths = np.diff(edges) / 2
         axes.bar(edges[:-1] + offset * np.diff(edges), heights, widths, align="edge", color=colour, label=label)
-    axes.axvline(recipe.row_tokens, color="black", linestyle="--", label=f"a row: {recipe.row_tokens:,} tokens")
+    axes.axvline(config.row_tokens, color="black", linestyle="--", label=f"a row: {config.row_tokens:,} tokens")
     axes.set_xscale("log", base=2)
     ticks = [2**power for power in range(0, longest.bit_length() + 1, 2)]
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.set(xlabel="length of a document (tokens)", ylabel="share (%)", title="How long documents are")
 
 
-def _draw_padding(axes: Any, lengths: Lengths, recipe: Recipe) -> None:
-    alone = 100 * lengths.padding(recipe, "pad", None)
+def _draw_padding(axes: Any, lengths: Lengths, config: LoaderConfig) -> None:
+    alone = 100 * lengths.padding(config, "pad", None)
     axes.axhline(alone, color="black", linestyle="--", label=f"pad, one document a row: {alone:.0f}%")
     for packing, mark, colour in (("best_fit", "o-", BLUE), ("best_fit_pad", "x--", VERMILION)):
-        padding = [100 * lengths.padding(recipe, packing, window) for window in WINDOWS]
+        padding = [100 * lengths.padding(config, packing, window) for window in WINDOWS]
         axes.plot(WINDOWS, padding, mark, color=colour, label=packing)
     axes.axhline(0, color=COLOURS[2], linewidth=3, label="stream, best_fit_crop: no padding")
     axes.set_xscale("log", base=2)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanopack.batch import Batch
-from nanopack.config import Recipe
+from nanopack.config import LoaderConfig
 
 REASONS = {
     "untrained": "nothing in them is trained",
-    "max_tokens": "beyond max_tokens",
+    "max_document_tokens": "beyond max_document_tokens",
     "seq_len": "documents longer than a row",
     "crop": "to fill a row exactly",
 }
@@ -24,7 +24,7 @@ REASONS = {
 class Totals:
     """What the batches so far hold together."""
 
-    recipe: Recipe
+    config: LoaderConfig
     batches: int = 0
     seconds: float = 0.0
     """Waited for batches."""
@@ -41,26 +41,26 @@ class Totals:
 
     def add(self, batch: Batch, seconds: float) -> None:
         """Count a batch, and how long it took to come."""
-        columns = self.recipe.seq_len
+        columns = self.config.seq_len
         pieces = [piece for row in batch.word_pieces for piece in row]
         self.batches += 1
         self.seconds += seconds
         self.tokens += batch.num_tokens
         self.last_tokens = batch.num_tokens
         self.ended = batch.last
-        self.trained += batch.num_trained
+        self.trained += batch.num_loss_tokens
         self.alone_rows += len(pieces)
         self.alone_tokens += sum(min(piece.length, columns) for piece in pieces)
 
     def report(self, ledger: dict[str, Any]) -> dict[str, Any]:
         """Return the totals as plain data (JSON-able); shares are of 1, None where there is nothing to share."""
-        recipe = self.recipe
-        batch_slots = recipe.batch_size * recipe.seq_len
+        config = self.config
+        batch_slots = config.batch_size * config.seq_len
         full = self.tokens - self.last_tokens if self.ended else None
         return {
-            "packing": recipe.packing,
-            "batch_size": recipe.batch_size,
-            "seq_len": recipe.seq_len,
+            "packing": config.packing,
+            "batch_size": config.batch_size,
+            "seq_len": config.seq_len,
             "batches": self.batches,
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -74,13 +74,13 @@ class Totals:
 
     def _padding_one_a_row(self) -> float | None:
         # Only where no document is cut in the middle does a piece tell how long its document is.
-        whole = self.alone_tokens if self.recipe.cuts_to_row else None
-        return _padding(whole, self.alone_rows * self.recipe.seq_len)
+        whole = self.alone_tokens if self.config.cuts_to_row else None
+        return _padding(whole, self.alone_rows * self.config.seq_len)
 
     def rows(self, ledger: dict[str, Any], *, speed: bool = True) -> list[tuple[str, str, str]]:
         """Return (name, number, note) of everything that a reader wants to know of the run."""
         report = self.report(ledger)
-        batches = f"of {self.recipe.batch_size:,} rows x {self.recipe.seq_len:,} tokens"
+        batches = f"of {self.config.batch_size:,} rows x {self.config.seq_len:,} tokens"
         return [
             *_conversation_rows(ledger["conversations"]),
             *_token_rows(ledger["tokens"]),

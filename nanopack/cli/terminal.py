@@ -30,15 +30,15 @@ SHOWN_TOKENS = 100
 
 def tell_lengths(lengths: Lengths, loader: Loader) -> str:
     """Return how long the documents are: a table, and a histogram where there is one."""
-    rows = table(lengths.rows(loader.recipe, _file_and_line(loader)))
-    bins = lengths.histogram(loader.recipe.row_tokens)
+    rows = table(lengths.rows(loader.config, _file_and_line(loader)))
+    bins = lengths.histogram(loader.config.row_tokens)
     return f"{rows}\n\n{draw_histogram(bins, width=_width(), colour=_colour())}" if len(lengths.tokens) else rows
 
 
 def tell_batch(batch: Batch, loader: Loader, options: Namespace) -> str:
     """Return some rows of a batch, drawn, and the pieces of the row that was asked for."""
     row = options.row or 0
-    rows = list(range(min(options.rows, loader.recipe.batch_size)))
+    rows = list(range(min(options.rows, loader.config.batch_size)))
     if row not in rows:
         rows.append(row)
     pieces = list_pieces(
@@ -46,18 +46,18 @@ def tell_batch(batch: Batch, loader: Loader, options: Namespace) -> str:
         row,
         where=_file_and_line(loader),
         text=_first_words(loader.tokenizer),
-        ignore_index=loader.recipe.ignore_index,
+        ignore_index=loader.config.ignore_index,
         width=_width(),
         colour=_colour(),
         limit=LISTED_PIECES if options.row is None else None,
     )
-    title = f"Batch {batch.step}, {len(rows)} of {loader.recipe.batch_size} rows:"
+    title = f"Batch {batch.step}, {len(rows)} of {loader.config.batch_size} rows:"
     return f"{title}\n\n{draw(batch, rows, loader)}\n\nRow {row}:\n\n{pieces}"
 
 
 def draw(batch: Batch, rows: Sequence[int], loader: Loader) -> str:
     """Return these rows of a batch, drawn."""
-    return draw_rows(batch, rows, ignore_index=loader.recipe.ignore_index, width=_width(), colour=_colour())
+    return draw_rows(batch, rows, ignore_index=loader.config.ignore_index, width=_width(), colour=_colour())
 
 
 def tell_run(run: demo.Run) -> str:

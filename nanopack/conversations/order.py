@@ -30,7 +30,7 @@ class Share:
     n: int
     rank: int
     world_size: int
-    shuffle_seed: int | None = None
+    seed: int | None = None
 
     def conversation(self, read: int) -> int:
         """Return the conversation that reading number `read` (from 0) takes."""
@@ -50,10 +50,10 @@ class Share:
     def at(self, reads: np.ndarray) -> list[int]:
         """Return the conversations that these readings take, (k,) int64."""
         place = self.rank + reads * self.world_size
-        if self.shuffle_seed is None:
+        if self.seed is None:
             found: list[int] = (place % self.n).tolist()
         else:
-            found = permute(place % self.n, self.n, self.shuffle_seed, place // self.n).tolist()
+            found = permute(place % self.n, self.n, self.seed, place // self.n).tolist()
         return found
 
     def epoch(self, read: int) -> int:

@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
-from nanopack.config import Recipe
+from nanopack.config import LoaderConfig
 from nanopack.conversations.records import Source
 from nanopack.errors import ProducerError
 from nanopack.producer.child import START_METHOD, WATCH, Failure, how_it_ended, leave_parent_behind, widen
@@ -59,7 +59,7 @@ class Process:
         self,
         source: Source,
         tokenizer: AnyTokenizer,
-        recipe: Recipe,
+        config: LoaderConfig,
         layout: Layout,
         slots: int,
         workers: int,
@@ -76,7 +76,7 @@ class Process:
         self._trainer = os.getpid()
         self._lock = threading.RLock()
         _open.add(self)
-        arguments = (source, tokenizer, recipe, workers, start, self.ring, news, alive, self._trainer)
+        arguments = (source, tokenizer, config, workers, start, self.ring, news, alive, self._trainer)
         self._process: Any = context.Process(target=_serve, args=arguments, name="nanopack producer", daemon=True)
         try:
             widen(news)
@@ -207,13 +207,13 @@ def _start(process: Any) -> None:
             process.start()
     except AssertionError as error:
         raise ValueError(
-            "workers=1 and more start a process, which a daemonic process such as a DataLoader's worker may not; "
-            "use workers=0 there"
+            "num_workers=1 and more start a process, which a daemonic process such as a DataLoader's worker may not; "
+            "use num_workers=0 there"
         ) from error
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"workers=1 and more start a process, for which conversations and tokenizer must be picklable on this "
-            f"platform ({error}); pass files, or use workers=0"
+            f"num_workers=1 and more start a process, for which conversations and tokenizer must be picklable on this "
+            f"platform ({error}); pass files, or use num_workers=0"
         ) from error
 
 
@@ -242,7 +242,7 @@ def _ctrl_c_waits() -> Iterator[None]:
 def _serve(
     source: Source,
     tokenizer: AnyTokenizer,
-    recipe: Recipe,
+    config: LoaderConfig,
     workers: int,
     start: Start,
     ring: Ring,
@@ -253,7 +253,7 @@ def _serve(
     """Be the producer process: fill each slot that comes free, in order, until the data or the trainer end."""
     try:
         _settle(news, alive, trainer)
-        producer = Producer(source, tokenizer, recipe, start, workers=workers, signs=ring.signs)
+        producer = Producer(source, tokenizer, config, start, workers=workers, signs=ring.signs)
         _produce(producer, ring, news, alive)
     except (EOFError, BrokenPipeError):
         pass  # the trainer has closed the loader, or is gone

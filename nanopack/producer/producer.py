@@ -14,7 +14,7 @@ from functools import partial
 from math import fsum
 from typing import Any, NamedTuple
 
-from nanopack.config import Recipe
+from nanopack.config import LoaderConfig
 from nanopack.conversations.records import Source, check
 from nanopack.errors import TemplateError
 from nanopack.packing.rows import Row
@@ -55,13 +55,13 @@ FROM_THE_BEGINNING = Start()
 
 
 class Producer:
-    """Fills slots with the batches of a recipe, one after the other."""
+    """Fills slots with the batches of a config, one after the other."""
 
     def __init__(
         self,
         source: Source,
         tokenizer: AnyTokenizer,
-        recipe: Recipe,
+        config: LoaderConfig,
         start: Start = FROM_THE_BEGINNING,
         *,
         workers: int = 0,
@@ -74,15 +74,15 @@ class Producer:
         """
         self._signs = signs
         self.source = source
-        self.recipe = recipe
-        self.layout = Layout.of(recipe, tokenizer.vocab_size)
-        self._reader = Reader(source, tokenizer, recipe, self.layout)
+        self.config = config
+        self.layout = Layout.of(config, tokenizer.vocab_size)
+        self._reader = Reader(source, tokenizer, config, self.layout)
         self.render = self._reader.render
-        if missing_tokens(tokenizer, recipe.template):
+        if missing_tokens(tokenizer, config.template):
             self._try_the_first()
         self._tell = None if signs is None else partial(signs.say, READING)
         self._workers = Workers(workers, self._reader, self._tell) if workers else None
-        self._lanes = [Lane(number, source, recipe, self.layout, self._read_all) for number in recipe.lanes]
+        self._lanes = [Lane(number, source, config, self.layout, self._read_all) for number in config.lanes]
         self._step = 0
         self._batches = start.batches
         if start.state is not None:
@@ -101,7 +101,7 @@ class Producer:
             return None
         if self._signs is not None:
             self._signs.say(FILLING)
-        rows = [[*own, *[[]] * (self.recipe.lane_rows - len(own))] for own in rows]
+        rows = [[*own, *[[]] * (self.config.lane_rows - len(own))] for own in rows]
         filled = slot.fill([row for own in rows for row in own])
         self._count_slots(rows, filled.row_trained)
         self._step += 1
@@ -138,12 +138,12 @@ class Producer:
 
         It renders all the data, or this rank's share of them, and packs their lengths.
         """
-        lanes = self.recipe.all_lanes if of_all_ranks else self.recipe.lanes
-        return count_batches(self.source, self.recipe, lanes, self._read_all)
+        lanes = self.config.all_lanes if of_all_ranks else self.config.lanes
+        return count_batches(self.source, self.config, lanes, self._read_all)
 
     def _batches_of_the_longest(self) -> int:
         """Return how many batches the rank with most of them has. Called when this one has no more."""
-        if self.recipe.world_size == 1:
+        if self.config.world_size == 1:
             return self._step
         if self._batches is None:
             self._batches, _ = self.count_batches(of_all_ranks=True)
@@ -151,12 +151,12 @@ class Producer:
 
     def _read_all(self, indexes: Iterable[int]) -> Iterator[Read]:
         if self._workers is not None:
-            return self._workers.read_all(indexes, lanes=len(self.recipe.lanes))
-        tokens = self.recipe.lane_rows * self.recipe.seq_len
+            return self._workers.read_all(indexes, lanes=len(self.config.lanes))
+        tokens = self.config.lane_rows * self.config.seq_len
         return read_in_turn(self._reader, indexes, batch_tokens=tokens, tell=self._tell)
 
     def _count_slots(self, rows: list[list[Row]], row_trained: list[int]) -> None:
         trained = iter(row_trained)
         for lane, own in zip(self._lanes, rows, strict=True):
-            tokens = sum(min(sum(run.length for run in row), self.recipe.seq_len) for row in own)
+            tokens = sum(min(sum(run.length for run in row), self.config.seq_len) for row in own)
             lane.count_slots(tokens, sum(next(trained) for _ in own))

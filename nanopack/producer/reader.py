@@ -15,7 +15,7 @@ from itertools import accumulate, islice, pairwise
 
 import numpy as np
 
-from nanopack.config import Recipe
+from nanopack.config import LoaderConfig
 from nanopack.conversations.records import Conversation, Source, check
 from nanopack.render.renderer import Document, Plan, Renderer
 from nanopack.ring.layout import Layout
@@ -50,16 +50,16 @@ class Read:
 class Reader:
     """Reads conversations by number. Nothing in it changes, so that any process may do it."""
 
-    def __init__(self, source: Source, tokenizer: AnyTokenizer, recipe: Recipe, layout: Layout) -> None:
+    def __init__(self, source: Source, tokenizer: AnyTokenizer, config: LoaderConfig, layout: Layout) -> None:
         """See `Renderer` for what it raises."""
-        self._arguments = source, tokenizer, recipe, layout
+        self._arguments = source, tokenizer, config, layout
         self._source = source
-        self._recipe = recipe
+        self._config = config
         self._word_dtype = layout.word_dtype
         self._loss_bit = layout.word_dtype.type(layout.loss_bit)
-        self.render = Renderer(tokenizer, recipe.template)
+        self.render = Renderer(tokenizer, config.template)
 
-    def __reduce__(self) -> tuple[type[Reader], tuple[Source, AnyTokenizer, Recipe, Layout]]:
+    def __reduce__(self) -> tuple[type[Reader], tuple[Source, AnyTokenizer, LoaderConfig, Layout]]:
         # closures do not pickle
         return Reader, self._arguments
 
@@ -95,14 +95,14 @@ class Reader:
             read.error = error
 
     def _prepare(self, reads: Sequence[Read], documents: Sequence[Document]) -> None:
-        """Cut documents and decide which of their tokens are trained, as the recipe says; tell it in their `reads`."""
+        """Cut documents and decide which of their tokens are trained, as the config says; tell it in their `reads`."""
         if not documents:
             return
-        recipe = self._recipe
+        config = self._config
         lengths = []
         for read, document in zip(reads, documents, strict=True):
             read.tokens = length = len(document.ids)
-            for reason, limit in recipe.limits:
+            for reason, limit in config.limits:
                 if length > limit:
                     read.cut[reason] = length - limit
                     length = limit
@@ -110,18 +110,18 @@ class Reader:
         kept = list(zip(documents, lengths, strict=True))
         words = np.concatenate([document.ids[:n] for document, n in kept], dtype=self._word_dtype, casting="unsafe")
         mask = np.ones(len(words), bool)
-        if recipe.loss != "all":
+        if config.loss != "all":
             np.concatenate([document.mask[:n] for document, n in kept], out=mask)
         begins = list(accumulate(lengths, initial=0))
-        if not recipe.boundary_loss:
+        if not config.boundary_loss:
             mask[begins[:-1]] = False
         words |= np.multiply(mask, self._loss_bit, dtype=words.dtype)
         # no document is empty
         trained = np.add.reduceat(mask, begins[:-1], dtype=np.int64).tolist()
         for read, (begin, end), count in zip(reads, pairwise(begins), trained, strict=True):
-            if count or not recipe.drops_untrained:
+            if count or not config.drops_untrained:
                 read.words = words[begin:end]
-                read.weight = weigh(recipe, read.own_weight, count)
+                read.weight = weigh(config, read.own_weight, count)
 
 
 def read_in_turn(
@@ -145,8 +145,8 @@ def read_in_turn(
         size = max(1, min(CHUNK, most * len(part) // max(1, sum(read.tokens for read in reads))))
 
 
-def weigh(recipe: Recipe, own_weight: float, trained: int) -> float:
+def weigh(config: LoaderConfig, own_weight: float, trained: int) -> float:
     """Return the loss weight of each trained token of a document that has so many."""
-    if recipe.weights == "conversation":
+    if config.loss_weights == "conversation":
         return own_weight / trained if trained else 0.0
-    return 1.0 if recipe.weights is None else own_weight
+    return 1.0 if config.loss_weights is None else own_weight

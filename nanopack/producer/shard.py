@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from nanopack.config import Recipe
+from nanopack.config import LoaderConfig
 from nanopack.conversations.order import Share
 from nanopack.conversations.records import Source
 from nanopack.errors import ConversationError, EncoderError, ProducerError, TemplateError
@@ -34,42 +34,42 @@ log = logging.getLogger("nanopack")
 ReadAll = Callable[[Iterable[int]], Iterator[Read]]
 
 
-def refuse(read: Read, source: Source, recipe: Recipe) -> str:
+def refuse(read: Read, source: Source, config: LoaderConfig) -> str:
     """Raise what is wrong with a conversation and where it stands, or return that where it is to be skipped."""
     error = read.error
     if not isinstance(error, Exception) or isinstance(error, (MemoryError, TemplateError, EncoderError, ProducerError)):
         raise error or AssertionError("a conversation without document and error")
     what = str(error) if isinstance(error, ConversationError) else f"{type(error).__name__}: {error}"
     what = f"{source.where(read.index)}, {what}"
-    if recipe.on_error == "raise":
+    if config.on_error == "raise":
         raise ConversationError(f'{what}. Fix it or pass on_error="skip".') from error
     return what
 
 
-def packer_of(recipe: Recipe, read: Callable[[], tuple[Any, int] | None]) -> Packer:
+def packer_of(config: LoaderConfig, read: Callable[[], tuple[Any, int] | None]) -> Packer:
     """Return the packer of one lane, which asks for documents by `read`."""
     return make_packer(
-        recipe.packing,
+        config.packing,
         read,
-        batch_size=recipe.lane_rows,
-        seq_len=recipe.seq_len,
-        window=recipe.window,
-        max_age=recipe.max_age,
-        refill=recipe.refill,
-        overlap=recipe.overlap,
+        batch_size=config.lane_rows,
+        seq_len=config.seq_len,
+        window=config.window,
+        max_age=config.max_age,
+        refill=config.refill,
+        overlap=config.overlap,
     )
 
 
 class Lane:
     """One share of the conversations and the packing of it."""
 
-    def __init__(self, number: int, source: Source, recipe: Recipe, layout: Layout, read_all: ReadAll) -> None:
+    def __init__(self, number: int, source: Source, config: LoaderConfig, layout: Layout, read_all: ReadAll) -> None:
         """Be lane `number` of all ranks' lanes. `read_all` reads the conversations of these numbers, in order."""
         self.number = number
-        self.share = Share(len(source), number, len(recipe.all_lanes), recipe.shuffle_seed)
+        self.share = Share(len(source), number, len(config.all_lanes), config.seed)
         self.ledger = Ledger()
         self._source = source
-        self._recipe = recipe
+        self._config = config
         self._layout = layout
         self._loss_bit = layout.word_dtype.type(layout.loss_bit)
         self._read_all = read_all
@@ -79,7 +79,7 @@ class Lane:
         # conversations that gave no document since the last one that did, and how many readings that took
         self._fruitless: set[int] = set()
         self._in_vain = 0
-        self._packer = packer_of(recipe, self._read)
+        self._packer = packer_of(config, self._read)
         self._reading = self._read_from(0)
 
     def next_rows(self) -> list[Row]:
@@ -88,7 +88,7 @@ class Lane:
         Raises ConversationError for a bad conversation (with on_error="raise"), ValueError where nothing can be packed.
         """
         rows = self._packer.next_rows()
-        if self._recipe.packing == "best_fit_crop":
+        if self._config.packing == "best_fit_crop":
             self._weigh_what_was_cropped(rows)
         self._count_packer()
         if self._mixture is not None:
@@ -97,7 +97,7 @@ class Lane:
 
     def count_slots(self, tokens: int, trained: int) -> None:
         """Count a batch's slots that are this lane's: those with tokens, and the trained targets."""
-        slots = self._recipe.lane_rows * self._recipe.seq_len
+        slots = self._config.lane_rows * self._config.seq_len
         self.ledger.slots += slots
         self.ledger.slots_tokens += tokens
         self.ledger.slots_padding += slots - tokens
@@ -113,18 +113,18 @@ class Lane:
         """Pass over the data that the reading has reached, from 1."""
         epoch = self.share.epoch(self.ledger.conversations_read)
         # the end of the last pass begins no other
-        return min(epoch, self._recipe.epochs or epoch)
+        return min(epoch, self._config.epochs or epoch)
 
     def progress(self) -> tuple[float, bool]:
         """Return the share of the data consumed, and whether that is all of it."""
-        ledger, share, passes = self.ledger, self.share, self._recipe.epochs or 1
-        stream = self._recipe.packing == "stream"
+        ledger, share, passes = self.ledger, self.share, self._config.epochs or 1
+        stream = self._config.packing == "stream"
         done = ledger.conversations_read
         if not stream:
             done = ledger.conversations_packed + ledger.conversations_dropped.total() + ledger.conversations_skipped
         consumed = share.rank + share.world_size * done
         last = consumed >= passes * share.n
-        if self._recipe.epochs is not None:
+        if self._config.epochs is not None:
             return min(1.0, consumed / (passes * share.n)), last
         # nanochat's: the stream tells where it reads, the rows how much they have consumed, past 1 in a second pass
         return (share.place(done) if stream else consumed) / share.n, last
@@ -171,13 +171,13 @@ class Lane:
 
     def _words_again(self, number: int, read: Read) -> Words:
         if read.error is not None:
-            raise ConversationError(f"{refuse(read, self._source, self._recipe)}. It could be read before.")
+            raise ConversationError(f"{refuse(read, self._source, self._config)}. It could be read before.")
         if read.words is None:
             raise ValueError(f"{self._source.where(read.index)} has changed: nothing in it is trained any more")
         return Words(number, read.index, read.words, read.weight, read.own_weight)
 
     def _read_from(self, start: int) -> Iterator[Read]:
-        epochs = self._recipe.epochs
+        epochs = self._config.epochs
         stop = None if epochs is None else self.share.reads(epochs)
         return self._read_all(self.share.conversations(start, stop))
 
@@ -193,13 +193,13 @@ class Lane:
 
     def _give_up_on_nothing(self, conversation: int) -> None:
         """Raise ValueError where reading on can give no document any more."""
-        if self._recipe.epochs is not None:
+        if self._config.epochs is not None:
             return
         n = self.share.n
         self._in_vain += 1
         self._fruitless.add(conversation)
         # without a shuffle, n readings have been at every conversation that the lane will ever read
-        if len(self._fruitless) == n or (self.share.shuffle_seed is None and self._in_vain >= n):
+        if len(self._fruitless) == n or (self.share.seed is None and self._in_vain >= n):
             raise ValueError(
                 f"nothing to pack: in a whole pass over the data ({n} conversations) each one was dropped because "
                 f"nothing in it is trained, or skipped as bad; look at the first, or use loss='all'"
@@ -211,7 +211,7 @@ class Lane:
         for ledger in ledgers:
             ledger.conversations_read += 1
         if read.error is not None:
-            log.warning("skipped %s", refuse(read, self._source, self._recipe))
+            log.warning("skipped %s", refuse(read, self._source, self._config))
             for ledger in ledgers:
                 ledger.conversations_skipped += 1
             return None
@@ -229,7 +229,7 @@ class Lane:
         for words, _, length in (run for row in rows for run in row):
             if length < len(words.words):
                 trained = int(np.count_nonzero(words.words[:length] >= self._loss_bit))
-                words.weight = weigh(self._recipe, words.own_weight, trained)
+                words.weight = weigh(self._config, words.own_weight, trained)
 
     def _ledger_of(self, conversation: int) -> list[Ledger]:
         """Return the ledger of the source that a conversation is from, where there are several."""
@@ -243,7 +243,7 @@ class Lane:
             new = max(0, offset + length - words.taken)
             words.taken += new
             ledger.tokens_emitted += new
-            cropped = len(words.words) - length if self._recipe.packing == "best_fit_crop" else 0
+            cropped = len(words.words) - length if self._config.packing == "best_fit_crop" else 0
             ledger.tokens_cut["crop"] += cropped
             if new and words.taken + cropped == len(words.words):
                 ledger.conversations_packed += 1

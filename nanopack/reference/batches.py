@@ -30,7 +30,7 @@ from nanopack.tokenizers.tokenizer import load_tokenizer
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "packing": ("best_fit", "stream", "best_fit_pad", "best_fit_crop", "pad"),
     "loss": ("assistant", "all"),
-    "weights": (None, "token", "conversation"),
+    "loss_weights": (None, "token", "conversation"),
     "extras": ("positions", "doc_ids", "cu_seqlens"),
     "template": ("nanochat", "chatml", "llama3", "hf"),
     "shard": ("rank", "row"),
@@ -57,11 +57,11 @@ def batches(
     seq_len: int = 2048,
     packing: str = "best_fit",
     loss: str = "assistant",
-    weights: str | None = None,
+    loss_weights: str | None = None,
     extras: Sequence[str] = (),
     max_pieces: int | None = None,
     template: str | Template = "nanochat",
-    max_tokens: int | None = None,
+    max_document_tokens: int | None = None,
     window: int | None = None,
     max_age: int | None = None,
     refill: int = 1,
@@ -71,7 +71,7 @@ def batches(
     rank: int = 0,
     world_size: int = 1,
     shard: str = "rank",
-    shuffle_seed: int | None = None,
+    seed: int | None = None,
     epochs: int | None = None,
     on_error: str = "raise",
 ) -> Iterator[Batch]:
@@ -80,12 +80,16 @@ def batches(
     Raises ValueError for an unknown choice, an impossible number, or messages for which the tokenizer lacks special
     tokens, and ConversationError for a conversation that cannot be used.
     """
-    chosen = dict(packing=packing, loss=loss, weights=weights, template=template, shard=shard, on_error=on_error)
+    chosen = dict(
+        packing=packing, loss=loss, loss_weights=loss_weights, template=template, shard=shard, on_error=on_error
+    )
     for name, value in [*chosen.items(), *(("extras", extra) for extra in extras)]:
         if value not in CHOICES[name] and not isinstance(value, Template):
             raise ValueError(f"{name}={value!r} is not known. Pass one of {CHOICES[name]}.")
     counts = dict(batch_size=batch_size, seq_len=seq_len, refill=refill, world_size=world_size)
-    if_given = dict(max_pieces=max_pieces, max_tokens=max_tokens, window=window, max_age=max_age, epochs=epochs)
+    if_given = dict(
+        max_pieces=max_pieces, max_document_tokens=max_document_tokens, window=window, max_age=max_age, epochs=epochs
+    )
     for name, count in [*counts.items(), *((name, count) for name, count in if_given.items() if count is not None)]:
         if type(count) is not int or count < 1:
             raise ValueError(f"{name}={count!r} is impossible. Pass an int from 1.")
@@ -93,8 +97,8 @@ def batches(
         raise ValueError(
             f"rank={rank!r} of world_size={world_size} is impossible. Pass an int from 0, below world_size."
         )
-    if shuffle_seed is not None and (type(shuffle_seed) is not int or not 0 <= shuffle_seed < 2**64):
-        raise ValueError(f"shuffle_seed={shuffle_seed!r} is impossible. Pass an int from 0, below 2**64, or None.")
+    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**64):
+        raise ValueError(f"seed={seed!r} is impossible. Pass an int from 0, below 2**64, or None.")
     if max_pieces is not None and max_pieces > seq_len:
         raise ValueError(f"max_pieces={max_pieces} is more than seq_len={seq_len}. Pass at most that.")
     coder = load_tokenizer(tokenizer)
@@ -122,13 +126,13 @@ def batches(
             raise ConversationError(f'{where}, {error}. Fix it or pass on_error="skip".') from error
         if not tokens:
             raise ValueError(f"{where}: template={template!r} needs tokens that the tokenizer lacks: {lacking}.")
-        tokens = tokens[:max_tokens][:cut]
+        tokens = tokens[:max_document_tokens][:cut]
         if loss == "all":
             tokens = [(id, True) for id, _ in tokens]
         if not boundary_loss:
             tokens[0] = (tokens[0][0], False)
         document = Document(index, tokens, weight)
-        return None if drops and document.num_trained == 0 else document
+        return None if drops and document.num_loss_tokens == 0 else document
 
     # A lane is a share of the conversations, packed by itself: one a rank, or one a row of the global batch.
     by_row = shard == "row"
@@ -136,7 +140,7 @@ def batches(
     own = range(rank * batch_size, (rank + 1) * batch_size) if by_row else [rank]
 
     def lane(number: int) -> Lane:
-        reader = Reader(len(records), read, number, lanes, epochs, shuffle_seed)
+        reader = Reader(len(records), read, number, lanes, epochs, seed)
         if packing == "stream":
             return Lane(reader, pack_stream(reader, lane_rows, seq_len, overlap))
         choices = WINDOWS[packing] if window is None or packing == "pad" else window
@@ -148,7 +152,7 @@ def batches(
         """Count the batches of the lane that has most."""
         return max(sum(1 for _ in lane(number).packed) for number in range(lanes)) if world_size > 1 else 0
 
-    build = partial(_batch, packing, seq_len, weights, extras, max_pieces, coder.bos_id, ignore_index)
+    build = partial(_batch, packing, seq_len, loss_weights, extras, max_pieces, coder.bos_id, ignore_index)
     # Lazy: each batch is built, with what the readers tell then, before the next one is packed.
     packed = _side_by_side([lane(number) for number in own], lane_rows, longest)
     return (build(step, rows, lanes) for step, (rows, lanes) in enumerate(packed))
@@ -194,7 +198,7 @@ def _side_by_side(lanes: list[Lane], lane_rows: int, longest: Callable[[], int])
 
 
 def _batch(
-    packing: str, seq_len: int, weights: str | None, extras: Sequence[str],
+    packing: str, seq_len: int, loss_weights: str | None, extras: Sequence[str],
     max_pieces: int | None, bos_id: int, ignore_index: int, step: int, rows: Rows, lanes: list[Lane],
 ) -> Batch:  # fmt: skip
     inputs, targets, target_weights, positions, doc_ids, starts = [], [], [], [], [], []
@@ -205,7 +209,7 @@ def _batch(
         pieces = _pieces(words)
         inputs.append([word.id for word in words[:-1]])
         targets.append([word.id if word.trained else ignore_index for word in words[1:]])
-        target_weights.append([word.document.weigh(weights) if word.trained else 0.0 for word in words[1:]])
+        target_weights.append([word.document.weigh(loss_weights) if word.trained else 0.0 for word in words[1:]])
         counted = [(n, i) for n, piece in enumerate(pieces) for i in range(piece.length)][:seq_len]
         positions.append([i for _, i in counted])
         doc_ids.append([-1 if pieces[n].conversation == -1 else n for n, _ in counted])
@@ -220,12 +224,12 @@ def _batch(
     return Batch(
         inputs=torch.tensor(inputs, dtype=torch.int32),
         targets=torch.tensor(targets, dtype=torch.int64),
-        weights=None if weights is None else weighed,
+        weights=None if loss_weights is None else weighed,
         positions=torch.tensor(positions, dtype=torch.int32) if "positions" in extras else None,
         doc_ids=torch.tensor(doc_ids, dtype=torch.int32) if "doc_ids" in extras else None,
         cu_seqlens=torch.tensor(starts, dtype=torch.int32) if "cu_seqlens" in extras else None,
         step=step,
-        num_trained=sum(word.trained for row in rows for word in row[1:]),
+        num_loss_tokens=sum(word.trained for row in rows for word in row[1:]),
         num_tokens=sum(len(row[:seq_len]) for row in rows),
         weight_sum=math.fsum(weighed.flatten().tolist()),
         max_seqlen=max_seqlen,

@@ -24,7 +24,7 @@ class Reader(Generic[Document]):
     rank: int
     world_size: int
     epochs: int | None
-    shuffle_seed: int | None
+    seed: int | None
     reads: int = 0
     left_out: int = 0
     """Readings that gave no document: dropped or skipped."""
@@ -51,7 +51,7 @@ class Reader(Generic[Document]):
             useless.add(index)
             # Whatever W is, N readings have been at every conversation that this rank will ever read, unless each pass
             # has an order of its own.
-            seen_all = len(useless) == self.n or (in_vain == self.n and self.shuffle_seed is None)
+            seen_all = len(useless) == self.n or (in_vain == self.n and self.seed is None)
             if self.epochs is None and seen_all:
                 raise ValueError("conversations: each is bad or trains nothing. Check the data and loss=.")
         return None
@@ -67,10 +67,10 @@ class Reader(Generic[Document]):
             self.epoch += 1
         # Once is enough, but for W > N.
         self.cursor %= self.n
-        if self.shuffle_seed is None:
+        if self.seed is None:
             return place
         if number not in self.orders:
-            self.orders = {number: shuffled(self.n, self.shuffle_seed, number)}
+            self.orders = {number: shuffled(self.n, self.seed, number)}
         return self.orders[number][place]
 
     @property

@@ -26,7 +26,7 @@ class Document:
     weight: float
 
     @cached_property
-    def num_trained(self) -> int:
+    def num_loss_tokens(self) -> int:
         """Loss bits in it."""
         return sum(trained for _, trained in self.tokens)
 
@@ -34,11 +34,11 @@ class Document:
         """Return its tokens, each with where it comes from."""
         return [Word(id, trained, self, offset) for offset, (id, trained) in enumerate(self.tokens)]
 
-    def weigh(self, weights: str | None) -> float:
+    def weigh(self, loss_weights: str | None) -> float:
         """Return what each of its trained tokens weighs."""
-        if weights is None:
+        if loss_weights is None:
             return 1.0
-        return self.weight if weights == "token" else self.weight / self.num_trained
+        return self.weight if loss_weights == "token" else self.weight / self.num_loss_tokens
 
 
 class Word(NamedTuple):

@@ -1,7 +1,7 @@
 """Write down how a chat template turns messages into text: what stands around each, and what is trained.
 
     Template   ->   render.py plans documents by it
-                    recipe.py takes one in place of a name
+                    config.py takes one in place of a name
 
 CHATML and LLAMA3 are the ones with a name. Only data here: nothing is encoded, no tokenizer is known.
 """

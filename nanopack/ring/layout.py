@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from nanopack.config import Recipe
+from nanopack.config import LoaderConfig
 
 Number = TypeVar("Number", int, np.ndarray)
 
@@ -57,15 +57,15 @@ class Layout:
             )
 
     @classmethod
-    def of(cls, recipe: Recipe, vocab_size: int) -> Layout:
-        """Return the layout for a recipe and a tokenizer whose ids are all below `vocab_size`."""
-        cu = "cu_seqlens" in recipe.extras
+    def of(cls, config: LoaderConfig, vocab_size: int) -> Layout:
+        """Return the layout for a config and a tokenizer whose ids are all below `vocab_size`."""
+        cu = "cu_seqlens" in config.extras
         return cls(
-            batch_size=recipe.batch_size,
-            seq_len=recipe.seq_len,
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
             word_bytes=2 if vocab_size <= 1 << 15 else 4,
-            pieces=recipe.weights is not None or "positions" in recipe.extras or "doc_ids" in recipe.extras,
-            max_segments=recipe.batch_size * (recipe.max_pieces or 0) if cu else None,
+            pieces=config.loss_weights is not None or "positions" in config.extras or "doc_ids" in config.extras,
+            max_segments=config.batch_size * (config.max_pieces or 0) if cu else None,
         )
 
     @property

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from nanopack.config import Recipe
+from nanopack.config import LoaderConfig
 from nanopack.kernels import CU_ALIGN
 from nanopack.ring.layout import ALIGN_BYTES, Layout
 
@@ -30,11 +30,11 @@ class Outputs(NamedTuple):
     cu_seqlens: torch.Tensor | None
 
 
-def outputs_maker(recipe: Recipe, layout: Layout, device: torch.device) -> Callable[[], Outputs]:
+def outputs_maker(config: LoaderConfig, layout: Layout, device: torch.device) -> Callable[[], Outputs]:
     """Return the function that gives tensors for a batch, uninitialised: the kernel writes every element."""
 
     def maker(dtype: torch.dtype, size: int | None = None, wanted: bool = True) -> Callable[[], Any]:
-        shape = (recipe.batch_size, recipe.seq_len) if size is None else (size,)
+        shape = (config.batch_size, config.seq_len) if size is None else (size,)
         if not wanted:
             return lambda: None
         # on a GPU, torch itself keeps memory that came free
@@ -42,9 +42,9 @@ def outputs_maker(recipe: Recipe, layout: Layout, device: torch.device) -> Calla
 
     cu_size = -(-((layout.max_segments or 0) + 1) // CU_ALIGN) * CU_ALIGN
     inputs, targets = maker(torch.int32), maker(torch.int64)
-    weights = maker(torch.float32, wanted=recipe.weights is not None)
-    positions = maker(torch.int32, wanted="positions" in recipe.extras)
-    doc_ids = maker(torch.int32, wanted="doc_ids" in recipe.extras)
+    weights = maker(torch.float32, wanted=config.loss_weights is not None)
+    positions = maker(torch.int32, wanted="positions" in config.extras)
+    doc_ids = maker(torch.int32, wanted="doc_ids" in config.extras)
     cu_seqlens = maker(torch.int32, cu_size, wanted=layout.max_segments is not None)
     return lambda: Outputs(inputs(), targets(), weights(), positions(), doc_ids(), cu_seqlens())
 

@@ -39,7 +39,7 @@ def make_model(attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> A
 
 
 def make_loader(conversations: Any = DATA, template: str = "hf", **arguments: Any) -> Loader:
-    arguments = {"batch_size": 4, "seq_len": 127, "extras": ("positions",), "workers": 0, **arguments}
+    arguments = {"batch_size": 4, "seq_len": 127, "extras": ("positions",), "num_workers": 0, **arguments}
     return Loader(conversations, make_tokenizer(MARKED), template=template, device="cpu", **arguments)
 
 
@@ -68,7 +68,7 @@ def test_rows_have_a_column_more_and_the_models_own_shift_gives_the_loaders_targ
             # Where a label is trained the column holds that token: a label is the token it stands under.
             trained = found["labels"] != -100
             assert torch.equal(found["input_ids"][trained], found["labels"][trained])
-            assert int(trained.sum()) == batch.num_trained > 0
+            assert int(trained.sum()) == batch.num_loss_tokens > 0
 
 
 def test_every_trained_token_of_the_data_is_a_label():
@@ -93,7 +93,7 @@ def test_static_batches_may_be_kept():
     ("arguments", "error"),
     [
         ({"extras": ()}, r"extras=\(\) lacks \"positions\""),
-        ({"weights": "token"}, "weights='token': the losses of transformers take none"),
+        ({"loss_weights": "token"}, "loss_weights='token': the losses of transformers take none"),
         ({"ignore_index": -1}, "ignore_index=-1: transformers ignores -100"),
     ],
     ids=str,
@@ -103,7 +103,7 @@ def test_a_loader_whose_batches_do_not_fit_is_refused(arguments, error):
         with pytest.raises(ValueError, match=error):
             Batches(loader)
         if "ignore_index" not in arguments:
-            with pytest.raises(ValueError, match=r"extras=\(\"positions\",\)|weights=None"):
+            with pytest.raises(ValueError, match=r"extras=\(\"positions\",\)|loss_weights=None"):
                 model_inputs(next(loader))
 
 
@@ -115,7 +115,7 @@ def test_a_loader_whose_batches_do_not_fit_is_refused(arguments, error):
 def test_a_packed_token_has_the_loss_that_it_has_when_its_conversation_is_alone(packing, attention):
     model = make_model(attention).eval()
     compared = 0
-    with make_loader(packing=packing, max_tokens=100) as loader, torch.no_grad():
+    with make_loader(packing=packing, max_document_tokens=100) as loader, torch.no_grad():
         for batch in [next(loader) for _ in range(3)]:
             packed = loss_of_each(model, model_inputs(batch))
             for row, pieces in enumerate(batch.word_pieces):
@@ -154,8 +154,8 @@ def test_the_models_own_loss_is_the_sum_over_the_targets_divided_by_the_hosts_co
         batch = next(loader)
         inputs = model_inputs(batch)
         summed = loss_of_each(model, inputs).sum().item()
-        loss = model(**inputs, num_items_in_batch=batch.num_trained).loss.item()
-    assert math.isclose(loss, summed / batch.num_trained, rel_tol=1e-5)
+        loss = model(**inputs, num_items_in_batch=batch.num_loss_tokens).loss.item()
+    assert math.isclose(loss, summed / batch.num_loss_tokens, rel_tol=1e-5)
 
 
 @pytest.mark.parametrize("change", [{"use_cache": True}, {"attention_mask": torch.ones(4, 128)}], ids=["cache", "mask"])
@@ -180,7 +180,7 @@ def test_accelerate_trains_in_a_loop_of_ones_own():
     losses = []
     with make_loader(batch_size=8) as loader:
         for batch, _ in zip(loader, range(20), strict=False):
-            loss = model(**model_inputs(batch), num_items_in_batch=batch.num_trained).loss
+            loss = model(**model_inputs(batch), num_items_in_batch=batch.num_loss_tokens).loss
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
@@ -202,7 +202,7 @@ def test_a_run_in_accelerate_goes_on_from_its_checkpoint_as_if_it_had_not_ended(
         """Train; return the tokens of each batch, and its loss."""
         seen, losses = [], []
         accelerator = accelerate.Accelerator(cpu=True)
-        with make_loader(shuffle_seed=1) as loader:
+        with make_loader(seed=1) as loader:
             model = make_model()
             model, optimizer, batches = accelerator.prepare(
                 model, torch.optim.AdamW(model.parameters(), lr=3e-3), Batches(loader)
@@ -271,7 +271,7 @@ def test_its_first_loss_is_that_of_all_targets_of_both_batches(tmp_path):
     with make_loader() as loader, torch.no_grad():
         two = [next(loader), next(loader)]
         summed = sum(loss_of_each(make_model(), model_inputs(batch)).sum().item() for batch in two)
-    expected = summed / sum(batch.num_trained for batch in two)
+    expected = summed / sum(batch.num_loss_tokens for batch in two)
     # float32, added in another order.
     assert losses_of(trainer)[0] == pytest.approx(expected, rel=1e-5)
 

@@ -51,7 +51,7 @@ def expected(count: int, **arguments: Any) -> list[tuple[int, list[list[int]]]]:
         ({}, {"max_steps": 10}),
         ({}, {"max_steps": 10, "limit_train_batches": 7}),
         ({}, {"max_epochs": 1, "limit_train_batches": 10}),
-        ({"workers": 1}, {"max_steps": 10}),
+        ({"num_workers": 1}, {"max_steps": 10}),
         ({"epochs": 1}, {"max_epochs": 1}),
     ],
     ids=["endless", "endless in epochs of 7", "sized", "a producer process", "to the end of the data"],

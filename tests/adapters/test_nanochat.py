@@ -202,15 +202,15 @@ def test_a_fresh_validation_loader_begins_anew_and_leaves_training_alone(name, p
 
 
 # nanochat's SFT is not defined where a conversation is longer than a row.
-@pytest.mark.parametrize("max_tokens", [2048, 500, None])
+@pytest.mark.parametrize("max_document_tokens", [2048, 500, None])
 @pytest.mark.parametrize("name, seq_len", [("mid", 96), ("mid", 3000), ("sft", 3000)])
-def test_a_conversation_is_cut_at_2048_tokens_or_elsewhere_whatever_a_row_holds(name, seq_len, max_tokens):
+def test_a_conversation_is_cut_at_2048_tokens_or_elsewhere_whatever_a_row_holds(name, seq_len, max_document_tokens):
     loader, _, loop, _ = LOADERS[name]
     long = [{"role": "user", "content": "why? " * 200}, {"role": "assistant", "content": "because. " * 900}]
     data = Task([{"messages": long}, *VAL.conversations[:9]])
-    render = partial(RENDER, max_tokens=10**6 if max_tokens is None else max_tokens)
-    assert 2048 < len(RENDER(data[0], max_tokens=10**6)[0]) <= 3001
-    named = {} if max_tokens == 2048 else {"max_tokens": max_tokens}
+    render = partial(RENDER, max_document_tokens=10**6 if max_document_tokens is None else max_document_tokens)
+    assert 2048 < len(RENDER(data[0], max_document_tokens=10**6)[0]) <= 3001
+    named = {} if max_document_tokens == 2048 else {"max_document_tokens": max_document_tokens}
     ours = loader(data, TOKENIZER, 1, seq_len, device="cpu", **named)
     for made, (x, y) in islice(zip(loop(data, render, 1, seq_len, 0, 1), ours, strict=False), 20_000 // seq_len):
         assert (x.tolist(), y.tolist()) == made[:2]
@@ -250,7 +250,7 @@ def test_documents_may_be_strings_records_or_files(tmp_path):
     expected = [made[:2] for made in islice(nanochat_loops.base(RECORDS, RENDER, B, T, 0, 1), 5)]
     same = [TEXTS, tuple(TEXTS), Task(TEXTS), RECORDS, Task(RECORDS), jsonl, str(jsonl), [str(jsonl)]]
     for documents in [*same, [str(tmp_path / "*.parquet")]]:
-        loader = base_loader(documents, TOKENIZER, B, T, device="cpu", workers=0)
+        loader = base_loader(documents, TOKENIZER, B, T, device="cpu", num_workers=0)
         assert [(x.tolist(), y.tolist()) for x, y in islice(loader, 5)] == expected
 
 
@@ -272,7 +272,7 @@ def test_base_loader_reads_the_share_that_torch_distributed_says(monkeypatch):
 
 def test_strings_that_only_begin_like_paths_are_texts():
     documents = ["see shard.parquet", "b"]
-    x, _ = next(base_loader(documents, TOKENIZER, 1, 32, device="cpu", workers=0))
+    x, _ = next(base_loader(documents, TOKENIZER, 1, 32, device="cpu", num_workers=0))
     ids = [id for text in documents for id in RENDER({"text": text})[0]]
     assert set(x[0].tolist()) <= set(ids)
     with pytest.raises(ValueError, match=r"shard\.parquet' does not exist"):
@@ -292,7 +292,7 @@ def test_tokenizer_may_be_nanochats_object_an_encoding_or_a_folder(tmp_path):
     (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(ENCODING))
     expected = next(nanochat_loops.midtraining(TRAIN, RENDER, B, T, 0, 1))[:2]
     for tokenizer in (TOKENIZER, ENCODING, tmp_path, str(tmp_path)):
-        x, y = next(mid_loader(TRAIN, tokenizer, B, T, device=torch.device("cpu"), workers=0))
+        x, y = next(mid_loader(TRAIN, tokenizer, B, T, device=torch.device("cpu"), num_workers=0))
         assert (x.tolist(), y.tolist()) == expected
 
 
@@ -316,7 +316,7 @@ def test_tensors_are_fresh():
         ({"device": "nowhere"}, "device='nowhere'"),
         ({"rank": 4}, "rank=4"),
         ({"world_size": 0}, "world_size=0"),
-        ({"workers": -1}, "workers=-1"),
+        ({"num_workers": -1}, "num_workers=-1"),
         ({"prefetch": 0}, "prefetch=0"),
         ({"progress": 0.0}, r"progress=0\.0"),
         ({"tokenizer": "nowhere"}, "tokenizer='nowhere'"),
@@ -333,7 +333,7 @@ def test_a_wrong_argument_is_refused_at_the_call(loader, data, changed, message)
     "call, message",
     [
         (lambda: mid_loader(TRAIN, TOKENIZER, B, T, device="cpu", loss="none"), "loss='none'"),
-        (lambda: sft_loader(TRAIN, TOKENIZER, B, T, device="cpu", max_tokens=0), "max_tokens=0"),
+        (lambda: sft_loader(TRAIN, TOKENIZER, B, T, device="cpu", max_document_tokens=0), "max_document_tokens=0"),
         (lambda: base_loader(TEXTS, TOKENIZER, B, T, device="cpu", input_dtype=torch.float32), "input_dtype=torch.flo"),
         (lambda: base_loader([], TOKENIZER, B, T, device="cpu"), "holds no conversation"),
         (lambda: base_loader(iter(TEXTS), TOKENIZER, B, T, device="cpu"), "has no len"),

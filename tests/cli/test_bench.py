@@ -219,7 +219,7 @@ def test_waits_are_told_apart_from_the_step(monkeypatch):
 def test_padding_is_that_of_the_loader(packing, shipped):
     found = quality.pack(packing, None, [len(document.ids) for document in shipped.documents])
     assert found["rows"] > 0
-    with Loader(shipped.chats, TOKENIZER, packing=packing, workers=0, device="cpu") as loader:
+    with Loader(shipped.chats, TOKENIZER, packing=packing, num_workers=0, device="cpu") as loader:
         tokens = sum(next(loader).num_tokens for _ in range(found["rows"] // 32))
     assert found["padding_share"] == 1 - tokens / (found["rows"] * 2048)
 

@@ -27,7 +27,7 @@ CASES = {
     "pad": {"packing": "pad"},
     "stream": {"packing": "stream", "overlap": True},
     "crop": {"packing": "best_fit_crop", "window": 4},
-    "all": {"loss": "all", "boundary_loss": False, "weights": "token"},
+    "all": {"loss": "all", "boundary_loss": False, "loss_weights": "token"},
 }
 
 
@@ -36,7 +36,7 @@ def page(tmp_path):
     """Return page(**arguments) -> the text of a page of batch 1, the loader's explanations of each of its slots."""
 
     def make(**arguments):
-        arguments = {"batch_size": 3, "seq_len": 64, "epochs": 1, "workers": 0, **arguments}
+        arguments = {"batch_size": 3, "seq_len": 64, "epochs": 1, "num_workers": 0, **arguments}
         with Loader(CHATS, "chat32k", **arguments) as loader:
             next(loader)
             batch = next(loader)

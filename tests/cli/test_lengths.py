@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanopack.cli.lengths import Lengths, bin_edges, measure
-from nanopack.config import Recipe
+from nanopack.config import LoaderConfig
 from nanopack.conversations.records import open_conversations
 from nanopack.render.renderer import Renderer
 from nanopack.tokenizers.tokenizer import load_tokenizer
@@ -50,7 +50,7 @@ def test_a_document_as_long_as_a_row_is_not_too_long():
 def test_no_document_is_told_as_nothing():
     summary = make_lengths([]).summary(95, where)
     assert (summary["count"], summary["tokens"], summary["median"], summary["longest"]) == (0, 0, None, None)
-    assert [name for name, *_ in make_lengths([]).rows(Recipe(), where)] == ["documents", "tokens"]
+    assert [name for name, *_ in make_lengths([]).rows(LoaderConfig(), where)] == ["documents", "tokens"]
 
 
 @given(st.lists(st.integers(1, 5000)), st.integers(1, 3000))
@@ -74,9 +74,9 @@ def test_bins_are_halves_of_a_row(row_tokens, edges):
     ("packing", "fate"), [("best_fit", "which are cut"), ("stream", "next row"), ("best_fit_crop", "may be cropped")]
 )
 def test_rows_say_what_becomes_of_long_documents(packing, fate):
-    *_, (_, number, note) = make_lengths([100, 30]).rows(Recipe(seq_len=50, packing=packing), where)
+    *_, (_, number, note) = make_lengths([100, 30]).rows(LoaderConfig(seq_len=50, packing=packing), where)
     assert number == "49" and fate in note
-    name, number, note = make_lengths([30]).rows(Recipe(seq_len=50, packing=packing), where)[-1]
+    name, number, note = make_lengths([30]).rows(LoaderConfig(seq_len=50, packing=packing), where)[-1]
     assert (name, number) == ("too long", "0")
 
 

@@ -20,7 +20,7 @@ import torch
 import nanopack.upload.executor
 from nanopack import Loader, cli
 from nanopack.cli import commands, options
-from nanopack.config import Recipe
+from nanopack.config import LoaderConfig
 
 COMMANDS = ("pack", "verify", "inspect")
 SMALL = ("--batch-size", "4", "--seq-len", "64")
@@ -272,10 +272,10 @@ def test_words_of_a_conversation_cannot_command_the_terminal(run, tmp_path):
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
 def test_saved_batches_are_the_loaders(run, chats, tmp_path, suffix):
     out = tmp_path / f"batches.{suffix}"
-    wanted = ("--weights", "conversation", "--extras", "positions,doc_ids,cu_seqlens")
+    wanted = ("--loss-weights", "conversation", "--extras", "positions,doc_ids,cu_seqlens")
     code, report, _ = run("pack", chats, *SMALL, *wanted, "--save", out, "--json")
     extras = ("positions", "doc_ids", "cu_seqlens")
-    with Loader(chats, "chat32k", 4, 64, weights="conversation", extras=extras, epochs=1) as loader:
+    with Loader(chats, "chat32k", 4, 64, loss_weights="conversation", extras=extras, epochs=1) as loader:
         batches = list(loader)
     if suffix == "npz":
         saved = {name: torch.from_numpy(array) for name, array in np.load(out).items()}
@@ -504,11 +504,11 @@ GIVEN = {
     "seq_len": (["--seq-len", "9"], 9),
     "packing": (["--packing", "best_fit_crop"], "best_fit_crop"),
     "loss": (["--loss", "all"], "all"),
-    "weights": (["--weights", "token"], "token"),
+    "loss_weights": (["--loss-weights", "token"], "token"),
     "extras": (["--extras", "positions,doc_ids"], ["positions", "doc_ids"]),
     "max_pieces": (["--max-pieces", "5"], 5),
     "template": (["--template", "chatml"], "chatml"),
-    "max_tokens": (["--max-tokens", "6"], 6),
+    "max_document_tokens": (["--max-document-tokens", "6"], 6),
     "window": (["--window", "7"], 7),
     "max_age": (["--max-age", "8"], 8),
     "refill": (["--refill", "2"], 2),
@@ -518,7 +518,7 @@ GIVEN = {
     "rank": (["--rank", "1"], 1),
     "world_size": (["--world-size", "2"], 2),
     "shard": (["--shard", "row"], "row"),
-    "shuffle_seed": (["--shuffle-seed", "6"], 6),
+    "seed": (["--seed", "6"], 6),
     "epochs": (["--epochs", "4"], 4),
     "on_error": (["--on-error", "skip"], "skip"),
     "executor": (["--executor", "torch"], "torch"),
@@ -526,7 +526,7 @@ GIVEN = {
 
 
 def test_every_argument_of_a_recipe_is_an_option():
-    assert GIVEN.keys() - {"executor"} == {field.name for field in dataclasses.fields(Recipe)}
+    assert GIVEN.keys() - {"executor"} == {field.name for field in dataclasses.fields(LoaderConfig)}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

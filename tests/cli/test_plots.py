@@ -11,7 +11,7 @@ from drawn_batch import IGNORED, PIECES, TRAINED, make_batch
 from nanopack import Loader, demo
 from nanopack.cli.lengths import Lengths, measure
 from nanopack.cli.plots import COLOURS, _mixed, _pixels, piece_colour, save_batch, save_lengths
-from nanopack.config import Recipe
+from nanopack.config import LoaderConfig
 from nanopack.render.renderer import Renderer
 
 
@@ -40,7 +40,7 @@ def test_neighbours_never_have_the_same_colour_and_trained_is_darker_in_all():
 def test_any_number_of_rows_and_no_document_at_all_can_be_drawn(tmp_path, rows):
     save_batch(make_batch(((),) * rows, ("." * 12,) * rows), tmp_path / "a.png", title="", ignore_index=IGNORED)
     nothing = np.empty(0, np.int64)
-    save_lengths(Lengths(nothing, nothing, nothing), Recipe(seq_len=8), tmp_path / "b.png", title="")
+    save_lengths(Lengths(nothing, nothing, nothing), LoaderConfig(seq_len=8), tmp_path / "b.png", title="")
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("a.png", "b.png"))
 
 
@@ -52,5 +52,5 @@ def test_the_padding_shown_is_what_the_loader_has(packing, window):
         slots = loader.ledger()["slots"]
         render = Renderer(loader.tokenizer, "nanochat")
         lengths = measure(loader.source, range(120), render)
-        found = lengths.padding(Recipe(seq_len=64, loss="all"), packing, window)
+        found = lengths.padding(LoaderConfig(seq_len=64, loss="all"), packing, window)
     assert found == pytest.approx(slots["padding"] / slots["total"], abs=1e-12)

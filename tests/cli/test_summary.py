@@ -7,29 +7,29 @@ import torch
 
 from nanopack.batch import Batch, Piece
 from nanopack.cli.summary import Totals
-from nanopack.config import Recipe
+from nanopack.config import LoaderConfig
 from nanopack.ledger import Ledger
 
 
-def make_batch(num_tokens, num_trained=0, last=False, lengths=()):
+def make_batch(num_tokens, num_loss_tokens=0, last=False, lengths=()):
     empty = torch.empty(0)
     pieces = (tuple(Piece(i, 0, length, 0) for i, length in enumerate(lengths)),)
     return Batch(
         inputs=empty, targets=empty, weights=None, positions=None, doc_ids=None, cu_seqlens=None, step=0,
-        num_trained=num_trained, num_tokens=num_tokens, weight_sum=0.0, max_seqlen=0, epoch=1, progress=0.5, last=last,
-        word_pieces=pieces,
+        num_loss_tokens=num_loss_tokens, num_tokens=num_tokens, weight_sum=0.0, max_seqlen=0, epoch=1, progress=0.5,
+        last=last, word_pieces=pieces,
     )  # fmt: skip
 
 
-def add_up(*batches, **recipe):
-    totals = Totals(Recipe(**{"batch_size": 2, "seq_len": 50, **recipe}))
+def add_up(*batches, **config):
+    totals = Totals(LoaderConfig(**{"batch_size": 2, "seq_len": 50, **config}))
     for batch in batches:
         totals.add(batch, seconds=0.5)
     return totals
 
 
-def report(*batches, **recipe):
-    return add_up(*batches, **recipe).report(Ledger().report())
+def report(*batches, **config):
+    return add_up(*batches, **config).report(Ledger().report())
 
 
 def test_report_adds_batches_up():
@@ -69,7 +69,7 @@ def test_rows_name_every_loss_that_is_not_zero():
         tokens_read=1500, tokens_emitted=1000, tokens_dropped=70, tokens_waiting=60,
     )  # fmt: skip
     ledger.conversations_dropped["untrained"] = 3
-    ledger.tokens_cut.update(seq_len=200, max_tokens=100, crop=70)
+    ledger.tokens_cut.update(seq_len=200, max_document_tokens=100, crop=70)
     rows = add_up(make_batch(90, 45)).rows(ledger.report())
     assert rows[:10] == [
         ("conversations", "5", "packed"),
@@ -78,7 +78,7 @@ def test_rows_name_every_loss_that_is_not_zero():
         ("", "5", "read, still waiting for a row"),
         ("tokens", "1,000", "packed, of 1,500 read"),
         ("", "200", "cut: documents longer than a row"),
-        ("", "100", "cut: beyond max_tokens"),
+        ("", "100", "cut: beyond max_document_tokens"),
         ("", "70", "cut: to fill a row exactly"),
         ("", "70", "dropped with their conversations"),
         ("", "60", "read, still waiting for a row"),

@@ -76,7 +76,7 @@ FAULTS = {
 def test_a_fault_is_named_after_the_batches_before_it(fault, workers):
     do, kind, message = FAULTS[fault]
     with within(5):
-        loader = Loader(Faulty(20, do), TOKENIZER, workers=workers, epochs=1, **SMALL)
+        loader = Loader(Faulty(20, do), TOKENIZER, num_workers=workers, epochs=1, **SMALL)
         batches, error = batches_until_error(loader)
         assert type(error) is kind
         assert error.__cause__ is None or "Traceback" in str(error.__cause__) or "EOF" in repr(error.__cause__)
@@ -188,7 +188,7 @@ def test_a_process_forked_from_the_trainer_leaves_the_loader_alone():
 def test_a_forked_copy_of_an_inline_loader_is_refused_too():
     # both would fill the same slot
     with within(5):
-        assert_a_forked_process_is_refused(Loader(CHATS, TOKENIZER, workers=0, **SMALL))
+        assert_a_forked_process_is_refused(Loader(CHATS, TOKENIZER, num_workers=0, **SMALL))
 
 
 @linux
@@ -205,7 +205,7 @@ def test_two_loaders_at_once_do_not_disturb_each_other():
 
 def test_a_daemonic_process_is_told_what_to_do(monkeypatch):
     monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
-    with pytest.raises(ValueError, match="workers=0 there"):
+    with pytest.raises(ValueError, match="num_workers=0 there"):
         Loader(CHATS, TOKENIZER, **SMALL)
 
 
@@ -231,10 +231,10 @@ def test_a_spawned_producer_gives_the_same_batches_or_says_what_it_needs(monkeyp
 @linux
 @pytest.mark.parametrize("packing", ["best_fit", "stream", "best_fit_pad", "best_fit_crop", "pad"])
 def test_any_number_of_workers_and_any_prefetch_gives_the_same_batches(packing):
-    arguments = {"batch_size": 2, "seq_len": 16, "packing": packing, "epochs": 2, "weights": "token"}
+    arguments = {"batch_size": 2, "seq_len": 16, "packing": packing, "epochs": 2, "loss_weights": "token"}
     for workers, prefetch in ((1, 1), (1, 4), (2, 2), (4, 8)):
-        expected = Loader(CHATS, TOKENIZER, workers=0, **arguments)
-        with Loader(CHATS, TOKENIZER, workers=workers, prefetch=prefetch, **arguments) as loader:
+        expected = Loader(CHATS, TOKENIZER, num_workers=0, **arguments)
+        with Loader(CHATS, TOKENIZER, num_workers=workers, prefetch=prefetch, **arguments) as loader:
             assert compare(expected, loader).difference is None
             assert loader.ledger() == expected.ledger()
 
@@ -365,7 +365,7 @@ def resources():
 
 
 def soak(batches):
-    with Loader(CHATS, TOKENIZER, batch_size=4, seq_len=128, extras=("positions",), weights="token") as loader:
+    with Loader(CHATS, TOKENIZER, batch_size=4, seq_len=128, extras=("positions",), loss_weights="token") as loader:
         pid = producer_of(loader).pid
         producer_pages = Path(f"/proc/{pid}/statm")
         for _ in range(1000):
@@ -429,7 +429,7 @@ def workers_of(loader):
 @linux
 @pytest.mark.parametrize("end", ["close", "drop", "kill the producer"])
 def test_workers_end_with_their_producer(end):
-    loader = Loader(CHATS, TOKENIZER, workers=2, **SMALL)
+    loader = Loader(CHATS, TOKENIZER, num_workers=2, **SMALL)
     next(loader)
     producer, workers = producer_of(loader).pid, workers_of(loader)
     if end == "close":
@@ -444,7 +444,7 @@ def test_workers_end_with_their_producer(end):
 
 @linux
 def test_a_killed_worker_is_named_with_what_it_was_at():
-    with Loader(CHATS, TOKENIZER, workers=2, prefetch=1, **SMALL) as loader:
+    with Loader(CHATS, TOKENIZER, num_workers=2, prefetch=1, **SMALL) as loader:
         first = next(loader)
         os.kill(workers_of(loader)[1], signal.SIGKILL)
         with within(5):
@@ -458,7 +458,7 @@ def test_a_killed_worker_is_named_with_what_it_was_at():
 
 @linux
 def test_a_stopped_worker_is_waited_for_with_a_warning_and_nothing_is_lost(caplog):
-    with Loader(CHATS, TOKENIZER, workers=2, prefetch=1, **SMALL) as loader:
+    with Loader(CHATS, TOKENIZER, num_workers=2, prefetch=1, **SMALL) as loader:
         got = [next(loader)]
         workers = workers_of(loader)
         for worker in workers:
@@ -476,7 +476,7 @@ def test_more_requests_than_a_pipe_holds_do_not_lock_the_workers_up():
     """A thousand rows read side by side, each a chunk ahead, and documents that fill the pipe of the results."""
     chats = [{"text": f"{'a b c d e f g h ' * 400}{k}"} for k in range(1200)]
     arguments = dict(batch_size=1000, seq_len=16, shard="row", window=2, packing="best_fit_pad", loss="all")
-    with within(60), Loader(chats, TOKENIZER, workers=2, **arguments) as loader:
+    with within(60), Loader(chats, TOKENIZER, num_workers=2, **arguments) as loader:
         batch = next(loader)
     expected = next(reference.batches(chats, TOKENIZER, **arguments))
     assert compare(iter([expected]), iter([batch])).difference is None

@@ -124,7 +124,7 @@ def hog():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_memory_that_runs_out_is_a_memory_error(workers):
-    with Loader(Faulty(20, hog), TOKENIZER, workers=workers, **SMALL) as loader, within(5):
+    with Loader(Faulty(20, hog), TOKENIZER, num_workers=workers, **SMALL) as loader, within(5):
         with pytest.raises(MemoryError):
             for _ in loader:
                 pass
@@ -295,7 +295,7 @@ def test_a_refused_start_leaves_nothing_to_end_at_exit(monkeypatch):
     monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(ValueError, match="workers=0 there") as kept:
+    with pytest.raises(ValueError, match="num_workers=0 there") as kept:
         Loader(CHATS, TOKENIZER, **SMALL)
     assert not list(process._open) and kept
     process._close_all()
@@ -518,12 +518,12 @@ def test_workers_and_prefetch_change_nothing(data, packing, workers, prefetch, e
         "packing": packing,
         "loss": "all",
         "epochs": epochs,
-        "weights": "conversation",
+        "loss_weights": "conversation",
         "extras": ("positions", "doc_ids", "cu_seqlens"),
         "max_pieces": 16,
     }
     wanted = reference.batches(data, TOKENIZER, **arguments)
-    with within(20), Loader(data, TOKENIZER, workers=workers, prefetch=prefetch, **arguments) as loader:
+    with within(20), Loader(data, TOKENIZER, num_workers=workers, prefetch=prefetch, **arguments) as loader:
         assert compare(wanted, loader).difference is None
 
 
@@ -543,7 +543,7 @@ def memory_bytes():
 
 def open_and_close(count):
     for number in range(count):
-        loader = Loader(CHATS, TOKENIZER, workers=1 + number % 2, **SMALL)
+        loader = Loader(CHATS, TOKENIZER, num_workers=1 + number % 2, **SMALL)
         next(loader)
         if number % 3:
             loader.close()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanopack.config import Recipe
+from nanopack.config import LoaderConfig
 from nanopack.conversations.records import check, open_conversations
 from nanopack.producer.reader import CHUNK, Reader, read_in_turn
 from nanopack.ring.layout import Layout
@@ -64,20 +64,20 @@ RECORDS = st.one_of(
         ]
     ),
 )
-RECIPES = st.builds(
-    Recipe,
+CONFIGS = st.builds(
+    LoaderConfig,
     loss=st.sampled_from(["assistant", "all"]),
-    weights=st.sampled_from([None, "token", "conversation"]),
+    loss_weights=st.sampled_from([None, "token", "conversation"]),
     boundary_loss=st.booleans(),
-    max_tokens=st.sampled_from([None, 1, 2, 30]),
+    max_document_tokens=st.sampled_from([None, 1, 2, 30]),
     packing=st.sampled_from(["best_fit", "stream"]),
     seq_len=st.sampled_from([16, 128]),
 )
 
 
-def reader_of(records, recipe=None):
-    recipe = recipe or Recipe()
-    return Reader(open_conversations(Faulty(records)), TOKENIZER, recipe, Layout.of(recipe, TOKENIZER.vocab_size))
+def reader_of(records, config=None):
+    config = config or LoaderConfig()
+    return Reader(open_conversations(Faulty(records)), TOKENIZER, config, Layout.of(config, TOKENIZER.vocab_size))
 
 
 def told(read):
@@ -86,35 +86,37 @@ def told(read):
     return read.index, words, read.tokens, read.cut, read.weight, read.own_weight, error
 
 
-@given(st.lists(RECORDS, min_size=1, max_size=12), RECIPES)
-def test_a_chunk_is_read_as_each_of_its_conversations_alone(records, recipe):
-    reader = reader_of(records, recipe)
+@given(st.lists(RECORDS, min_size=1, max_size=12), CONFIGS)
+def test_a_chunk_is_read_as_each_of_its_conversations_alone(records, config):
+    reader = reader_of(records, config)
     alone = [told(read) for index in range(len(records)) for read in reader.read([index])]
     assert list(map(told, reader.read(range(len(records))))) == alone
     assert list(map(told, read_in_turn(reader, range(len(records)), batch_tokens=64, tell=lambda index: None))) == alone
 
 
-@given(st.lists(RECORDS, min_size=1, max_size=12), RECIPES)
-def test_what_is_read_is_the_document_cut_and_marked(records, recipe):
+@given(st.lists(RECORDS, min_size=1, max_size=12), CONFIGS)
+def test_what_is_read_is_the_document_cut_and_marked(records, config):
     """Token by token, from what the renderer gives for one conversation; that has its own plain renderer."""
-    reader = reader_of(records, recipe)
-    limit = min([2**31, *(limit for _, limit in recipe.limits)])
+    reader = reader_of(records, config)
+    limit = min([2**31, *(limit for _, limit in config.limits)])
     for record, read in zip(records, reader.read(range(len(records))), strict=True):
         if read.error is not None:
             continue
         document = reader.render(check(record))
         assert read.own_weight == check(record).weight
-        trained = [recipe.loss == "all" or bool(one) for one in document.mask]
-        trained[0] &= recipe.boundary_loss
+        trained = [config.loss == "all" or bool(one) for one in document.mask]
+        trained[0] &= config.boundary_loss
         kept = list(zip(document.ids.tolist(), trained, strict=True))[:limit]
         assert (read.tokens, sum(read.cut.values())) == (len(trained), len(trained) - len(kept))
         if read.words is None:
-            assert recipe.drops_untrained and not any(one for _, one in kept)
+            assert config.drops_untrained and not any(one for _, one in kept)
             continue
         assert [(int(word) & 0x7FFF, bool(word >> 15)) for word in read.words] == kept
         count = sum(one for _, one in kept)
-        weight = {None: 1.0, "token": read.own_weight, "conversation": read.own_weight / max(1, count)}[recipe.weights]
-        assert read.weight == (weight if count or recipe.weights != "conversation" else 0.0)
+        weight = {None: 1.0, "token": read.own_weight, "conversation": read.own_weight / max(1, count)}[
+            config.loss_weights
+        ]
+        assert read.weight == (weight if count or config.loss_weights != "conversation" else 0.0)
 
 
 def test_a_panic_of_a_tokenizer_is_told_with_its_conversation(monkeypatch):
@@ -155,8 +157,8 @@ def test_ctrl_c_while_tokenizing_is_raised(monkeypatch):
 
 @pytest.mark.parametrize(("tokens", "most"), [(4, CHUNK), (40, 5), (4000, 1)])
 def test_no_more_is_read_ahead_than_a_batch_takes(tokens, most):
-    recipe, watched = Recipe(), Faulty([{"input_ids": [7] * tokens}] * 400)
-    reader = Reader(open_conversations(watched), TOKENIZER, recipe, Layout.of(recipe, TOKENIZER.vocab_size))
+    config, watched = LoaderConfig(), Faulty([{"input_ids": [7] * tokens}] * 400)
+    reader = Reader(open_conversations(watched), TOKENIZER, config, Layout.of(config, TOKENIZER.vocab_size))
     starts = []
     reads = read_in_turn(reader, range(400), batch_tokens=200, tell=starts.append)
     for count, read in enumerate(itertools.islice(reads, 300)):

@@ -7,7 +7,7 @@ import pytest
 from faulty import NotPicklable, is_gone
 
 from nanopack import ConversationError, ProducerError
-from nanopack.config import Recipe
+from nanopack.config import LoaderConfig
 from nanopack.conversations.records import open_conversations
 from nanopack.producer import workers
 from nanopack.producer.reader import Reader
@@ -16,7 +16,7 @@ from nanopack.ring.layout import Layout
 from nanopack.tokenizers.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer("chat32k")
-RECIPE = Recipe(batch_size=2, seq_len=16, weights="conversation", loss="assistant", max_tokens=20)
+CONFIG = LoaderConfig(batch_size=2, seq_len=16, loss_weights="conversation", loss="assistant", max_document_tokens=20)
 
 
 class Harmful(list):
@@ -29,7 +29,7 @@ class Harmful(list):
 
 
 def reader_of(records):
-    return Reader(open_conversations(records), TOKENIZER, RECIPE, Layout.of(RECIPE, TOKENIZER.vocab_size))
+    return Reader(open_conversations(records), TOKENIZER, CONFIG, Layout.of(CONFIG, TOKENIZER.vocab_size))
 
 
 def chats(count):

@@ -89,7 +89,7 @@ def test_seed_example():
     assert batch.targets.tolist() == [[a, b, c, d], [e, f, g, h]]
     assert batch.word_pieces == ((Piece(0, 0, 5, 0),), (Piece(0, 0, 5, 4),))
     assert batch.pieces == ((Piece(0, 0, 4, 0),), (Piece(0, 0, 4, 4),))
-    assert (batch.step, batch.num_tokens, batch.num_trained, batch.weight_sum) == (0, 8, 8, 8.0)
+    assert (batch.step, batch.num_tokens, batch.num_loss_tokens, batch.weight_sum) == (0, 8, 8, 8.0)
 
 
 def test_stream_starts_behind_the_last_target_of_the_batch_before():
@@ -206,7 +206,7 @@ def test_best_fit_takes_the_longest_that_fits_and_the_first_come_among_equals():
 def test_padding_is_bos_untrained_and_one_piece_of_its_own():
     batch = only(
         texts("aaa", "bb"), packing="best_fit_pad", batch_size=2, seq_len=5, window=2, epochs=1,
-        weights="token", extras=("positions", "doc_ids", "cu_seqlens"), max_pieces=3, ignore_index=-1,
+        loss_weights="token", extras=("positions", "doc_ids", "cu_seqlens"), max_pieces=3, ignore_index=-1,
     )  # fmt: skip
     assert batch.inputs.tolist() == [[BOS, a, a, a, BOS], [BOS, b, b, BOS, BOS]]
     assert batch.targets.tolist() == [[a, a, a, -1, -1], [b, b, -1, -1, -1]]
@@ -215,7 +215,7 @@ def test_padding_is_bos_untrained_and_one_piece_of_its_own():
     assert batch.doc_ids.tolist() == [[0, 0, 0, 0, -1], [0, 0, 0, -1, -1]]
     assert batch.cu_seqlens.tolist() == [0, 4, 5, 8, 10, 10, 10]
     assert batch.word_pieces == batch.pieces == ((Piece(0, 0, 4, 0),), (Piece(1, 0, 3, 0),))
-    assert (batch.num_tokens, batch.num_trained, batch.max_seqlen) == (7, 5, 4)
+    assert (batch.num_tokens, batch.num_loss_tokens, batch.max_seqlen) == (7, 5, 4)
 
 
 def test_row_of_exactly_t_words_has_no_padding_piece():
@@ -231,7 +231,7 @@ def test_max_seqlen_counts_padding():
 
 def test_crop_cuts_the_shortest_waiting_document_and_the_first_among_equals():
     three = texts("abcd", "efg", "hij")
-    found = take(2, three, packing="best_fit_crop", batch_size=1, seq_len=6, window=3, weights="conversation")
+    found = take(2, three, packing="best_fit_crop", batch_size=1, seq_len=6, window=3, loss_weights="conversation")
     assert found[0].inputs.tolist() == [[BOS, a, b, c, d, BOS]]
     assert found[0].targets.tolist() == [[a, b, c, d, BOS, e]]
     assert found[0].word_pieces == ((Piece(0, 0, 5, 0), Piece(1, 5, 2, 0)),)
@@ -259,7 +259,7 @@ def test_crop_pads_only_when_nothing_waits():
 
 @pytest.mark.parametrize("packing", ["best_fit", "best_fit_pad", "pad"])
 def test_document_longer_than_a_row_is_cut_before_it_waits(packing):
-    found = take(2, texts("abcdef"), packing=packing, batch_size=1, seq_len=3, weights="conversation")
+    found = take(2, texts("abcdef"), packing=packing, batch_size=1, seq_len=3, loss_weights="conversation")
     assert inputs(found) == [[[BOS, a, b]]] * 2
     assert targets(found) == [[[a, b, c]]] * 2
     assert found[0].word_pieces == ((Piece(0, 0, 4, 0),),)
@@ -328,7 +328,7 @@ def test_conversation_with_parts():
         [BOS, USER, q, USER_END, ASSISTANT, t, PYTHON, p, PYTHON_END, OUTPUT, o, OUTPUT_END],
     ]
     assert batch.targets.tolist() == [[NO, NO, NO, NO, t, PYTHON, p, PYTHON_END, NO, NO, NO, ASSISTANT_END]]
-    assert batch.num_trained == 5
+    assert batch.num_loss_tokens == 5
 
 
 SYSTEM = {"messages": [{"role": "system", "content": "s"}, *TALK["messages"]]}
@@ -373,7 +373,7 @@ def test_what_a_tool_gave_back_is_not_trained(template, before, end, role):
     seq_len = len(before) + 2 + len(end)
     batch = only([talk], packing="best_fit_pad", batch_size=1, seq_len=seq_len, template=template)
     assert batch.inputs.tolist() == [[BOS, *before, o, *end]]
-    assert batch.num_trained == 0
+    assert batch.num_loss_tokens == 0
 
 
 def test_a_function_call_of_sharegpt_is_the_assistants_and_an_observation_the_tools():
@@ -426,7 +426,7 @@ def test_first_token_of_a_document_is_a_target_only_with_boundary_loss():
 
 def test_max_tokens_cuts_every_document():
     arguments = {"packing": "stream", "batch_size": 1, "seq_len": 4}
-    found = take(2, texts("abcd", "ef"), max_tokens=3, weights="conversation", **arguments)
+    found = take(2, texts("abcd", "ef"), max_document_tokens=3, loss_weights="conversation", **arguments)
     assert inputs(found) == [[[BOS, a, b, BOS]], [[f, BOS, a, b]]]
     assert found[1].word_pieces == ((Piece(1, 0, 1, 2), Piece(0, 1, 3, 0), Piece(1, 4, 1, 0)),)
     assert found[0].weights.tolist() == [[0.3333333432674408] * 4]
@@ -434,20 +434,23 @@ def test_max_tokens_cuts_every_document():
 
 def test_token_weights_are_the_conversations_own():
     two = [{"text": "ab", "weight": 0.5}, {"text": "c", "weight": 2}]
-    batch = only(two, batch_size=1, seq_len=4, window=2, weights="token")
+    batch = only(two, batch_size=1, seq_len=4, window=2, loss_weights="token")
     assert batch.targets.tolist() == [[a, b, BOS, c]]
     assert batch.weights.tolist() == [[0.5, 0.5, 2.0, 2.0]]
     assert batch.weight_sum == 5.0
-    assert only([{"text": "ab", "weight": np.float16(0.5)}], batch_size=1, seq_len=2, weights="token").weight_sum == 1.0
+    assert (
+        only([{"text": "ab", "weight": np.float16(0.5)}], batch_size=1, seq_len=2, loss_weights="token").weight_sum
+        == 1.0
+    )
 
 
 def test_conversation_weights_are_shared_among_its_trained_tokens():
     two = [{"text": "ab", "weight": 0.5}, {"text": "c", "weight": 2}]
-    batch = only(two, batch_size=1, seq_len=4, window=2, weights="conversation")
+    batch = only(two, batch_size=1, seq_len=4, window=2, loss_weights="conversation")
     # A half among three tokens, one of them no target here: a weight does not depend on the place in the row.
     assert batch.weights.tolist() == [[0.1666666716337204, 0.1666666716337204, 1.0, 1.0]]
     assert batch.weight_sum == 2.333333343267441
-    talk = only([TALK], batch_size=1, seq_len=6, weights="conversation")
+    talk = only([TALK], batch_size=1, seq_len=6, loss_weights="conversation")
     assert talk.weights.tolist() == [[0, 0, 0, 0, 0.5, 0.5]]
 
 
@@ -459,7 +462,7 @@ def test_without_weights_the_sum_counts_targets():
 
 def test_weight_sum_is_exact():
     two = [{"text": "a", "weight": 2.0**60}, {"text": "b" * 255}]
-    batch = only(two, packing="stream", batch_size=1, seq_len=257, weights="token")
+    batch = only(two, packing="stream", batch_size=1, seq_len=257, loss_weights="token")
     # Added one by one, each of the 256 ones would vanish beside 2**60.
     assert batch.weight_sum == 2.0**60 + 256
 
@@ -497,7 +500,7 @@ def test_document_that_trains_nothing_is_dropped_by_our_own_packings(packing, lo
 def test_stream_keeps_what_trains_nothing():
     batch = only([QUESTION], packing="stream", batch_size=1, seq_len=3)
     assert batch.inputs.tolist() == [[BOS, USER, u]]
-    assert (batch.num_trained, batch.weight_sum) == (0, 0.0)
+    assert (batch.num_loss_tokens, batch.weight_sum) == (0, 0.0)
 
 
 def test_bits_are_counted_after_the_boundary_is_cleared():
@@ -529,7 +532,7 @@ def test_parquet(tmp_path):
     path = tmp_path / "two.parquet"
     rows = [{**TALK, "text": None, "weight": None}, {"messages": None, "text": "a", "weight": 0.5}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    found = take(None, str(path), packing="pad", batch_size=2, seq_len=6, weights="token", epochs=1)
+    found = take(None, str(path), packing="pad", batch_size=2, seq_len=6, loss_weights="token", epochs=1)
     assert targets(found) == [[[NO, NO, NO, NO, a, ASSISTANT_END], [a, NO, NO, NO, NO, NO]]]
     assert found[0].weights.tolist() == [[0, 0, 0, 0, 1, 1], [0.5, 0, 0, 0, 0, 0]]
 
@@ -617,7 +620,7 @@ def test_lack_of_memory_is_not_a_bad_conversation():
         take(1, Exhausted(), on_error="skip", batch_size=1, seq_len=1)
 
 
-@pytest.mark.parametrize("name", ["packing", "loss", "weights", "template", "on_error"])
+@pytest.mark.parametrize("name", ["packing", "loss", "loss_weights", "template", "on_error"])
 def test_unknown_choice_is_refused_before_the_first_batch(name):
     with pytest.raises(ValueError, match=f"{name}='none'"):
         batches(texts("a"), TOY, **{name: "none"})
@@ -625,7 +628,17 @@ def test_unknown_choice_is_refused_before_the_first_batch(name):
         batches(texts("a"), TOY, extras=["positions", "length"])
 
 
-COUNTS = ["batch_size", "seq_len", "refill", "world_size", "max_pieces", "max_tokens", "window", "max_age", "epochs"]
+COUNTS = [
+    "batch_size",
+    "seq_len",
+    "refill",
+    "world_size",
+    "max_pieces",
+    "max_document_tokens",
+    "window",
+    "max_age",
+    "epochs",
+]
 
 
 @pytest.mark.parametrize("name", COUNTS)

@@ -114,7 +114,13 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer):
 def test_batches_are_the_reference_packers(chat_template, workers):
     bad = [{"messages": record} if isinstance(record, list) else record for _, record, _ in BAD.values()]
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
-    arguments = {"batch_size": 2, "seq_len": 128, "weights": "conversation", "on_error": "skip", "workers": workers}
+    arguments = {
+        "batch_size": 2,
+        "seq_len": 128,
+        "loss_weights": "conversation",
+        "on_error": "skip",
+        "num_workers": workers,
+    }
     edges = [TALK, {"text": "Hi"}, {"messages": [USER, call, {"role": "ipython", "content": "7"}]}, *bad]
     found = verify([*edges, *shipped(30)], make_tokenizer(chat_template), template="hf", **arguments)
     assert found, found.difference
@@ -128,7 +134,7 @@ def test_messages_of_which_the_template_makes_nothing_are_skipped_wherever_they_
     bare = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     empty = {"messages": [{**USER, "content": ""}, {**ANSWER, "content": ""}]}
     chats = [empty, TALK, empty, empty, {"text": "Hi"}, {"text": ""}, empty]
-    how = {"template": "hf", "packing": packing, "loss": loss, "workers": workers}
+    how = {"template": "hf", "packing": packing, "loss": loss, "num_workers": workers}
     found = verify(chats, make_tokenizer(bare), batch_size=1, seq_len=16, on_error="skip", **how)
     assert found and found.batches, found.difference
     with (
@@ -139,7 +145,7 @@ def test_messages_of_which_the_template_makes_nothing_are_skipped_wherever_they_
 
 
 def test_an_explanation_names_the_template():
-    with Loader([TALK], make_tokenizer(MARKED), 1, 64, template="hf", workers=0) as loader:
+    with Loader([TALK], make_tokenizer(MARKED), 1, 64, template="hf", num_workers=0) as loader:
         batch = next(loader)
         trained = next(col for col, target in enumerate(batch.targets[0].tolist()) if target != -100)
         assert "trained, template 'hf' trains this token" in str(loader.explain(batch, 0, trained))

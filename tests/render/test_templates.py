@@ -11,7 +11,7 @@ from importlib import resources
 import pytest
 
 from nanopack import Loader, Template, Turn, verify
-from nanopack.config import Recipe
+from nanopack.config import LoaderConfig
 from nanopack.conversations.records import Conversation, Message
 from nanopack.errors import ConversationError
 from nanopack.render.renderer import Renderer
@@ -51,7 +51,7 @@ EDGES = [
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("template", ["chatml", "llama3"])
 def test_batches_by_a_named_template_are_the_reference_packers(template, workers):
-    arguments = {"batch_size": 4, "seq_len": 256, "weights": "token", "workers": workers}
+    arguments = {"batch_size": 4, "seq_len": 256, "loss_weights": "token", "num_workers": workers}
     tokenizer = tokenizer_with(SPECIAL_TOKENS[template])
     found = verify([*EDGES, *shipped(60)], tokenizer, template=template, **arguments)
     assert found, found.difference
@@ -102,7 +102,7 @@ STARTS = [
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("name", OWN)
 def test_batches_by_a_template_of_ones_own_are_the_reference_packers(name, workers):
-    arguments = {"batch_size": 4, "seq_len": 256, "weights": "token", "workers": workers, "on_error": "skip"}
+    arguments = {"batch_size": 4, "seq_len": 256, "loss_weights": "token", "num_workers": workers, "on_error": "skip"}
     found = verify([*EDGES, *STARTS, *shipped(60)], OWN_TOKENIZER, template=OWN[name], **arguments)
     assert found, found.difference
     assert found.tokens > 3000
@@ -216,14 +216,14 @@ def test_a_template_that_does_not_go_with_the_tokenizer_is_refused_by_the_loader
 
 
 def test_a_template_crosses_a_process_boundary():
-    recipe = pickle.loads(pickle.dumps(Recipe(template=GEMMA)))
-    assert recipe.template == GEMMA
+    config = pickle.loads(pickle.dumps(LoaderConfig(template=GEMMA)))
+    assert config.template == GEMMA
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(dataclasses.replace, (GEMMA,), {"name": "back"}) == changed(name="back")
 
 
 def test_an_explanation_calls_a_template_by_its_name():
-    with Loader(shipped(1), OWN_TOKENIZER, 1, 64, template=GEMMA, workers=0) as loader:
+    with Loader(shipped(1), OWN_TOKENIZER, 1, 64, template=GEMMA, num_workers=0) as loader:
         batch = next(loader)
         row = batch.targets[0].tolist()
         trained = next(col for col, target in enumerate(row) if target != -100)
@@ -240,7 +240,7 @@ def test_special_tokens_are_a_tuple_or_a_list_and_nothing_that_is_gone_when_look
 def test_a_turn_of_the_user_that_is_trained_is_explained_as_the_users():
     template = Template(name="both", special_tokens=(), user=Turn("U:", trained=True), assistant=Turn("A:"))
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
-    with Loader([chat], "chat32k", 1, 8, template=template, epochs=1, workers=0) as loader:
+    with Loader([chat], "chat32k", 1, 8, template=template, epochs=1, num_workers=0) as loader:
         batch = next(loader)
         reasons = {loader.explain(batch, 0, column).reason for column in range(8)}
     assert "template 'both' trains this part of the user's message" in reasons

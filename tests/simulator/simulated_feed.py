@@ -70,17 +70,19 @@ def data(number: int) -> Data:
         "epochs": 1,
     }
     if number % 8 > 5:
-        extras = {"weights": "token", "extras": ("positions", "doc_ids", "cu_seqlens")}
+        extras = {"loss_weights": "token", "extras": ("positions", "doc_ids", "cu_seqlens")}
         arguments |= extras | {"max_pieces": arguments["seq_len"]}
     batches = []
     with contextlib.suppress(ValueError):
         for batch in reference.batches(conversations, TOKENIZER, **arguments):
             batches.append(batch)
-    return Data(conversations, arguments, batches, *_produce(Loader(conversations, TOKENIZER, workers=0, **arguments)))
+    return Data(
+        conversations, arguments, batches, *_produce(Loader(conversations, TOKENIZER, num_workers=0, **arguments))
+    )
 
 
 def _produce(loader: Loader) -> tuple[list[tuple[np.ndarray, Produced]], Exception | End]:
-    producer = Producer(loader.source, loader.tokenizer, loader.recipe)
+    producer = Producer(loader.source, loader.tokenizer, loader.config)
     slot = Slot(producer.layout, np.zeros(producer.layout.nbytes, np.uint8))
     slots = []
     try:

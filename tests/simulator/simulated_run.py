@@ -2,8 +2,8 @@
 
     Config, seed   ->   run()   ->   a Fault that names both, or nothing to say
 
-The loader is a real `Loader(workers=0)`: its core decides when a slot is submitted, delivered and reclaimed. Replaced
-are its device, its upload (the real one on the simulated device, or a mutant of it) and its feed.
+The loader is a real `Loader(num_workers=0)`: its core decides when a slot is submitted, delivered and reclaimed.
+Replaced are its device, its upload (the real one on the simulated device, or a mutant of it) and its feed.
 """
 
 from __future__ import annotations
@@ -146,16 +146,16 @@ class Simulation:
         random = self.random = Random(seed)
         chosen = self.data = data(random.randrange(DATA_SETS) if data_set is None else data_set)
         device = self.device = SimulatedDevice(random, clocks=clocks)
-        self.loader = Loader(chosen.conversations, TOKENIZER, workers=0, **chosen.arguments)
-        recipe = self.loader.recipe
-        layout = Layout.of(recipe, self.loader.tokenizer.vocab_size)
+        self.loader = Loader(chosen.conversations, TOKENIZER, num_workers=0, **chosen.arguments)
+        loader_config = self.loader.config
+        layout = Layout.of(loader_config, self.loader.tokenizer.vocab_size)
         slots = [device.host_slot(number, layout.nbytes) for number in range(config.slots)]
         self.slots = [slot.block for slot in slots]
         self.trainer = Trainer(device, chosen.batches, config)
         for _ in range(random.randrange(3)):
             device.work(device.current)
         self.memory_is_short = 0.0
-        make = outputs_maker(recipe, layout, torch.device("cpu"))
+        make = outputs_maker(loader_config, layout, torch.device("cpu"))
 
         def outputs() -> Any:
             if random.random() < self.memory_is_short:
@@ -167,7 +167,7 @@ class Simulation:
             slots,
             outputs,
             make_kernel(
-                config.executor, torch.device("cpu"), layout, self.loader.tokenizer.bos_id, recipe.ignore_index
+                config.executor, torch.device("cpu"), layout, self.loader.tokenizer.bos_id, loader_config.ignore_index
             ),
             staging=config.staging,
             overlap_copy=config.overlap_copy,

@@ -58,20 +58,20 @@ data_sets = st.lists(chats() | plain_texts | rendered_elsewhere(), min_size=1, m
 
 
 @st.composite
-def recipes(draw, packing):
+def drawn_arguments(draw, packing):
     arguments = {
         "batch_size": draw(st.integers(1, 4)),
         "seq_len": draw(st.integers(1, 24) | st.sampled_from([64, 128])),
         "packing": packing,
         "loss": draw(st.sampled_from(["assistant", "all"])),
-        "weights": draw(st.sampled_from([None, "token", "conversation"])),
+        "loss_weights": draw(st.sampled_from([None, "token", "conversation"])),
         "extras": tuple(draw(st.sets(st.sampled_from(["positions", "doc_ids", "cu_seqlens"])))),
-        "max_tokens": draw(st.none() | st.integers(1, 40)),
+        "max_document_tokens": draw(st.none() | st.integers(1, 40)),
         "boundary_loss": draw(st.booleans()),
         "ignore_index": draw(st.sampled_from([-100, -1])),
         "world_size": draw(st.integers(1, 14)),
         "shard": draw(st.sampled_from(["rank", "row"])),
-        "shuffle_seed": draw(st.none() | st.integers(0, 2**64 - 1)),
+        "seed": draw(st.none() | st.integers(0, 2**64 - 1)),
         "epochs": draw(st.none() | st.integers(1, 3)),
     }
     arguments["rank"] = draw(st.integers(0, arguments["world_size"] - 1))

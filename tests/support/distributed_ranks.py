@@ -88,7 +88,7 @@ MIXED = nanopack.mixture([(CHATS, 2, "chats"), ([{"text": "x" * k} for k in rang
 
 def loader_of(rows, conversations=CHATS, **arguments):
     """A loader of this rank, of so many rows on all ranks together. Which rank it is, torch.distributed knows."""
-    arguments = {"seq_len": 16, "workers": 0, **arguments}
+    arguments = {"seq_len": 16, "num_workers": 0, **arguments}
     return nanopack.Loader(conversations, BYTES, rows // dist.get_world_size(), **arguments)
 
 
@@ -108,7 +108,7 @@ def default_share(**arguments):
 def steps_in_common(grouped, **arguments):
     """Train to the end, meeting the other ranks at each step; return steps, len() and how many batches hold tokens."""
     group = dist.group.WORLD if grouped else None
-    with loader_of(3, UNEVEN, **arguments, packing="stream", epochs=2, group=group) as loader:
+    with loader_of(3, UNEVEN, **arguments, packing="stream", epochs=2, process_group=group) as loader:
         steps = filled = 0
         for batch in loader:
             filled_ranks = torch.tensor(int(batch.num_tokens > 0))
@@ -123,9 +123,9 @@ def wrong_groups():
     """What a loader says to a group that is not that of all ranks."""
     said = []
     pair = dist.new_group([0, 1])
-    for changes in ({"rank": 0, "world_size": 2}, {"group": pair}, {"epochs": None}):
+    for changes in ({"rank": 0, "world_size": 2}, {"process_group": pair}, {"epochs": None}):
         try:
-            loader_of(3, **{"epochs": 1, "group": dist.group.WORLD, **changes})
+            loader_of(3, **{"epochs": 1, "process_group": dist.group.WORLD, **changes})
         except ValueError as error:
             said.append(str(error))
     return said
@@ -136,7 +136,7 @@ def counted_with_a_bad_conversation_of_rank_1():
     data = [{"text": "x"} for _ in range(9)]
     data[4] = {"text": 5}
     try:
-        loader_of(3, data, epochs=1, group=dist.group.WORLD)
+        loader_of(3, data, epochs=1, process_group=dist.group.WORLD)
     except Exception as error:
         return type(error).__name__, str(error)
 

@@ -98,7 +98,7 @@ def of_all_ranks(own):
 def train_on(model, optimizer, batch):
     """Take a step; return the global batch's loss for each trained token, and how many these are."""
     rows = of_all_ranks(torch.stack([row_gradient(model, batch, row) for row in range(len(batch.inputs))]))
-    trained = int(of_all_ranks(torch.tensor([batch.num_trained])).sum())
+    trained = int(of_all_ranks(torch.tensor([batch.num_loss_tokens])).sum())
     total = torch.zeros_like(rows[0])
     for row in rows:
         total += row
@@ -136,7 +136,7 @@ def main(folder: Path) -> None:
     optimizer = Adam(model)
     # small, so that documents become old and what a state says of their ages counts
     ages = dict(window=16, max_age=4)
-    arguments = dict(shard="row", shuffle_seed=7, extras=("positions", "doc_ids"), workers=1, **ages)
+    arguments = dict(shard="row", seed=7, extras=("positions", "doc_ids"), num_workers=1, **ages)
     with nanopack.Loader(chats, BYTES, GLOBAL_ROWS // world_size, SEQ_LEN, **arguments) as loader:
         start = 0
         with contextlib.suppress(FileNotFoundError):

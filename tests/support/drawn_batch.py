@@ -22,7 +22,7 @@ def make_batch(pieces=PIECES, trained=TRAINED) -> Batch:
         doc_ids=None,
         cu_seqlens=None,
         step=0,
-        num_trained=0,
+        num_loss_tokens=0,
         num_tokens=0,
         weight_sum=0.0,
         max_seqlen=0,

@@ -28,7 +28,7 @@ CHATS = [
 
 
 def make_loader(**arguments: Any) -> Loader:
-    arguments = {"shuffle_seed": 1, "extras": ("positions", "doc_ids"), "device": "cpu", "workers": 0, **arguments}
+    arguments = {"seed": 1, "extras": ("positions", "doc_ids"), "device": "cpu", "num_workers": 0, **arguments}
     return Loader(CHATS, BYTES, 2, 64, **arguments)
 
 
@@ -47,7 +47,9 @@ class Trained(LightningModule):
         logits = torch.stack(
             [self.model(*row) for row in zip(batch.inputs, batch.positions, batch.doc_ids, strict=True)]
         )
-        loss = cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum") / max(1, batch.num_trained)
+        loss = cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum") / max(
+            1, batch.num_loss_tokens
+        )
         self.seen.append((batch.step, batch.inputs.tolist()))
         self.losses.append(loss.item())
         return loss

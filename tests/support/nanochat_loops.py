@@ -17,7 +17,7 @@ Render = Callable[[Any], Rendered]
 Made = tuple[list[list[int]], list[list[int]], float, bool, int]
 
 
-def render(encoding: tiktoken.Encoding, conversation: dict[str, Any], max_tokens: int = 2048) -> Rendered:
+def render(encoding: tiktoken.Encoding, conversation: dict[str, Any], max_document_tokens: int = 2048) -> Rendered:
     """Return the ids of a conversation and their loss mask; of a text, what nanochat's base loader makes of it."""
     special = encoding.encode_single_token
     if "text" in conversation:
@@ -57,7 +57,7 @@ def render(encoding: tiktoken.Encoding, conversation: dict[str, Any], max_tokens
                 say(part["text"], 0)
                 mark("output_end", 0)
         mark("assistant_end", 1)
-    return ids[:max_tokens], mask[:max_tokens]
+    return ids[:max_document_tokens], mask[:max_document_tokens]
 
 
 def midtraining(

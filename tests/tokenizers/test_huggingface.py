@@ -169,7 +169,7 @@ EDGES = [
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("template", ["chatml", CHATML], ids=["by-name", "as-an-object"])
 def test_batches_are_the_reference_packers(name, workers, template):
-    arguments = {"batch_size": 2, "seq_len": 256, "workers": workers, "template": template}
+    arguments = {"batch_size": 2, "seq_len": 256, "num_workers": workers, "template": template}
     found = verify([*EDGES, *shipped(60)], BOTH[name], **arguments)
     assert found, found.difference
     assert found.tokens > 4000

@@ -174,7 +174,7 @@ def test_what_tiktoken_refuses_is_refused_in_the_same_words():
             encode(text)
         assert str(got.value) == str(expected.value)
     chats = [CHATS[0], [{"role": "user", "content": text}, {"role": "assistant", "content": "No."}], CHATS[1]]
-    with Loader(chats, TOKENIZER, encoder="fast", on_error="skip", workers=0, **SMALL) as loader:
+    with Loader(chats, TOKENIZER, encoder="fast", on_error="skip", num_workers=0, **SMALL) as loader:
         list(loader)
         assert loader.ledger()["conversations"]["skipped"] == 1
 
@@ -223,7 +223,7 @@ def test_without_the_package_there_is_an_error_that_names_the_extra(monkeypatch)
     monkeypatch.setitem(sys.modules, "splintr", None)
     with pytest.raises(ImportError, match=r"encoder='fast' needs splintr-rs; pip install nanopack\[fast\]"):
         Loader(CHATS, TOKENIZER, encoder="fast", **SMALL)
-    Loader(CHATS, TOKENIZER, workers=0, **SMALL).close()
+    Loader(CHATS, TOKENIZER, num_workers=0, **SMALL).close()
 
 
 # A wrong id is noticed
@@ -282,7 +282,7 @@ def test_a_wrong_id_is_noticed_while_running_and_never_skipped(workers, monkeypa
     ]
     monkeypatch.setattr(fast, "SPOT_CHECK", 5)
     with (
-        Loader(chats, TOKENIZER, encoder="fast", workers=workers, on_error="skip", **SMALL) as loader,
+        Loader(chats, TOKENIZER, encoder="fast", num_workers=workers, on_error="skip", **SMALL) as loader,
         pytest.raises(EncoderError, match=r"differs from tiktoken at token \d+ of a text of .* about 'number 7"),
     ):
         list(loader)
@@ -330,12 +330,15 @@ def test_the_fuzz_is_the_same_each_time_and_small():
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_the_batches_are_the_reference_packers_which_tiktoken_encodes(workers):
     for packing in ("best_fit", "stream"):
-        found = nanopack.verify(CHATS, TOKENIZER, encoder="fast", workers=workers, packing=packing, **SMALL)
+        found = nanopack.verify(CHATS, TOKENIZER, encoder="fast", num_workers=workers, packing=packing, **SMALL)
         assert found and found.batches > 5, found.difference
 
 
 def test_the_shipped_conversations_give_the_same_batches_with_both_encoders():
-    with Loader(FILE, "chat32k", epochs=1, encoder="fast", workers=0) as ours, Loader(FILE, "chat32k", epochs=1) as its:
+    with (
+        Loader(FILE, "chat32k", epochs=1, encoder="fast", num_workers=0) as ours,
+        Loader(FILE, "chat32k", epochs=1) as its,
+    ):
         found = compare(its, ours)
     assert found, found.difference
 
@@ -343,21 +346,21 @@ def test_the_shipped_conversations_give_the_same_batches_with_both_encoders():
 def test_a_run_goes_on_with_the_other_encoder():
     expected = list(itertools.islice(reference.batches(CHATS, TOKENIZER, **SMALL), 6))
     for before, after in ((None, "fast"), ("fast", None)):
-        with Loader(CHATS, TOKENIZER, encoder=before, workers=0, **SMALL) as loader:
+        with Loader(CHATS, TOKENIZER, encoder=before, num_workers=0, **SMALL) as loader:
             for _ in range(3):
                 next(loader)
             state = json.loads(json.dumps(loader.state_dict()))
-        with Loader(CHATS, TOKENIZER, encoder=after, workers=0, **SMALL) as loader:
+        with Loader(CHATS, TOKENIZER, encoder=after, num_workers=0, **SMALL) as loader:
             loader.load_state_dict(state)
             assert compare(iter(expected[3:]), itertools.islice(loader, 3))
 
 
 def test_a_loaders_tokenizer_stays_tiktokens_and_explains_as_before():
-    with Loader(CHATS, TOKENIZER, encoder="fast", workers=0, **SMALL) as loader:
+    with Loader(CHATS, TOKENIZER, encoder="fast", num_workers=0, **SMALL) as loader:
         assert loader.tokenizer is TOKENIZER
         batch = next(loader)
         fast_says = str(loader.explain(batch, 0, 5))
-    with Loader(CHATS, TOKENIZER, workers=0, **SMALL) as loader:
+    with Loader(CHATS, TOKENIZER, num_workers=0, **SMALL) as loader:
         assert str(loader.explain(next(loader), 0, 5)) == fast_says
 
 

@@ -25,7 +25,7 @@ from nanopack.cli.bench.corpus import ROW, ROWS, Data
 from nanopack.cli.bench.other_packers import NotHereError, need
 from nanopack.cli.bench.rounds import Pace, Row, Spread, Table, Turn, not_measured, ratio, spreads, take_turns
 from nanopack.cli.bench.throughput import MIDTRAINING, SFT
-from nanopack.config import EXTRAS, Recipe
+from nanopack.config import EXTRAS, LoaderConfig
 from nanopack.conversations.records import open_conversations
 from nanopack.loader import Loader
 from nanopack.producer.producer import Producer
@@ -40,7 +40,7 @@ WIDTH, HEADS, LAYERS = 512, 8, 4
 LEAST_STEPS, WARM_STEPS = 6, 6
 KINDS: dict[str, dict[str, Any]] = {
     "inputs and targets": {},
-    "with weights and all extras": {"weights": "token", "extras": EXTRAS},
+    "with weights and all extras": {"loss_weights": "token", "extras": EXTRAS},
 }
 ALONE = "the loop alone, a fixed batch"
 IGNORED = {MIDTRAINING: -1, SFT: -1}
@@ -64,13 +64,13 @@ def _kernel_rows(data: Data, pace: Pace, device: torch.device, kind: str, settin
     # imports Triton
     from nanopack.kernels.pack import pack_bytes
 
-    recipe = Recipe(batch_size=ROWS, seq_len=ROW, max_tokens=ROW, **settings)
-    producer = Producer(open_conversations(data.chats), data.tokenizer, recipe)
+    config = LoaderConfig(batch_size=ROWS, seq_len=ROW, max_document_tokens=ROW, **settings)
+    producer = Producer(open_conversations(data.chats), data.tokenizer, config)
     ring = Ring(producer.layout, 1)
     produced = producer.produce(ring.slots[0])
     assert produced is not None
     filled, slot = produced.filled, ring.slots[0].buffer
-    make_outputs = outputs_maker(recipe, producer.layout, device)
+    make_outputs = outputs_maker(config, producer.layout, device)
     outputs = [make_outputs() for _ in range(BUFFERS)]
     host = torch.from_numpy(slot)[: filled.used_bytes].clone().pin_memory()
     staged = [torch.from_numpy(slot).to(device) for _ in range(BUFFERS)]
@@ -81,10 +81,10 @@ def _kernel_rows(data: Data, pace: Pace, device: torch.device, kind: str, settin
         ROW,
         word_bytes=producer.layout.word_bytes,
         n_pieces=sum(map(len, filled.word_pieces)),
-        weights=recipe.weights is not None,
-        positions="positions" in recipe.extras,
-        doc_ids="doc_ids" in recipe.extras,
-        n_cu=int(head[-3]) if "cu_seqlens" in recipe.extras else 0,
+        weights=config.loss_weights is not None,
+        positions="positions" in config.extras,
+        doc_ids="doc_ids" in config.extras,
+        n_cu=int(head[-3]) if "cu_seqlens" in config.extras else 0,
         cu_size=0 if outputs[0].cu_seqlens is None else outputs[0].cu_seqlens.numel(),
     )
     # a copy of n bytes reads n and writes n
@@ -200,8 +200,8 @@ def _loop_rows(data: Data, pace: Pace) -> list[Row]:
     model = Model(data.tokenizer.vocab_size).cuda()
     openers: dict[str, Callable[[], Any]] = {
         ALONE: partial(_fixed, data),
-        "nanopack, workers=1": partial(_loader, data, 1),
-        "nanopack, workers=2": partial(_loader, data, 2),
+        "nanopack, num_workers=1": partial(_loader, data, 1),
+        "nanopack, num_workers=2": partial(_loader, data, 2),
         MIDTRAINING: partial(_generator, data, nanochat.midtraining),
         SFT: partial(_generator, data, nanochat.sft),
     }
@@ -230,7 +230,9 @@ def _loop_row(name: str, steps: Sequence[Steps], alone: Sequence[float]) -> Row:
 
 @contextlib.contextmanager
 def _loader(data: Data, workers: int) -> Iterator[Callable[[], Batch]]:
-    with Loader(data.chats, data.tokenizer, MODEL_ROWS, ROW, max_tokens=ROW, device="cuda", workers=workers) as batches:
+    with Loader(
+        data.chats, data.tokenizer, MODEL_ROWS, ROW, max_document_tokens=ROW, device="cuda", num_workers=workers
+    ) as batches:
 
         def take() -> Batch:
             inputs, targets = next(batches)

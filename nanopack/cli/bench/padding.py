@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from nanopack.cli.bench.corpus import ROW, ROWS, Data
 from nanopack.cli.bench.rounds import Pace, Row, Table
-from nanopack.config import Recipe
+from nanopack.config import LoaderConfig
 from nanopack.packing.packers import WINDOWS, make_packer
 
 DOCUMENTS, QUICK_DOCUMENTS = 50_000, 6_000
@@ -30,8 +30,8 @@ def lengths(data: Data, documents: int) -> list[int]:
 
 def pack(packing: str, window: int | None, all_lengths: Sequence[int]) -> dict[str, int | float]:
     """Return padding and cut tokens as shares, and the longest wait in rows, until the data end."""
-    recipe = Recipe(packing=packing, window=window, batch_size=ROWS, seq_len=ROW)
-    limit = recipe.row_tokens if recipe.cuts_to_row else max(all_lengths)
+    config = LoaderConfig(packing=packing, window=window, batch_size=ROWS, seq_len=ROW)
+    limit = config.row_tokens if config.cuts_to_row else max(all_lengths)
     ended = False
 
     def read() -> tuple[int, int] | None:

@@ -86,9 +86,9 @@ def measure(data: Data, pace: Pace) -> list[Table]:
     documents = at_least(data.documents, QUICK_TOKENS if pace.quick else TOKENS)
     turns = {}
     for packing in PACKINGS:
-        open_ = partial(loader, documents, data.tokenizer, packing=packing, workers=0)
+        open_ = partial(loader, documents, data.tokenizer, packing=packing, num_workers=0)
         turns[f"nanopack, {packing}"] = turn_of(open_, 2)
-    process = partial(loader, documents, data.tokenizer, workers=1)
+    process = partial(loader, documents, data.tokenizer, num_workers=1)
     turns["nanopack, best_fit, in a process"] = turn_of(process, pace.drain)
     turns[COPY] = turn_of(copy, COPIES)
     absent = []

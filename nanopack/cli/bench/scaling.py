@@ -48,11 +48,11 @@ def _data_grow(data: Data, pace: Pace) -> Table:
         numbers = _one_pass(data, chats, QUICK_LIMIT_S if pace.quick else LIMIT_S)
         note = "" if "trainer_resident_mb" in numbers else "memory not measured: there is no /proc here"
         rows.append(Row(f"{times} x the data", numbers, note))
-    return Table("More data, workers=1, one pass", rows)
+    return Table("More data, num_workers=1, one pass", rows)
 
 
 def _one_pass(data: Data, chats: Sequence[Any], limit_s: float) -> dict[str, Any]:
-    settings: dict[str, Any] = {"max_tokens": ROW, "epochs": 1, "shuffle_seed": 0, "workers": 1, "device": "cpu"}
+    settings: dict[str, Any] = {"max_document_tokens": ROW, "epochs": 1, "seed": 0, "num_workers": 1, "device": "cpu"}
     memory: dict[str, Any] = {}
     tokens, progress = 0, 0.0
     began = time.perf_counter()
@@ -165,25 +165,25 @@ def _workers_grow(data: Data, pace: Pace) -> Table:
     cores = os.cpu_count() or 1
     counts = sorted({*(2**power for power in range(cores.bit_length())), cores})
     turns = {
-        f"workers={workers}": tokens_per_s(partial(loader, data, workers=workers), warm=pace.drain)
+        f"num_workers={workers}": tokens_per_s(partial(loader, data, num_workers=workers), warm=pace.drain)
         for workers in counts
     }
     speeds = spreads(take_turns(turns, pace))
     rows = [
-        Row(name, {"tokens_per_s": speed, "to_1_worker_x": ratio(speed, speeds["workers=1"])})
+        Row(name, {"tokens_per_s": speed, "to_1_worker_x": ratio(speed, speeds["num_workers=1"])})
         for name, speed in speeds.items()
     ]
     return Table(f"More workers, of {cores} cores", rows)
 
 
 def _startup(data: Data, pace: Pace) -> Table:
-    turns = {f"workers={workers}": partial(_first_batch, data, workers) for workers in (0, 1, 2)}
+    turns = {f"num_workers={workers}": partial(_first_batch, data, workers) for workers in (0, 1, 2)}
     rows = [Row(name, {"first_batch_s": Spread(tuple(rounds))}) for name, rounds in take_turns(turns, pace).items()]
     return Table("From Loader(...) to the first batch, window 64", rows)
 
 
 def _first_batch(data: Data, workers: int, _: float) -> float:
     began = time.perf_counter()
-    with loader(data, workers=workers, window=64) as take:
+    with loader(data, num_workers=workers, window=64) as take:
         take()
         return time.perf_counter() - began

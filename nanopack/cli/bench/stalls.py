@@ -100,8 +100,8 @@ def _turn(open_: Callable[[], AbstractContextManager[Take]], drain: int, step_ms
 def measure(data: Data, pace: Pace) -> list[Table]:
     """Return what each loader makes a step wait, at each step time."""
     contenders: dict[str, tuple[Callable[[], AbstractContextManager[Take]], int]] = {
-        "nanopack, workers=1": (partial(loader, data, workers=1), pace.drain),
-        "nanopack, workers=2": (partial(loader, data, workers=2), pace.drain),
+        "nanopack, num_workers=1": (partial(loader, data, num_workers=1), pace.drain),
+        "nanopack, num_workers=2": (partial(loader, data, num_workers=2), pace.drain),
         MIDTRAINING: (partial(generator, data, nanochat.midtraining), 1),
         SFT: (partial(generator, data, nanochat.sft), 1),
         "torch DataLoader, 2 workers, SFT in them": (partial(data_loader, data, 2), pace.drain),

@@ -33,15 +33,15 @@ from nanopack.cli.bench.tokenizer_bound import CALLS, REGROUPED, bare
 from nanopack.loader import Loader
 
 LOADERS: dict[str, dict[str, Any]] = {
-    "nanopack, workers=0": {"workers": 0},
-    "nanopack, workers=1": {"workers": 1},
-    "nanopack, workers=2": {"workers": 2},
-    "nanopack, workers=1, stream": {"workers": 1, "packing": "stream", "loss": "all"},
-    "nanopack, workers=1, best_fit_pad": {"workers": 1, "packing": "best_fit_pad"},
+    "nanopack, num_workers=0": {"num_workers": 0},
+    "nanopack, num_workers=1": {"num_workers": 1},
+    "nanopack, num_workers=2": {"num_workers": 2},
+    "nanopack, num_workers=1, stream": {"num_workers": 1, "packing": "stream", "loss": "all"},
+    "nanopack, num_workers=1, best_fit_pad": {"num_workers": 1, "packing": "best_fit_pad"},
 }
 FAST: dict[str, dict[str, Any]] = {
-    "nanopack, encoder=fast, workers=0": {"workers": 0, "encoder": "fast"},
-    "nanopack, encoder=fast, workers=2": {"workers": 2, "encoder": "fast"},
+    "nanopack, encoder=fast, num_workers=0": {"num_workers": 0, "encoder": "fast"},
+    "nanopack, encoder=fast, num_workers=2": {"num_workers": 2, "encoder": "fast"},
 }
 NO_FAST = "splintr-rs is not installed; pip install nanopack[fast]"
 MIDTRAINING, SFT = "nanochat midtraining", "nanochat SFT"
@@ -51,7 +51,7 @@ PROCESSES = (1, 2)
 @contextlib.contextmanager
 def loader(data: Data, **settings: Any) -> Iterator[Take]:
     """Open a loader over the chats; yield what takes a batch."""
-    with Loader(data.chats, data.tokenizer, ROWS, ROW, max_tokens=ROW, device="cpu", **settings) as batches:
+    with Loader(data.chats, data.tokenizer, ROWS, ROW, max_document_tokens=ROW, device="cpu", **settings) as batches:
         yield lambda: next(batches).num_tokens
 
 
