@@ -23,7 +23,7 @@ import torch
 from nanopack.batch import Batch
 from nanopack.config import LoaderConfig, check_bool, check_int
 from nanopack.conversations.records import open_conversations
-from nanopack.distributed import agree_on_most, check_group, rank_and_world_size
+from nanopack.distributed import agree_on_clock, agree_on_most, check_group, rank_and_world_size
 from nanopack.explain import Explanation, explain
 from nanopack.ledger import Ledger
 from nanopack.mixture import Mixture
@@ -32,9 +32,10 @@ from nanopack.producer.process import Process
 from nanopack.producer.producer import Produced, Producer, Start
 from nanopack.render.templates import Template
 from nanopack.ring.ring import Ring
-from nanopack.state import FORMAT, check_state, fingerprint
+from nanopack.state import FORMAT, check_state, clock_of, fingerprint
 from nanopack.stats import Stats
 from nanopack.tokenizers.splintr import choose_encoder
+from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 from nanopack.tokenizers.tokenizer import load_tokenizer
 from nanopack.upload.delivery import Delivery
 from nanopack.upload.device import Device, open_device
@@ -175,6 +176,13 @@ class Loader:
         device_api = open_device(device)
         self.device = device_api.device
         self.tokenizer = load_tokenizer(tokenizer)
+        if process_group is not None:
+            if epochs is None:
+                raise ValueError("process_group has no meaning without epochs; leave it out, or pass epochs")
+            check_group(process_group, world_size)
+            if isinstance(self.tokenizer, HuggingFaceTokenizer):
+                clock = agree_on_clock(process_group, self.tokenizer.clock, self.device)
+                self.tokenizer = self.tokenizer.at(clock)
         self.source = open_conversations(conversations)
         # what only encodes: everything else, and whoever looks at the loader, has the tokenizer that was given
         self._encoder = choose_encoder(encoder, self.tokenizer, self.source)
@@ -192,9 +200,6 @@ class Loader:
         self._owner = os.getpid()
         self._batches: int | None = None
         if process_group is not None:
-            if epochs is None:
-                raise ValueError("process_group has no meaning without epochs; leave it out, or pass epochs")
-            check_group(process_group, world_size)
             self._batches = agree_on_most(
                 process_group, lambda: self._count_batches(of_all_ranks=False)[0], self.device
             )
@@ -305,7 +310,18 @@ class Loader:
         """
         self._delivery.check_open()
         self._refuse_fork()
-        self._start(check_state(state_dict, self._fingerprint, self.config, strict=strict))
+        given = self.tokenizer, self._encoder, self._producer, self._fingerprint
+        if isinstance(self._encoder, HuggingFaceTokenizer):
+            # The date that a chat template writes is the one that it wrote.
+            self.tokenizer = self._encoder = self._encoder.at(clock_of(state_dict))
+            self._fingerprint = fingerprint(self.source, self.tokenizer, self.config)
+            if self.tokenizer is not given[0]:
+                self._producer = Producer(self.source, self._encoder, self.config)
+        try:
+            self._start(check_state(state_dict, self._fingerprint, self.config, strict=strict))
+        except BaseException:
+            self.tokenizer, self._encoder, self._producer, self._fingerprint = given
+            raise
 
     @functools.cached_property
     def _fingerprint(self) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def verify(conversations: Any, tokenizer: Any, *, max_batches: int | None = None
     with Loader(conversations, tokenizer, **arguments) as loader:
         data_arguments = {name: value for name, value in arguments.items() if name in DATA_ARGUMENTS}
         data_arguments |= {"rank": loader.config.rank, "world_size": loader.config.world_size}
-        expected = reference.batches(conversations, tokenizer, **data_arguments)
+        expected = reference.batches(conversations, loader.tokenizer, **data_arguments)
         return compare(itertools.islice(expected, max_batches), itertools.islice(loader, max_batches))
 
 

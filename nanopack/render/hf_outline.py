@@ -141,12 +141,12 @@ def locate(text: str, outlined: str, leaves: Sequence[Leaf]) -> list[Place] | No
     at = copied = 0
     found = list(marks(outlined))
     ends = [begin for _, begin, _ in found[1:]] + [len(outlined)]
-    for (leaf, begin, end), following in zip(found, ends, strict=True):
+    for (leaf, begin, end), following in zip(found, ends, strict=False):
         if leaf >= len(leaves) or not text.startswith(outlined[copied:begin], at):
             return None
         at += begin - copied
         literal = outlined[end:following]
-        for form in _forms(leaves[leaf].value):
+        for form in forms(leaves[leaf].value):
             if text.startswith(form, at) and text.startswith(literal, at + len(form)):
                 break
         else:
@@ -156,7 +156,7 @@ def locate(text: str, outlined: str, leaves: Sequence[Leaf]) -> list[Place] | No
     return places if text[at:] == outlined[copied:] else None
 
 
-def _forms(value: str | float) -> Iterator[str]:
+def forms(value: str | float) -> Iterator[str]:
     """Yield the ways in which a template may write it."""
     if not isinstance(value, str):
         yield from (json.dumps(value), str(value))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from itertools import takewhile
+from typing import NoReturn
 
 from nanopack.errors import ConversationError
 from nanopack.render.hf_outline import Leaf, Place, marks
@@ -41,8 +42,8 @@ class Answers:
         text: str,
         places: Sequence[Place],
         leaves: Sequence[Leaf],
-        asked: Callable[[int], str],
-        answered: Callable[[int], str],
+        asked: Callable[[int], str | None],
+        answered: Callable[[int], str | None],
     ) -> Span:
         """Return from where to where message `index` is in the loss.
 
@@ -112,15 +113,15 @@ class Answers:
             self._refuse(index, "the chat template writes no special token that ends it, so the model would not stop")
         return len("".join(pieces[:count]))
 
-    def _refuse(self, index: int, why: str) -> None:
+    def _refuse(self, index: int, why: str) -> NoReturn:
         raise ConversationError(f"message {index}: {why}; {self._remedy()}")
 
 
-def _after(outlined: str, leaf: int | None) -> str | None:
+def _after(outlined: str | None, leaf: int | None) -> str | None:
     """Return what follows the last mark of an outline, which must be this one."""
-    last = None
-    for last in marks(outlined):
-        pass
+    if outlined is None:
+        return None
+    *_, last = (None, *marks(outlined))
     if last is None:
         return outlined if leaf is None else None
     return outlined[last[2] :] if last[0] == leaf else None

@@ -25,7 +25,7 @@ import numpy as np
 from nanopack.conversations.records import Conversation, Message, short
 from nanopack.errors import ConversationError
 from nanopack.render.hf_messages import mended, plain, strings
-from nanopack.render.hf_outline import Leaf, Place, locate, markers, marks, outline
+from nanopack.render.hf_outline import Leaf, Place, forms, locate, markers, marks, outline
 from nanopack.render.hf_spans import Answers, Span
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 
@@ -82,9 +82,9 @@ class ChatTemplate:
         messages = [self._plain(index, message) for index, message in enumerate(conversation.messages)]
         tools, given = self._checked_tools(conversation)
         text, marked = self._render(messages, tools, given)
-        spans = self._spans(conversation, messages, text, marked)
         if not text:
             raise ConversationError("the tokenizer's chat template writes nothing for it")
+        spans = self._spans(conversation, messages, text, marked)
         found = self._chat(text, add_special_tokens=False, return_offsets_mapping=True)
         offsets = np.array(found["offset_mapping"], np.int64).reshape(-1, 2)
         if not len(offsets):
@@ -247,12 +247,16 @@ class ChatTemplate:
         tools, given = mended(conversation.tools) or None, mended(conversation.template_kwargs) or {}
         outlined, leaves = outline(messages, self._marker)
 
-        def written(count: int, *, prompt: bool = False) -> str:
-            return self._outline(outlined[:count], tools, given, prompt=prompt) or ""
+        def written(count: int, *, prompt: bool = False) -> str | None:
+            return self._outline(outlined[:count], tools, given, prompt=prompt)
 
         whole = written(len(outlined))
-        self._refuse_lost(messages, leaves, {leaf for leaf, _, _ in marks(whole)}, written)
-        places = locate(text, whole, leaves)
+        places = None if whole is None else locate(text, whole, leaves)
+        if whole is None:
+            found = {number for number, leaf in enumerate(leaves) if any(form in text for form in forms(leaf.value))}
+        else:
+            found = {leaf for leaf, _, _ in marks(whole)}
+        self._refuse_lost(messages, leaves, found, written)
         if marked is not None:
             return self._of_marks(conversation, text, marked, leaves, places)
         if places is None:
@@ -273,7 +277,7 @@ class ChatTemplate:
             if number in found or leaf.value == "":
                 continue
             if leaf.thought and leaf.message + 1 < len(messages):
-                until = written(leaf.message + 1)
+                until = written(leaf.message + 1) or ""
                 if any(number == mark for mark, _, _ in marks(until)):
                     self._report_dropped_thought(leaf)
                     continue
@@ -326,9 +330,12 @@ class ChatTemplate:
             raise ConversationError("one {% generation %} holds messages of which only some are to be in the loss")
         return True not in trains and not trains or trains == {True}
 
-    @functools.cache  # noqa: B019
     def _remedy(self) -> str:
-        return f"{REMEDY}{_training_template(self._tokenizer.chat_template(tools=False))}"
+        return f"{REMEDY}{self._training_template}"
+
+    @functools.cached_property
+    def _training_template(self) -> str:
+        return _training_template(self._tokenizer.chat_template())
 
 
 def _join(spans: Sequence[Span], text: str) -> list[Span]:

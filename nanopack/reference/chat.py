@@ -1,0 +1,454 @@
+"""The slow packer's template="hf": a tokenizer's own chat template, read as text, and what in it is in the loss.
+
+    messages   ->   Chat.tokens()   ->   (id, in the loss)
+                                         documents.py hands them on
+
+A part of the definition, written apart from the fast path. The template is run on the messages and once more on names
+in place of their strings; a pattern made of the second text must match the first, and its groups are where the
+strings stand.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nanopack.errors import ConversationError
+from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
+
+Said = tuple[str, str, Mapping[str, Any], bool]
+"""Role, content, what else the message holds, and whether it may be in the loss."""
+
+# Keys whose strings must be written; those of the second line only as long as their turn is the last.
+WRITTEN = {
+    *("function_call tools functions tool_responses tool_results reasoning_details refusal citations images image "
+      "videos video audios audio documents prefix").split(),
+    *"reasoning_content reasoning thinking thoughts thought tool_plan".split(),
+}  # fmt: skip
+THOUGHTS = set("reasoning_content reasoning thinking thoughts thought tool_plan".split())
+NAME = re.compile(r"ZQX(\d{5})XQZ|918273(\d{5})(?:\.5)?")
+
+
+class Chat:
+    """One chat template. What it says of special tokens is tried out once."""
+
+    def __init__(self, coder: HuggingFaceTokenizer) -> None:
+        """`coder` has a chat template."""
+        self.coder = coder
+        source = coder.chat_template(tools=True) + coder.chat_template(tools=False)
+        asked = re.findall(r"""(['"])((?:(?!\1).)+)\1\s*(?:not\s+)?in\b""", source)
+        asked += re.findall(r"""\.(?:split|startswith|endswith|replace|find)\(\s*(['"])((?:(?!\1).)+)\1""", source)
+        tags = re.findall(r"""</?[^<>\s'"/{%][^<>\s'"{%]{0,40}>""", source)
+        found = {*tags, *(text for _, text in asked)}
+        self.kept_texts = sorted((text for text in found if len(text) > 1 and "\\" not in text), key=len, reverse=True)
+        user, assistant = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Oh"}
+        self.parts = False
+        if not self.writes([user, assistant], "Hi", "Oh"):
+            as_parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in (user, assistant)]
+            if self.writes(as_parts, "Hi", "Oh"):
+                self.parts, (user, assistant) = True, as_parts
+        four = [user, assistant] * 2
+        around = [self.try_write(four), self.try_write(four, ask=True)]
+        if around == [None, None]:
+            around = [self.try_write(four[:2]), self.try_write(four[:1], ask=True)]
+        written = "".join(text or "" for text in around)
+        used = [t for t in coder.added_tokens if t.strip() and t in source + written]
+        # No message may hold these; the others are for the assistant to say.
+        self.control = {t for t in used if t in written and "think" not in t.lower()} | set(coder.special_tokens)
+        self.said_only = set(used) - self.control
+        self.question = self.try_write([user]) or ""
+        self.asking = self.try_write([user], ask=True) or ""
+        args = {"probe_key": "probe value"}
+        calling = {**assistant, "content": [] if self.parts else ""}
+        mapped = self.try_write([user, {**calling, "tool_calls": [_call("probe_call", args)]}]) or ""
+        encoded = self.try_write([user, {**calling, "tool_calls": [_call("probe_call", json.dumps(args))]}]) or ""
+        fits = "probe_call" in mapped and "probe value" in mapped and "{'probe_key'" not in mapped
+        self.text_arguments = not fits and json.dumps(args) in encoded
+        tool = {
+            "name": "probe_tool",
+            "description": "probe description",
+            "parameters": {"type": "object", "properties": {"probe_key": {"type": "string", "description": "probe text"}}},
+        }
+        text = self.try_write([user], [{"type": "function", "function": tool}]) or ""
+        self.writes_tools = all(word in text for word in ("probe_tool", "probe description", "probe_key"))
+
+    def writes(self, messages: Sequence[Mapping[str, Any]], *words: str) -> bool:
+        """Return whether all the words are in what is written of the messages."""
+        text = self.try_write(messages) or ""
+        return all(word in text for word in words)
+
+    def try_write(self, messages: Any, tools: Any = None, given: Any = None, ask: bool = False) -> str | None:
+        """Return what is written of the messages, None where they are refused."""
+        try:
+            return self.write(messages, tools, given or {}, ask)
+        except ConversationError:
+            return None
+
+    def write(self, messages: Any, tools: Any, given: Mapping[str, Any], ask: bool = False) -> str:
+        """Return what is written of the messages."""
+        if not messages:
+            return self.spans_and_text(messages, tools, given, ask)[1]
+        chat, source = self.coder.chat, self.coder.chat_template(tools=bool(tools))
+        try:
+            return str(
+                chat.apply_chat_template(
+                    messages, tools=tools, chat_template=source, tokenize=False, add_generation_prompt=ask, **given
+                )
+            )
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise ConversationError(f"its chat template refuses it: {error!r}") from error
+
+    def spans_and_text(self, messages: Any, tools: Any, given: Any, ask: bool) -> tuple[list[tuple[int, int]], str]:
+        """Return where {% generation %} marks the text, and the text."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        variables = {**self.coder.chat.special_tokens_map, **given, "add_generation_prompt": ask}
+        source = self.coder.chat_template(tools=bool(tools))
+        marks = self.is_marked(tools) and not ask
+        try:
+            texts, spans = render_jinja_template(
+                [messages], tools=tools, chat_template=source, return_assistant_tokens_mask=marks, **variables
+            )
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise ConversationError(f"its chat template refuses it: {error!r}") from error
+        return [tuple(span) for span in spans[0]] if marks else [], str(texts[0])
+
+    def is_marked(self, tools: Any) -> bool:
+        """Return whether the template marks what is in the loss."""
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self.coder.chat_template(tools=bool(tools))) is not None
+
+    # What the template is given
+
+    def given(self, messages: Sequence[Said], tools: Any, given: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the messages as dicts; ConversationError for what would become something else."""
+        said = [self._message(index, *message) for index, message in enumerate(messages)]
+        for index, message in enumerate(said):
+            closed = self.control if message["role"] == "assistant" else self.control | self.said_only
+            for token in closed:
+                if token in _text_of(message):
+                    raise ConversationError(f"message {index}: {token!r} in it would become a special token")
+        for token in self.control | self.said_only:
+            if token in _text_of([tools, given]):
+                raise ConversationError(f"{token!r} in its tools or variables would become a special token")
+        for name in given:
+            if re.search(rf"\b{re.escape(name)}\b", self.coder.chat_template(tools=bool(tools))) is None:
+                raise ConversationError(f"the chat template does not read {name!r}")
+        if tools and not self.writes_tools:
+            raise ConversationError("the chat template does not write tools")
+        return said
+
+    def _message(self, index: int, role: str, content: str, rest: Mapping[str, Any], _: bool) -> dict[str, Any]:
+        message = {"role": role, "content": [{"type": "text", "text": content}] if self.parts else content}
+        for key, value in rest.items():
+            if key != "tool_calls" and key not in message:
+                message[key] = value
+        calls = rest.get("tool_calls")
+        if isinstance(calls, str):
+            calls = _json(calls) if calls.strip() else None
+        if calls is None or (not calls and isinstance(calls, (list, tuple, Mapping))):
+            return mend(message)
+        if not isinstance(calls, (list, tuple)):
+            raise ConversationError(f"message {index}: tool_calls is a {type(calls).__name__}, not a list")
+        message["tool_calls"] = []
+        for call in calls:
+            function = call.get("function", call) if isinstance(call, Mapping) else None
+            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+                raise ConversationError(f"message {index}: a call has no function with a name")
+            arguments = function.get("arguments")
+            parsed = _json(arguments) if isinstance(arguments, str) and arguments.strip() else arguments
+            if isinstance(parsed, str) or parsed is None:
+                parsed = {}
+            if not isinstance(parsed, Mapping):
+                raise ConversationError(f"message {index}: the arguments of a call are no dict")
+            if self.text_arguments and not (isinstance(arguments, str) and arguments.strip()):
+                arguments = json.dumps(mend(parsed), ensure_ascii=False)
+            elif not self.text_arguments:
+                arguments = parsed
+            outer = call if "function" in call else {}
+            message["tool_calls"].append(
+                {"type": "function", **outer, "function": {**function, "arguments": arguments}}
+            )
+        return mend(message)
+
+    # What it writes, and what of it is in the loss
+
+    def tokens(self, messages: Sequence[Said], tools: Any, given: Any) -> list[tuple[int, bool]]:
+        """Return the tokens (id, in the loss) of a conversation."""
+        tools, given = mend(tools) or None, mend(given) or {}
+        said = self.given(messages, tools, given)
+        marked, text = self.spans_and_text(said, tools, given, False)
+        named, strings = self._named(said)
+
+        @functools.cache
+        def outline(count: int, ask: bool = False) -> str | None:
+            return self.try_write(named[:count], tools, given, ask)
+
+        whole = outline(len(named))
+        if whole is None:
+            present = {n for n, (*_, string, _) in enumerate(strings) if any(form in text for form in _forms(string))}
+        else:
+            present = {number for number, _ in _names(whole)}
+        for number, (index, key, string, thought) in enumerate(strings):
+            if number in present or string == "":
+                continue
+            later = index + 1 < len(named)
+            if thought and later and any(number == n for n, _ in _names(outline(index + 1) or "")):
+                continue
+            raise ConversationError(f"message {index}: the chat template loses {string!r} of its {key}")
+        where = None if whole is None else _match(whole, text, strings)
+        if self.is_marked(tools):
+            spans = self._marked(text, marked, messages, strings, where)
+        elif where is None:
+            raise ConversationError("what is written of it cannot be followed")
+        else:
+            spans = [
+                self._answer(index, text, where, strings, outline)
+                for index, (role, _, _, trains) in enumerate(messages)
+                if role == "assistant" and trains
+            ]
+        in_loss = [any(begin <= at < end for begin, end in spans) for at in range(len(text))]
+        encoded = self.coder.chat(text, add_special_tokens=False, return_offsets_mapping=True)
+        return [
+            (id, _is_said(spans, in_loss, begin, end))
+            for id, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        ]
+
+    def _named(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[tuple[int, str, Any, bool]]]:
+        """Return the messages with names in place of strings, and for each name: message, key, string, a thought?"""
+        strings: list[tuple[int, str, Any, bool]] = []
+
+        def name(index: int, key: str, value: Any, thought: bool) -> Any:
+            if isinstance(value, Mapping):
+                return {k: name(index, key, v, thought) for k, v in value.items()}
+            if isinstance(value, (list, tuple)):
+                return [name(index, key, v, thought) for v in value]
+            if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+                return value
+            if not isinstance(value, str):
+                strings.append((index, key, value, thought))
+                return 91827300000 + len(strings) - 1 + (0.5 if isinstance(value, float) else 0)
+            if not value.strip():
+                return value
+            strings.append((index, key, value.strip(), thought))
+            front, back = value[: len(value) - len(value.lstrip())], value[len(value.rstrip()) :]
+            return f"{front}ZQX{len(strings) - 1:05}XQZ{back}"
+
+        def name_text(index: int, text: str, assistant: bool) -> str:
+            named, plain, kept = "", "", []
+            pieces: list[tuple[bool, str]] = []
+            while text:
+                found = next((t for t in self.kept_texts if text.startswith(t)), None)
+                if found is None:
+                    plain, text = plain + text[0], text[1:]
+                    continue
+                pieces += [(False, plain), (True, found)]
+                kept.append(found)
+                plain, text = "", text[len(found) :]
+            pieces.append((False, plain))
+            thinking = assistant and any("think>" in t for t in kept) and not any(t.startswith("<think") for t in kept)
+            for is_kept, piece in pieces:
+                if is_kept:
+                    thinking = assistant and piece.startswith("<think")
+                named += piece if is_kept else name(index, "content", piece, thinking)
+            return named
+
+        found = []
+        for index, message in enumerate(messages):
+            new, before = dict(message), len(strings)
+            assistant = message["role"] == "assistant"
+            for key, value in message.items():
+                if key == "content":
+                    text = value[0]["text"] if self.parts else value
+                    text = name_text(index, text, assistant)
+                    new[key] = [{"type": "text", "text": text}] if self.parts else text
+                elif key in ("tool_calls", "function_call"):
+                    calls = value if key == "tool_calls" else [value]
+                    calls = [_in_call(call, lambda v, k=key, i=index: name(i, k, v, False)) for call in calls]
+                    new[key] = calls if key == "tool_calls" else calls[0]
+                elif key in WRITTEN:
+                    new[key] = name(index, key, value, key in THOUGHTS)
+            if assistant and len(strings) == before:
+                strings.append((index, "content", "", False))
+                empty = f"ZQX{len(strings) - 1:05}XQZ"
+                new["content"] = [{"type": "text", "text": empty}] if self.parts else new["content"] + empty
+            found.append(new)
+        return found, strings
+
+    def _marked(
+        self, text: str, marked: Any, messages: Sequence[Said], strings: Any, where: Any
+    ) -> list[tuple[int, int]]:
+        joined: list[list[int]] = []
+        for begin, end in sorted(span for span in marked if span[0] < span[1]):
+            if joined and joined[-1][1] == begin:
+                joined[-1][1] = end
+            else:
+                joined.append([begin, end])
+        kept = []
+        for begin, end in joined:
+            inner, after = text[begin:end].rstrip(), text[end:].lstrip()
+            ends = [t for t in self.control if "think" not in t.lower()]
+            if not inner.endswith(tuple(ends)) and after.startswith(tuple(ends)):
+                raise ConversationError("the token that ends an answer stands outside {% generation %}")
+            if all(trains for *_, trains in messages):
+                kept.append((begin, end))
+                continue
+            if where is None:
+                raise ConversationError("whose {% generation %} it is cannot be found")
+            inside = {strings[number][0] for number, at, _ in where if begin <= at < end}
+            inside = inside or {strings[number][0] for number, _, to in where if to <= begin and (number, to)}
+            if not any(begin <= at < end for _, at, _ in where):
+                before = [strings[number][0] for number, _, to in where if to <= begin]
+                inside = set(before[-1:])
+            trains = {messages[index][3] for index in inside}
+            if len(trains) > 1:
+                raise ConversationError("one {% generation %} holds messages of both kinds")
+            if trains != {False}:
+                kept.append((begin, end))
+        return kept
+
+    def _answer(self, index: int, text: str, where: Any, strings: Any, outline: Any) -> tuple[int, int]:
+        """Return where the answer begins and ends in the text."""
+        mine = [i for i, (number, _, _) in enumerate(where) if strings[number][0] == index]
+        if not mine:
+            raise ConversationError(f"message {index}: nothing is written of it")
+        first = last = mine[0]
+        seen = []
+        for i in range(first, len(where)):
+            if strings[where[i][0]][0] != index:
+                break
+            if where[i][0] not in seen:
+                seen.append(where[i][0])
+                last = i
+        if {where[i][0] for i in mine} != set(seen):
+            raise ConversationError(f"message {index}: it is written among others")
+        header = text[where[first - 1][2] if first else 0 : where[first][1]]
+        asked = _tail(outline(index, True), where[first - 1][0] if first else None)
+        if asked is None:
+            raise ConversationError(f"message {index}: what is before it is written in another way when it is asked for")
+        same = 0
+        while same < min(len(asked), len(header)) and asked[same] == header[same]:
+            same += 1
+        ends = [found.end() for found in self._controls().finditer(asked)]
+        least = ends[-1] if ends else min(len(asked), len(header))
+        if same < least or (self._prompt() and self._prompt() in header[same:]):
+            raise ConversationError(f"message {index}: it begins in another way than it is asked for")
+        begin = where[first][1] - len(header) + same
+        footer = text[where[last][2] : where[last + 1][1] if last + 1 < len(where) else len(text)]
+        alone = _tail(outline(index + 1), where[last][0])
+        if alone is None:
+            raise ConversationError(f"message {index}: it is written in another order once others follow")
+        return begin, where[last][2] + self._end(index, footer, alone)
+
+    def _end(self, index: int, footer: str, alone: str) -> int:
+        """Return how much of what follows an answer ends it."""
+        here, there = ([(m.start(), m.end(), m[0]) for m in self._controls().finditer(s)] for s in (footer, alone))
+        ended, at, other = 0, 0, 0
+        for mine, its in zip(here, there, strict=False):
+            if footer[at : mine[0]] != alone[other : its[0]] or mine[2] != its[2]:
+                break
+            at, other = mine[1], its[1]
+            ended = at
+        if ended:
+            return ended
+        if here:
+            gap = footer[: here[0][0]]
+            if there and (gap == alone[: there[0][0]] or not (gap + alone[: there[0][0]]).strip()):
+                return here[0][1]
+            if here[0][2] in self.coder.stop_tokens and not gap.strip():
+                return here[0][1]
+        raise ConversationError(f"message {index}: no special token ends it")
+
+    def _controls(self) -> re.Pattern[str]:
+        tokens = sorted((t for t in self.control if "think" not in t.lower()), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+
+    def _prompt(self) -> str:
+        same = 0
+        while same < min(len(self.asking), len(self.question)) and self.asking[same] == self.question[same]:
+            same += 1
+        tokens = sorted(self.control, key=len, reverse=True)
+        for found in re.finditer("|".join(map(re.escape, tokens)) or r"(?!)", self.asking):
+            if found.start() <= same < found.end():
+                same = found.start()
+        return self.asking[same:]
+
+
+def mend(value: Any) -> Any:
+    """Return the value with U+FFFD for lone surrogates."""
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, Mapping):
+        return {mend(key): mend(item) for key, item in value.items()}
+    return [mend(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _call(name: str, arguments: Any) -> dict[str, Any]:
+    return {"id": "call00001", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _in_call(call: Any, name: Any) -> dict[str, Any]:
+    function = call.get("function", call)
+    function = {k: name(v) if k in ("name", "arguments") else v for k, v in function.items()}
+    return {**call, "function": function} if "function" in call else function
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConversationError(f"the text of a call is not JSON: {error}") from None
+
+
+def _names(text: str) -> list[tuple[int, re.Match[str]]]:
+    return [(int(found[1] or found[2]), found) for found in NAME.finditer(text)]
+
+
+def _tail(outline: str | None, number: int | None) -> str | None:
+    """Return what is behind the last name of an outline, if that is the one."""
+    names = _names(outline or "")
+    if outline is None or (names[-1][0] if names else None) != number:
+        return None
+    return outline[names[-1][1].end() :] if names else outline
+
+
+def _match(outline: str, text: str, strings: Any) -> list[tuple[int, int, int]] | None:
+    """Return for each name of the outline its number, and where in the text its string begins and ends."""
+    names, at, pattern = _names(outline), 0, ""
+    for number, found in names:
+        if number >= len(strings):
+            return None
+        forms = _forms(strings[number][2])
+        pattern += re.escape(outline[at : found.start()]) + "(" + "|".join(map(re.escape, forms)) + ")"
+        at = found.end()
+    matched = re.fullmatch(pattern + re.escape(outline[at:]), text)
+    if matched is None:
+        return None
+    return [(number, *matched.span(group)) for group, (number, _) in enumerate(names, start=1)]
+
+
+def _forms(string: Any) -> list[str]:
+    """Return the ways to write a string or a number."""
+    if isinstance(string, str):
+        return [string, json.dumps(string, ensure_ascii=False)[1:-1], json.dumps(string)[1:-1]]
+    return [json.dumps(string), str(string)]
+
+
+def _is_said(spans: Any, in_loss: Sequence[bool], begin: int, end: int) -> bool:
+    """Return whether a token has a character in the loss; an empty one must stand inside a span."""
+    return any(in_loss[begin:end]) if begin < end else any(a < begin < b for a, b in spans)
+
+
+def _text_of(value: object) -> str:
+    """Return all strings in it, one under the other."""
+    if isinstance(value, Mapping):
+        return "\n".join(_text_of(item) for pair in value.items() for item in pair)
+    if isinstance(value, (list, tuple)):
+        return "\n".join(_text_of(item) for item in value)
+    return value if isinstance(value, str) else ""
