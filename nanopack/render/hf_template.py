@@ -85,14 +85,14 @@ class ChatTemplate:
         if not text:
             raise ConversationError("the tokenizer's chat template writes nothing for it")
         spans = self._spans(conversation, messages, text, marked)
-        found = self._chat(text, add_special_tokens=False, return_offsets_mapping=True)
-        offsets = np.array(found["offset_mapping"], np.int64).reshape(-1, 2)
-        if not len(offsets):
+        ids, characters = self._tokenizer.encode_whole(text)
+        if not ids:
             raise ConversationError("the tokenizer's chat template writes nothing for it")
-        mask = np.zeros(len(offsets), bool)
+        begins, ends = np.array(characters, np.int64).T
+        mask = np.zeros(len(ids), bool)
         for begin, end in spans:
-            mask |= (offsets[:, 1] > begin) & (offsets[:, 0] < end)
-        return np.array(found["input_ids"], np.uint32), mask
+            mask |= (ends > begin) & (begins < end)
+        return np.array(ids, np.uint32), mask
 
     # What the template is given
 

@@ -83,7 +83,7 @@ class Renderer:
         whole = "".join(f"{turn.before}{said[role]}{turn.end}{turn.after}" for role, turn in turns)
         assert self._plan_messages is not None
         ids = self.fill_in([self._plan_messages([Message(role, said[role]) for role, _ in turns])])[0].ids[1:]
-        expected = tokenizer.encode_whole(whole)
+        expected, _ = tokenizer.encode_whole(whole)
         if ids.tolist() == expected or (got := tokenizer.decode(ids)) == (own := tokenizer.decode(expected)):
             return
         raise ValueError(

@@ -123,14 +123,19 @@ class HuggingFaceTokenizer:
                 numbers |= set(stops) if isinstance(stops, (list, tuple)) else {stops}
         return tuple(sorted(token for token, number in self.added_tokens.items() if number in numbers))
 
-    def encode_whole(self, text: str) -> list[int]:
-        """Return the ids of `text` as the tokenizer itself has them, its special tokens found in it."""
-        core = self._core
+    def encode_whole(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of `text` as the tokenizer itself has them, special tokens found in it, and their characters.
+
+        The characters of a token are those from its first to before its second number.
+        """
+        encoding = self._whole.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    @cached_property
+    def _whole(self) -> Any:
+        core = type(self._core).from_str(self._core.to_str())
         core.encode_special_tokens = False
-        try:
-            return list(core.encode(text, add_special_tokens=False).ids)
-        finally:
-            core.encode_special_tokens = True
+        return core
 
     def _find_bos(self, own: int | None) -> int:
         if own is not None:
