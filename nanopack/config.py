@@ -14,7 +14,8 @@ from functools import cached_property
 from nanopack.packing.packers import MAX_AGE, PACKINGS, WINDOWS
 from nanopack.render.templates import Template
 
-LOSSES = ("assistant", "all")
+LOSSES = ("assistant", "last", "all")
+FIRST_ASSISTANT = ("keep", "raise", "drop", "empty_user")
 LOSS_WEIGHTS = (None, "token", "conversation")
 EXTRAS = ("positions", "doc_ids", "cu_seqlens")
 TEMPLATES = ("nanochat", "chatml", "llama3", "hf")
@@ -37,6 +38,7 @@ class LoaderConfig:
     extras: Sequence[str] = ()
     max_pieces: int | None = None
     template: str | Template = "nanochat"
+    first_assistant: str = "keep"
     max_document_tokens: int | None = None
     window: int | None = None
     max_age: int | None = None
@@ -53,7 +55,7 @@ class LoaderConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for the first argument that cannot be, and fill in what the packing decides."""
-        for name in ("packing", "loss", "loss_weights", "template", "shard", "on_error"):
+        for name in ("packing", "loss", "loss_weights", "template", "first_assistant", "shard", "on_error"):
             _check_choice(name, getattr(self, name))
         for name in ("overlap", "boundary_loss"):
             check_bool(name, getattr(self, name))
@@ -155,7 +157,7 @@ class LoaderConfig:
     @property
     def drops_untrained(self) -> bool:
         """Whether a document in which nothing is trained is dropped."""
-        return self.loss == "assistant" and self.packing in ("best_fit", "pad")
+        return self.loss != "all" and self.packing in ("best_fit", "pad")
 
 
 def _check_choice(name: str, value: object) -> None:
@@ -164,6 +166,7 @@ def _check_choice(name: str, value: object) -> None:
         "loss": LOSSES,
         "loss_weights": LOSS_WEIGHTS,
         "template": TEMPLATES,
+        "first_assistant": FIRST_ASSISTANT,
         "shard": SHARDS,
         "on_error": ON_ERROR,
     }[name]

@@ -15,7 +15,7 @@ from functools import partial
 
 from nanopack.batch import Batch, Piece
 from nanopack.config import LoaderConfig
-from nanopack.conversations.records import Conversation, Source, check
+from nanopack.conversations.records import Conversation, Source, check, choose
 from nanopack.render.renderer import Document
 from nanopack.tokenizers.tokenizer import AnyTokenizer
 
@@ -137,7 +137,7 @@ def _tokens(
     """Return what stands in each of the columns, which follow each other: a token of one of the pieces, or None."""
     found: dict[int, Token] = {}
     for piece in pieces:
-        conversation = check(source[piece.conversation])
+        conversation = choose(check(source[piece.conversation]), config.loss, config.first_assistant)
         document, where = render(conversation), source.where(piece.conversation)
         for column in range(max(piece.start, columns[0]), min(piece.start + piece.length, columns[-1] + 1)):
             offset = piece.offset + column - piece.start

@@ -52,11 +52,12 @@ class Loader:
 
     Args:
         conversations: a data set (any object with `len` and `[int]`: a list, a `datasets.Dataset`, a
-            `nanopack.mixture`), or path(s) or globs of `.jsonl`, `.jsonl.gz`, `.parquet`. A conversation is
-            `{"messages": [{"role", "content"}, ...]}`, a bare list of messages, ShareGPT's `{"conversations": [{"from",
-            "value"}, ...]}`, `{"text": ...}`, or tokens that are ready, `{"input_ids": ..., "loss_mask": ...}` (arrays
-            or lists, taken as they are); `"weight"` (a float >= 0) is its own loss weight. Roles: system, user,
-            assistant, and where the template has it tool.
+            `nanopack.mixture`), or path(s), folders or globs of `.jsonl`, `.ndjson`, `.json` (also `.gz`, `.zst`),
+            `.parquet`, `.arrow`. A conversation is `{"messages": [{"role", "content"}, ...]}`, ShareGPT's
+            `{"conversations": [{"from", "value"}, ...]}`, a bare list of messages, `{"prompt", "completion"}`,
+            `{"instruction", "input", "output"}`, `{"text": ...}`, or tokens that are ready, `{"input_ids": ...}` with
+            `"labels"` or `"loss_mask"`; `"weight"` (a float >= 0) is its own loss weight. docs/data.md says what every
+            key does; one that matters and cannot be honoured is an error.
         tokenizer: a `tiktoken.Encoding`, a nanochat tokenizer folder or its `tokenizer.pkl`, an object whose `.enc` is
             an `Encoding`, a fast Hugging Face tokenizer, or `"chat32k"`, which ships with nanopack.
         batch_size: rows of a batch, B.
@@ -64,7 +65,8 @@ class Loader:
         packing: `"best_fit"` (rows of whole documents, hardly any padding, none waits long), `"stream"` (documents end
             to end: nanochat midtraining), `"best_fit_pad"` (nanochat SFT), `"best_fit_crop"` (nanochat pretraining),
             `"pad"` (one document a row).
-        loss: `"assistant"`: a target is trained where the template says so; `"all"`: every token.
+        loss: `"assistant"`: the targets that the template says, but for messages with `weight` 0; `"last"`: of those,
+            the last answer's; `"all"`: every token, whatever masks and weights say.
         loss_weights: None, `"token"` (1.0 where trained) or `"conversation"` (1 / its trained tokens, so that each
             conversation counts once); a conversation's own weight multiplies either.
         extras: any of `"positions"`, `"doc_ids"`, `"cu_seqlens"`.
@@ -74,6 +76,9 @@ class Loader:
             the data (a tenth of a second), and then on one text in a thousand. None: tiktoken, or the tokenizer itself.
         template: `"nanochat"`, `"chatml"`, `"llama3"`, a `nanopack.Template` of your own, or `"hf"`: the chat template
             of a transformers tokenizer (what {% generation %} marks is trained; see `nanopack/chat_template.py`).
+        first_assistant: what to do with a chat that begins with the assistant (or whose system message it follows):
+            `"keep"` it, if the template can (nanochat cannot), `"raise"`, `"drop"` what comes before the first user
+            message, or put an empty user message there (`"empty_user"`).
         max_document_tokens: a document longer than this is cut (and counted).
         window: documents among which the best_fit packings choose: 64, 100 (`best_fit_pad`), 1000 (`best_fit_crop`).
         max_age: `best_fit` only: a document that has waited so many rows opens the next one; 128 if None.
@@ -126,6 +131,7 @@ class Loader:
         max_pieces: int | None = None,
         encoder: str | None = None,
         template: str | Template = "nanochat",
+        first_assistant: str = "keep",
         max_document_tokens: int | None = None,
         window: int | None = None,
         max_age: int | None = None,
@@ -156,6 +162,7 @@ class Loader:
             extras=extras,
             max_pieces=max_pieces,
             template=template,
+            first_assistant=first_assistant,
             max_document_tokens=max_document_tokens,
             window=window,
             max_age=max_age,

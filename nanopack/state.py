@@ -37,6 +37,9 @@ def fingerprint(source: Source, tokenizer: AnyTokenizer, config: LoaderConfig) -
         for field in dataclasses.fields(config)
         if field.name not in _FREE
     }
+    # states from before there was a choice still load
+    if config.first_assistant == "keep":
+        del arguments["first_assistant"]
     if config.shard == "row":
         # the global batch is what counts, however many ranks share it
         del arguments["batch_size"], arguments["world_size"]

@@ -275,7 +275,8 @@ def _measure(loader: Loader, read: int) -> Lengths:
                 yield share.conversation(number)
                 bar.show((number + 1) / count, f"{number + 1:,} conversations")
 
-        return measure(source, indices(), Renderer(loader.tokenizer, config.template))
+        render = Renderer(loader.tokenizer, config.template, config.loss, config.first_assistant)
+        return measure(source, indices(), render)
 
 
 def _inspection(lengths: Lengths, loader: Loader, packed: dict[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class _Table:
 def explain_rows(batch: Batch, loader: Loader) -> list[list[Explanation]]:
     """Return what `loader.explain` says of every slot."""
     config, source, tokenizer = loader.config, loader.source, loader.tokenizer
-    render = Renderer(tokenizer, config.template)
+    render = Renderer(tokenizer, config.template, config.loss, config.first_assistant)
     return [
         explain_row(batch, row, source=source, tokenizer=tokenizer, render=render, config=config)
         for row in range(config.batch_size)

@@ -97,7 +97,7 @@ class Lengths:
 
         A document in which nothing is trained any more once it is cut to a row counts here; a loader may drop it.
         """
-        drops = config.loss == "assistant" and packing in ("best_fit", "pad")
+        drops = config.loss != "all" and packing in ("best_fit", "pad")
         kept = self.tokens[self.trained > 0] if drops else self.tokens
         documents = iter(enumerate(np.minimum(kept, config.row_tokens).tolist()))
         columns = config.seq_len

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nanopack import __version__
-from nanopack.config import EXTRAS, LOSS_WEIGHTS, LOSSES, ON_ERROR, SHARDS, TEMPLATES, LoaderConfig
+from nanopack.config import EXTRAS, FIRST_ASSISTANT, LOSS_WEIGHTS, LOSSES, ON_ERROR, SHARDS, TEMPLATES, LoaderConfig
 from nanopack.packing.packers import MAX_AGE, PACKINGS, WINDOWS
 from nanopack.tokenizers.splintr import ENCODERS
 
@@ -168,6 +168,7 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
     )
     option("max_pieces", "pieces a row for which cu_seqlens has room", "T // 8 + 1", metavar="N", type=int)
     option("template", "the chat template", choices=TEMPLATES)
+    option("first_assistant", "what to do with a chat that begins with the assistant", choices=FIRST_ASSISTANT)
     option("max_document_tokens", "cut documents to this many tokens", metavar="N", type=int)
     option("window", "documents among which to choose", windows, metavar="N", type=int)
     option("max_age", "rows that a document may wait", f"{MAX_AGE}, best_fit only", metavar="N", type=int)

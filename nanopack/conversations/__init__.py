@@ -1,7 +1,9 @@
 """Records and files in, checked conversations out, in the order in which a rank reads them.
 
-files.py, random_access.py   read record i of .jsonl, .jsonl.gz and .parquet files
-records.py                   check a record of any accepted shape -> Conversation
+sources.py                   open files, lists and data sets
+files.py, random_access.py   read record i of files of JSON, Parquet and Arrow (json_array.py, arrow.py)
+keys.py                      the table of keys, and what each does
+records.py, tokens.py        check a record of any accepted shape -> Conversation
 order.py                     which conversation a rank (or row) reads when
 """
 

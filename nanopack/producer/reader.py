@@ -57,7 +57,7 @@ class Reader:
         self._config = config
         self._word_dtype = layout.word_dtype
         self._loss_bit = layout.word_dtype.type(layout.loss_bit)
-        self.render = Renderer(tokenizer, config.template)
+        self.render = Renderer(tokenizer, config.template, config.loss, config.first_assistant)
 
     def __reduce__(self) -> tuple[type[Reader], tuple[Source, AnyTokenizer, LoaderConfig, Layout]]:
         # closures do not pickle

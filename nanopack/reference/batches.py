@@ -21,19 +21,21 @@ import torch
 
 from nanopack.batch import Batch, Piece
 from nanopack.errors import ConversationError
-from nanopack.reference.documents import chat_of, check_ids, conversation, open_records, render
+from nanopack.reference.documents import chat_of, check_ids, render
 from nanopack.reference.order import Reader
 from nanopack.reference.packing import Document, Rows, Word, pack_rows, pack_stream
+from nanopack.reference.records import choose, conversation, open_records
 from nanopack.render.templates import Template
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 from nanopack.tokenizers.tokenizer import load_tokenizer
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "packing": ("best_fit", "stream", "best_fit_pad", "best_fit_crop", "pad"),
-    "loss": ("assistant", "all"),
+    "loss": ("assistant", "last", "all"),
     "loss_weights": (None, "token", "conversation"),
     "extras": ("positions", "doc_ids", "cu_seqlens"),
     "template": ("nanochat", "chatml", "llama3", "hf"),
+    "first_assistant": ("keep", "raise", "drop", "empty_user"),
     "shard": ("rank", "row"),
     "on_error": ("raise", "skip"),
 }
@@ -62,6 +64,7 @@ def batches(
     extras: Sequence[str] = (),
     max_pieces: int | None = None,
     template: str | Template = "nanochat",
+    first_assistant: str = "keep",
     max_document_tokens: int | None = None,
     window: int | None = None,
     max_age: int | None = None,
@@ -81,9 +84,8 @@ def batches(
     Raises ValueError for an unknown choice, an impossible number, or messages for which the tokenizer lacks special
     tokens, and ConversationError for a conversation that cannot be used.
     """
-    chosen = dict(
-        packing=packing, loss=loss, loss_weights=loss_weights, template=template, shard=shard, on_error=on_error
-    )
+    chosen = dict(packing=packing, loss=loss, loss_weights=loss_weights, template=template, shard=shard)
+    chosen |= dict(first_assistant=first_assistant, on_error=on_error)
     for name, value in [*chosen.items(), *(("extras", extra) for extra in extras)]:
         if value not in CHOICES[name] and not isinstance(value, Template):
             raise ValueError(f"{name}={value!r} is not known. Pass one of {CHOICES[name]}.")
@@ -111,17 +113,18 @@ def batches(
     records = open_records(conversations)
     cut = seq_len + 1 if packing in ("best_fit", "best_fit_pad", "pad") else None
     # nanochat's packings keep a document that trains nothing, and so must we to give its batches.
-    drops = packing in ("best_fit", "pad") and loss == "assistant"
+    drops = packing in ("best_fit", "pad") and loss != "all"
 
     def read(index: int) -> Document | None:
         where, record = records[index]
         try:
-            messages, text, ready, weight = conversation(record())
-            if ready is not None:
-                tokens = check_ids(ready, coder.vocab_size)
+            said = conversation(record())
+            said.messages = choose(said.messages, loss, first_assistant)
+            if said.tokens is not None:
+                tokens = check_ids(said.tokens, coder.vocab_size)
             else:
                 # Asked here, so that a tokenizer that lacks one is not taken for many bad conversations.
-                tokens = [] if messages and lacking else render(messages, text, coder, template)
+                tokens = [] if said.messages and lacking else render(said, coder, template)
         except MemoryError:
             raise
         except Exception as error:
@@ -135,7 +138,7 @@ def batches(
             tokens = [(id, True) for id, _ in tokens]
         if not boundary_loss:
             tokens[0] = (tokens[0][0], False)
-        document = Document(index, tokens, weight)
+        document = Document(index, tokens, said.weight)
         return None if drops and document.num_loss_tokens == 0 else document
 
     # A lane is a share of the conversations, packed by itself: one a rank, or one a row of the global batch.

@@ -17,17 +17,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanopack.errors import ConversationError
+from nanopack.reference.records import WRITTEN_BY_HF
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 
 Said = tuple[str, str, Mapping[str, Any], bool]
 """Role, content, what else the message holds, and whether it may be in the loss."""
 
-# Keys whose strings must be written; those of the second line only as long as their turn is the last.
-WRITTEN = {
-    *("function_call tools functions tool_responses tool_results reasoning_details refusal citations images image "
-      "videos video audios audio documents prefix").split(),
-    *"reasoning_content reasoning thinking thoughts thought tool_plan".split(),
-}  # fmt: skip
+# What may be left out once its turn is not the last.
 THOUGHTS = set("reasoning_content reasoning thinking thoughts thought tool_plan".split())
 NAME = re.compile(r"ZQX(\d{5})XQZ|918273(\d{5})(?:\.5)?")
 
@@ -70,7 +66,10 @@ class Chat:
         tool = {
             "name": "probe_tool",
             "description": "probe description",
-            "parameters": {"type": "object", "properties": {"probe_key": {"type": "string", "description": "probe text"}}},
+            "parameters": {
+                "type": "object",
+                "properties": {"probe_key": {"type": "string", "description": "probe text"}},
+            },
         }
         text = self.try_write([user], [{"type": "function", "function": tool}]) or ""
         self.writes_tools = all(word in text for word in ("probe_tool", "probe description", "probe_key"))
@@ -272,7 +271,7 @@ class Chat:
                     calls = value if key == "tool_calls" else [value]
                     calls = [_in_call(call, lambda v, k=key, i=index: name(i, k, v, False)) for call in calls]
                     new[key] = calls if key == "tool_calls" else calls[0]
-                elif key in WRITTEN:
+                elif key in WRITTEN_BY_HF:
                     new[key] = name(index, key, value, key in THOUGHTS)
             if assistant and len(strings) == before:
                 strings.append((index, "content", "", False))
@@ -331,7 +330,9 @@ class Chat:
         header = text[where[first - 1][2] if first else 0 : where[first][1]]
         asked = _tail(outline(index, True), where[first - 1][0] if first else None)
         if asked is None:
-            raise ConversationError(f"message {index}: what is before it is written in another way when it is asked for")
+            raise ConversationError(
+                f"message {index}: what is before it is written in another way when it is asked for"
+            )
         same = 0
         while same < min(len(asked), len(header)) and asked[same] == header[same]:
             same += 1

@@ -97,4 +97,8 @@ def _arguments(where: str, arguments: Any, as_text: bool) -> Any:
         raise ConversationError(f"{where}: arguments must be a dict or the JSON of one, not {short(arguments)}")
     if not as_text:
         return mended(parsed)
-    return mended(arguments) if isinstance(arguments, str) and arguments.strip() else json.dumps(mended(parsed), ensure_ascii=False)
+    return (
+        mended(arguments)
+        if isinstance(arguments, str) and arguments.strip()
+        else json.dumps(mended(parsed), ensure_ascii=False)
+    )

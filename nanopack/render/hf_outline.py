@@ -56,9 +56,7 @@ def markers(template: str) -> re.Pattern[str]:
     return re.compile(f"({'|'.join(map(re.escape, names))})" if names else r"((?!))")
 
 
-def outline(
-    messages: Sequence[Mapping[str, Any]], marker: re.Pattern[str]
-) -> tuple[list[dict[str, Any]], list[Leaf]]:
+def outline(messages: Sequence[Mapping[str, Any]], marker: re.Pattern[str]) -> tuple[list[dict[str, Any]], list[Leaf]]:
     """Return the messages with marks in place of their strings, and what each mark, by its number, stands for."""
     leaves: list[Leaf] = []
 

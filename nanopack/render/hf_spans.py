@@ -23,9 +23,7 @@ Span = tuple[int, int]
 class Answers:
     """Finds answers in the texts of one chat template."""
 
-    def __init__(
-        self, controls: Sequence[str], stops: Sequence[str], prompt: str, remedy: Callable[[], str]
-    ) -> None:
+    def __init__(self, controls: Sequence[str], stops: Sequence[str], prompt: str, remedy: Callable[[], str]) -> None:
         """`controls` are the tokens that messages cannot hold, `stops` those of them that end generation.
 
         `prompt` is what asks for an answer after a question.

@@ -161,7 +161,9 @@ class ChatTemplate:
         """Return what asks for an answer."""
         asked, alone = (self._outline(self._talk[:1], prompt=prompt) or "" for prompt in (True, False))
         same = len(os.path.commonprefix([asked, alone]))
-        starts = [match.start() for match in _any_of(self.controls).finditer(asked) if match.start() <= same < match.end()]
+        starts = [
+            match.start() for match in _any_of(self.controls).finditer(asked) if match.start() <= same < match.end()
+        ]
         return asked[starts[0] if starts else same :]
 
     def _find_controls(self) -> tuple[frozenset[str], frozenset[str]]:

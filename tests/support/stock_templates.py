@@ -28,7 +28,7 @@ CALL = {
         {
             "id": "call00001",
             "type": "function",
-            "function": {"name": "multiply", "arguments": {"a": 7, "unit": "a \"metre\" é"}},
+            "function": {"name": "multiply", "arguments": {"a": 7, "unit": 'a "metre" é'}},
         }
     ],
 }
@@ -86,6 +86,8 @@ def make_stock(name: str, chat_template: str | None = None) -> Any:
     core = type(make_core()).from_str(make_core().to_str())
     core.add_special_tokens(sorted({"<s>", "</s>", *SPECIAL.findall(text)}))
     core.add_tokens([AddedToken(token, special=False) for token in sorted(set(SPOKEN.findall(text)))])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<|endoftext|>"
+    )
     tokenizer.chat_template = chat_template or source(name)
     return tokenizer
