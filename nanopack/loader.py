@@ -34,8 +34,8 @@ from nanopack.render.templates import Template
 from nanopack.ring.ring import Ring
 from nanopack.state import FORMAT, check_state, clock_of, fingerprint
 from nanopack.stats import Stats
-from nanopack.tokenizers.splintr import choose_encoder
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
+from nanopack.tokenizers.splintr import choose_encoder
 from nanopack.tokenizers.tokenizer import load_tokenizer
 from nanopack.upload.delivery import Delivery
 from nanopack.upload.device import Device, open_device

@@ -24,7 +24,7 @@ Said = tuple[str, str, Mapping[str, Any], bool]
 """Role, content, what else the message holds, and whether it may be in the loss."""
 
 # What may be left out once its turn is not the last.
-THOUGHTS = set("reasoning_content reasoning thinking thoughts thought tool_plan".split())
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts", "thought", "tool_plan")
 NAME = re.compile(r"ZQX(\d{5})XQZ|918273(\d{5})(?:\.5)?")
 
 
@@ -40,7 +40,8 @@ class Chat:
         tags = re.findall(r"""</?[^<>\s'"/{%][^<>\s'"{%]{0,40}>""", source)
         found = {*tags, *(text for _, text in asked)}
         self.kept_texts = sorted((text for text in found if len(text) > 1 and "\\" not in text), key=len, reverse=True)
-        user, assistant = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Oh"}
+        user: dict[str, Any] = {"role": "user", "content": "Hi"}
+        assistant: dict[str, Any] = {"role": "assistant", "content": "Oh"}
         self.parts = False
         if not self.writes([user, assistant], "Hi", "Oh"):
             as_parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in (user, assistant)]
@@ -104,13 +105,14 @@ class Chat:
 
     def spans_and_text(self, messages: Any, tools: Any, given: Any, ask: bool) -> tuple[list[tuple[int, int]], str]:
         """Return where {% generation %} marks the text, and the text."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+        import transformers.utils.chat_template_utils as of_transformers
 
+        render: Any = of_transformers.render_jinja_template
         variables = {**self.coder.chat.special_tokens_map, **given, "add_generation_prompt": ask}
         source = self.coder.chat_template(tools=bool(tools))
         marks = self.is_marked(tools) and not ask
         try:
-            texts, spans = render_jinja_template(
+            texts, spans = render(
                 [messages], tools=tools, chat_template=source, return_assistant_tokens_mask=marks, **variables
             )
         except MemoryError:
@@ -144,7 +146,8 @@ class Chat:
         return said
 
     def _message(self, index: int, role: str, content: str, rest: Mapping[str, Any], _: bool) -> dict[str, Any]:
-        message = {"role": role, "content": [{"type": "text", "text": content}] if self.parts else content}
+        said = [{"type": "text", "text": content}] if self.parts else content
+        message: dict[str, Any] = {"role": role, "content": said}
         for key, value in rest.items():
             if key != "tool_calls" and key not in message:
                 message[key] = value
@@ -152,7 +155,7 @@ class Chat:
         if isinstance(calls, str):
             calls = _json(calls) if calls.strip() else None
         if calls is None or (not calls and isinstance(calls, (list, tuple, Mapping))):
-            return mend(message)
+            return dict(mend(message))
         if not isinstance(calls, (list, tuple)):
             raise ConversationError(f"message {index}: tool_calls is a {type(calls).__name__}, not a list")
         message["tool_calls"] = []
@@ -174,7 +177,7 @@ class Chat:
             message["tool_calls"].append(
                 {"type": "function", **outer, "function": {**function, "arguments": arguments}}
             )
-        return mend(message)
+        return dict(mend(message))
 
     # What it writes, and what of it is in the loss
 

@@ -2,7 +2,8 @@
 
     Message   ->   plain()   ->   dict   ->   hf_template.py renders it
 
-Strings are mended as everywhere else, empty calls are absent, calls in wire form (OpenAI's: JSON in a string) are parsed.
+Strings are mended as everywhere else, empty calls are absent, and calls in OpenAI's wire form, which is JSON in a
+string, are parsed.
 """
 
 from __future__ import annotations

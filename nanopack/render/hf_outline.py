@@ -48,7 +48,7 @@ class Place(NamedTuple):
 
 
 def markers(template: str) -> re.Pattern[str]:
-    """Return what finds, in a message, the texts that the template may look for; they stay as they are in an outline."""
+    """Return what finds in a message the texts that the template may look for; an outline keeps them."""
     found = set(re.findall(_TAG, template))
     for match in _LOOKED_FOR.finditer(template):
         found.add(match[2] or match[4])

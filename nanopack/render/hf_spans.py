@@ -89,7 +89,7 @@ class Answers:
         """Return how many characters of the header are those of the prompt."""
         if prompt is None:
             self._refuse(index, "the chat template writes what comes before it in another way when it is asked for")
-        agreed = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, header, strict=False)))
+        agreed = count_equal(prompt, header)
         controls = list(self._control.finditer(prompt))
         differs = agreed < (controls[-1].end() if controls else min(len(prompt), len(header)))
         if differs or (self._prompt and self._prompt in header[agreed:]):
@@ -99,7 +99,7 @@ class Answers:
     def _ending(self, index: int, ending: str, footer: str) -> int:
         """Return how many characters of the footer belong to the answer, up to the token that ends it."""
         pieces, alone = self._control.split(footer), self._control.split(ending)
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(pieces, alone, strict=False)))
+        common = count_equal(pieces, alone)
         # Odd pieces are special tokens.
         count = common - common % 2
         if not count and len(alone) > 1 and len(pieces) > 1 and (common or not (pieces[0] + alone[0]).strip()):
@@ -113,6 +113,11 @@ class Answers:
 
     def _refuse(self, index: int, why: str) -> NoReturn:
         raise ConversationError(f"message {index}: {why}; {self._remedy()}")
+
+
+def count_equal(first: Sequence[str], second: Sequence[str]) -> int:
+    """Return how many items two sequences begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _after(outlined: str | None, leaf: int | None) -> str | None:

@@ -14,7 +14,6 @@ import functools
 import importlib.util
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from nanopack.conversations.records import Conversation, Message, short
 from nanopack.errors import ConversationError
 from nanopack.render.hf_messages import mended, plain, strings
 from nanopack.render.hf_outline import Leaf, Place, forms, locate, markers, marks, outline
-from nanopack.render.hf_spans import Answers, Span
+from nanopack.render.hf_spans import Answers, Span, count_equal
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 
 log = logging.getLogger("nanopack")
@@ -68,7 +67,7 @@ class ChatTemplate:
         self._variables = dict(chat.special_tokens_map)
         self._outlines: dict[str, str | None] = {}
         self._marker = markers(tokenizer.chat_template(tools=True) + tokenizer.chat_template(tools=False))
-        self._talk = _TALK
+        self._talk: tuple[dict[str, Any], ...] = _TALK
         self._as_parts = self._wants_parts()
         self.controls, self.spoken = self._find_controls()
         self._never = _any_of(self.controls | self.spoken)
@@ -133,18 +132,18 @@ class ChatTemplate:
     def _arguments_as_text(self) -> bool:
         """Whether calls survive only with their arguments as JSON text. Tried out once, with a call of our own."""
         calls = {**self._talk[1], "content": [] if self._as_parts else ""}
-        mapped = self._outline([self._talk[0], {**calls, "tool_calls": [_call_of(_CALL)]}])
-        if mapped and "probe_call" in mapped and "probe value" in mapped and "{'probe_key'" not in mapped:
+        mapped = self._outline([self._talk[0], {**calls, "tool_calls": [_call_of(_CALL)]}]) or ""
+        if "probe_call" in mapped and "probe value" in mapped and "{'probe_key'" not in mapped:
             return False
         text = json.dumps(_CALL["arguments"])
         written = self._outline([self._talk[0], {**calls, "tool_calls": [_call_of({**_CALL, "arguments": text})]}])
-        return bool(written) and text in written
+        return text in (written or "")
 
     @functools.cached_property
     def _writes_tools(self) -> bool:
         """Whether all of a tool is written: name, description and parameters."""
-        text = self._outline(self._talk[:1], [_TOOL])
-        return bool(text) and all(what in text for what in ("probe_tool", "probe description", "probe_key"))
+        text = self._outline(self._talk[:1], [_TOOL]) or ""
+        return all(what in text for what in ("probe_tool", "probe description", "probe_key"))
 
     def _wants_parts(self) -> bool:
         """Return whether contents are written only as lists of parts, as in templates of models that see."""
@@ -160,7 +159,7 @@ class ChatTemplate:
     def _prompt(self) -> str:
         """Return what asks for an answer."""
         asked, alone = (self._outline(self._talk[:1], prompt=prompt) or "" for prompt in (True, False))
-        same = len(os.path.commonprefix([asked, alone]))
+        same = count_equal(asked, alone)
         starts = [
             match.start() for match in _any_of(self.controls).finditer(asked) if match.start() <= same < match.end()
         ]
@@ -194,12 +193,13 @@ class ChatTemplate:
         prompt: bool = False,
     ) -> tuple[str, list[Span] | None]:
         """Return the text, and from where to where it is marked; None where the template has no marks."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+        import transformers.utils.chat_template_utils as of_transformers
 
+        render: Any = of_transformers.render_jinja_template
         source = self._tokenizer.chat_template(tools=tools is not None)
         marked = GENERATION.search(source) is not None and not prompt
         try:
-            texts, spans = render_jinja_template(
+            texts, spans = render(
                 conversations=[messages],
                 tools=tools,
                 chat_template=source,
@@ -225,7 +225,7 @@ class ChatTemplate:
         *,
         prompt: bool = False,
     ) -> str | None:
-        """Return what the template writes for marked messages; None where it refuses them. Kept, by what it is given."""
+        """Return what the template writes, None where it refuses; kept by what it is given."""
         key = repr((messages, tools, given, prompt))
         if key not in self._outlines:
             if len(self._outlines) >= MOST_OUTLINES:
@@ -330,7 +330,7 @@ class ChatTemplate:
         trains = {conversation.messages[index].train for index in inside or before[-1:]}
         if len(trains) > 1:
             raise ConversationError("one {% generation %} holds messages of which only some are to be in the loss")
-        return True not in trains and not trains or trains == {True}
+        return trains != {False}
 
     def _remedy(self) -> str:
         return f"{REMEDY}{self._training_template}"
