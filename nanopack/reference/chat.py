@@ -152,20 +152,16 @@ class Chat:
             if key != "tool_calls" and key not in message:
                 message[key] = value
         calls = rest.get("tool_calls")
-        if isinstance(calls, str):
-            calls = _json(calls) if calls.strip() else None
-        if calls is None or (not calls and isinstance(calls, (list, tuple, Mapping))):
+        if not calls:
             return dict(mend(message))
-        if not isinstance(calls, (list, tuple)):
-            raise ConversationError(f"message {index}: tool_calls is a {type(calls).__name__}, not a list")
         message["tool_calls"] = []
         for call in calls:
-            function = call.get("function", call) if isinstance(call, Mapping) else None
+            function = call.get("function", call)
             if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
                 raise ConversationError(f"message {index}: a call has no function with a name")
             arguments = function.get("arguments")
-            parsed = _json(arguments) if isinstance(arguments, str) and arguments.strip() else arguments
-            if isinstance(parsed, str) or parsed is None:
+            parsed = _json(arguments) if isinstance(arguments, str) and arguments.strip() else arguments or {}
+            if isinstance(arguments, str) and not arguments.strip():
                 parsed = {}
             if not isinstance(parsed, Mapping):
                 raise ConversationError(f"message {index}: the arguments of a call are no dict")

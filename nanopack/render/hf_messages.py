@@ -27,8 +27,8 @@ def plain(index: int, message: Message, *, as_parts: bool, arguments_as_text: bo
     found = {"role": message.role, "content": [{"type": "text", "text": content}] if as_parts else content}
     for key, value in (message.rest or {}).items():
         if key == "tool_calls":
-            if calls := _calls(index, value, arguments_as_text=arguments_as_text):
-                found[key] = calls
+            where = f"message {index}: tool_calls"
+            found[key] = [_call(f"{where}[{number}]", call, arguments_as_text) for number, call in enumerate(value)]
         elif key not in found:
             found[key] = mended(value)
     return found
@@ -60,46 +60,30 @@ def strings(value: object) -> Iterator[str]:
             yield from strings(item)
 
 
-def _calls(index: int, value: Any, *, arguments_as_text: bool) -> list[dict[str, Any]]:
-    where = f"message {index}: tool_calls"
-    calls = _parsed(value, where) if isinstance(value, str) else value
-    if calls is None or (isinstance(calls, (list, tuple, Mapping)) and not calls):
-        return []
-    if not isinstance(calls, (list, tuple)):
-        raise ConversationError(f"{where} must be a list of calls, not {short(calls)} of type {type(calls).__name__}")
-    return [_call(f"{where}[{number}]", call, arguments_as_text) for number, call in enumerate(calls)]
-
-
 def _parsed(text: str, where: str) -> Any:
-    if not text.strip():
-        return None
     try:
         return json.loads(text)
     except ValueError as error:
         raise ConversationError(f"{where} is the text {short(text)}, which is not JSON: {error}") from None
 
 
-def _call(where: str, call: Any, as_text: bool) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
+def _call(where: str, call: Mapping[str, Any], as_text: bool) -> dict[str, Any]:
+    function = call.get("function", call)
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or not name:
         raise ConversationError(f"{where} is {short(call)}; it must be a dict with a function that has a name")
     assert isinstance(function, Mapping)
-    call = mended(call) if function is not call else {"type": "function"}
+    call = mended(call) if function is not call else {}
     arguments = _arguments(where, function.get("arguments"), as_text)
     return {"type": "function", **call, "function": {**mended(function), "arguments": arguments}}
 
 
 def _arguments(where: str, arguments: Any, as_text: bool) -> Any:
     """Return the arguments as a dict, or with `as_text` as the JSON of one."""
-    parsed = _parsed(arguments, f"{where}: arguments") if isinstance(arguments, str) else arguments
-    parsed = {} if parsed is None else parsed
+    wire = isinstance(arguments, str) and arguments.strip() != ""
+    parsed = _parsed(arguments, f"{where}: arguments") if wire else arguments or {}
     if not isinstance(parsed, Mapping):
         raise ConversationError(f"{where}: arguments must be a dict or the JSON of one, not {short(arguments)}")
     if not as_text:
         return mended(parsed)
-    return (
-        mended(arguments)
-        if isinstance(arguments, str) and arguments.strip()
-        else json.dumps(mended(parsed), ensure_ascii=False)
-    )
+    return mended(arguments) if wire else json.dumps(mended(parsed), ensure_ascii=False)

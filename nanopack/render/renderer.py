@@ -105,6 +105,11 @@ class Renderer:
             "legacy=False and add_prefix_space=False"
         )
 
+    @property
+    def dropped_thoughts(self) -> int:
+        """Thoughts of earlier turns that the chat template left out so far, with template="hf"."""
+        return self._encode_chat.dropped_thoughts
+
     def __call__(self, conversation: Conversation) -> Document:
         """Return the document of a conversation.
 
