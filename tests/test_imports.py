@@ -33,6 +33,7 @@ ORDER = [
     "distributed",
     "loader",
     "reference",
+    "witness",
     "verify",
     "adapters",
     "demo",
