@@ -34,6 +34,8 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
         "tiktoken>=0.9",
         "numpy>=1.26",
+        # the command line
+        "rich>=13.7",
     ],
     extras_require={
         "parquet": ["pyarrow>=15"],

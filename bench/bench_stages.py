@@ -1,13 +1,12 @@
 """How long does each stage take for the batches of the shipped conversations?  make bench
 
 Medians of each stage alone, on one core: rendering, packing (lengths only), filling a slot, the torch executor, and the
-whole loader in the caller's thread. What counts is their share of the whole, in one run; the times are this machine's.
+whole loader in the caller's thread. Compare each stage with the whole of the same run; the times depend on the machine.
 """
 
 from __future__ import annotations
 
 import itertools
-from importlib import resources
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ import torch
 from nanopack import Loader
 from nanopack.config import LoaderConfig
 from nanopack.conversations.records import check, open_conversations
+from nanopack.data import CONVERSATIONS
 from nanopack.packing.packers import PACKINGS, make_packer
 from nanopack.producer.producer import Producer
 from nanopack.render.renderer import Renderer
@@ -23,14 +23,13 @@ from nanopack.tokenizers.tokenizer import load_tokenizer
 from nanopack.upload.executor import make_kernel
 from nanopack.upload.outputs import outputs_maker
 
-FILE = str(resources.files("nanopack") / "data" / "conversations.jsonl")
 TOKENIZER = load_tokenizer("chat32k")
 CONFIG = LoaderConfig(batch_size=32, seq_len=2048, epochs=1)
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """One thread of torch, so that a stage is compared with a stage."""
+    """Give torch one thread, so that stages are compared alike."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -38,13 +37,13 @@ def one_thread():
 
 
 def test_rendering(benchmark):
-    render, source = Renderer(TOKENIZER, "nanochat"), open_conversations(FILE)
+    render, source = Renderer(TOKENIZER, "nanochat"), open_conversations(CONVERSATIONS)
     conversations = [check(source[i]) for i in range(len(source))]
     benchmark.pedantic(lambda: [render(c) for c in conversations], rounds=5, warmup_rounds=1)
 
 
 def test_the_tokenizer_alone(benchmark):
-    source = open_conversations(FILE)
+    source = open_conversations(CONVERSATIONS)
     texts = [
         part if isinstance(part, str) else part.text
         for i in range(len(source))
@@ -69,7 +68,7 @@ def test_packing_a_million_tokens(benchmark, packing):
 
 
 def test_filling_and_unpacking_one_batch(benchmark):
-    producer = Producer(open_conversations(FILE), TOKENIZER, CONFIG)
+    producer = Producer(open_conversations(CONVERSATIONS), TOKENIZER, CONFIG)
     ring = Ring(producer.layout, 1)
     producer.produce(ring.slots[0])
     cpu = torch.device("cpu")
@@ -82,7 +81,7 @@ def test_filling_and_unpacking_one_batch(benchmark):
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_the_whole_loader_ten_epochs(benchmark, workers):
     def run():
-        with Loader(FILE, TOKENIZER, epochs=10, num_workers=workers) as loader:
+        with Loader(CONVERSATIONS, TOKENIZER, epochs=10, num_workers=workers) as loader:
             return sum(batch.num_tokens for batch in itertools.islice(loader, None))
 
     tokens = benchmark.pedantic(run, rounds=3, warmup_rounds=1)

@@ -1,11 +1,11 @@
 """Train a small GPT on the conversations that ship with nanopack: a whole training loop, in plain torch.
 
-    Loader   ->   inputs, positions, doc_ids, targets   ->   GPT   ->   losses, and a checkpoint to go on from
+    Loader   ->   inputs, positions, doc_ids, targets   ->   GPT   ->   losses, and a checkpoint to resume from
 
-Written to be read and copied. What a packed batch asks of a trainer is marked with (1) to (4): positions restart at
-every document, attention stays inside it, the loss is divided by the exact number of trained targets, and the loader's
-state is saved beside the model's. On the CPU a run that was interrupted and goes on gives the losses of one that was
-not, bit for bit.
+Written to be read and copied. What packed batches demand of a trainer is marked (1) to (4): positions restart at every
+document, attention stays inside it, the loss is divided by the exact number of targets in the loss, and the loader's
+state is saved along with the model's. On the CPU a run that is interrupted and resumed has the losses of an
+uninterrupted one, bit for bit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,18 +29,19 @@ from torch.nn import functional
 
 from nanopack.attention import document_mask
 from nanopack.batch import Batch
+from nanopack.data import CONVERSATIONS
 from nanopack.loader import Loader
 from nanopack.tokenizers.tokenizer import NANOCHAT_SPECIAL_TOKENS, Tokenizer, load_tokenizer
 
 LAYERS, HEADS, WIDTH = 3, 4, 96
 RANKS = 256
-"""Of chat32k: single bytes. With all of its 32,759 most of the time would go into the embedding and the head."""
+"""Ranks kept of chat32k: single bytes. All 32,759 would spend most of the time in the embedding and the head."""
 BATCH_SIZE, SEQ_LEN = 2, 512
 RATE, WARM_STEPS = 3e-3, 10
 EVERY = 25
-"""Steps between two evaluations; each is saved."""
+"""Steps between two evaluations, each followed by a checkpoint."""
 HELD_OUT = 40
-"""One question in so many is held out."""
+"""One in this many questions is held out."""
 SEED = 0
 
 
@@ -54,7 +54,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
         self.norm = nn.RMSNorm(WIDTH)
         self.head = nn.Linear(WIDTH, vocab_size, bias=False)
-        # at first every token is as likely as any other
+        # at first all tokens are equally likely
         nn.init.zeros_(self.head.weight)
 
     def forward(self, inputs: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a perceptron, each added to what came in."""
+    """Attention, then a perceptron, each with a residual connection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Block(nn.Module):
         self.perceptron = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
 
     def forward(self, x: torch.Tensor, turns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return x, (B, T, WIDTH), one layer on."""
+        """Return the layer's output, (B, T, WIDTH)."""
         q, k, v = self.qkv(self.norm_1(x)).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
         seen = functional.scaled_dot_product_attention(turn(q, turns), turn(k, turns), v, attn_mask=mask)
         x = x + self.mix(seen.transpose(1, 2).flatten(2))
@@ -100,28 +100,25 @@ def turn(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
 
 
 def loss_sum(model: GPT, batch: Batch) -> torch.Tensor:
-    """Return the sum of the losses of all trained targets."""
+    """Return the sum of the losses of all targets in the loss."""
     assert batch.positions is not None
-    # (1) positions restart and (2) attention ends where a document does
+    # (1) positions restart and (2) attention ends with a document
     logits = model(batch.inputs, batch.positions, document_mask(batch.doc_ids))
     return functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum")
 
 
 @dataclass
-class Run:
-    """How a run went so far."""
+class TrainingRun:
+    """Results of a run so far; losses are means over the targets in the loss, in nats."""
 
     parameters: int
-    losses: list[float] = field(default_factory=list)
-    """Of each step, a trained target."""
-    held_out: dict[int, float] = field(default_factory=dict)
-    """After so many steps, the loss of a trained target of the conversations held out."""
-    tokens: int = 0
-    """Trained on in this process, padding not counted."""
+    losses: list[float] = field(default_factory=list)  # one a step
+    held_out: dict[int, float] = field(default_factory=dict)  # steps done: loss of the held-out conversations
+    tokens: int = 0  # trained on in this process, without padding
     seconds: float = 0.0
 
-    def trained(self) -> dict[int, float]:
-        """Return the mean loss of the steps between two evaluations, by the step that the later one comes after."""
+    def mean_losses(self) -> dict[int, float]:
+        """Return the mean loss of the steps between two evaluations, by the number of steps done at the later one."""
         ends = [step for step in sorted(self.held_out) if step]
         return {end: fmean(self.losses[start:end]) for start, end in itertools.pairwise([0, *ends])}
 
@@ -133,11 +130,11 @@ def train(
     resume: bool = False,
     device: str | None = None,
     on_step: Callable[[int], None] = lambda step: None,
-) -> Run:
-    """Train until `steps` steps are done, with a checkpoint in `folder` every few of them; resume: go on from it."""
+) -> TrainingRun:
+    """Train until `steps` steps are done, with a checkpoint in `folder` every EVERY steps; `resume` starts from it."""
     began = time.perf_counter()
     torch.manual_seed(SEED)
-    # matrices so small gain little from more, and lose much where the cores have other work
+    # matrices this small gain little from more threads, and lose much if the cores are busy
     torch.set_num_threads(1)
     known, unknown = split(shipped())
     tokenizer = small_tokenizer()
@@ -152,7 +149,7 @@ def train(
     with Loader(known, tokenizer, seed=SEED, **arguments) as loader:
         model = GPT(loader.tokenizer.vocab_size).to(loader.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95))
-        run = Run(sum(weights.numel() for weights in model.parameters()))
+        run = TrainingRun(sum(weights.numel() for weights in model.parameters()))
         if resume:
             load(folder, run, model, optimizer, loader)
         while True:
@@ -168,17 +165,17 @@ def train(
                 losses.append(train_step(model, optimizer, batch))
                 run.tokens += batch.num_tokens
                 on_step(batch.step + 1)
-            # until here the host has waited for nothing
+            # the first time that the host waits for the device
             run.losses += torch.stack(losses).tolist()
     run.seconds = time.perf_counter() - began
     return run
 
 
 def train_step(model: GPT, optimizer: torch.optim.Optimizer, batch: Batch) -> torch.Tensor:
-    """Take one step; return the loss of a trained target before it, on the device."""
+    """Take one step; return the mean loss before it, on the device."""
     for group in optimizer.param_groups:
         group["lr"] = RATE * min(1.0, (batch.step + 1) / WARM_STEPS)
-    # (3) known before the forward; of several batches or ranks a step, divide by the sum of theirs
+    # (3) known before the forward pass; with several batches or ranks a step, divide by the sum of theirs
     loss = loss_sum(model, batch) / max(1, batch.num_loss_tokens)
     optimizer.zero_grad()
     loss.backward()
@@ -188,17 +185,17 @@ def train_step(model: GPT, optimizer: torch.optim.Optimizer, batch: Batch) -> to
 
 @torch.no_grad()
 def evaluate(model: GPT, batches: Sequence[Batch]) -> float:
-    """Return the loss of a trained target over all batches: exact, however the targets are spread over them."""
+    """Return the mean loss over all targets of the batches: exact, however they are spread over the batches."""
     total = torch.stack([loss_sum(model, batch) for batch in batches]).sum()
     return float(total) / sum(batch.num_loss_tokens for batch in batches)
 
 
-def save(folder: Path, run: Run, model: GPT, optimizer: torch.optim.Optimizer, loader: Loader) -> None:
-    """Write the checkpoint: whole or not at all, whenever the process ends."""
+def save(folder: Path, run: TrainingRun, model: GPT, optimizer: torch.optim.Optimizer, loader: Loader) -> None:
+    """Write the checkpoint atomically."""
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
-        # (4) of the batches delivered, whatever was made ahead
+        # (4) counts the batches delivered, not those made ahead
         "loader": loader.state_dict(),
         "losses": run.losses,
         "held_out": run.held_out,
@@ -208,8 +205,8 @@ def save(folder: Path, run: Run, model: GPT, optimizer: torch.optim.Optimizer, l
     os.replace(checkpoint(folder).with_suffix(".new"), checkpoint(folder))
 
 
-def load(folder: Path, run: Run, model: GPT, optimizer: torch.optim.Optimizer, loader: Loader) -> None:
-    """Go on from the checkpoint; ValueError where there is none of such a run."""
+def load(folder: Path, run: TrainingRun, model: GPT, optimizer: torch.optim.Optimizer, loader: Loader) -> None:
+    """Restore the checkpoint; ValueError if there is none, or it is not one of this run."""
     path = checkpoint(folder)
     if not path.exists():
         raise ValueError(f"{path} does not exist; train without --resume first")
@@ -219,28 +216,28 @@ def load(folder: Path, run: Run, model: GPT, optimizer: torch.optim.Optimizer, l
             state = torch.load(path, map_location=loader.device, weights_only=True)
             model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        of_loader = state["loader"]
+        loader_state = state["loader"]
         run.losses, run.held_out = state["losses"], state["held_out"]
     except OSError:
         raise
-    # a file of anything else can raise, and warn of, anything
+    # any other file can raise, and warn of, anything
     except Exception as error:
         raise ValueError(
-            f"{path} is not a checkpoint of this demo-train; give --out the folder of one, or another and no --resume"
+            f"{path} is not a checkpoint of demo-train; pass --out with the folder of one, or leave out --resume"
         ) from error
     try:
-        loader.load_state_dict(of_loader)
+        loader.load_state_dict(loader_state)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def checkpoint(folder: Path) -> Path:
-    """Return where the checkpoint lies."""
+    """Return the path of the checkpoint."""
     return folder / "checkpoint.pt"
 
 
 def small_tokenizer() -> tiktoken.Encoding:
-    """Return chat32k with its first ranks only: as each is a merge of earlier ones, that is a tokenizer too."""
+    """Return chat32k cut to its first ranks: each rank merges earlier ones, so they are a tokenizer too."""
     tokenizer = load_tokenizer("chat32k")
     assert isinstance(tokenizer, Tokenizer)
     whole = tokenizer.encoding
@@ -251,12 +248,11 @@ def small_tokenizer() -> tiktoken.Encoding:
 
 def shipped() -> list[dict[str, Any]]:
     """Return the conversations that ship with nanopack."""
-    lines = (resources.files("nanopack") / "data" / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in Path(CONVERSATIONS).read_text(encoding="utf-8").splitlines()]
 
 
 def split(conversations: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return those to train on and those held out: no question is in both."""
+    """Return the conversations to train on and those held out: no question is in both."""
     parts: tuple[list[dict[str, Any]], list[dict[str, Any]]] = [], []
     for conversation in conversations:
         question = next(message["content"] for message in conversation["messages"] if message["role"] == "user")

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the data to the user. A stage imports only what stands before it.
 ORDER = [
+    "data",
     "errors",
     "packing",
     "conversations",

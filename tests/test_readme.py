@@ -38,7 +38,7 @@ def test_every_command_works(command, tmp_path, monkeypatch, capsys):
     # smaller than what the README shows, so that it takes a moment
     more = ["--batch-size", "2"] if "chats.jsonl" in command else []
     if command.startswith("bench"):
-        more = ["--quick", "--only", "d"]
+        more = ["--quick", "--only", "padding"]
     if command == "demo-train":
         more = ["--steps", "5"]
     assert main([*command.split(), *more]) == 0

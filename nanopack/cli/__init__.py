@@ -1,4 +1,4 @@
-"""The command line: `nanopack pack`, `verify`, `inspect`, `bench`, `demo-train`. No stage of the data depends on it."""
+"""The command line: `nanopack pack`, `verify`, `inspect`, `bench`, `demo-train`. No stage depends on it."""
 
 from nanopack.cli.main import main
 

@@ -1,9 +1,9 @@
-"""Write a batch as a page for a browser, where every token tells where it comes from and why it is trained or not.
+"""Write a batch as an HTML page that shows of every token where it comes from and why it is in the loss or not.
 
     Batch, Loader   ->   explain_rows()   ->   save_page()   ->   one .html file that needs no other
 
-The page itself is data/inspect.html. Texts and reasons come in tables, each once, and what stands side by side in one
-message is one span: a batch of 32 x 2048 tokens takes about 600 kB. Words of a conversation reach the page only as JSON
+The page itself is data/inspect.html. Each distinct text and reason is stored once, and adjacent tokens of one message
+are one span: a batch of 32 x 2048 tokens takes about 600 kB. Words of a conversation reach the page only as JSON
 without "<", and from there as text, so nothing in them can become markup or run.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,21 +23,8 @@ from nanopack.loader import Loader
 from nanopack.render.renderer import Renderer
 
 
-class _Table:
-    """Values, each once, and the number of each."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[Any, int] = {}
-
-    def number(self, value: Hashable) -> int:
-        return self._numbers.setdefault(value, len(self._numbers))
-
-    def values(self) -> list[Any]:
-        return list(self._numbers)
-
-
 def explain_rows(batch: Batch, loader: Loader) -> list[list[Explanation]]:
-    """Return what `loader.explain` says of every slot."""
+    """Return `loader.explain` of every position of the batch, (B, T)."""
     config, source, tokenizer = loader.config, loader.source, loader.tokenizer
     render = Renderer(tokenizer, config.template, config.loss, config.first_assistant)
     return [
@@ -47,33 +34,36 @@ def explain_rows(batch: Batch, loader: Loader) -> list[list[Explanation]]:
 
 
 def page_data(rows: Sequence[Sequence[Explanation]]) -> dict[str, Any]:
-    """Return what the page knows, JSON-able: for each row the numbers of its texts and reasons, and its spans.
+    """Return the data of the page, JSON-able: for each row the numbers of its texts and reasons, and its spans.
 
     A row has T + 1 texts (-1 in padding): the last is only a target. A span is
-    [start, stop, piece, place, message, role, token of the document at start].
+    [start, stop, piece, place, message, role, index of its first token in the document].
     """
-    texts, reasons, places = _Table(), _Table(), _Table()
-    told = []
+    # each distinct value and its number
+    texts: dict[str, int] = {}
+    reasons: dict[tuple[bool, str], int] = {}
+    places: dict[str, int] = {}
+    packed = []
     for row in rows:
         tokens = [explanation.input for explanation in row] + [row[-1].target]
-        told.append(
+        packed.append(
             {
-                "texts": [-1 if token is None else texts.number(token.text) for token in tokens],
-                "reasons": [reasons.number((explanation.trained, explanation.reason)) for explanation in row],
+                "texts": [-1 if token is None else texts.setdefault(token.text, len(texts)) for token in tokens],
+                "reasons": [reasons.setdefault((one.trained, one.reason), len(reasons)) for one in row],
                 "spans": _spans(tokens, places),
             }
         )
     return {
         "columns": len(rows[0]),
         "colours": COLOURS,
-        "texts": texts.values(),
-        "reasons": reasons.values(),
-        "places": places.values(),
-        "rows": told,
+        "texts": list(texts),
+        "reasons": list(reasons),
+        "places": list(places),
+        "rows": packed,
     }
 
 
-def _spans(tokens: Sequence[Token | None], places: _Table) -> list[list[Any]]:
+def _spans(tokens: Sequence[Token | None], places: dict[str, int]) -> list[list[Any]]:
     spans: list[list[Any]] = []
     piece, before = -1, None
     for column, token in enumerate(tokens):
@@ -83,7 +73,7 @@ def _spans(tokens: Sequence[Token | None], places: _Table) -> list[list[Any]]:
             if follows and before is not None and before.message == token.message:
                 spans[-1][1] = column + 1
             else:
-                place = places.number(token.where)
+                place = places.setdefault(token.where, len(places))
                 spans.append([column, column + 1, piece, place, token.message, token.role, token.offset])
         before = token
     return spans
@@ -94,7 +84,7 @@ def _place(token: Token, later: int) -> tuple[int, int]:
 
 
 def save_page(rows: Sequence[Sequence[Explanation]], path: Path, *, title: str) -> None:
-    """Write the page of a batch, of which `explain_rows` tells."""
+    """Write the page of a batch, given its `explain_rows`."""
     page = (resources.files("nanopack") / "data" / "inspect.html").read_text(encoding="utf-8")
     # JSON has "<" only in strings, and "</script" in one would end the data
     data = json.dumps(page_data(rows), separators=(",", ":")).replace("<", "\\u003c")

@@ -1,6 +1,6 @@
-"""Measure how long the documents of a data set are, against the rows that they must fit.
+"""Measure how long the documents of a data set are, compared with the rows they must fit.
 
-    conversations.py, render.py   ->   measure()   ->   Lengths   ->   terminal.py tells and draws them
+    conversations, render   ->   measure()   ->   Lengths   ->   summary.py and plots.py show them
 
 Documents are measured as rendered, before anything is cut. Only numbers are kept.
 """
@@ -18,7 +18,7 @@ from nanopack.conversations.records import Conversation, Source, check
 from nanopack.packing.packers import make_packer
 from nanopack.render.renderer import Document
 
-# Below this the histogram has one bin for all.
+# shorter documents share one bin
 SHORTEST_BIN = 16
 
 
@@ -33,17 +33,14 @@ class Bin(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Lengths:
-    """Documents in the order in which they were read."""
+    """Documents in the order in which they were read; three arrays, (n,) int64."""
 
-    conversations: np.ndarray
-    """(n,) int64: index in the data set."""
+    conversations: np.ndarray  # index in the data set
     tokens: np.ndarray
-    """(n,) int64"""
-    trained: np.ndarray
-    """(n,) int64: tokens that the template trains."""
+    trained: np.ndarray  # tokens in the loss, by the template
 
     def summary(self, row_tokens: int, where: Callable[[int], str]) -> dict[str, Any]:
-        """Return the statistics as plain data (JSON-able); None where there is no document."""
+        """Return the statistics as plain data (JSON-able); None if there is no document."""
         some = len(self.tokens) > 0
         p50, p90, p99 = (float(p) for p in np.percentile(self.tokens, (50, 90, 99))) if some else (None, None, None)
         longer = self.tokens > row_tokens
@@ -71,7 +68,7 @@ class Lengths:
         if not found["count"]:
             return rows
         rows += [
-            ("trained", f"{found['trained'] / found['tokens']:.1%}", "by the template"),
+            ("in the loss", f"{found['trained'] / found['tokens']:.1%}", "by the template"),
             ("mean", f"{found['mean']:,.1f}", "tokens a document"),
             ("median", f"{found['median']:,.0f}", ""),
             ("90%", f"{found['p90']:,.0f}", "or fewer"),
@@ -80,11 +77,11 @@ class Lengths:
             ("too long", f"{found['longer_than_row']:,}", f"documents, for a row of {config.row_tokens:,} tokens"),
         ]
         if found["longer_than_row"]:
-            rows.append(("", f"{found['tokens_beyond_row']:,}", f"tokens in them beyond that, {_fate(config)}"))
+            rows.append(("", f"{found['tokens_beyond_row']:,}", f"of their tokens {_fate(config)}"))
         return rows
 
     def histogram(self, row_tokens: int) -> list[Bin]:
-        """Return bins that double up to a row's `row_tokens`, and one for what is longer."""
+        """Return bins that double up to `row_tokens`, and one for longer documents."""
         bins = []
         edges = bin_edges(row_tokens)
         for least, most in zip([1, *(edge + 1 for edge in edges)], [*edges, None], strict=True):
@@ -93,9 +90,9 @@ class Lengths:
         return bins
 
     def padding(self, config: LoaderConfig, packing: str, window: int | None) -> float:
-        """Return which share of 1 of the slots is padding when these documents are packed so, once; 0 without any.
+        """Return the fraction of positions that is padding when these documents are packed once; 0 without any.
 
-        A document in which nothing is trained any more once it is cut to a row counts here; a loader may drop it.
+        A document of which cutting leaves no token in the loss counts here; a loader may drop it.
         """
         drops = config.loss != "all" and packing in ("best_fit", "pad")
         kept = self.tokens[self.trained > 0] if drops else self.tokens
@@ -111,12 +108,12 @@ class Lengths:
 
 def _fate(config: LoaderConfig) -> str:
     if config.cuts_to_row:
-        return "which are cut"
-    return "which go into the next row" if config.packing == "stream" else "which may be cropped"
+        return "are cut"
+    return "go into the next row" if config.packing == "stream" else "may be cropped"
 
 
 def bin_edges(row_tokens: int) -> list[int]:
-    """Return the most tokens of each bin: those of a row, and halves of it down to about SHORTEST_BIN.
+    """Return the upper edge of each bin: a row, and halves of it down to about SHORTEST_BIN.
 
     >>> bin_edges(129)
     [16, 32, 64, 129]
@@ -130,7 +127,7 @@ def bin_edges(row_tokens: int) -> list[int]:
 
 
 def measure(source: Source, indices: Iterable[int], render: Callable[[Conversation], Document]) -> Lengths:
-    """Return the lengths of the conversations that can be rendered; the loader has told of the others already."""
+    """Return the lengths of the conversations that can be rendered; the loader has reported the others already."""
     found = []
     for index in indices:
         try:

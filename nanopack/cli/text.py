@@ -1,45 +1,108 @@
 """Draw batches and numbers as text, for a terminal or a pipe.
 
-    Batch   ->   draw_rows()     ->   one line a row: which conversation stands where, what is trained, what is padding
-                 list_pieces()   ->   the pieces of one row: file and line, tokens, the first words
-    rows    ->   table()         ->   columns under each other; terminal.py, commands.py
-    curves  ->   draw_curves()   ->   how some numbers go up and down
+    Batch    ->   draw_rows()        ->   one line a row: which conversation lies where, what is in the loss, padding
+                  list_pieces()      ->   the pieces of one row: file and line, tokens, the first words
+    Bins     ->   draw_histogram()   ->   documents by length
+    losses   ->   draw_losses()      ->   a table whose last column is the curve, turned by 90 degrees
+    rows     ->   columns()          ->   aligned columns, by rich
 
-Strings only: nothing here looks at the terminal, so the caller says how wide it is and whether it shows colours.
-Without colours a letter stands for a conversation, and everything is ASCII but the words of the conversations.
+Functions take the width and whether to use colours, and return strings; screen() finds out both for stdout. Without
+colours a letter stands for a conversation, and everything is ASCII except the words of the conversations.
 """
 
 from __future__ import annotations
 
+import io
 import itertools
-import unicodedata
+import os
+import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from string import ascii_lowercase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from nanopack.batch import Batch
 from nanopack.cli.lengths import Bin
 
 PADDING = -1
-# Of the 256-colour palette, each far from the one before it: blue, orange, violet, green, pink, teal, red, yellow.
+# From the 256-colour palette, each far from its predecessor: blue, orange, violet, green, pink, teal, red, yellow.
 COLOURS = (33, 208, 99, 35, 205, 44, 160, 178)
-TRAINED, UNTRAINED = "█", "▒"
-NO_MARK = "Where the mark is missing, the conversation is too short to show in the row."
-RESET = "\x1b[0m"
+IN_LOSS, NOT_IN_LOSS = "█", "▒"
+NO_MARK = "Pieces without a mark are too short to show in the row."
 RULER_STEP = 10
-CURVE_WIDTH, CURVE_HEIGHT = 72, 12
+CURVE_WIDTH = 48
 LEAST_TEXT = 16
-"""Columns that words get on a terminal too narrow for the table before them."""
+"""Columns that a conversation's words get even if the terminal is too narrow for them."""
+ENDLESS = 10_000
+"""Width at which nothing is wrapped."""
+
+
+def screen() -> dict[str, Any]:
+    """Return the `width` of stdout and whether it shows `colour`: https://no-color.org."""
+    wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    colour = wanted and sys.stdout.isatty() and "utf" in (sys.stdout.encoding or "").lower()
+    return {"width": shutil.get_terminal_size().columns, "colour": colour}
+
+
+def render(drawing: RenderableType, *, colour: bool = False) -> str:
+    """Return what rich makes of a drawing: no line is wrapped, none ends in spaces, no ANSI codes without `colour`."""
+    system: Any = "256" if colour else None
+    console = Console(
+        file=io.StringIO(), width=ENDLESS, force_terminal=colour, color_system=system, highlight=False, markup=False,
+        emoji=False, legacy_windows=False, no_color=False,
+    )  # fmt: skip
+    with console.capture() as captured:
+        console.print(drawing)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def columns(
+    lines: Sequence[Sequence[str | Text]], align: str, *, width: int | None = None, colour: bool = False
+) -> str:
+    """Return cells aligned in columns, "<" left and ">" right; only the last one is clipped, to fit into `width`.
+
+    >>> print(columns([("batches", "12", "of 4 rows"), ("padding", "0.4%", "")], "<><"))
+    batches    12  of 4 rows
+    padding  0.4%
+    """
+    cells = [[Text(printable(cell)) if isinstance(cell, str) else cell for cell in line] for line in lines]
+    if width is not None:
+        used = [max(cell.cell_len for cell in column) + 2 for column in zip(*cells, strict=True)][:-1]
+        for line in cells:
+            line[-1] = Text(clip(line[-1].plain, max(LEAST_TEXT, width - sum(used))))
+    table = Table.grid(padding=(0, 2), pad_edge=False)
+    for side in align:
+        table.add_column(justify="right" if side == ">" else "left", no_wrap=True)
+    for line in cells:
+        table.add_row(*line)
+    return render(table, colour=colour)
+
+
+def printable(text: str) -> str:
+    """Return the text with "?" for control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def clip(text: str, room: int) -> str:
+    """Return the text cut to `room` columns of a terminal.
+
+    >>> clip("the words", 7), clip("日本語", 5)
+    ('the ...', '日...')
+    """
+    return text if cell_len(text) <= room else set_cell_size(text, max(0, room - 3)) + "..."
 
 
 class Cell(NamedTuple):
-    """What most of the tokens behind one character are."""
+    """What most of the tokens under one character are."""
 
-    piece: int
-    """Number of the piece in its row, or PADDING."""
-    trained: bool
+    piece: int  # its number in the row, or PADDING
+    in_loss: bool
 
 
 def tokens_a_cell(batch: Batch, width: int) -> int:
@@ -47,16 +110,16 @@ def tokens_a_cell(batch: Batch, width: int) -> int:
     return -(-batch.inputs.shape[1] // max(1, width))
 
 
-def trained_columns(batch: Batch, row: int, ignore_index: int) -> np.ndarray:
-    """Return, (T,) bool, where the row's targets are trained."""
-    trained: np.ndarray = (batch.targets[row] != ignore_index).cpu().numpy()
-    return trained
+def loss_columns(batch: Batch, row: int, ignore_index: int) -> np.ndarray:
+    """Return which targets of the row are in the loss, (T,) bool."""
+    in_loss: np.ndarray = (batch.targets[row] != ignore_index).cpu().numpy()
+    return in_loss
 
 
 def row_cells(batch: Batch, row: int, *, ignore_index: int, width: int) -> list[Cell]:
-    """Return the characters of a row, from left to right."""
-    trained = trained_columns(batch, row, ignore_index)
-    owners = np.full(len(trained), PADDING)
+    """Return the characters of a row, from left to right, at most `width`."""
+    in_loss = loss_columns(batch, row, ignore_index)
+    owners = np.full(len(in_loss), PADDING)
     for number, piece in enumerate(batch.pieces[row]):
         owners[piece.start : piece.start + piece.length] = number
     step = tokens_a_cell(batch, width)
@@ -64,8 +127,8 @@ def row_cells(batch: Batch, row: int, *, ignore_index: int, width: int) -> list[
     for start in range(0, len(owners), step):
         inside = owners[start : start + step]
         owner = int(np.bincount(inside - PADDING).argmax()) + PADDING
-        is_trained = trained[start : start + step][inside == owner]
-        cells.append(Cell(owner, bool(2 * np.count_nonzero(is_trained) > len(is_trained))))
+        of_owner = in_loss[start : start + step][inside == owner]
+        cells.append(Cell(owner, bool(2 * np.count_nonzero(of_owner) > len(of_owner))))
     return cells
 
 
@@ -80,22 +143,22 @@ def piece_marks(cells: Sequence[Cell]) -> dict[int, int]:
 
 
 def draw_rows(batch: Batch, rows: Sequence[int], *, ignore_index: int, width: int, colour: bool) -> str:
-    """Return the rows drawn one below the other, at most `width` characters wide, under a ruler of columns."""
+    """Return the rows drawn under a ruler of columns, at most `width` characters wide."""
     digits = len(str(max(rows)))
     gutter = len("row ") + digits + 2
     step = tokens_a_cell(batch, width - gutter)
-    columns = batch.inputs.shape[1]
-    lines = [f"{'col':<{gutter}}{_ruler(-(-columns // step), step)}"]
+    n_columns = batch.inputs.shape[1]
+    lines = [Text(f"{'col':<{gutter}}{_ruler(-(-n_columns // step), step)}")]
     for row in rows:
         cells = row_cells(batch, row, ignore_index=ignore_index, width=width - gutter)
-        lines.append(f"row {row:>{digits}}  {_draw(cells, row, colour)}")
+        lines.append(Text(f"row {row:>{digits}}  ") + _draw(cells, row, colour))
     unit = "one character is one token" if step == 1 else f"one character is {step} tokens"
-    lines.append(f"{'':<{gutter}}{_key(colour)}; {unit}")
-    return "\n".join(lines)
+    lines.append(Text(f"{'':<{gutter}}{_key(colour)}; {unit}"))
+    return render(Text("\n").join(lines), colour=colour)
 
 
 def _ruler(cells: int, step: int) -> str:
-    """Return the column that stands above every tenth cell, as far as it fits.
+    """Return the number of the column above every tenth cell, as far as it fits.
 
     >>> _ruler(25, 4)
     '0         40        80'
@@ -110,31 +173,31 @@ def _ruler(cells: int, step: int) -> str:
 
 def _key(colour: bool) -> str:
     if colour:
-        return f"a colour is a conversation: {TRAINED} trained, {UNTRAINED} not trained, blank padding"
-    return "a letter is a conversation: capital trained, small not trained, . padding"
+        return f"a colour is a conversation: {IN_LOSS} in the loss, {NOT_IN_LOSS} not, blank padding"
+    return "a letter is a conversation: capital in the loss, small not, . padding"
 
 
-def _draw(cells: Sequence[Cell], row: int, colour: bool) -> str:
+def _draw(cells: Sequence[Cell], row: int, colour: bool) -> Text:
     marks = piece_marks(cells)
     if not colour:
-        return "".join(_letter(marks.get(cell.piece), cell.trained) for cell in cells)
-    text = ""
-    for piece, run in itertools.groupby(cells, key=lambda cell: cell.piece):
-        blocks = "".join(TRAINED if cell.trained else UNTRAINED for cell in run)
-        text += " " * len(blocks) if piece == PADDING else _paint(blocks, row, marks[piece])
-    return text.rstrip(" ")
+        return Text("".join(_letter(marks.get(cell.piece), cell.in_loss) for cell in cells))
+    text = Text()
+    for piece, same in itertools.groupby(cells, key=lambda cell: cell.piece):
+        blocks = "".join(IN_LOSS if cell.in_loss else NOT_IN_LOSS for cell in same)
+        text += Text(" " * len(blocks)) if piece == PADDING else _paint(blocks, row, marks[piece])
+    return text
 
 
-def _letter(mark: int | None, trained: bool) -> str:
+def _letter(mark: int | None, in_loss: bool) -> str:
     if mark is None:
         return "."
     letter = ascii_lowercase[mark % len(ascii_lowercase)]
-    return letter.upper() if trained else letter
+    return letter.upper() if in_loss else letter
 
 
-def _paint(text: str, row: int, mark: int) -> str:
-    # Rows begin with different colours: the conversation above is another one, too.
-    return f"\x1b[38;5;{COLOURS[(mark + 3 * row) % len(COLOURS)]}m{text}{RESET}"
+def _paint(text: str, row: int, mark: int) -> Text:
+    # rows begin with different colours, so that a piece differs from the one above it as well
+    return Text(text, f"color({COLOURS[(mark + 3 * row) % len(COLOURS)]})")
 
 
 def list_pieces(
@@ -150,14 +213,14 @@ def list_pieces(
 ) -> str:
     """Return one line for each piece of a row, at most `limit`: its mark, `where(conversation)`, tokens, `text(ids)`.
 
-    A piece that no character of the row stands for has no mark. `width` is that of the terminal.
+    A piece that is too short to show in the row has no mark. `width` is that of the terminal.
     """
     pieces = batch.pieces[row]
     gutter = len("row ") + len(str(row)) + 2
     marks = piece_marks(row_cells(batch, row, ignore_index=ignore_index, width=width - gutter))
-    trained = trained_columns(batch, row, ignore_index)
+    in_loss = loss_columns(batch, row, ignore_index)
     ids = batch.inputs[row].tolist()
-    lines: list[Sequence[str]] = [("", "conversation", "column", "tokens", "trained", "begins")]
+    lines: list[Sequence[str | Text]] = [("", "conversation", "column", "tokens", "in loss", "begins")]
     for number, piece in enumerate(pieces[:limit]):
         stop = piece.start + piece.length
         lines.append(
@@ -166,8 +229,8 @@ def list_pieces(
                 where(piece.conversation),
                 f"{piece.start:,}",
                 f"{piece.length:,}",
-                f"{np.count_nonzero(trained[piece.start : stop]):,}",
-                ("... " if piece.offset else "") + text(ids[piece.start : stop]),
+                f"{np.count_nonzero(in_loss[piece.start : stop]):,}",
+                " ".join([*(["..."] if piece.offset else []), *text(ids[piece.start : stop]).split()]),
             )
         )
     used = sum(piece.length for piece in pieces)
@@ -176,112 +239,45 @@ def list_pieces(
         lines.append(("", f"and {len(pieces) - limit} more", "", "", "", ""))
     if used < len(ids):
         lines.append(("" if colour else ".", "padding", f"{used:,}", f"{len(ids) - used:,}", "", ""))
-    listed = columns(lines, "<<>>><", width)
+    listed = columns(lines, "<<>>><", width=width, colour=colour)
     return f"{listed}\n{NO_MARK}" if hidden else listed
 
 
-def _mark(mark: int | None, row: int, colour: bool) -> str:
+def _mark(mark: int | None, row: int, colour: bool) -> str | Text:
     if mark is None:
         return ""
-    return _paint(TRAINED * 2, row, mark) if colour else _letter(mark, False)
+    return _paint(IN_LOSS * 2, row, mark) if colour else _letter(mark, False)
 
 
 def draw_histogram(bins: Sequence[Bin], *, width: int, colour: bool) -> str:
-    """Return one line for each bin: how many documents, as a bar too, and their share of all tokens."""
-    most_documents = max(1, max(found.documents for found in bins))
+    """Return one line a bin: its documents, as a number and a bar, and their fraction of all tokens."""
+    most_documents = max(1, *(found.documents for found in bins))
     tokens = max(1, sum(found.tokens for found in bins))
     names = [f"{found.least:,} - {found.most:,}" if found.most else f"{found.least:,} or more" for found in bins]
-    gutter, room = max(map(len, names)), max(1, width - max(map(len, names)) - 36)
-    lines = [f"{'length':>{gutter}}  {'documents':>9}  {'':<{room}}  of all tokens"]
+    room = max(1, width - max(map(len, names)) - 36)
+    lines = [("length", "documents", " " * room, "of all tokens")]
     for name, found in zip(names, bins, strict=True):
         bar = ("█" if colour else "#") * -(-found.documents * room // most_documents)
-        share = f"{found.tokens / tokens:.1%}"
-        lines.append(f"{name:>{gutter}}  {found.documents:>9,}  {bar:<{room}}  {share:>13}")
-    return "\n".join(lines)
+        lines.append((name, f"{found.documents:,}", bar, f"{found.tokens / tokens:.1%}"))
+    return columns(lines, ">><>", colour=colour)
 
 
-def draw_curves(curves: Sequence[tuple[str, str, Mapping[int, float]]], *, width: int) -> str:
-    """Return curves of (mark, name, y by x) over one another, the later on top, above their key.
+def draw_losses(means: Mapping[int, float], held_out: Mapping[int, float], *, colour: bool) -> str:
+    """Return a line an evaluation: steps, mean training loss until it, held-out loss, and both as a curve.
 
-    >>> print(draw_curves([("o", "loss", {0: 3.0, 4: 1.5, 10: 1.0})], width=18))
-     3.00  o
-           :
-           :
-           :
-           :
-           :
-           :
-           :
-           :   o
-           :
-           :
-     1.00  :        o
-           0       10
-           o loss
+    >>> print(draw_losses({5: 2.0}, {0: 3.0, 5: 2.5}, colour=False))
+    steps  training o  held out x  2.00                                        3.00
+        0                   3.000                                                 x
+        5       2.000       2.500  o                       x
     """
-    xs = [x for _, _, points in curves for x in points]
-    ys = [y for _, _, points in curves for y in points.values()]
-    top, bottom, right = max(ys), min(ys), max(xs) or 1
-    room = max(2, min(width, CURVE_WIDTH) - 8)
-    lines = [[":"] + [" "] * (room - 1) for _ in range(CURVE_HEIGHT)]
-    for mark, _, points in curves:
-        for x, y in points.items():
-            height = (top - y) / (top - bottom or 1)
-            lines[round(height * (CURVE_HEIGHT - 1))][round(x / right * (room - 1))] = mark
-    names = [f"{top:5.2f}", *[""] * (CURVE_HEIGHT - 2), f"{bottom:5.2f}"]
-    drawn = [f"{name:>5}  {''.join(line)}".rstrip() for name, line in zip(names, lines, strict=True)]
-    key = "   ".join(f"{mark} {name}" for mark, name, _ in curves)
-    return "\n".join([*drawn, f"{'':7}0{right:>{room - 1}}", f"{'':7}{key}"])
-
-
-def table(rows: Sequence[tuple[str, str, str]]) -> str:
-    """Return rows of (name, number, note) under each other.
-
-    >>> print(table([("batches", "12", "of 4 rows"), ("padding", "0.4%", "")]))
-    batches    12  of 4 rows
-    padding  0.4%
-    """
-    return columns(rows, "<><")
-
-
-def columns(lines: Sequence[Sequence[str]], align: str, width: int | None = None) -> str:
-    """Return cells set into columns, each as wide as it needs; what is longer than `width` is clipped at the end."""
-    widths = [max(map(text_width, column)) for column in zip(*lines, strict=True)]
-    drawn = []
-    for line in lines:
-        cells = [
-            " " * (size - text_width(cell)) + cell if side == ">" else cell + " " * (size - text_width(cell))
-            for cell, size, side in zip(line[:-1], widths, align, strict=False)
-        ]
-        room = None if width is None else max(LEAST_TEXT, width - sum(widths[:-1]) - 2 * len(cells))
-        drawn.append("  ".join([*cells, clip(line[-1], room)]).rstrip())
-    return "\n".join(drawn)
-
-
-def text_width(text: str) -> int:
-    """Return how many columns a terminal needs for the text, colours not counted.
-
-    >>> text_width("日本"), text_width("\\x1b[38;5;33m██\\x1b[0m")
-    (4, 2)
-    """
-    plain = "".join(part.partition("m")[2] if number else part for number, part in enumerate(text.split("\x1b[")))
-    return sum(_char_width(character) for character in plain)
-
-
-def _char_width(character: str) -> int:
-    if unicodedata.combining(character):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
-
-
-def clip(text: str, room: int | None) -> str:
-    """Return the text on one line, cut with dots to `room` columns; control characters, which a terminal obeys, as '?'.
-
-    >>> clip("one\\n two\\x1b[31m three", 14)
-    'one two?[31...'
-    """
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
-    if room is None or text_width(line) <= room:
-        return line
-    used = list(itertools.accumulate(map(_char_width, line)))
-    return line[: sum(end <= room - 3 for end in used)] + "..."[:room]
+    losses = [*means.values(), *held_out.values()]
+    least, most = min(losses), max(losses)
+    lines = [("steps", "training o", "held out x", f"{least:.2f}{most:{CURVE_WIDTH - 4}.2f}")]
+    for step in sorted(held_out):
+        curve = [" "] * CURVE_WIDTH
+        for mark, loss in (("o", means.get(step)), ("x", held_out[step])):
+            if loss is not None:
+                curve[round((loss - least) / (most - least or 1) * (CURVE_WIDTH - 1))] = mark
+        mean = f"{means[step]:.3f}" if step in means else ""
+        lines.append((f"{step:,}", mean, f"{held_out[step]:.3f}", "".join(curve)))
+    return columns(lines, ">>><", colour=colour)

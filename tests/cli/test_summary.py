@@ -1,4 +1,4 @@
-"""Totals of batches whose numbers are made up."""
+"""Totals of invented batches."""
 
 from __future__ import annotations
 
@@ -34,33 +34,31 @@ def report(*batches, **config):
 
 def test_report_adds_batches_up():
     found = report(make_batch(90, 45), make_batch(70, 35), make_batch(40, 40, last=True))
-    assert (found["batches"], found["tokens"], found["seconds"], found["tokens_per_second"]) == (3, 200, 1.5, 200 / 1.5)
+    assert (found["batches"], found["tokens"], found["seconds"], found["tokens_per_s"]) == (3, 200, 1.5, 200 / 1.5)
     assert found["padding"] == pytest.approx(1 / 3)
     assert found["padding_without_last_batch"] == pytest.approx(0.2)
     assert found["trained"] == 0.6
 
 
-def test_padding_without_the_last_batch_is_told_only_at_the_end_of_the_data():
+def test_padding_without_the_last_batch_is_reported_only_at_the_end_of_the_data():
     assert report(make_batch(90), make_batch(90))["padding_without_last_batch"] is None
     assert report(make_batch(40, last=True))["padding_without_last_batch"] is None
 
 
 def test_one_conversation_a_row_pads_each_to_a_row():
-    # Of 51 tokens, the most a row can hold, 50 are inputs.
+    # of 51 tokens, the most that fit into a row, 50 are inputs
     found = report(make_batch(71, lengths=(51, 21)))
     assert found["padding_one_a_row"] == pytest.approx(1 - 71 / 100)
 
 
 @pytest.mark.parametrize("packing", ["stream", "best_fit_crop"])
-def test_packings_that_split_documents_do_not_tell_what_one_a_row_would_pad(packing):
+def test_packings_that_split_documents_do_not_report_the_padding_of_one_a_row(packing):
     assert report(make_batch(71, lengths=(51, 21)), packing=packing)["padding_one_a_row"] is None
 
 
-def test_nothing_delivered_has_no_shares():
+def test_nothing_delivered_has_no_fractions():
     found = report()
-    assert all(
-        found[name] is None for name in ("padding", "padding_without_last_batch", "trained", "tokens_per_second")
-    )
+    assert all(found[name] is None for name in ("padding", "padding_without_last_batch", "trained", "tokens_per_s"))
 
 
 def test_rows_name_every_loss_that_is_not_zero():
@@ -73,8 +71,8 @@ def test_rows_name_every_loss_that_is_not_zero():
     rows = add_up(make_batch(90, 45)).rows(ledger.report())
     assert rows[:10] == [
         ("conversations", "5", "packed"),
-        ("", "3", "dropped: nothing in them is trained"),
-        ("", "4", "skipped: not valid"),
+        ("", "3", "dropped: no token in the loss"),
+        ("", "4", "skipped: invalid"),
         ("", "5", "read, still waiting for a row"),
         ("tokens", "1,000", "packed, of 1,500 read"),
         ("", "200", "cut: documents longer than a row"),
@@ -83,17 +81,17 @@ def test_rows_name_every_loss_that_is_not_zero():
         ("", "70", "dropped with their conversations"),
         ("", "60", "read, still waiting for a row"),
     ]
-    assert rows[-1] == ("ledger", "balanced", "every conversation and every token is accounted for")
+    assert rows[-1] == ("ledger", "balanced", "every conversation and every token accounted for")
 
 
 def test_rows_leave_out_what_did_not_happen():
     rows = add_up(make_batch(90, 45)).rows(Ledger().report())
     assert [name for name, *_ in rows] == [
-        "conversations", "tokens", "batches", "tokens/s", "padding", "trained", "ledger"
+        "conversations", "tokens", "batches", "tokens/s", "padding", "in the loss", "ledger"
     ]  # fmt: skip
 
 
-def test_rows_tell_what_does_not_balance():
+def test_rows_report_what_does_not_balance():
     ledger = Ledger(conversations_read=2, tokens_read=9)
     rows = add_up(make_batch(90)).rows(ledger.report())
     assert rows[-2:] == [

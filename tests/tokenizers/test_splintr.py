@@ -420,7 +420,7 @@ def test_the_command_line_takes_the_encoder(capsys, monkeypatch):
     assert "equal to the reference packer in every field" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "splintr", None)
     assert cli.main(["pack", "--encoder", "fast"]) == 2
-    assert capsys.readouterr().err == "nanopack: --encoder='fast' needs splintr-rs; pip install nanopack[fast]\n"
+    assert capsys.readouterr().err == "nanopack: encoder='fast' needs splintr-rs; pip install nanopack[fast]\n"
 
 
 def test_what_tiktoken_refuses_is_refused_by_the_comparison_too():

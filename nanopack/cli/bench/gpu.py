@@ -1,11 +1,11 @@
-"""What does a GPU feel: the kernel beside a device copy of the same bytes, the copy to it, a real training loop?
+"""What does a batch cost a GPU: the kernel, compared with a device copy; the copy to the device; a training loop?
 
-    one slot, staged   ->   kernel, device copy, host copy, by CUDA events   ->   microseconds, share of the copy
-    a small model      ->   trained with a fixed batch, ours, nanochat's     ->   milliseconds a step, beyond the fixed
+    one slot, staged   ->   kernel, device copy, host copy, by CUDA events   ->   microseconds, fraction of the copy
+    a small model      ->   trained on a fixed batch, ours, nanochat's       ->   milliseconds a step, beyond the fixed
 
-Launches are captured into a CUDA graph, so that the device's time is measured and not the host's; buffers take turns,
-so that together they are larger than its cache. In the loop the next batch is fetched while the device works, and the
-host waits for the device at the end of each step, as nanochat does.
+Launches are captured into a CUDA graph, which measures the device's time and not the host's; buffers alternate, so that
+together they exceed its cache. In the loop the next batch is fetched while the device works, and the host waits for the
+device at the end of each step, as in nanochat.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import nn
 from nanopack.cli.bench import nanochat
 from nanopack.cli.bench.corpus import ROW, ROWS, Data
 from nanopack.cli.bench.other_packers import NotHereError, need
-from nanopack.cli.bench.rounds import Pace, Row, Spread, Table, Turn, not_measured, ratio, spreads, take_turns
+from nanopack.cli.bench.rounds import Measure, Pace, Result, Spread, Table, in_rounds, not_measured, ratio, spreads
 from nanopack.cli.bench.throughput import MIDTRAINING, SFT
 from nanopack.config import EXTRAS, LoaderConfig
 from nanopack.conversations.records import open_conversations
@@ -34,7 +34,7 @@ from nanopack.upload.executor import make_kernel
 from nanopack.upload.outputs import outputs_maker
 
 BUFFERS = 128
-"""That take turns: more than 100 MB of outputs, where the largest cache is of 60."""
+"""Buffers that alternate: more than 100 MB of outputs, while the largest cache has 60 MB."""
 MODEL_ROWS = 8
 WIDTH, HEADS, LAYERS = 512, 8, 4
 LEAST_STEPS, WARM_STEPS = 6, 6
@@ -47,7 +47,7 @@ IGNORED = {MIDTRAINING: -1, SFT: -1}
 
 
 def measure(data: Data, pace: Pace) -> list[Table]:
-    """Return the kernel's times and the loop's, or that there is no GPU."""
+    """Return the times of the kernel and of the loop, or a note that there is no GPU."""
     if not torch.cuda.is_available():
         return [Table("On a GPU", [not_measured("kernel, copy, training loop", "no GPU")])]
     device = torch.device("cuda", torch.cuda.current_device())
@@ -55,8 +55,8 @@ def measure(data: Data, pace: Pace) -> list[Table]:
     return [Table("The kernel and the copies, a batch", kernels), Table("A training loop", _loop_rows(data, pace))]
 
 
-def _kernel_rows(data: Data, pace: Pace, device: torch.device, kind: str, settings: dict[str, Any]) -> list[Row]:
-    """Return the rows of kernel, device copy and host copy for a batch of this kind."""
+def _kernel_rows(data: Data, pace: Pace, device: torch.device, kind: str, settings: dict[str, Any]) -> list[Result]:
+    """Return the results of kernel, device copy and host copy for a batch of this kind."""
     try:
         need("triton")
     except NotHereError as why:
@@ -94,11 +94,11 @@ def _kernel_rows(data: Data, pace: Pace, device: torch.device, kind: str, settin
         "device copy of the same bytes": lambda i: memory[i].copy_(memory[i - 1]),
         "host copy, pinned": lambda i: staged[i][: filled.used_bytes].copy_(host, non_blocking=True),
     }
-    times = spreads(take_turns({name: _device_time(work) for name, work in works.items()}, pace))
+    times = spreads(in_rounds({name: _device_time(work) for name, work in works.items()}, pace))
     moved = {"kernel": n_bytes, "device copy of the same bytes": n_bytes, "host copy, pinned": filled.used_bytes}
     copied = times["device copy of the same bytes"]
     return [
-        Row(
+        Result(
             f"{name}, {kind}",
             {
                 "device_us": spread,
@@ -111,12 +111,12 @@ def _kernel_rows(data: Data, pace: Pace, device: torch.device, kind: str, settin
     ]
 
 
-def _device_time(work: Callable[[int], object]) -> Turn[float]:
-    """Return the turn that tells the device's microseconds for the work on one of the buffers."""
+def _device_time(work: Callable[[int], object]) -> Measure[float]:
+    """Return the measurement of the device's microseconds for the work on one buffer."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        # compiles what is to be compiled, which cannot be captured
+        # compilation cannot be captured
         work(0)
     side.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -125,7 +125,7 @@ def _device_time(work: Callable[[int], object]) -> Turn[float]:
             work(i)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
-    def turn(seconds: float) -> float:
+    def measure(seconds: float) -> float:
         graph.replay()
         torch.cuda.synchronize()
         times_us: list[float] = []
@@ -138,11 +138,11 @@ def _device_time(work: Callable[[int], object]) -> Turn[float]:
             times_us.append(begin.elapsed_time(end) * 1000 / BUFFERS)
         return float(np.median(times_us))
 
-    return turn
+    return measure
 
 
 class Model(nn.Module):
-    """A small decoder, such as a training loop has."""
+    """A small decoder."""
 
     def __init__(self, vocab_size: int, width: int = WIDTH, heads: int = HEADS, layers: int = LAYERS) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class Model(nn.Module):
 
 
 class Steps(NamedTuple):
-    """Of one turn, means of a step in milliseconds."""
+    """Means over the steps of one measurement, in milliseconds."""
 
     step_ms: float
     in_next_ms: float
@@ -171,7 +171,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 def train(
     model: Model, take: Callable[[], Batch], seconds: float, *, ignore_index: int, synchronize: Callable[[], object]
 ) -> Steps:
-    """Train for so many seconds; every batch is fetched while the device works on the one before."""
+    """Train for about `seconds`; every batch is fetched while the device works on the one before."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     device_type = next(model.parameters()).device.type
     nexts: list[float] = []
@@ -195,10 +195,10 @@ def train(
     return Steps(1000 * (time.perf_counter() - began) / len(nexts), 1000 * sum(nexts) / len(nexts))
 
 
-def _loop_rows(data: Data, pace: Pace) -> list[Row]:
-    """Return the steps of the loop alone and with each loader, which take turns."""
+def _loop_rows(data: Data, pace: Pace) -> list[Result]:
+    """Return the steps of the loop alone and with each loader, alternating."""
     model = Model(data.tokenizer.vocab_size).cuda()
-    openers: dict[str, Callable[[], Any]] = {
+    contenders: dict[str, Callable[[], Any]] = {
         ALONE: partial(_fixed, data),
         "nanopack, num_workers=1": partial(_loader, data, 1),
         "nanopack, num_workers=2": partial(_loader, data, 2),
@@ -206,19 +206,19 @@ def _loop_rows(data: Data, pace: Pace) -> list[Row]:
         SFT: partial(_generator, data, nanochat.sft),
     }
 
-    def turn(name: str, seconds: float) -> Steps:
-        with openers[name]() as take:
+    def measure_steps(name: str, seconds: float) -> Steps:
+        with contenders[name]() as take:
             ignored = IGNORED.get(name, -100)
             return train(model, take, seconds, ignore_index=ignored, synchronize=torch.cuda.synchronize)
 
-    measured = take_turns({name: partial(turn, name) for name in openers}, pace)
+    measured = in_rounds({name: partial(measure_steps, name) for name in contenders}, pace)
     alone = [steps.step_ms for steps in measured[ALONE]]
     return [_loop_row(name, steps, alone) for name, steps in measured.items()]
 
 
-def _loop_row(name: str, steps: Sequence[Steps], alone: Sequence[float]) -> Row:
+def _loop_row(name: str, steps: Sequence[Steps], alone: Sequence[float]) -> Result:
     step_ms = [each.step_ms for each in steps]
-    return Row(
+    return Result(
         name,
         {
             "step_ms": Spread(tuple(step_ms)),

@@ -1,10 +1,11 @@
-"""What nanopack replaces: karpathy/nanochat's renderer and two of its generators, written down again as they work.
+"""What nanopack replaces: karpathy/nanochat's renderer and two of its generators, rewritten to work as they do.
 
     chats   ->   midtraining(), sft()   ->   inputs, targets, tokens that are not padding
 
-Lists and loops as they are there: to write any of it faster would be to measure something else. Sources:
+Lists and loops are kept, since faster code would measure something else. (The tests, which do not ship, have them once
+more in their plainest form, to test these and the adapters.) Sources:
 `render_conversation` in nanochat/tokenizer.py, `mid_data_generator` in scripts/mid_train.py (until January 2026),
-`sft_data_generator_bos_bestfit` in scripts/chat_sft.py. Left out is what costs nothing: progress, epochs, the split.
+`sft_data_generator_bos_bestfit` in scripts/chat_sft.py. Left out: progress, epochs and the split, which cost nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Made = tuple[torch.Tensor, torch.Tensor, int]
 
 
 def renderer(encoding: tiktoken.Encoding) -> Render:
-    """Return the function that gives the ids of a chat, and their loss mask."""
+    """Return the function that renders a chat: ids and loss mask."""
     special = {name: encoding.encode_single_token(name) for name in encoding.special_tokens_set}
     bos = special["<|bos|>"]
     user_start, user_end = special["<|user_start|>"], special["<|user_end|>"]
@@ -108,7 +109,7 @@ def sft(
     device: str = "cpu",
     buffer_size: int = 100,
 ) -> Iterator[Made]:
-    """Yield batches of whole chats, each row filled with the longest that fits, and padded where none does."""
+    """Yield batches of whole chats: each row takes the longest that fits, and padding once none does."""
     on_gpu = device == "cuda"
     buffer: list[Rendered] = []
     cursor = rank

@@ -1,9 +1,9 @@
-"""Packers of others over the same ready tokens, each as its users call it, on one thread.
+"""Run other projects' packers on the same pretokenized documents, called as their users call them, on one thread.
 
-    documents, as each wants them   ->   an Open for each that is installed   ->   tokens and slots of a piece of work
+    documents in each one's form   ->   a PackedContender each   ->   tokens and positions of a unit of work
 
-What they are given is prepared before the clock starts, and what they return is theirs: packed Arrow rows (TRL), numpy
-batches (Grain), one flat tensor without padding (transformers).
+Their input is prepared before the clock starts, and they return their own form: packed Arrow rows (TRL), numpy batches
+(Grain), one flat tensor without padding (transformers).
 """
 
 from __future__ import annotations
@@ -21,29 +21,30 @@ import numpy as np
 from nanopack.cli.bench.corpus import ROW, ROWS
 from nanopack.render.renderer import Document
 
-TakePacked = Callable[[], tuple[int, int]]
-"""Does a piece of work and returns the tokens in it, and the slots that these take with their padding."""
-OpenPacked = Callable[[], AbstractContextManager[TakePacked]]
+PackedWork = Callable[[], tuple[int, int]]
+"""Does one unit of work; returns its tokens, and the positions that they take with their padding."""
+PackedContender = Callable[[], AbstractContextManager[PackedWork]]
 
 
 class NotHereError(Exception):
-    """A package is not installed, or cannot be imported; the message is the reason in the report."""
+    """A package is not installed or cannot be imported; the message becomes the note in the report."""
 
 
-def need(package: str) -> Any:
-    """Return the package of that name; NotHereError says why not."""
+def need(package: str, name: str | None = None) -> Any:
+    """Return the package, or what it calls `name`, which may import more of it; NotHereError if that fails."""
     if importlib.util.find_spec(package.partition(".")[0]) is None:
         raise NotHereError(f"{package.partition('.')[0]} is not installed")
     try:
-        return importlib.import_module(package)
+        found = importlib.import_module(package)
+        return getattr(found, name) if name else found
     except Exception as error:
         first_line = next(iter(str(error).splitlines()), "")
         raise NotHereError(f"{package} cannot be imported ({type(error).__name__}: {first_line})") from error
 
 
-def trl(documents: Sequence[Document], strategy: str) -> OpenPacked:
-    """Return TRL's pack_dataset over all documents at a time, in memory."""
-    pack_dataset, datasets = need("trl").pack_dataset, need("datasets")
+def trl(documents: Sequence[Document], strategy: str) -> PackedContender:
+    """Return TRL's pack_dataset over all documents at once, in memory."""
+    pack_dataset, datasets = need("trl", "pack_dataset"), need("datasets")
     need("pyarrow").set_cpu_count(1)
     datasets.disable_progress_bars()
     columns = {"input_ids": [d.ids.astype(np.int32) for d in documents], "loss_mask": [d.mask for d in documents]}
@@ -51,42 +52,42 @@ def trl(documents: Sequence[Document], strategy: str) -> OpenPacked:
     tokens = sum(len(document.ids) for document in documents)
 
     @contextlib.contextmanager
-    def open_() -> Iterator[TakePacked]:
-        def take() -> tuple[int, int]:
+    def contender() -> Iterator[PackedWork]:
+        def work() -> tuple[int, int]:
             packed = pack_dataset(dataset, ROW, strategy, {"load_from_cache_file": False})
             return tokens, len(packed) * ROW
 
-        yield take
+        yield work
 
-    return open_
+    return contender
 
 
-def grain(documents: Sequence[Document], bins: int) -> OpenPacked:
-    """Return Grain's first fit into so many open rows, in batches."""
+def grain(documents: Sequence[Document], bins: int) -> PackedContender:
+    """Return Grain's first fit with `bins` open rows, batched."""
     grain_, experimental = need("grain"), need("grain.experimental")
     records = [{"input_ids": d.ids.astype(np.int32), "loss_mask": d.mask.astype(np.int32)} for d in documents]
 
     @contextlib.contextmanager
-    def open_() -> Iterator[TakePacked]:
+    def contender() -> Iterator[PackedWork]:
         one_thread = grain_.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         parent = grain_.MapDataset.source(records).repeat().to_iter_dataset(one_thread)
         wanted = {"input_ids": ROW, "loss_mask": ROW}
         packed = experimental.FirstFitPackIterDataset(parent, length_struct=wanted, num_packing_bins=bins)
         batches = iter(packed.batch(ROWS))
 
-        def take() -> tuple[int, int]:
+        def work() -> tuple[int, int]:
             batch = next(batches)
             segments = batch["input_ids_segment_ids"]
             return int(np.count_nonzero(segments)), segments.size
 
-        yield take
+        yield work
 
-    return open_
+    return contender
 
 
-def flattening(documents: Sequence[Document]) -> OpenPacked:
-    """Return transformers' flattening collator over as many documents as fit into a batch."""
-    collate = need("transformers").DataCollatorWithFlattening(return_tensors="pt")
+def flattening(documents: Sequence[Document]) -> PackedContender:
+    """Return transformers' flattening collator over batches of as many documents as fit."""
+    collate = need("transformers", "DataCollatorWithFlattening")(return_tensors="pt")
     groups: list[list[dict[str, list[int]]]] = [[]]
     room = ROWS * ROW
     for document in documents:
@@ -98,13 +99,13 @@ def flattening(documents: Sequence[Document]) -> OpenPacked:
         room -= len(document.ids)
 
     @contextlib.contextmanager
-    def open_() -> Iterator[TakePacked]:
-        turns = itertools.cycle(groups)
+    def contender() -> Iterator[PackedWork]:
+        endless = itertools.cycle(groups)
 
-        def take() -> tuple[int, int]:
-            tokens = int(collate(next(turns))["input_ids"].numel())
+        def work() -> tuple[int, int]:
+            tokens = int(collate(next(endless))["input_ids"].numel())
             return tokens, tokens
 
-        yield take
+        yield work
 
-    return open_
+    return contender

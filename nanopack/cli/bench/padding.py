@@ -1,9 +1,9 @@
-"""How much of a batch is padding, how much is cut away, and how long does a document wait, for each packing and window?
+"""How much of a batch is padding, how much is cut and how long does a document wait, by packing and window?
 
-    lengths of the documents   ->   each packer of packing.py   ->   padding, cut, longest wait
+    lengths of the documents   ->   each packing   ->   padding, cut, longest wait
 
-No clock here: every number is a count, the same on every machine. Each pass over the data has an order of its own, and
-there are as many passes as it takes to have DOCUMENTS. Rows that the end of the data leaves half empty do not count.
+No clock here: every number is a count, the same on every machine. The data is repeated, each pass in another order,
+until there are DOCUMENTS. Rows left half empty by the end of the data do not count.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import random
 from collections.abc import Sequence
 
 from nanopack.cli.bench.corpus import ROW, ROWS, Data
-from nanopack.cli.bench.rounds import Pace, Row, Table
+from nanopack.cli.bench.rounds import Pace, Result, Table
 from nanopack.config import LoaderConfig
 from nanopack.packing.packers import WINDOWS, make_packer
 
@@ -22,14 +22,14 @@ QUICK_WINDOW_SIZES = (16, 64, 256)
 
 
 def lengths(data: Data, documents: int) -> list[int]:
-    """Return so many lengths at least, in whole passes over the data, each in an order of its own."""
+    """Return at least `documents` lengths: whole passes over the data, each in another order."""
     own = [len(document.ids) for document in data.documents]
     passes = -(-documents // len(own))
     return [length for seed in range(passes) for length in random.Random(seed).sample(own, len(own))]
 
 
 def pack(packing: str, window: int | None, all_lengths: Sequence[int]) -> dict[str, int | float]:
-    """Return padding and cut tokens as shares, and the longest wait in rows, until the data end."""
+    """Return the fractions of padding and of tokens cut, and the longest wait in rows, up to the end of the data."""
     config = LoaderConfig(packing=packing, window=window, batch_size=ROWS, seq_len=ROW)
     limit = config.row_tokens if config.cuts_to_row else max(all_lengths)
     ended = False
@@ -46,7 +46,7 @@ def pack(packing: str, window: int | None, all_lengths: Sequence[int]) -> dict[s
     while (batch := packer.next_rows()) and not ended:
         rows += len(batch)
         tokens += sum(min(sum(run.length for run in row), ROW) for row in batch)
-    # without max_age a document may starve, and would never be counted as placed
+    # without max_age a document may starve: it is never placed, and so never counted
     state = packer.state()
     still_waiting = [state["row"] - since for since in state.get("since", ())]
     beyond_row = sum(max(0, length - limit) for length in all_lengths)
@@ -59,25 +59,25 @@ def pack(packing: str, window: int | None, all_lengths: Sequence[int]) -> dict[s
 
 
 def measure(data: Data, pace: Pace) -> list[Table]:
-    """Return a table of the packings as they come, and one of windows."""
+    """Return a table of the packings with their defaults, and one of windows."""
     some = lengths(data, QUICK_DOCUMENTS if pace.quick else DOCUMENTS)
     sizes = QUICK_WINDOW_SIZES if pace.quick else WINDOW_SIZES
     packings = [("pad", None), ("stream", None), *WINDOWS.items()]
-    as_they_come = []
+    defaults = []
     for packing, window in packings:
-        pace.tell(packing)
+        pace.show(packing)
         name = packing if window is None else f"{packing}, window {window}"
-        as_they_come.append(Row(name, {**pack(packing, window, some)}))
+        defaults.append(Result(name, {**pack(packing, window, some)}))
     return [
-        Table(f"The packings as they come, {len(some):,} documents", as_they_come),
+        Table(f"Each packing with its defaults, {len(some):,} documents", defaults),
         Table("Other windows", [_of_window(window, some, pace) for window in sizes], "window"),
     ]
 
 
-def _of_window(window: int, all_lengths: Sequence[int], pace: Pace) -> Row:
-    pace.tell(f"window {window}")
+def _of_window(window: int, all_lengths: Sequence[int], pace: Pace) -> Result:
+    pace.show(f"window {window}")
     found = {packing: pack(packing, window, all_lengths) for packing in WINDOWS}
-    return Row(
+    return Result(
         str(window),
         {
             "best_fit_padding_share": found["best_fit"]["padding_share"],

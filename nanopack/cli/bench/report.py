@@ -1,10 +1,10 @@
-"""Tell what was measured: on a terminal, as plain data, as a picture.
+"""Show what was measured: as text, as plain data, as a plot.
 
-    Table, Row, Spread   ->   tell()      ->   text
-                              as_json()   ->   plain data
-                              draw()      ->   a PNG file, by matplotlib
+    Table, Result, Spread   ->   as_text()   ->   text
+                                 as_json()   ->   plain data
+                                 draw()      ->   a PNG file, with matplotlib
 
-A number's unit is the end of its name: _x a ratio, _share of 1, _per_s, _ms, _us, _mb, _rows and so on.
+The name of a number ends in its unit: _x a ratio, _share a fraction of 1, _per_s, _ms, _us, _mb, _rows and so on.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from typing import Any
 import torch
 
 from nanopack import __version__
-from nanopack.cli.bench.rounds import Number, Row, Spread, Table
+from nanopack.cli.bench.rounds import Number, Result, Spread, Table
 from nanopack.cli.text import columns
 
 PACKAGES = ("torch", "tiktoken", "numpy")
 PEERS = ("triton", "trl", "grain", "transformers")
 RATIOS = ("_x", "_share")
-# Below this a logarithmic axis of shares is linear, down to 0.
+# below this a logarithmic axis of fractions is linear, down to 0
 LEAST_SHARE = 1e-4
 
 
 def machine() -> dict[str, Any]:
-    """Return what the numbers depend on, as plain data: date, CPU, cores, GPU, versions."""
+    """Return what the numbers depend on as plain data: date, CPU, cores, GPU, versions."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -60,7 +60,7 @@ def _cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def tell_head(facts: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+def head(facts: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     """Return the head of the report."""
     names = [name for name in ("nanopack", "python", *PACKAGES, *PEERS) if name in facts]
     versions = ", ".join(f"{name} {facts[name]}" for name in names)
@@ -74,8 +74,8 @@ def tell_head(facts: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     )
 
 
-def tell(table: Table) -> str:
-    """Return the table as text: medians, behind a speed or a time the least and the greatest of the rounds."""
+def as_text(table: Table) -> str:
+    """Return the table as text: medians, and for speeds and times the minimum and maximum of the rounds."""
     names = _names(table)
     lines = [[table.axis, *map(_title, names), ""]] if names else []
     for row in table.rows:
@@ -105,7 +105,7 @@ def _cell(name: str, number: Number | None) -> str:
 
 
 def _text(name: str, number: float) -> str:
-    """Return a number as its unit wants it.
+    """Return a number formatted for its unit.
 
     >>> _text("tokens_per_s", 3_421_000), _text("to_sft_x", 2.345), _text("padding_share", 0.0123), _text("n", 4096)
     ('3.42 M', '2.35x', '1.23%', '4,096')
@@ -124,21 +124,21 @@ def as_json(table: Table) -> dict[str, Any]:
     return {"title": table.title, "rows": [_row_as_json(row) for row in table.rows]}
 
 
-def _row_as_json(row: Row) -> dict[str, Any]:
+def _row_as_json(row: Result) -> dict[str, Any]:
     numbers = {name: number.as_json() if isinstance(number, Spread) else number for name, number in row.numbers.items()}
     return {"name": row.name, "numbers": numbers, "note": row.note}
 
 
-def draw(path: Path, head: str, tables: Sequence[Table]) -> None:
-    """Write a picture of the first number of every table, as bars, or as lines over what the rows are numbered by."""
-    # the classes alone: pyplot would look for a display
+def draw(path: Path, title: str, tables: Sequence[Table]) -> None:
+    """Plot the first number of every table: as bars, or as lines over the table's axis."""
+    # not pyplot, which would look for a display
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     drawn = [table for table in tables if any(row.numbers for row in table.rows)]
     figure = Figure(figsize=(14, 2 + 3.2 * -(-len(drawn) // 2)), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(head, fontsize=8)
+    figure.suptitle(title, fontsize=8)
     grid = figure.subplots(max(1, -(-len(drawn) // 2)), 2, squeeze=False)
     for axes, table in zip(grid.flat, drawn, strict=False):
         (_draw_lines if table.axis else _draw_bars)(axes, table)
@@ -159,7 +159,7 @@ def _draw_bars(axes: Any, table: Table) -> None:
     contest = any(row.name.startswith("nanopack") for row in rows)
     ours = ["tab:gray" if contest and not row.name.startswith("nanopack") else "tab:blue" for row in rows]
     axes.barh([row.name for row in rows], medians, xerr=[below, above], color=ours, capsize=2)
-    # where the greatest is hundreds of times the least, the least would not show
+    # otherwise the smallest bars would not show
     if min(medians) < max(medians) / 100:
         axes.set_xscale("symlog", linthresh=LEAST_SHARE) if first.endswith("_share") else axes.set_xscale("log")
     axes.set_xlabel(first.replace("_per_s", "/s").replace("_", " "), fontsize=8)

@@ -1,7 +1,7 @@
-"""Let contenders take turns, so that whatever else the machine does falls on all of them; medians, spread, ratios.
+"""Alternate contenders, so that whatever else the machine does affects all of them; medians, spread, ratios.
 
-a turn each, round after round   ->   take_turns()   ->   Spread of each   ->   ratio(), Row, Table
-                                                                                report.py tells them
+a Measure each, round after round   ->   in_rounds()   ->   Spread of each   ->   ratio(), Result, Table
+                                                                                  report.py shows them
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
-Turn = Callable[[float], T]
-"""Measures for about so many seconds."""
-Take = Callable[[], int]
-"""Takes a batch, or another piece of work, and returns its tokens, padding not counted."""
-Open = Callable[[], AbstractContextManager[Take]]
+
+Work = Callable[[], int]
+"""Does one unit of work, such as fetching a batch, and returns its tokens without padding."""
+Contender = Callable[[], AbstractContextManager[Work]]
+"""Opens what is measured: `with contender() as work: tokens = work() + work()`."""
+Measure = Callable[[float], T]
+"""Measures for about this many seconds: `tokens_per_s(contender)(0.5)` is 3_400_000.0."""
 
 
 class Spread(NamedTuple):
-    """One number of every round."""
+    """A number, measured in every round."""
 
     rounds: tuple[float, ...]
 
@@ -32,7 +34,7 @@ class Spread(NamedTuple):
         return statistics.median(self.rounds)
 
     def as_json(self) -> dict[str, Any]:
-        """Return median, least and greatest, and the rounds, as plain data."""
+        """Return median, minimum, maximum and the rounds, as plain data."""
         return {"median": self.median, "low": min(self.rounds), "high": max(self.rounds), "rounds": list(self.rounds)}
 
 
@@ -40,8 +42,8 @@ Number = Spread | float | int
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line: numbers by name, with the unit in it; or why there are none."""
+class Result:
+    """A line of a table: numbers by name, which ends in the unit; or a note why there are none."""
 
     name: str
     numbers: dict[str, Number] = field(default_factory=dict)
@@ -50,44 +52,48 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that answer one question."""
+    """Results that answer one question."""
 
     title: str
-    rows: list[Row]
-    axis: str = ""
-    """What the rows are numbered by, where their names are numbers."""
+    rows: list[Result]
+    axis: str = ""  # what the names of the rows count, if they are numbers
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How long to measure, and whom to tell what is being measured."""
+    """How long to measure, and where to show what is being measured."""
 
     rounds: int
-    seconds: float
-    """Of a turn."""
+    seconds: float  # of one measurement
     quick: bool
-    tell: Callable[[str], None]
+    show: Callable[[str], None]
 
     @property
     def drain(self) -> int:
-        """Batches to take until a loader has none left that it made ahead: its ring holds five, staging two."""
+        """Batches to fetch until none is left that was made ahead: a ring holds five, staging two."""
         return 2 if self.quick else 8
 
 
-def not_measured(name: str, why: str) -> Row:
-    """Return the row of what could not be measured."""
-    return Row(name, note=f"not measured: {why}")
+def not_measured(name: str, why: str) -> Result:
+    """Return the line of a contender that could not be measured."""
+    return Result(name, note=f"not measured: {why}")
 
 
-def take_turns(turns: Mapping[str, Turn[T]], pace: Pace, seconds: float | None = None) -> dict[str, list[T]]:
-    """Return what each contender measured in each round. Another one begins every round."""
-    names = list(turns)
+def in_rounds(contenders: Mapping[str, Measure[T]], pace: Pace, seconds: float | None = None) -> dict[str, list[T]]:
+    """Return what was measured of each contender in each round. Every round starts with another one.
+
+    >>> clock = iter(range(6))
+    >>> pace = Pace(rounds=2, seconds=0.1, quick=True, show=lambda label: None)
+    >>> in_rounds({"a": lambda seconds: next(clock), "b": lambda seconds: next(clock)}, pace)
+    {'a': [0, 3], 'b': [1, 2]}
+    """
+    names = list(contenders)
     measured: dict[str, list[T]] = {name: [] for name in names}
     for number in range(pace.rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            pace.tell(f"round {number + 1} of {pace.rounds}: {name}")
-            measured[name].append(turns[name](pace.seconds if seconds is None else seconds))
+            pace.show(f"round {number + 1} of {pace.rounds}: {name}")
+            measured[name].append(contenders[name](pace.seconds if seconds is None else seconds))
     return measured
 
 
@@ -97,7 +103,7 @@ def spreads(measured: Mapping[str, list[float]]) -> dict[str, Spread]:
 
 
 def ratio(of: Spread, to: Spread) -> Spread:
-    """Return the ratio round by round, so that both sides of each were measured within moments.
+    """Return the ratio round by round: both sides of each were measured within moments of each other.
 
     >>> ratio(Spread((6.0, 8.0)), Spread((2.0, 4.0)))
     Spread(rounds=(3.0, 2.0))
@@ -105,23 +111,23 @@ def ratio(of: Spread, to: Spread) -> Spread:
     return Spread(tuple(a / b for a, b in zip(of.rounds, to.rounds, strict=True)))
 
 
-def tokens_per_s(open_: Open, *, warm: int = 0) -> Turn[float]:
-    """Return the turn that opens the contender, takes `warm` times, and then measures."""
+def tokens_per_s(contender: Contender, *, warm: int = 0) -> Measure[float]:
+    """Return the measurement that opens the contender, does `warm` units of work, and then counts."""
 
-    def turn(seconds: float) -> float:
-        with open_() as take:
+    def measure(seconds: float) -> float:
+        with contender() as work:
             for _ in range(warm):
-                take()
-            return count(take, seconds)
+                work()
+            return count(work, seconds)
 
-    return turn
+    return measure
 
 
-def count(take: Take, seconds: float) -> float:
-    """Return the tokens per second of taking for so many seconds, and once at least."""
+def count(work: Work, seconds: float) -> float:
+    """Return tokens per second over about `seconds`, one unit of work at least."""
     tokens, began = 0, time.perf_counter()
     while True:
-        tokens += take()
+        tokens += work()
         elapsed = time.perf_counter() - began
         if elapsed >= seconds:
             return tokens / elapsed

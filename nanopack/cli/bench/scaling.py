@@ -1,18 +1,20 @@
-"""What does it cost when the work grows: more data, a wider window, more workers; and how long until the first batch?
+"""What does growth cost: more data, wider windows, more workers, a later step to resume at; and the first batch?
 
-    the data 1, 10, 100 times over   ->   tokens per second, memory of the trainer and of its processes
-    best fit of windows 16 to 4096   ->   microseconds a document, ours and by a scan of all that wait
-    workers 1 to the cores           ->   tokens per second
-    Loader(...) to the first batch   ->   seconds
+    the data 1, 10, 100 times over             ->   tokens per second, memory of the trainer and of its processes
+    best fit of windows 16 to 4096             ->   microseconds a document, ours and by a scan of all that wait
+    workers 1 to the number of cores           ->   tokens per second
+    Loader(...) to the first batch             ->   seconds
+    load_state_dict(...) to the first batch    ->   milliseconds, for states saved early and late
 
-The data are repeated by arithmetic, not copied, shuffled, and read once through, or for LIMIT_S; the start of the
-producer counts. Memory is what Linux tells: resident, where pages shared with other processes count in each, and
-private, which no other has.
+The data is repeated by arithmetic, not copied, shuffled, and read once, or for LIMIT_S; starting the producer counts.
+Memory is Linux's: resident, which counts pages shared with other processes, and private, which does not. A loader that
+replays what it has read would take a thousand times as long to resume at step 100,000 as at step 100.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import time
@@ -23,7 +25,7 @@ from typing import Any
 
 from nanopack.cli.bench.corpus import ROW, ROWS, Data, Repeated
 from nanopack.cli.bench.padding import lengths
-from nanopack.cli.bench.rounds import Pace, Row, Spread, Table, ratio, spreads, take_turns, tokens_per_s
+from nanopack.cli.bench.rounds import Pace, Result, Spread, Table, in_rounds, ratio, spreads, tokens_per_s
 from nanopack.cli.bench.throughput import loader
 from nanopack.loader import Loader
 from nanopack.packing.packers import make_packer
@@ -33,21 +35,24 @@ LIMIT_S, QUICK_LIMIT_S = 15.0, 0.5
 WINDOW_SIZES = (16, 64, 256, 1024, 4096)
 QUICK_WINDOW_SIZES = (16, 256)
 MB = 1e6
+RESUME_STEPS, QUICK_RESUME_STEPS = (100, 100_000), (10, 200)
+RESUME_ROWS, RESUME_ROW = 4, 256
 
 
 def measure(data: Data, pace: Pace) -> list[Table]:
-    """Return the four tables."""
-    return [_data_grow(data, pace), _windows_grow(data, pace), _workers_grow(data, pace), _startup(data, pace)]
+    """Return a table for each of the five."""
+    parts = (_data_grows, _windows_grow, _workers_grow, _startup, _resume)
+    return [part(data, pace) for part in parts]
 
 
-def _data_grow(data: Data, pace: Pace) -> Table:
+def _data_grows(data: Data, pace: Pace) -> Table:
     rows = []
     for times in QUICK_TIMES if pace.quick else TIMES:
-        pace.tell(f"the data {times} times")
+        pace.show(f"the data {times} times")
         chats = Repeated(data.chats, times)
         numbers = _one_pass(data, chats, QUICK_LIMIT_S if pace.quick else LIMIT_S)
-        note = "" if "trainer_resident_mb" in numbers else "memory not measured: there is no /proc here"
-        rows.append(Row(f"{times} x the data", numbers, note))
+        note = "" if "trainer_resident_mb" in numbers else "memory not measured: no /proc here"
+        rows.append(Result(f"{times} x the data", numbers, note))
     return Table("More data, num_workers=1, one pass", rows)
 
 
@@ -59,7 +64,7 @@ def _one_pass(data: Data, chats: Sequence[Any], limit_s: float) -> dict[str, Any
     with Loader(chats, data.tokenizer, ROWS, ROW, **settings) as batches:
         for batch in batches:
             tokens, progress = tokens + batch.num_tokens, batch.progress
-            # as the pass nears its end the producer may be gone
+            # near the end of the pass the producer may have ended
             if batch.step % 64 == 0 or not memory:
                 memory = memory_mb() or memory
             if time.perf_counter() - began > limit_s:
@@ -69,7 +74,7 @@ def _one_pass(data: Data, chats: Sequence[Any], limit_s: float) -> dict[str, Any
 
 
 def memory_mb() -> dict[str, float]:
-    """Return the memory of this process, and of all below it together; nothing where there is no /proc."""
+    """Return the memory of this process, and of its descendants together; nothing without /proc."""
     with contextlib.suppress(OSError):
         trainer, others = _memory_of(os.getpid()), [_memory_of(pid) for pid in _descendants(os.getpid())]
         return {
@@ -99,13 +104,13 @@ def _descendants(pid: int) -> list[int]:
 def _windows_grow(data: Data, pace: Pace) -> Table:
     sizes = QUICK_WINDOW_SIZES if pace.quick else WINDOW_SIZES
     some = lengths(data, 2 * max(sizes))
-    turns = {}
+    measures = {}
     for window in sizes:
-        turns[f"window {window}"] = partial(_choose, some, window)
-        turns[f"window {window}, scanned"] = partial(_scan, some, window)
-    costs = spreads(take_turns(turns, pace, pace.seconds / 4))
+        measures[f"window {window}"] = partial(_choose, some, window)
+        measures[f"window {window}, scanned"] = partial(_scan, some, window)
+    costs = spreads(in_rounds(measures, pace, pace.seconds / 4))
     rows = [
-        Row(
+        Result(
             str(window),
             {
                 "best_fit_us": costs[f"window {window}"],
@@ -119,7 +124,7 @@ def _windows_grow(data: Data, pace: Pace) -> Table:
 
 
 def _choose(all_lengths: Sequence[int], window: int, seconds: float) -> float:
-    """Return microseconds a document of our best fit, with the window full."""
+    """Return microseconds a document for our best fit, with a full window."""
     numbers = iter(range(1 << 60))
 
     def read() -> tuple[int, int]:
@@ -135,7 +140,7 @@ def _choose(all_lengths: Sequence[int], window: int, seconds: float) -> float:
 
 
 def _scan(all_lengths: Sequence[int], window: int, seconds: float) -> float:
-    """Return microseconds a document of nanochat's best fit, which looks at all that wait; lengths only, as above."""
+    """Return microseconds a document for nanochat's best fit, which scans all that wait; lengths only, as above."""
     numbers = iter(range(1 << 60))
     waiting: list[int] = []
 
@@ -164,26 +169,62 @@ def _scan(all_lengths: Sequence[int], window: int, seconds: float) -> float:
 def _workers_grow(data: Data, pace: Pace) -> Table:
     cores = os.cpu_count() or 1
     counts = sorted({*(2**power for power in range(cores.bit_length())), cores})
-    turns = {
+    measures = {
         f"num_workers={workers}": tokens_per_s(partial(loader, data, num_workers=workers), warm=pace.drain)
         for workers in counts
     }
-    speeds = spreads(take_turns(turns, pace))
+    speeds = spreads(in_rounds(measures, pace))
     rows = [
-        Row(name, {"tokens_per_s": speed, "to_1_worker_x": ratio(speed, speeds["num_workers=1"])})
+        Result(name, {"tokens_per_s": speed, "to_1_worker_x": ratio(speed, speeds["num_workers=1"])})
         for name, speed in speeds.items()
     ]
     return Table(f"More workers, of {cores} cores", rows)
 
 
 def _startup(data: Data, pace: Pace) -> Table:
-    turns = {f"num_workers={workers}": partial(_first_batch, data, workers) for workers in (0, 1, 2)}
-    rows = [Row(name, {"first_batch_s": Spread(tuple(rounds))}) for name, rounds in take_turns(turns, pace).items()]
+    measures = {f"num_workers={workers}": partial(_first_batch, data, workers) for workers in (0, 1, 2)}
+    rows = [
+        Result(name, {"first_batch_s": Spread(tuple(rounds))}) for name, rounds in in_rounds(measures, pace).items()
+    ]
     return Table("From Loader(...) to the first batch, window 64", rows)
 
 
 def _first_batch(data: Data, workers: int, _: float) -> float:
     began = time.perf_counter()
-    with loader(data, num_workers=workers, window=64) as take:
-        take()
+    with loader(data, num_workers=workers, window=64) as work:
+        work()
         return time.perf_counter() - began
+
+
+def _resume(data: Data, pace: Pace) -> Table:
+    steps = QUICK_RESUME_STEPS if pace.quick else RESUME_STEPS
+    records = [{"input_ids": document.ids, "loss_mask": document.mask} for document in data.documents]
+    settings: dict[str, Any] = {"loss": "all", "num_workers": 0, "device": "cpu"}
+    states = {}
+    with Loader(records, data.tokenizer, RESUME_ROWS, RESUME_ROW, **settings) as batches:
+        for step in range(max(steps) + 1):
+            if step in steps:
+                states[step] = json.loads(json.dumps(batches.state_dict()))
+            if step % 1000 == 0:
+                pace.show(f"packing to step {max(steps):,}: {step:,}")
+            next(batches)
+
+        def resume(step: int, _: float) -> float:
+            began = time.perf_counter()
+            batches.load_state_dict(states[step])
+            next(batches)
+            return (time.perf_counter() - began) * 1000
+
+        times = spreads(in_rounds({f"{step}": partial(resume, step) for step in steps}, pace))
+    results = [
+        Result(
+            f"{step}",
+            {
+                "first_batch_ms": times[f"{step}"],
+                f"to_step_{steps[0]}_x": ratio(times[f"{step}"], times[f"{steps[0]}"]),
+                "state_bytes": len(json.dumps(states[step])),
+            },
+        )
+        for step in steps
+    ]
+    return Table(f"Resuming pretokenized documents, B={RESUME_ROWS}, T={RESUME_ROW}, num_workers=0", results, "step")

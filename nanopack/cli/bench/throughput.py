@@ -1,9 +1,9 @@
-"""How many tokens a second come out as batches, beside nanochat's generators and the tokenizer alone?
+"""How many tokens a second become batches, compared with nanochat's generators and the tokenizer alone?
 
-    chats   ->   the loader, the generators, bare tiktoken, in turns   ->   tokens per second, and ratios
+    chats   ->   loader, generators, bare tiktoken, alternating   ->   tokens per second, and ratios
 
-All start from the same conversations in memory, B=32, T=2048, on the CPU, cut to 2048 tokens. A loader's turn begins
-with its ring emptied, so that nothing made before the clock started counts.
+All start from the same conversations in memory, B=32, T=2048, on the CPU, cut to 2048 tokens. A loader's ring is
+emptied before the clock starts, so that no batch made earlier counts.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any
 from nanopack.cli.bench import nanochat
 from nanopack.cli.bench.corpus import ROW, ROWS, Data
 from nanopack.cli.bench.rounds import (
+    Measure,
     Pace,
-    Row,
+    Result,
     Spread,
     Table,
-    Take,
-    Turn,
+    Work,
+    in_rounds,
     not_measured,
     ratio,
     spreads,
-    take_turns,
     tokens_per_s,
 )
 from nanopack.cli.bench.tokenizer_bound import CALLS, REGROUPED, bare
@@ -49,35 +49,35 @@ PROCESSES = (1, 2)
 
 
 @contextlib.contextmanager
-def loader(data: Data, **settings: Any) -> Iterator[Take]:
-    """Open a loader over the chats; yield what takes a batch."""
+def loader(data: Data, **settings: Any) -> Iterator[Work]:
+    """Open a loader over the chats; yield what fetches a batch."""
     with Loader(data.chats, data.tokenizer, ROWS, ROW, max_document_tokens=ROW, device="cpu", **settings) as batches:
         yield lambda: next(batches).num_tokens
 
 
 @contextlib.contextmanager
-def generator(data: Data, make: Any) -> Iterator[Take]:
-    """Begin one of nanochat's generators; yield what takes a batch."""
+def generator(data: Data, make: Any) -> Iterator[Work]:
+    """Start one of nanochat's generators; yield what fetches a batch."""
     batches = make(data.chats, nanochat.renderer(data.tokenizer.encoding), ROWS, ROW)
     yield lambda: int(next(batches)[2])
 
 
 def measure(data: Data, pace: Pace) -> list[Table]:
-    """Return tokens per second of all, and the ratios to the bound and to each generator."""
-    turns: dict[str, Turn[float]] = {}
+    """Return tokens per second of each contender, and its ratios to the bound and to each generator."""
+    contenders: dict[str, Measure[float]] = {}
     fast = importlib.util.find_spec("splintr") is not None
     for name, settings in (LOADERS | FAST if fast else LOADERS).items():
-        turns[name] = tokens_per_s(partial(loader, data, **settings), warm=pace.drain)
+        contenders[name] = tokens_per_s(partial(loader, data, **settings), warm=pace.drain)
     for name, make in ((MIDTRAINING, nanochat.midtraining), (SFT, nanochat.sft)):
-        turns[name] = tokens_per_s(partial(generator, data, make), warm=1)
+        contenders[name] = tokens_per_s(partial(generator, data, make), warm=1)
     for processes in PROCESSES:
         for call in (*CALLS, REGROUPED):
-            turns[_bare(processes, call)] = bare(data, call, processes)
+            contenders[_bare(processes, call)] = bare(data, call, processes)
     without = [] if fast else [not_measured(name, NO_FAST) for name in FAST]
     return [
         Table(
-            "Conversations to batches (of n processes: of the faster call of tiktoken alone)",
-            rows(spreads(take_turns(turns, pace))) + without,
+            "From conversations to batches (of n processes: of the faster call of tiktoken alone)",
+            rows(spreads(in_rounds(contenders, pace))) + without,
         )
     ]
 
@@ -86,14 +86,14 @@ def _bare(processes: int, call: str) -> str:
     return f"tiktoken alone, {processes} process{'es' if processes > 1 else ''}, {call}"
 
 
-def rows(measured: dict[str, Spread]) -> list[Row]:
-    """Return a row of each, with its ratios: to the faster call of each bound, and to each generator."""
+def rows(measured: dict[str, Spread]) -> list[Result]:
+    """Return a result for each, with its ratios to the faster call of each bound and to each generator."""
     bounds = {}
     for processes in PROCESSES:
         calls = [measured[_bare(processes, call)].rounds for call in CALLS]
         bounds[processes] = Spread(tuple(max(both) for both in zip(*calls, strict=True)))
     return [
-        Row(
+        Result(
             name,
             {
                 "tokens_per_s": speed,

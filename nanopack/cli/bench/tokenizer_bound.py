@@ -2,8 +2,8 @@
 
     texts   ->   bare()   ->   tokens per second
 
-The tokens are those of the documents that the texts become, special tokens included and cut as for everybody, so that
-a ratio to this is one of times for the same conversations. Processes are started and warm before the clock starts.
+The tokens counted are those of the rendered documents, special tokens included and cut as in every section, so that a
+ratio to this bound compares times for the same conversations. Processes are warm before the clock starts.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from typing import Any
 import tiktoken
 
 from nanopack.cli.bench.corpus import Data
-from nanopack.cli.bench.rounds import Turn, count
+from nanopack.cli.bench.rounds import Measure, count
 from nanopack.tokenizers.tokenizer import regrouped
 
 CALLS = ("encode_ordinary", "encode_to_tiktoken_buffer")
-"""The public call that gives a list, and the call of the core that gives bytes: the fastest there is."""
+"""The public call, which returns a list, and the core's, which returns bytes: the fastest there is."""
 REGROUPED = "pattern regrouped"
-"""The second call, by the split pattern that nanopack gives tiktoken instead: what is lost beside the encoding."""
-# Conversations between two looks at the clock.
+"""The core's call with nanopack's equivalent split pattern: shows what the loader costs besides encoding."""
+# conversations encoded between two looks at the clock
 CHUNK = 32
 NOTHING: frozenset[str] = frozenset()
 
 
-def bare(data: Data, call: str, processes: int) -> Turn[float]:
-    """Return the turn in which so many processes encode, each from another conversation on."""
-    # where processes are not forked, all this is sent to them
+def bare(data: Data, call: str, processes: int) -> Measure[float]:
+    """Return the measurement in which `processes` processes encode, each starting at another conversation."""
+    # processes that are not forked get all this by pickle
     context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     texts, tokens, encoding = data.texts, data.tokens, data.tokenizer.encoding
 
-    def turn(seconds: float) -> float:
+    def measure(seconds: float) -> float:
         pipes, workers = [], []
         for number in range(processes):
             ours, theirs = context.Pipe()
@@ -55,7 +55,7 @@ def bare(data: Data, call: str, processes: int) -> Turn[float]:
             worker.join()
         return float(measured)
 
-    return turn
+    return measure
 
 
 def _serve(
@@ -66,22 +66,22 @@ def _serve(
         ([text for chat in texts[at : at + CHUNK] for text in chat], sum(tokens[at : at + CHUNK]))
         for at in range(0, len(texts), CHUNK)
     ]
-    turns = itertools.cycle(chunks)
+    endless = itertools.cycle(chunks)
 
-    def take() -> int:
-        some, their_tokens = next(turns)
+    def work() -> int:
+        some, their_tokens = next(endless)
         for text in some:
             encode(text)
         return their_tokens
 
     for _ in range(4):
-        take()
+        work()
     pipe.send("warm")
-    pipe.send(count(take, pipe.recv()))
+    pipe.send(count(work, pipe.recv()))
 
 
 def encoder(encoding: tiktoken.Encoding, call: str) -> Callable[[str], object]:
-    """Return the call of that name, with nothing around it that can be left away."""
+    """Return the call of that name without any overhead around it."""
     if call == "encode_ordinary":
         return encoding.encode_ordinary
     if call == REGROUPED:
