@@ -12,6 +12,8 @@ TEST = [
     "pyarrow>=15",
     "datasets>=3",
     "safetensors>=0.4",
+    "pandas>=2",
+    "zstandard>=0.22",
     *FAST,
 ]
 PLOT = ["matplotlib>=3.8"]
@@ -39,6 +41,7 @@ setup(
     ],
     extras_require={
         "parquet": ["pyarrow>=15"],
+        "zstd": ["zstandard>=0.22"],
         "safetensors": ["safetensors>=0.4"],
         "plot": PLOT,
         "fast": FAST,

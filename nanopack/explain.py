@@ -37,8 +37,10 @@ class Token:
     text: str
     trained: bool
     """Whether the loss counts it where it is a target."""
+    tokenized: bool = False
+    """Whether it came as input_ids."""
     masked: bool = False
-    """Whether it came as input_ids, with a mask."""
+    """Whether it came with a mask."""
 
     def __str__(self) -> str:
         """Return text and origin in a few words."""
@@ -166,7 +168,8 @@ def _token(
         id=token_id,
         text=text_of([token_id], tokenizer),
         trained=bool(config.loss == "all" or document.mask[offset]) and (config.boundary_loss or offset > 0),
-        masked=conversation.tokens is not None,
+        tokenized=conversation.tokens is not None,
+        masked=conversation.tokens is not None and conversation.tokens.mask is not None,
     )
 
 
@@ -180,7 +183,9 @@ def _reason(here: Token | None, target: Token | None, config: LoaderConfig) -> s
     if config.loss == "all":
         return 'loss="all" trains every token'
     if target.masked:
-        return f"its loss_mask {'trains' if target.trained else 'does not train'} it"
+        return f"its mask {'puts it in' if target.trained else 'keeps it out of'} the loss"
+    if target.tokenized:
+        return "it came as input_ids, and no mask keeps it out of the loss"
     if config.template == "hf":
         return f"template 'hf' {'trains' if target.trained else 'does not train'} this token"
     if target.message is None:

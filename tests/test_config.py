@@ -21,7 +21,11 @@ BAD = [
     ),
     ({"packing": "bestfit"}, "packing='bestfit' is not allowed; use one of 'best_fit', 'stream'"),
     ({"packing": None}, "packing=None is not allowed"),
-    ({"loss": "user"}, "loss='user' is not allowed; use one of 'assistant', 'all'"),
+    (
+        {"first_assistant": "no"},
+        "first_assistant='no' is not allowed; use one of 'keep', 'raise', 'drop', 'empty_user'",
+    ),
+    ({"loss": "user"}, "loss='user' is not allowed; use one of 'assistant', 'last', 'all'"),
     ({"loss_weights": "tokens"}, "loss_weights='tokens' is not allowed; use one of None, 'token', 'conversation'"),
     ({"loss_weights": False}, "loss_weights=False is not allowed"),
     ({"extras": "positions"}, "extras='positions' is not allowed; use a tuple"),

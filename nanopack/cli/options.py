@@ -64,7 +64,12 @@ def parse(
     def command(run: Command, name: str, what: str) -> Parser:
         one: Parser = commands.add_parser(name, help=what, description=getdoc(run))
         one.set_defaults(command=run)
-        one.add_argument("files", nargs="*", metavar="FILES", help=".jsonl, .jsonl.gz, .parquet, or globs of them")
+        one.add_argument(
+            "files",
+            nargs="*",
+            metavar="FILES",
+            help="files, folders or globs of .jsonl, .ndjson, .json (.gz, .zst), .parquet, .arrow; see docs/data.md",
+        )
         one.add_argument("--json", action="store_true", help="print one JSON object to stdout, and nothing else")
         return one
 

@@ -1,7 +1,7 @@
 """Bring values out of Arrow (Parquet, .arrow, datasets.Dataset) as JSON would have them.
 
     a column's type or feature   ->   cell_reader(), without_nulls()   ->   plain lists and dicts
-                                            files.py, sources.py
+                                            files.py, data_sets.py
 
 Arrow gives every struct of a column the fields of all of them, null where one has none. So a null field of a struct
 counts as absent, at every depth; within a value of Arrow's JSON type nothing is touched.

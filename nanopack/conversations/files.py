@@ -1,7 +1,7 @@
 """Read record i of files without reading the records before it.
 
     paths   ->   open_files()   ->   Files[i], the raw record
-              random_access.py       sources.py finds the paths before, records.py checks the record after
+              random_access.py       data_sets.py finds the paths before, records.py checks the record after
 
 JSON lines, JSON arrays, Parquet and Arrow come in; parsed JSON and rows go out, whatever they hold. A text file is
 scanned once for where its records begin; then a record is read as its bytes, or as a row of its row group.
@@ -23,6 +23,7 @@ import numpy as np
 from nanopack.conversations.arrow import ArrowRows, cell_reader, columns_read, unread
 from nanopack.conversations.json_array import scan_array
 from nanopack.conversations.random_access import GzipBytes, OpenFile, PlainBytes, Recent, Version, ZstdBytes
+from nanopack.conversations.source import Source
 from nanopack.errors import ConversationError
 
 TEXT_SUFFIXES = tuple(f"{kind}{packed}" for kind in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst"))
@@ -236,7 +237,7 @@ class Rows:
 Part = Lines | Elements | Rows | ArrowRows
 
 
-class Files:
+class Files(Source):
     """The records of several files, one file after the other."""
 
     def __init__(self, parts: Sequence[Part]) -> None:

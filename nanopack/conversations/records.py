@@ -1,7 +1,7 @@
 """Bring a record of any accepted shape into one: a Conversation.
 
     a record, as stored   ->   check()   ->   Conversation   ->   choose()   ->   the renderer makes it a document
-       sources.py           keys.py: what each key does           loss="last", first_assistant
+       data_sets.py           keys.py: what each key does           loss="last", first_assistant
 
 Nothing is tokenized here. In which order roles may follow each other is the chat template's business (render/).
 """
@@ -14,6 +14,7 @@ from numbers import Real
 from typing import Any, NoReturn
 
 from nanopack.conversations import keys
+from nanopack.conversations.data_sets import open_conversations
 from nanopack.conversations.files import SUFFIXES
 from nanopack.conversations.keys import RECORD, is_absent
 from nanopack.conversations.messages import (
@@ -31,7 +32,7 @@ from nanopack.conversations.messages import (
     read_text,
     remedy,
 )
-from nanopack.conversations.sources import Source, open_conversations
+from nanopack.conversations.source import Source
 from nanopack.conversations.tokens import Tokens, ready_tokens
 from nanopack.errors import ConversationError, describe, short
 
@@ -214,7 +215,8 @@ def _weight(weight: object) -> float:
         weight = float(weight)
     # Beyond float32's largest number a weight would reach the loss as infinity; NaN fails every comparison.
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= FLOAT32_MAX:
-        fail(f"weight must be a number from 0 to {FLOAT32_MAX:.1e} (float32), not {describe(weight)}")
+        missing = "; pandas writes nan for a missing one: give 1.0" if weight != weight else ""
+        fail(f"weight must be a number from 0 to {FLOAT32_MAX:.1e} (float32), not {describe(weight)}{missing}")
     return float(weight)
 
 

@@ -38,14 +38,15 @@ def ready_tokens(record: Mapping[str, Any]) -> Tokens:
         raise ConversationError("input_ids is empty; a document has at least one token")
     if ids.dtype.kind not in "iu":
         raise ConversationError(f"input_ids must be ints, not {ids.dtype}")
-    keep = _bools(record, "attention_mask", len(ids))
+    length = len(ids)
+    keep = _bools(record, "attention_mask", length)
     masks = {key: _bools(record, key, len(ids)) for key in LOSS_MASKS} | {"labels": _of_labels(record, ids)}
     given: dict[str, Any] = {key: mask for key, mask in masks.items() if mask is not None}
     if keep is not None and not keep.all():
         ids, given = ids[keep], {key: mask[keep] for key, mask in given.items()}
         if not len(ids):
             raise ConversationError("attention_mask is 0 everywhere: no token is left; remove the record")
-    _refuse_several_documents(record, keep)
+    _refuse_several_documents(record, np.ones(length, bool) if keep is None else keep)
     if not given:
         return Tokens(ids, None)
     first, agreed = next(iter(given.items()))
@@ -89,13 +90,13 @@ def _of_labels(record: Mapping[str, Any], ids: np.ndarray) -> Any:
     return in_loss
 
 
-def _refuse_several_documents(record: Mapping[str, Any], keep: np.ndarray | None) -> None:
+def _refuse_several_documents(record: Mapping[str, Any], keep: np.ndarray) -> None:
     """Raise ConversationError where position_ids or seq_lengths say that several documents were packed into one."""
     if record.get("position_ids") is not None:
         positions = _array(record["position_ids"], "position_ids")
-        if keep is not None and len(keep) == len(positions):
-            positions = positions[keep]
-        if positions.dtype.kind not in "iu" or (np.diff(positions.astype(np.int64)) != 1).any():
+        if len(positions) != len(keep):
+            raise ConversationError(f"position_ids has {len(positions)} entries for {len(keep)} input_ids")
+        if positions.dtype.kind not in "iu" or (np.diff(positions[keep].astype(np.int64)) != 1).any():
             raise ConversationError("position_ids do not count up by 1: the record is packed; give each document alone")
     if record.get("seq_lengths") is not None and len(_array(record["seq_lengths"], "seq_lengths")) > 1:
         raise ConversationError("seq_lengths has several lengths: the record is packed; give each document alone")

@@ -451,11 +451,12 @@ def _ready(held: Mapping[str, Any]) -> Tokens:
 
 def _one_document(held: Mapping[str, Any], kept: list[bool]) -> None:
     """Refuse what was packed of several documents."""
-    positions = _numbers(held.get("position_ids", []), "position_ids")
-    if len(positions) == len(kept):
-        positions = [position for position, keep in zip(positions, kept, strict=True) if keep]
+    positions = _numbers(held.get("position_ids", list(range(len(kept)))), "position_ids")
+    if len(positions) != len(kept):
+        raise ConversationError("it has more or fewer position_ids than input_ids")
     if any(not isinstance(position, Integral) or isinstance(position, bool) for position in positions):
         raise ConversationError("its position_ids are not ints")
+    positions = [position for position, keep in zip(positions, kept, strict=True) if keep and "position_ids" in held]
     if any(positions[i + 1] - positions[i] != 1 for i in range(len(positions) - 1)):
         raise ConversationError("its position_ids do not count up by 1")
     if len(_numbers(held.get("seq_lengths", []), "seq_lengths")) > 1:

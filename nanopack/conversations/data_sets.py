@@ -13,26 +13,12 @@ import glob
 import operator
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, TypeGuard
+from typing import Any
 
 from nanopack.conversations.arrow import without_nulls
-from nanopack.conversations.files import SUFFIXES, Files, files_in, open_files
+from nanopack.conversations.files import SUFFIXES, files_in, open_files
+from nanopack.conversations.source import Source
 from nanopack.errors import describe, short
-
-
-class Source(Protocol):
-    """Random-access conversations, the interface that every other module uses. Implementations must subclass it."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> object:
-        """Return the record as it was stored, for 0 <= index < len; IndexError elsewhere."""
-
-    def where(self, index: int) -> str:
-        """Return where the record stands: 'chats.jsonl:17', 'chats.parquet row 17' or 'conversation 17'.
-
-        Lines count from 1, as in an editor; rows, elements and conversations from 0, as in Python.
-        """
 
 
 class Items(Source):
@@ -74,8 +60,9 @@ def open_conversations(conversations: Any) -> Source:
     """
     if isinstance(conversations, (str, os.PathLike)):
         conversations = [conversations]
-    if _is_source(conversations):
-        source: Source = conversations
+    # by class, not by its methods: a pandas.Series has all of them, and means something else by where()
+    if isinstance(conversations, Source):
+        source = conversations
     elif isinstance(conversations, (list, tuple)) and any(map(_is_path, conversations)):
         source = open_files([path for item in conversations for path in find_files(item)])
     else:
@@ -101,11 +88,6 @@ def find_files(item: Any) -> list[str]:
     for path in paths:
         _refuse_unreadable(path)
     return paths
-
-
-def _is_source(item: object) -> TypeGuard[Source]:
-    # By descent, not by its methods: a pandas.Series has all of them, and means something else by where().
-    return isinstance(item, Files) or Source in type(item).__mro__
 
 
 def _is_path(item: object) -> bool:

@@ -1,0 +1,37 @@
+"""The interface of a data set of conversations, as every other module uses it.
+
+files.py, records.py, mixture.py implement it   ->   Source[i]   ->   producer/reader.py reads record i
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+
+class Source(ABC):
+    """Random-access conversations. Implementations must subclass it."""
+
+    names: tuple[str, ...] = ()
+    """Names of the sources that it mixes; none where it is one."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> object:
+        """Return the record as it was stored, for 0 <= index < len; IndexError elsewhere."""
+
+    @abstractmethod
+    def where(self, index: int) -> str:
+        """Return the location of the record: 'chats.jsonl:17', 'chats.parquet row 17' or 'conversation 17'.
+
+        Lines count from 1, as in an editor; rows and conversations from 0, as in Python.
+        """
+
+    def source_of(self, index: int) -> int:
+        """Return the number, in `names`, of the source that the record is from; 0 where there is only one."""
+        return 0
+
+    def picks_digest(self) -> str:
+        """Return a digest of which records are mixed; "" where nothing is."""
+        return ""
