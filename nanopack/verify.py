@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 
-from nanopack import reference
+from nanopack import reference, witness
 from nanopack.batch import Batch
 from nanopack.config import LoaderConfig, check_int
+from nanopack.conversations.records import check
 from nanopack.loader import Loader
+from nanopack.render.renderer import Renderer
+from nanopack.witness import Testimony
 
 DATA_ARGUMENTS = {field.name for field in fields(LoaderConfig)}
 
@@ -36,14 +39,29 @@ class Verification:
 
 
 # The arguments are the Loader's own: to write out thirty names twice more would only let them drift apart.
-def verify(conversations: Any, tokenizer: Any, *, max_batches: int | None = None, **arguments: Any) -> Verification:
+def verify(
+    conversations: Any,
+    tokenizer: Any,
+    *,
+    max_batches: int | None = None,
+    against: str | None = None,
+    **arguments: Any,
+) -> Verification | Testimony:
     """Return whether `Loader(conversations, tokenizer, **arguments)` gives the reference packer's batches.
 
     One pass over the data is compared (`epochs=1`) unless `epochs` is given, at most `max_batches` batches of it. With
     `epochs=None` the data are endless and `max_batches` is needed.
 
+    With `against` each conversation is compared, before it is packed, with what another library has in the loss:
+    "trl", "transformers" or "axolotl-like"; see `nanopack.witness`. The first two need template="hf".
+
     Raises ValueError as `Loader` does.
     """
+    if against is not None:
+        if max_batches is not None:
+            raise ValueError(f"max_batches={max_batches} has no meaning with against={against!r}; leave it out")
+        with Loader(conversations, tokenizer, **{**arguments, "num_workers": 0}) as loader:
+            return compare_with_witness(loader, against)
     if max_batches is not None:
         check_int("max_batches", max_batches, least=1, or_none=True)
     arguments.setdefault("epochs", 1)
@@ -54,6 +72,21 @@ def verify(conversations: Any, tokenizer: Any, *, max_batches: int | None = None
         data_arguments |= {"rank": loader.config.rank, "world_size": loader.config.world_size}
         expected = reference.batches(conversations, loader.tokenizer, **data_arguments)
         return compare(itertools.islice(expected, max_batches), itertools.islice(loader, max_batches))
+
+
+def compare_with_witness(loader: Loader, against: str) -> Testimony:
+    """Compare what is in the loss of each conversation of a loader with what a witness has in it."""
+    config, source, tokenizer = loader.config, loader.source, loader.tokenizer
+    if against != "axolotl-like" and config.template != "hf":
+        raise ValueError(f"against={against!r} compares chat templates; pass template='hf'")
+    render = Renderer(tokenizer, config.template, config.loss, config.first_assistant)
+
+    def ours(record: object) -> witness.Tokens:
+        document = render(check(record))
+        return list(zip(document.ids.tolist(), document.mask.tolist(), strict=True))
+
+    records = ((source.where(index), source[index]) for index in range(len(source)))
+    return witness.compare(records, ours, getattr(tokenizer, "chat", None), against)
 
 
 def compare(expected: Iterator[Batch], got: Iterator[Batch]) -> Verification:
