@@ -33,8 +33,8 @@ def test_the_first_difference_is_shown_in_text():
     assert not found
     assert found.conversations == 1
     assert found.difference == (
-        "conversation 1, token 13: 'B' is in the loss of transformers, not of nanopack; before it stands "
-        "'er\\nQ<|im_end|>\\n<|im_start|>assistant\\n'"
+        "conversation 1, token 12: 'B' is in the loss of transformers, not of nanopack; before it stands "
+        "'<|im_start|>user\\nQ<|im_end|>\\n<|im_start|>assistant\\n'"
     )
 
 
@@ -62,7 +62,7 @@ def test_a_labels_column_is_what_is_in_the_loss():
 def test_trl_trains_a_stock_template_by_its_own_and_differs_where_that_marks_more():
     tokenizer = make_stock("qwen3")
     found = verify([[U, A]], tokenizer, against="trl", template="hf")
-    assert found.difference.endswith("before it stands '<think>\\n\\n</think>\\n\\nA<|im_end|>'")
+    assert found.difference.endswith("<think>\\n\\n</think>\\n\\nA<|im_end|>'")
     assert "'\\n' is in the loss of trl, not of nanopack" in found.difference
 
 
@@ -98,5 +98,5 @@ def test_the_command_line_asks_a_witness(tmp_path, capsys):
     path.write_text(json.dumps(AXOLOTL) + "\n")
     assert main(["verify", str(path), "--against", "axolotl-like"]) == 0
     assert capsys.readouterr().out == (
-        "1 conversations, 2 of 3 tokens in the loss: as axolotl-like has it; 0 refused here, 0 unread there\n"
+        "as axolotl-like has it: 2 of 3 tokens in the loss; conversations: 1, refused: 0, unread: 0\n"
     )

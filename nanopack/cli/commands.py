@@ -100,10 +100,8 @@ def _ask_witness(options: Namespace) -> int:
     elif found.difference:
         print(f"not what {found.against} has in the loss: {found.difference}")
     else:
-        compared = (
-            f"{found.conversations:,} conversations, {found.num_loss_tokens:,} of {found.tokens:,} tokens in the loss"
-        )
-        print(f"{compared}: as {found.against} has it; {found.refused:,} refused here, {found.unread:,} unread there")
+        counts = f"conversations: {found.conversations:,}, refused: {found.refused:,}, unread: {found.unread:,}"
+        print(f"as {found.against} has it: {found.num_loss_tokens:,} of {found.tokens:,} tokens in the loss; {counts}")
     return 0 if equal else 1
 
 
