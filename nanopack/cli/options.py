@@ -26,6 +26,7 @@ LISTED_PIECES = 12
 """Pieces that inspect lists unless a row was asked for."""
 
 TOKENIZERS = "a bundled name (chat32k), a nanochat tokenizer folder or its tokenizer.pkl"
+FILES_HELP = "files, folders or globs of .jsonl, .ndjson, .json (.gz, .zst), .parquet, .arrow; see docs/data.md"
 PACKING_HELP = (
     "best_fit: whole documents, hardly any padding; stream: documents end to end, as nanochat midtrains; "
     "best_fit_pad: nanochat's SFT; best_fit_crop: nanochat's pretraining; pad: one document a row"
@@ -69,7 +70,7 @@ def parse(
             "files",
             nargs="*",
             metavar="FILES",
-            help="files, folders or globs of .jsonl, .ndjson, .json (.gz, .zst), .parquet, .arrow; see docs/data.md",
+            help=FILES_HELP,
         )
         one.add_argument("--json", action="store_true", help="print one JSON object to stdout, and nothing else")
         return one

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from nanopack.conversations.keys import HARMLESS, RECORD, SHAPES
+from nanopack.conversations.keys import HARMLESS, RECORD, SHAPES, Row
 
 NUMBERS = {"bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
 
@@ -41,7 +41,7 @@ def cell_reader(kind: Any) -> Callable[[Any], Any]:
         # a list of numbers is long
         return _numbers
     plain = _plain(kind)
-    return lambda cell: plain(cell.as_py())
+    return (lambda cell: cell.as_py()) if plain is None else (lambda cell: plain(cell.as_py()))
 
 
 def _numbers(cell: Any) -> Any:
@@ -49,29 +49,39 @@ def _numbers(cell: Any) -> Any:
     return cell.as_py() if values is None or values.null_count else values.to_numpy(zero_copy_only=False)
 
 
-def _plain(kind: Any) -> Callable[[Any], Any]:
-    """Return the function that brings a value of that type, as pyarrow gives it, into the form that JSON would have."""
+def _plain(kind: Any) -> Callable[[Any], Any] | None:
+    """Return the function that brings a value of that type, as pyarrow gives it, into JSON's form; None: it has it."""
     types = importlib.import_module("pyarrow").types
-    if types.is_struct(kind):
-        fields = [(field.name, _plain(field.type)) for field in kind]
-
-        def change(value: Any) -> Any:
-            return {name: plain(value[name]) for name, plain in fields if value[name] is not None}
-    elif types.is_map(kind):
-        of_items = _plain(kind.item_type)
-
-        def change(value: Any) -> Any:
-            return {key: of_items(item) for key, item in value}
-    elif str(kind) == "extension<arrow.json>":
+    if str(kind) == "extension<arrow.json>":
         return lambda value: None if value is None else json.loads(value)
-    elif types.is_nested(kind):
+    if not types.is_nested(kind):
+        return None
+    if types.is_struct(kind):
+        fields = {field.name: plain for field in kind if (plain := _plain(field.type)) is not None}
+
+        def change(value: Any) -> Any:
+            if not fields:
+                return {name: item for name, item in value.items() if item is not None}
+            some = ((name, item) for name, item in value.items() if item is not None)
+            return {name: fields[name](item) if name in fields else item for name, item in some}
+    elif types.is_map(kind):
+        of_values = _plain(kind.item_type) or _same
+
+        def change(value: Any) -> Any:
+            return {key: of_values(item) for key, item in value}
+    else:
         of_items = _plain(kind.value_type)
+        if of_items is None:
+            return None
 
         def change(value: Any) -> Any:
             return [of_items(item) for item in value]
-    else:
-        return lambda value: value
+
     return lambda value: None if value is None else change(value)
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def columns_read(path: str, names: Sequence[str]) -> list[str]:
@@ -84,9 +94,9 @@ def columns_read(path: str, names: Sequence[str]) -> list[str]:
     return [name for name in names if RECORD.get(name, HARMLESS) != HARMLESS]
 
 
-def unread(names: Sequence[str]) -> dict[str, object]:
-    """Return the columns that no reader knows, with `...` for their values: check() names them."""
-    return {name: ... for name in names if name not in RECORD}
+def row_type(names: Sequence[str]) -> type[Row]:
+    """Return the class of the rows of a table with these columns: it names those that nothing reads."""
+    return type("Row", (Row,), {"unread": tuple(sorted(name for name in names if name not in RECORD))})
 
 
 class ArrowRows:
@@ -113,7 +123,7 @@ class ArrowRows:
         self._cells = [
             (name, self._table.column(name), cell_reader(self._table.schema.field(name).type)) for name in read
         ]
-        self._unread = unread(names)
+        self._row = row_type(names)
 
     def __reduce__(self) -> tuple[type[ArrowRows], tuple[str]]:
         return ArrowRows, (self._path,)
@@ -122,7 +132,7 @@ class ArrowRows:
         return int(self._table.num_rows)
 
     def __getitem__(self, row: int) -> object:
-        return {name: read(column[row]) for name, column, read in self._cells} | self._unread
+        return self._row({name: read(column[row]) for name, column, read in self._cells})
 
     def where(self, row: int) -> str:
         return f"{self._path} row {row}"

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from nanopack.conversations.arrow import ArrowRows, cell_reader, columns_read, unread
+from nanopack.conversations.arrow import ArrowRows, cell_reader, columns_read, row_type
 from nanopack.conversations.json_array import scan_array
 from nanopack.conversations.random_access import GzipBytes, OpenFile, PlainBytes, Recent, Version, ZstdBytes
 from nanopack.conversations.source import Source
@@ -196,17 +196,21 @@ class Rows:
         schema, sizes = self._footer(_parquet(version.path))
         self._columns = tuple(columns_read(version.path, schema.names))
         self._types = [schema.field(name).type for name in self._columns]
-        self._unread = unread(schema.names)
+        self._names = schema.names
         self._ends = list(accumulate(sizes))
+        self._prepare()
+
+    def _prepare(self) -> None:
         self._cells = list(map(cell_reader, self._types))
+        self._row = row_type(self._names)
 
     def __getstate__(self) -> dict[str, object]:
-        # closures do not pickle
-        return self.__dict__ | {"_cells": None}
+        # closures and classes made here do not pickle
+        return self.__dict__ | {"_cells": None, "_row": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._cells = list(map(cell_reader, self._types))
+        self._prepare()
 
     def _footer(self, parquet: Any) -> tuple[Any, list[int]]:
         """Return the schema and the sizes of the row groups."""
@@ -228,7 +232,7 @@ class Rows:
         table = self._groups.get(self._version, group, self._columns)
         at = row - (self._ends[group - 1] if group else 0)
         cells = zip(self._columns, self._cells, strict=True)
-        return {name: read(table.column(name)[at]) for name, read in cells} | self._unread
+        return self._row({name: read(table.column(name)[at]) for name, read in cells})
 
     def where(self, row: int) -> str:
         return f"{self._version.path} row {row}"

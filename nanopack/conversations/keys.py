@@ -10,6 +10,7 @@ the ledger. null, NaN, "", [] and {} count as absent under every key but those o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 READ = "read"  # the conversation itself, and its weight
 MASK = "mask"  # which of the input_ids stay, and which are in the loss
@@ -74,6 +75,13 @@ PART = _table(
     (REFUSED, "image image_url images audio input_audio video file document thinking reasoning"),
     (REFUSED, "weight train training trainable loss masked mask loss_mask"),
 )
+
+
+class Row(dict[str, Any]):
+    """A row of a table, with the columns that were read; of `unread` ones nothing is known but their names."""
+
+    unread: tuple[str, ...] = ()
+
 
 # Of those that may come as JSON text, the texts that hold nothing.
 EMPTY_JSON = ("[]", "{}", "null", '""')

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from nanopack.conversations import keys
 from nanopack.conversations.data_sets import open_conversations
 from nanopack.conversations.files import SUFFIXES
-from nanopack.conversations.keys import RECORD, is_absent
+from nanopack.conversations.keys import RECORD, Row, is_absent
 from nanopack.conversations.messages import (
     ROLES,
     SYSTEM_ROLES,
@@ -84,8 +84,10 @@ def check(record: object) -> Conversation:
     >>> check({"conversations": [{"from": "human", "value": "hi"}]}).messages
     (Message(role='user', content='hi', rest=None, train=True),)
     """
-    if type(record) is dict and record.keys() - _NOTED == _ONLY_MESSAGES and record["messages"] is not None:
-        return _chat(record["messages"])
+    if isinstance(record, dict) and record.keys() - _NOTED == _ONLY_MESSAGES and record["messages"] is not None:
+        found = _chat(record["messages"])
+        # a plain dict has no columns besides
+        return found if type(record) is dict else _with_unread(found, record)
     if isinstance(record, (list, tuple)) or is_object_array(record):
         return _chat(record)
     if not isinstance(record, (dict, Mapping)):
@@ -104,7 +106,12 @@ def check(record: object) -> Conversation:
     else:
         found = replace(_chat(held[shape]), weight=weight)
     beside = {key: value for key, value in held.items() if key not in _READ_BY[shape]}
-    return _with_beside(found, beside, shape) if beside else found
+    return _with_unread(_with_beside(found, beside, shape) if beside else found, record)
+
+
+def _with_unread(found: Conversation, record: Mapping[str, Any]) -> Conversation:
+    unread = record.unread if isinstance(record, Row) else ()
+    return replace(found, ignored_keys=tuple(sorted({*found.ignored_keys, *unread}))) if unread else found
 
 
 # Which keys a shape reads; of kind READ, the others are named as unknown.
