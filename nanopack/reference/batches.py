@@ -108,7 +108,7 @@ def batches(
     needed = template.special_tokens if isinstance(template, Template) else SPECIAL_TOKENS[template]
     if isinstance(coder, HuggingFaceTokenizer):
         # What looks like one of the template's tokens is text in a message.
-        coder = coder.with_special(chat_of(coder).control if template == "hf" and coder.chat else needed)
+        coder = coder.with_special(chat_of(coder).writer.control if template == "hf" and coder.chat else needed)
     lacking = [token for token in needed if token not in coder.special_tokens]
     records = open_records(conversations)
     cut = seq_len + 1 if packing in ("best_fit", "best_fit_pad", "pad") else None

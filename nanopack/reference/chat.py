@@ -17,11 +17,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanopack.errors import ConversationError
+from nanopack.reference.chat_writer import ChatWriter, Said, mend
 from nanopack.reference.records import WRITTEN_BY_HF
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
-
-Said = tuple[str, str, Mapping[str, Any], bool]
-"""Role, content, what else the message holds, and whether it may be in the loss."""
 
 # What may be left out once its turn is not the last.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts", "thought", "tool_plan")
@@ -29,170 +27,28 @@ NAME = re.compile(r"ZQX(\d{5})XQZ|918273(\d{5})(?:\.5)?")
 
 
 class Chat:
-    """One chat template. What it says of special tokens is tried out once."""
+    """One chat template."""
 
     def __init__(self, coder: HuggingFaceTokenizer) -> None:
         """`coder` has a chat template."""
-        self.coder = coder
-        source = coder.chat_template(tools=True) + coder.chat_template(tools=False)
-        asked = re.findall(r"""(['"])((?:(?!\1).)+)\1\s*(?:not\s+)?in\b""", source)
-        asked += re.findall(r"""\.(?:split|startswith|endswith|replace|find)\(\s*(['"])((?:(?!\1).)+)\1""", source)
-        tags = re.findall(r"""</?[^<>\s'"/{%][^<>\s'"{%]{0,40}>""", source)
-        found = {*tags, *(text for _, text in asked)}
-        self.kept_texts = sorted((text for text in found if len(text) > 1 and "\\" not in text), key=len, reverse=True)
-        user: dict[str, Any] = {"role": "user", "content": "Hi"}
-        assistant: dict[str, Any] = {"role": "assistant", "content": "Oh"}
-        self.parts = False
-        if not self.writes([user, assistant], "Hi", "Oh"):
-            as_parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in (user, assistant)]
-            if self.writes(as_parts, "Hi", "Oh"):
-                self.parts, (user, assistant) = True, as_parts
-        four = [user, assistant] * 2
-        around = [self.try_write(four), self.try_write(four, ask=True)]
-        if around == [None, None]:
-            around = [self.try_write(four[:2]), self.try_write(four[:1], ask=True)]
-        written = "".join(text or "" for text in around)
-        used = [t for t in coder.added_tokens if t.strip() and t in source + written]
-        # No message may hold these; the others are for the assistant to say.
-        self.control = {t for t in used if t in written and "think" not in t.lower()} | set(coder.special_tokens)
-        self.said_only = set(used) - self.control
-        self.question = self.try_write([user]) or ""
-        self.asking = self.try_write([user], ask=True) or ""
-        args = {"probe_key": "probe value"}
-        calling = {**assistant, "content": [] if self.parts else ""}
-        mapped = self.try_write([user, {**calling, "tool_calls": [_call("probe_call", args)]}]) or ""
-        encoded = self.try_write([user, {**calling, "tool_calls": [_call("probe_call", json.dumps(args))]}]) or ""
-        fits = "probe_call" in mapped and "probe value" in mapped and "{'probe_key'" not in mapped
-        self.text_arguments = not fits and json.dumps(args) in encoded
-        tool = {
-            "name": "probe_tool",
-            "description": "probe description",
-            "parameters": {
-                "type": "object",
-                "properties": {"probe_key": {"type": "string", "description": "probe text"}},
-            },
-        }
-        text = self.try_write([user], [{"type": "function", "function": tool}]) or ""
-        self.writes_tools = all(word in text for word in ("probe_tool", "probe description", "probe_key"))
-
-    def writes(self, messages: Sequence[Mapping[str, Any]], *words: str) -> bool:
-        """Return whether all the words are in what is written of the messages."""
-        text = self.try_write(messages) or ""
-        return all(word in text for word in words)
-
-    def try_write(self, messages: Any, tools: Any = None, given: Any = None, ask: bool = False) -> str | None:
-        """Return what is written of the messages, None where they are refused."""
-        try:
-            return self.write(messages, tools, given or {}, ask)
-        except ConversationError:
-            return None
-
-    def write(self, messages: Any, tools: Any, given: Mapping[str, Any], ask: bool = False) -> str:
-        """Return what is written of the messages."""
-        if not messages:
-            return self.spans_and_text(messages, tools, given, ask)[1]
-        chat, source = self.coder.chat, self.coder.chat_template(tools=bool(tools))
-        try:
-            return str(
-                chat.apply_chat_template(
-                    messages, tools=tools, chat_template=source, tokenize=False, add_generation_prompt=ask, **given
-                )
-            )
-        except MemoryError:
-            raise
-        except Exception as error:
-            raise ConversationError(f"its chat template refuses it: {error!r}") from error
-
-    def spans_and_text(self, messages: Any, tools: Any, given: Any, ask: bool) -> tuple[list[tuple[int, int]], str]:
-        """Return where {% generation %} marks the text, and the text."""
-        import transformers.utils.chat_template_utils as of_transformers
-
-        render: Any = of_transformers.render_jinja_template
-        variables = {**self.coder.chat.special_tokens_map, **given, "add_generation_prompt": ask}
-        source = self.coder.chat_template(tools=bool(tools))
-        marks = self.is_marked(tools) and not ask
-        try:
-            texts, spans = render(
-                [messages], tools=tools, chat_template=source, return_assistant_tokens_mask=marks, **variables
-            )
-        except MemoryError:
-            raise
-        except Exception as error:
-            raise ConversationError(f"its chat template refuses it: {error!r}") from error
-        return [tuple(span) for span in spans[0]] if marks else [], str(texts[0])
-
-    def is_marked(self, tools: Any) -> bool:
-        """Return whether the template marks what is in the loss."""
-        return re.search(r"\{%-?\s*generation\s*-?%\}", self.coder.chat_template(tools=bool(tools))) is not None
-
-    # What the template is given
-
-    def given(self, messages: Sequence[Said], tools: Any, given: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return the messages as dicts; ConversationError for what would become something else."""
-        said = [self._message(index, *message) for index, message in enumerate(messages)]
-        for index, message in enumerate(said):
-            closed = self.control if message["role"] == "assistant" else self.control | self.said_only
-            for token in closed:
-                if token in _text_of(message):
-                    raise ConversationError(f"message {index}: {token!r} in it would become a special token")
-        for token in self.control | self.said_only:
-            if token in _text_of([tools, given]):
-                raise ConversationError(f"{token!r} in its tools or variables would become a special token")
-        for name in given:
-            if re.search(rf"\b{re.escape(name)}\b", self.coder.chat_template(tools=bool(tools))) is None:
-                raise ConversationError(f"the chat template does not read {name!r}")
-        if tools and not self.writes_tools:
-            raise ConversationError("the chat template does not write tools")
-        return said
-
-    def _message(self, index: int, role: str, content: str, rest: Mapping[str, Any], _: bool) -> dict[str, Any]:
-        said = [{"type": "text", "text": content}] if self.parts else content
-        message: dict[str, Any] = {"role": role, "content": said}
-        for key, value in rest.items():
-            if key != "tool_calls" and key not in message:
-                message[key] = value
-        calls = rest.get("tool_calls")
-        if not calls:
-            return dict(mend(message))
-        message["tool_calls"] = []
-        for call in calls:
-            function = call.get("function", call)
-            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
-                raise ConversationError(f"message {index}: a call has no function with a name")
-            arguments = function.get("arguments")
-            parsed = _json(arguments) if isinstance(arguments, str) and arguments.strip() else arguments or {}
-            if isinstance(arguments, str) and not arguments.strip():
-                parsed = {}
-            if not isinstance(parsed, Mapping):
-                raise ConversationError(f"message {index}: the arguments of a call are no dict")
-            if self.text_arguments and not (isinstance(arguments, str) and arguments.strip()):
-                arguments = json.dumps(mend(parsed), ensure_ascii=False)
-            elif not self.text_arguments:
-                arguments = parsed
-            outer = call if "function" in call else {}
-            message["tool_calls"].append(
-                {"type": "function", **outer, "function": {**function, "arguments": arguments}}
-            )
-        return dict(mend(message))
-
-    # What it writes, and what of it is in the loss
+        self.writer = ChatWriter(coder)
 
     def tokens(self, messages: Sequence[Said], tools: Any, given: Any) -> list[tuple[int, bool]]:
         """Return the tokens (id, in the loss) of a conversation."""
         tools, given = mend(tools) or None, mend(given) or {}
-        said = self.given(messages, tools, given)
-        marked, text = self.spans_and_text(said, tools, given, False)
+        said = self.writer.given(messages, tools, given)
+        marked, text = self.writer.spans_and_text(said, tools, given, False)
         named, strings = self._named(said)
 
         @functools.cache
         def outline(count: int, ask: bool = False) -> str | None:
-            return self.try_write(named[:count], tools, given, ask)
+            return self.writer.try_write(named[:count], tools, given, ask)
 
         whole = outline(len(named))
-        if whole is None:
-            present = {n for n, (*_, string, _) in enumerate(strings) if any(form in text for form in _forms(string))}
-        else:
-            present = {number for number, _ in _names(whole)}
+        where = None if whole is None else _match(whole, text, strings)
+        present = set(range(len(strings))) if whole is None else {number for number, _ in _names(whole)}
+        if where is None:
+            present = {n for n in present if any(form in text for form in _forms(strings[n][2]))}
         for number, (index, key, string, thought) in enumerate(strings):
             if number in present or string == "":
                 continue
@@ -200,8 +56,7 @@ class Chat:
             if thought and later and any(number == n for n, _ in _names(outline(index + 1) or "")):
                 continue
             raise ConversationError(f"message {index}: the chat template loses {string!r} of its {key}")
-        where = None if whole is None else _match(whole, text, strings)
-        if self.is_marked(tools):
+        if self.writer.is_marked(tools):
             spans = self._marked(text, marked, messages, strings, where)
         elif where is None:
             raise ConversationError("what is written of it cannot be followed")
@@ -212,7 +67,7 @@ class Chat:
                 if role == "assistant" and trains
             ]
         in_loss = [any(begin <= at < end for begin, end in spans) for at in range(len(text))]
-        encoded = self.coder.chat(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self.writer.coder.chat(text, add_special_tokens=False, return_offsets_mapping=True)
         return [
             (id, _is_said(spans, in_loss, begin, end))
             for id, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
@@ -242,7 +97,7 @@ class Chat:
             named, plain, kept = "", "", []
             pieces: list[tuple[bool, str]] = []
             while text:
-                found = next((t for t in self.kept_texts if text.startswith(t)), None)
+                found = next((t for t in self.writer.kept_texts if text.startswith(t)), None)
                 if found is None:
                     plain, text = plain + text[0], text[1:]
                     continue
@@ -250,10 +105,14 @@ class Chat:
                 kept.append(found)
                 plain, text = "", text[len(found) :]
             pieces.append((False, plain))
-            thinking = assistant and any("think>" in t for t in kept) and not any(t.startswith("<think") for t in kept)
+            if not any(piece.strip() for is_kept, piece in pieces if not is_kept):
+                return str(name(index, "content", "".join(piece for _, piece in pieces), False))
+            # A thought stands between <think> and </think>; the prompt may have written the first.
+            thoughts = [text for text in kept if "think" in text.lower()]
+            thinking = assistant and thoughts[:1] != [] and thoughts[0].startswith("</")
             for is_kept, piece in pieces:
-                if is_kept:
-                    thinking = assistant and piece.startswith("<think")
+                if is_kept and "think" in piece.lower():
+                    thinking = assistant and not piece.startswith("</")
                 named += piece if is_kept else name(index, "content", piece, thinking)
             return named
 
@@ -263,9 +122,9 @@ class Chat:
             assistant = message["role"] == "assistant"
             for key, value in message.items():
                 if key == "content":
-                    text = value[0]["text"] if self.parts else value
+                    text = value[0]["text"] if self.writer.parts else value
                     text = name_text(index, text, assistant)
-                    new[key] = [{"type": "text", "text": text}] if self.parts else text
+                    new[key] = [{"type": "text", "text": text}] if self.writer.parts else text
                 elif key in ("tool_calls", "function_call"):
                     calls = value if key == "tool_calls" else [value]
                     calls = [_in_call(call, lambda v, k=key, i=index: name(i, k, v, False)) for call in calls]
@@ -275,7 +134,7 @@ class Chat:
             if assistant and len(strings) == before:
                 strings.append((index, "content", "", False))
                 empty = f"ZQX{len(strings) - 1:05}XQZ"
-                new["content"] = [{"type": "text", "text": empty}] if self.parts else new["content"] + empty
+                new["content"] = [{"type": "text", "text": empty}] if self.writer.parts else new["content"] + empty
             found.append(new)
         return found, strings
 
@@ -290,18 +149,13 @@ class Chat:
                 joined.append([begin, end])
         kept = []
         for begin, end in joined:
-            inner, after = text[begin:end].rstrip(), text[end:].lstrip()
-            ends = [t for t in self.control if "think" not in t.lower()]
-            if not inner.endswith(tuple(ends)) and after.startswith(tuple(ends)):
-                raise ConversationError("the token that ends an answer stands outside {% generation %}")
             if all(trains for *_, trains in messages):
                 kept.append((begin, end))
                 continue
             if where is None:
                 raise ConversationError("whose {% generation %} it is cannot be found")
             inside = {strings[number][0] for number, at, _ in where if begin <= at < end}
-            inside = inside or {strings[number][0] for number, _, to in where if to <= begin and (number, to)}
-            if not any(begin <= at < end for _, at, _ in where):
+            if not inside:
                 before = [strings[number][0] for number, _, to in where if to <= begin]
                 inside = set(before[-1:])
             trains = {messages[index][3] for index in inside}
@@ -309,6 +163,10 @@ class Chat:
                 raise ConversationError("one {% generation %} holds messages of both kinds")
             if trains != {False}:
                 kept.append((begin, end))
+        ends = tuple(t for t in self.writer.control if "think" not in t.lower())
+        for begin, end in kept:
+            if not text[begin:end].rstrip().endswith(ends) and text[end:].lstrip().startswith(ends):
+                raise ConversationError("the token that ends an answer stands outside {% generation %}")
         return kept
 
     def _answer(self, index: int, text: str, where: Any, strings: Any, outline: Any) -> tuple[int, int]:
@@ -361,49 +219,30 @@ class Chat:
             gap = footer[: here[0][0]]
             if there and (gap == alone[: there[0][0]] or not (gap + alone[: there[0][0]]).strip()):
                 return here[0][1]
-            if here[0][2] in self.coder.stop_tokens and not gap.strip():
+            if here[0][2] in self.writer.coder.stop_tokens and not gap.strip():
                 return here[0][1]
         raise ConversationError(f"message {index}: no special token ends it")
 
     def _controls(self) -> re.Pattern[str]:
-        tokens = sorted((t for t in self.control if "think" not in t.lower()), key=len, reverse=True)
+        tokens = sorted((t for t in self.writer.control if "think" not in t.lower()), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
     def _prompt(self) -> str:
-        same = 0
-        while same < min(len(self.asking), len(self.question)) and self.asking[same] == self.question[same]:
+        """Return what asks for an answer."""
+        asked, same = self.writer.asking, 0
+        while same < min(len(asked), len(self.writer.question)) and asked[same] == self.writer.question[same]:
             same += 1
-        tokens = sorted(self.control, key=len, reverse=True)
-        for found in re.finditer("|".join(map(re.escape, tokens)) or r"(?!)", self.asking):
+        tokens = sorted(self.writer.control, key=len, reverse=True)
+        for found in re.finditer("|".join(map(re.escape, tokens)) or r"(?!)", asked):
             if found.start() <= same < found.end():
                 same = found.start()
-        return self.asking[same:]
-
-
-def mend(value: Any) -> Any:
-    """Return the value with U+FFFD for lone surrogates."""
-    if isinstance(value, str):
-        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    if isinstance(value, Mapping):
-        return {mend(key): mend(item) for key, item in value.items()}
-    return [mend(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _call(name: str, arguments: Any) -> dict[str, Any]:
-    return {"id": "call00001", "type": "function", "function": {"name": name, "arguments": arguments}}
+        return asked[same:]
 
 
 def _in_call(call: Any, name: Any) -> dict[str, Any]:
     function = call.get("function", call)
     function = {k: name(v) if k in ("name", "arguments") else v for k, v in function.items()}
     return {**call, "function": function} if "function" in call else function
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ConversationError(f"the text of a call is not JSON: {error}") from None
 
 
 def _names(text: str) -> list[tuple[int, re.Match[str]]]:
@@ -443,12 +282,3 @@ def _forms(string: Any) -> list[str]:
 def _is_said(spans: Any, in_loss: Sequence[bool], begin: int, end: int) -> bool:
     """Return whether a token has a character in the loss; an empty one must stand inside a span."""
     return any(in_loss[begin:end]) if begin < end else any(a < begin < b for a, b in spans)
-
-
-def _text_of(value: object) -> str:
-    """Return all strings in it, one under the other."""
-    if isinstance(value, Mapping):
-        return "\n".join(_text_of(item) for pair in value.items() for item in pair)
-    if isinstance(value, (list, tuple)):
-        return "\n".join(_text_of(item) for item in value)
-    return value if isinstance(value, str) else ""

@@ -49,7 +49,7 @@ class Place(NamedTuple):
 
 def markers(template: str) -> re.Pattern[str]:
     """Return what finds in a message the texts that the template may look for; an outline keeps them."""
-    found = set(re.findall(_TAG, template))
+    found = {"<think>", "</think>", *re.findall(_TAG, template)}
     for match in _LOOKED_FOR.finditer(template):
         found.add(match[2] or match[4])
     names = sorted((text for text in found if len(text) > 1 and "\\" not in text), key=len, reverse=True)
@@ -82,18 +82,17 @@ def outline(messages: Sequence[Mapping[str, Any]], marker: re.Pattern[str]) -> t
         if not text.strip():
             return text
         parts = marker.split(text)
-        if len(parts) == 1:
+        if not any(map(str.strip, parts[::2])):
             return str(mark(index, "content", text))
         # What stands between <think> and </think>, or before the </think> of a thought that the prompt began.
-        thinking = speaks and "think>" in text and "<think" not in text
-        marked = []
+        brackets = [part for part in parts[1::2] if "think" in part.lower()]
+        thinking = speaks and bool(brackets) and brackets[0].startswith("</")
         for number, part in enumerate(parts):
-            if number % 2:
-                thinking = speaks and part.startswith("<think")
-                marked.append(part)
-            else:
-                marked.append(mark(index, "content", part, thinking))
-        return "".join(marked)
+            if number % 2 == 0:
+                parts[number] = str(mark(index, "content", part, thinking))
+            elif "think" in part.lower():
+                thinking = speaks and not part.startswith("</")
+        return "".join(parts)
 
     def mark_call(index: int, key: str, call: Mapping[str, Any]) -> dict[str, Any]:
         inner = dict(call.get("function", call))

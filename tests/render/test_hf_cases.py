@@ -96,7 +96,7 @@ LOST = {
     "the thought in the last content": (
         PLAIN.replace("message['content']", "message['content'].split('</think>')[-1]"),
         [U, {**A, "content": "<think>R</think>A"}],
-        "message 1: the chat template writes nothing of its content: '<think>R' is lost",
+        "message 1: the chat template writes nothing of its content: 'R' is lost",
     ),
     "a content that is a letter of the role": (
         PLAIN.replace("{{ message['content'] }}", ""),
@@ -131,6 +131,22 @@ KEPT = {
 def test_what_is_written_in_another_form_is_not_lost(case):
     chat_template, answer, written = KEPT[case]
     assert written in shown(render(chat_template, [U, answer]))
+
+
+def test_a_thought_in_an_earlier_content_may_be_left_out_by_a_template_that_keeps_the_last():
+    forgets = "message['content'] if loop.last else message['content'].split('</think>')[-1]"
+    said = {**A, "content": "<think>\nR\n</think>\n\nA"}
+    for chat_template in (PLAIN, MARKED):
+        text = shown(render(chat_template.replace("message['content']", forgets), [U, said, U, said]))
+        assert text.count("R") == 1
+        assert text.count("[[") == 2
+
+
+@pytest.mark.parametrize("content", ["</think>", "<think> </think>", "<x>"])
+def test_a_content_of_brackets_alone_is_checked_too(content):
+    silent = MARKED.replace("message['content']", "message['content'] | replace('<x>', '') | replace('</think>', '')")
+    with pytest.raises(ConversationError, match=r"writes nothing of its content|would make a special token"):
+        render(silent, [{**U, "content": content}, A])
 
 
 def test_thoughts_of_earlier_turns_may_be_left_out_and_are_reported_once(caplog):
@@ -279,9 +295,9 @@ def test_answers_are_found_in_the_text_of_all_messages(case):
 
 
 def test_a_template_whose_writing_cannot_be_followed_is_refused():
-    shouting = PLAIN.replace("{{ message['content'] }}", "{{ message['content'] | upper }}")
+    looks = PLAIN.replace("<|im_end|>", "{% if message['content'] == 'aloud' %}!{% endif %}<|im_end|>")
     with pytest.raises(ConversationError, match="what is in the loss cannot be found in its text; give the tokenizer"):
-        render(shouting, [U, {**A, "content": "aloud"}])
+        render(looks, [U, {**A, "content": "aloud"}])
 
 
 def test_a_refusal_names_the_template_for_training_that_trl_has():
