@@ -15,8 +15,9 @@ from nanopack import Loader
 from nanopack.config import LoaderConfig
 from nanopack.conversations.records import check, open_conversations
 from nanopack.data import CONVERSATIONS
-from nanopack.packing.packers import PACKINGS, make_packer
+from nanopack.packing.packings import PACKINGS, as_packing
 from nanopack.producer.producer import Producer
+from nanopack.producer.reader import Reader
 from nanopack.render.renderer import Renderer
 from nanopack.ring.ring import Ring
 from nanopack.tokenizers.tokenizer import load_tokenizer
@@ -60,7 +61,7 @@ def test_packing_a_million_tokens(benchmark, packing):
 
     def pack():
         items = iter(enumerate(lengths))
-        packer = make_packer(packing, lambda: next(items, None), batch_size=32, seq_len=2048)
+        packer = as_packing(packing).build(lambda: next(items, None), batch_size=32, seq_len=2048)
         while packer.next_rows():
             pass
 
@@ -68,13 +69,13 @@ def test_packing_a_million_tokens(benchmark, packing):
 
 
 def test_filling_and_unpacking_one_batch(benchmark):
-    producer = Producer(open_conversations(CONVERSATIONS), TOKENIZER, CONFIG)
-    ring = Ring(producer.layout, 1)
-    producer.produce(ring.slots[0])
+    reader = Reader(open_conversations(CONVERSATIONS), TOKENIZER, CONFIG)
+    ring = Ring(reader.layout, 1)
+    Producer(reader).produce(ring.slots[0])
     cpu = torch.device("cpu")
-    kernel = make_kernel("torch", cpu, producer.layout, TOKENIZER.bos_id, -100)
+    kernel = make_kernel("torch", cpu, reader.layout, TOKENIZER.bos_id, -100)
     staged = torch.from_numpy(ring.slots[0].buffer)
-    make_outputs = outputs_maker(CONFIG, producer.layout, cpu)
+    make_outputs = outputs_maker(CONFIG, reader.layout, cpu)
     benchmark(lambda: kernel(staged, make_outputs()))
 
 

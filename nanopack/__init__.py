@@ -1,7 +1,11 @@
 """nanopack: chat conversations in, exact packed (B, T) training batches out.
 
 Loader makes batches; `reference.batches` makes the same ones slowly, in plain Python; `verify` compares the two.
-mixture makes one data set of several, each with its share.
+`mixture` combines several data sets into one, each with its share. BestFit, BestFitPad, BestFitCrop, Stream and Pad
+are the packings.
+
+`nanopack.mixture` and `nanopack.verify` are functions; they shadow the modules of the same names, whose other names
+are imported as usual: `from nanopack.verify import compare`.
 """
 
 from nanopack.batch import Batch, Flat, Piece
@@ -9,20 +13,26 @@ from nanopack.errors import ConversationError, EncoderError, ProducerError
 from nanopack.explain import Explanation
 from nanopack.loader import Loader
 from nanopack.mixture import Mixture, mixture
+from nanopack.packing.packings import BestFit, BestFitCrop, BestFitPad, Pad, Stream
 from nanopack.render.templates import Template, Turn
 from nanopack.state import merge_states
 from nanopack.verify import verify
 
 __all__ = [
     "Batch",
+    "BestFit",
+    "BestFitCrop",
+    "BestFitPad",
     "ConversationError",
     "EncoderError",
     "Explanation",
     "Flat",
     "Loader",
     "Mixture",
+    "Pad",
     "Piece",
     "ProducerError",
+    "Stream",
     "Template",
     "Turn",
     "merge_states",

@@ -1,7 +1,7 @@
 """The batch that the training loop gets: tensors on the device, facts on the host.
 
-    kernels/pack.py writes the tensors   ->   Batch   ->   the training loop
-    producer.py counts the facts
+    kernels/pack.py writes the tensors        ->   Batch   ->   the training loop
+    producer/producer.py counts the facts
 
 Nothing here computes on a tensor, so nothing here can make the host wait for the device.
 """
@@ -11,13 +11,62 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from nanopack.packing.rows import Piece
-
 __all__ = ["Batch", "Flat", "Piece"]
+
+
+class Piece(NamedTuple):
+    """A part of one document that stands in one row."""
+
+    conversation: int
+    """Index of the conversation in the data set."""
+    start: int
+    """First column."""
+    length: int
+    """Tokens."""
+    offset: int
+    """Index in the document of the token in the first column."""
+
+
+class PieceTable(Sequence[tuple[Piece, ...]]):
+    """The pieces of each row, as a sequence of tuples: kept as numbers, and turned into pieces when they are read."""
+
+    def __init__(self, table: bytes, counts: bytes) -> None:
+        """`table` is (P, 4) int64, the fields of all pieces row by row; `counts` (B,) int64, the pieces of each row.
+
+        Bytes, because they cross between processes faster than arrays do.
+        """
+        self.table = table
+        self.counts = counts
+
+    @cached_property
+    def _fields(self) -> np.ndarray:
+        return np.frombuffer(self.table, np.int64).reshape(-1, 4)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(np.frombuffer(self.counts, np.int64).tolist(), initial=0))
+
+    def __len__(self) -> int:
+        return len(self.counts) // 8
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return tuple(self[i] for i in range(*row.indices(len(self))))
+        row = range(len(self))[row]
+        fields = self._fields[self._ends[row] : self._ends[row + 1]]
+        return tuple(Piece(*values) for values in fields.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
 
 
 class Flat(NamedTuple):
@@ -48,9 +97,9 @@ class Batch:
     inputs: torch.Tensor
     """(B, T) int32: token ids; the beginning-of-sequence id in padding."""
     targets: torch.Tensor
-    """(B, T) int64: the next token where it is trained, else `ignore_index`."""
+    """(B, T) int64: the next token where it is in the loss, else `ignore_index`."""
     weights: torch.Tensor | None
-    """(B, T) float32: loss weight of each target, 0.0 where it is not trained. None unless asked for."""
+    """(B, T) float32: loss weight of each target, 0.0 outside the loss. None without `loss_weights`."""
     positions: torch.Tensor | None
     """(B, T) int32: position in the piece, from 0; padding counts as one piece. None unless asked for."""
     doc_ids: torch.Tensor | None
@@ -61,7 +110,7 @@ class Batch:
     step: int
     """Number of this batch, from 0."""
     num_loss_tokens: int
-    """Targets that are trained."""
+    """Targets in the loss."""
     num_tokens: int
     """Tokens in `inputs` that are not padding."""
     weight_sum: float
@@ -73,7 +122,7 @@ class Batch:
     progress: float
     """Share of the data consumed (of all `epochs` where they are given)."""
     last: bool
-    """True from the batch on that reaches the end of the data (of all `epochs` where they are given)."""
+    """True for the batch that reaches the end of the data (of all `epochs` if given) and for every later one."""
     word_pieces: Sequence[tuple[Piece, ...]]
     """For each row its pieces over the T + 1 words that the row is cut from: the word in column T is only a target."""
 

@@ -1,4 +1,4 @@
-"""Know which rank of how many this process is, and agree with the others how many batches there are.
+"""Find out which rank of how many this process is, and agree with the others on the number of batches.
 
 Loader(rank=, world_size=, process_group=)   ->   rank_and_world_size(), agree_on_most()   ->   loader.py
 """
@@ -18,16 +18,16 @@ log = logging.getLogger("nanopack")
 
 
 def rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """Return both as given, or as torch.distributed knows them; 0 of 1 where it is not initialised.
+    """Return both as given, or those of torch.distributed; 0 of 1 where it is not initialised.
 
-    Raises ValueError where one of them is given alone.
+    Raises ValueError where only one of them is given.
     """
     if (rank is None) != (world_size is None):
         alone = f"rank={rank!r}, but no world_size" if world_size is None else f"world_size={world_size!r}, but no rank"
         raise ValueError(f"{alone}; pass both, or neither")
     if rank is not None and world_size is not None:
         return rank, world_size
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _initialised():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         log.warning(
@@ -38,34 +38,59 @@ def rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, 
     return 0, 1
 
 
-def check_group(group: Any, world_size: int) -> None:
-    """Raise ValueError where the process group is not one of so many ranks."""
-    ranks = torch.distributed.get_world_size(group)
-    if ranks != world_size:
-        raise ValueError(
-            f"process_group has {ranks} ranks, but world_size={world_size}; pass the group of all ranks that share the "
-            f"data"
-        )
+def group_to_agree_in(process_group: Any, epochs: int | None, world_size: int) -> Any:
+    """Return the group in which the ranks agree on the number of batches; None where there is none, or no need.
+
+    That is `process_group`, or torch.distributed's default group if it has `world_size` ranks: a condition that all
+    ranks answer alike, so none waits for the others in vain. Raises ValueError for a group of another size.
+    """
+    if process_group is not None:
+        if epochs is None:
+            raise ValueError("process_group has no meaning without epochs; leave it out, or pass epochs")
+        if (ranks := torch.distributed.get_world_size(process_group)) != world_size:
+            raise ValueError(
+                f"process_group has {ranks} ranks, but world_size={world_size}; pass the group of all ranks that share "
+                f"the data"
+            )
+        return process_group
+    if epochs is None or world_size == 1 or not _initialised():
+        return None
+    if (ranks := torch.distributed.get_world_size()) == world_size:
+        return torch.distributed.group.WORLD
+    log.warning(
+        "the default group of torch.distributed has %d ranks, but world_size=%d: with epochs=%d, a rank that runs out "
+        "renders the data of all ranks to count their batches; pass the process_group of those that share the data",
+        *(ranks, world_size, epochs),
+    )
+    return None
+
+
+def _initialised() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def agree_on_most(group: Any, count: Callable[[], int], device: torch.device) -> int:
-    """Return the greatest of what `count` returns on each rank. All of the group call it; NCCL sends from `device`.
+    """Return the greatest number that `count` returns on any rank. All ranks of the group call it.
 
     Where `count` raises on one of them, that one raises it and the others RuntimeError, instead of waiting in vain.
     """
-    on_gpu = torch.distributed.get_backend(group) == "nccl"
+    if torch.distributed.get_backend(group) != "nccl":
+        device = torch.device("cpu")
+    # NCCL sends from a GPU, wherever the batches go: from the current one
+    elif device.type != "cuda":
+        device = torch.device("cuda")
     own, error = 0, None
     try:
         own = count()
     except (Exception, SystemExit) as its_error:
         error = its_error
-    most_and_failed = torch.tensor([own, int(error is not None)], device=device if on_gpu else "cpu")
+    most_and_failed = torch.tensor([own, int(error is not None)], device=device)
     torch.distributed.all_reduce(most_and_failed, torch.distributed.ReduceOp.MAX, group)
     most, failed = most_and_failed.tolist()
     if error is not None:
         raise error
     if failed:
-        raise RuntimeError("another rank could not count its batches; what it raises says why")
+        raise RuntimeError("another rank could not count its batches; its own error says why")
     return int(most)
 
 
@@ -81,11 +106,11 @@ def agree_on_clock(group: Any, clock: str | None, device: torch.device) -> str |
 
 
 def of_all_ranks(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the states of all ranks merged, on each of them: for trainers that save what one rank holds.
+    """Return the merged states of all ranks, on each of them: for trainers that save only one rank's objects.
 
-    All ranks of torch.distributed call it, at the same step. Where that is not initialised the state is all there is.
+    All ranks of torch.distributed call it, at the same step. Where that is not initialised, the state is returned.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _initialised():
         return dict(state)
     states: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(states, state)

@@ -21,6 +21,10 @@ class ProducerError(RuntimeError):
     """A process of the producer is gone, or was stopped by what is no ordinary exception."""
 
 
+NEVER_SKIPPED = (MemoryError, TemplateError, EncoderError, ProducerError)
+"""Errors that are no fault of the conversation at which they come: on_error="skip" does not skip them."""
+
+
 def short(value: object, length: int = 60) -> str:
     """Return the value as Python writes it, on one line, cut in the middle to about `length` characters.
 

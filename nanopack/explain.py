@@ -15,7 +15,8 @@ from functools import partial
 
 from nanopack.batch import Batch, Piece
 from nanopack.config import LoaderConfig
-from nanopack.conversations.records import Conversation, Source, check, choose
+from nanopack.conversations.records import Conversation, check, choose
+from nanopack.conversations.source import Source
 from nanopack.render.renderer import Document
 from nanopack.tokenizers.tokenizer import AnyTokenizer
 

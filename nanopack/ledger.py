@@ -1,27 +1,79 @@
-"""Count what happened to every conversation, token and slot, so that nothing is lost without a number.
+"""Count what happened to every conversation, token and position, so that nothing is lost without a number.
 
-lane.py counts as it reads and packs   ->   Ledger   ->   loader.ledger(), nanopack pack
+producer/shard.py counts as it reads and packs   ->   Ledger, one a source   ->   loader.ledger(), nanopack pack
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
 
 DROPPED = ("untrained",)
 CUT = ("max_document_tokens", "seq_len", "crop")
 
 
+class ConversationCounts(TypedDict):
+    """What became of conversations; `read` is the sum of the others."""
+
+    read: int
+    packed: int
+    dropped: dict[str, int]
+    skipped: int
+    waiting: int
+
+
+class TokenCounts(TypedDict):
+    """What became of tokens; `read` is the sum of the others."""
+
+    read: int
+    emitted: int
+    cut: dict[str, int]
+    dropped: int
+    waiting: int
+
+
+class SlotCounts(TypedDict):
+    """Positions of all batches; `total` is the sum of the others."""
+
+    total: int
+    tokens: int
+    padding: int
+
+
+class SourceReport(TypedDict):
+    """The part of a ledger that is counted for each source of a mixture too."""
+
+    conversations: ConversationCounts
+    tokens: TokenCounts
+
+
+class LoaderReport(SourceReport):
+    """The part of a ledger that every loader has."""
+
+    slots: SlotCounts
+    targets: dict[str, int]
+    balanced: bool
+    imbalances: list[str]
+
+
+class LedgerReport(LoaderReport, total=False):
+    """What `Loader.ledger` returns; see `Ledger` for each counter. Only a mixture has `sources`."""
+
+    sources: dict[str, SourceReport]
+
+
 @dataclass
 class Ledger:
-    """Counters of one loader. `imbalances` holds them against each other."""
+    """Counters of the documents of one source, or of a batch's positions, or sums of these.
+
+    `imbalances` compares them with each other.
+    """
 
     conversations_read: int = 0
     conversations_packed: int = 0
-    conversations_dropped: Counter[str] = field(default_factory=Counter)
-    """By reason: `untrained`, the loss counts nothing in it."""
+    conversations_dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(DROPPED, 0))
+    """By reason: `untrained`, nothing in it is in the loss."""
     conversations_skipped: int = 0
     """Bad ones, with on_error="skip"."""
     conversations_waiting: int = 0
@@ -29,31 +81,59 @@ class Ledger:
     """Of every rendered conversation, before anything is cut."""
     tokens_emitted: int = 0
     """In batches, each counted once."""
-    tokens_cut: Counter[str] = field(default_factory=Counter)
+    tokens_cut: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CUT, 0))
     """By reason: `max_document_tokens`, `seq_len` (longer than a row), `crop` (by best_fit_crop, to fill a row)."""
     tokens_dropped: int = 0
     """Of dropped conversations, after cutting."""
     tokens_waiting: int = 0
     slots: int = 0
-    """Places in `inputs`: B * T a batch."""
+    """Positions in `inputs`: B * T a batch."""
     slots_tokens: int = 0
     slots_padding: int = 0
     targets_trained: int = 0
+    """Targets in the loss."""
+
+    def skip(self) -> None:
+        """Count a bad conversation that is skipped."""
+        self.conversations_read += 1
+        self.conversations_skipped += 1
+
+    def read(self, tokens: int, cut: Mapping[str, int], *, dropped: bool) -> None:
+        """Count a document of so many tokens, of which `cut` (by reason) are gone; it waits, unless it is dropped."""
+        self.conversations_read += 1
+        self.tokens_read += tokens
+        for reason, count in cut.items():
+            self.tokens_cut[reason] += count
+            tokens -= count
+        if dropped:
+            self.conversations_dropped["untrained"] += 1
+            self.tokens_dropped += tokens
+        else:
+            self.conversations_waiting += 1
+            self.tokens_waiting += tokens
+
+    def emit(self, tokens: int, *, ends: bool) -> None:
+        """Count tokens that were placed in a row; `ends`: with them the document is placed as a whole."""
+        self.tokens_waiting -= tokens
+        self.tokens_emitted += tokens
+        self.conversations_waiting -= ends
+        self.conversations_packed += ends
+
+    def crop(self, tokens: int) -> None:
+        """Count tokens at the end of a waiting document that are cut off to fill a row."""
+        self.tokens_waiting -= tokens
+        self.tokens_cut["crop"] += tokens
 
     def state(self) -> dict[str, Any]:
         """Return the counters as plain data (JSON-able), always with the same keys."""
-        return {
-            **{name: value for name, value in vars(self).items() if isinstance(value, int)},
-            "conversations_dropped": {reason: self.conversations_dropped[reason] for reason in DROPPED},
-            "tokens_cut": {reason: self.tokens_cut[reason] for reason in CUT},
-        }
+        return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(self).items()}
 
     @classmethod
-    def of(cls, state: dict[str, Any]) -> Ledger:
-        """Return the ledger of that state."""
+    def of(cls, state: Mapping[str, Any]) -> Ledger:
+        """Return the ledger of a state."""
         ledger = cls()
         for name, value in state.items():
-            setattr(ledger, name, Counter(value) if isinstance(value, Mapping) else value)
+            setattr(ledger, name, dict(value) if isinstance(value, Mapping) else value)
         return ledger
 
     @classmethod
@@ -61,25 +141,37 @@ class Ledger:
         """Return the sums of all counters."""
         total = cls()
         for ledger in ledgers:
-            for counter in fields(cls):
-                setattr(total, counter.name, getattr(total, counter.name) + getattr(ledger, counter.name))
+            for name, value in vars(ledger).items():
+                one = getattr(total, name)
+                summed = (
+                    {reason: one[reason] + value[reason] for reason in one} if isinstance(one, dict) else one + value
+                )
+                setattr(total, name, summed)
         return total
 
+    def only_positions(self) -> Ledger:
+        """Return a ledger with the counters of positions alone."""
+        return Ledger(**{name: value for name, value in vars(self).items() if name.startswith(("slots", "targets"))})
+
+    def without_positions(self) -> Ledger:
+        """Return a ledger with the counters of documents alone."""
+        return Ledger(**{name: v for name, v in self.state().items() if not name.startswith(("slots", "targets"))})
+
     def imbalances(self) -> list[str]:
-        """Return what does not add up, in words; nothing in a sound ledger."""
+        """Return in words what does not add up; nothing in a sound ledger."""
         sums = [
             (
                 "conversations read",
                 self.conversations_read,
                 self.conversations_packed
-                + self.conversations_dropped.total()
+                + sum(self.conversations_dropped.values())
                 + self.conversations_skipped
                 + self.conversations_waiting,
             ),
             (
                 "tokens read",
                 self.tokens_read,
-                self.tokens_emitted + self.tokens_cut.total() + self.tokens_dropped + self.tokens_waiting,
+                self.tokens_emitted + sum(self.tokens_cut.values()) + self.tokens_dropped + self.tokens_waiting,
             ),
             ("slots", self.slots, self.slots_tokens + self.slots_padding),
         ]
@@ -88,46 +180,50 @@ class Ledger:
             wrong.append(f"trained targets: {self.targets_trained}, more than the {self.tokens_emitted} tokens emitted")
         return wrong
 
-    def report(self, sources: Mapping[str, Ledger] | None = None) -> dict[str, Any]:
+    def report(
+        self, packed: Mapping[str, int] | None = None, sources: Mapping[str, Ledger] | None = None
+    ) -> LedgerReport:
         """Return the counters as nested plain data (JSON-able), with `balanced` and, if it is false, `imbalances`.
 
-        With `sources`, the counters of each source of a mixture, which must add up to these.
+        `packed` are the sums of the packers' own counters (`packed`, `emitted`, `cropped`): they count as they pack,
+        the ledger document by document, and both must agree. `sources` are the ledgers of a mixture's sources, by name.
         """
-        wrong = self.imbalances()
-        if sources:
-            wrong += [f"{name}: {what}" for name, ledger in sources.items() for what in ledger.imbalances()]
-            wrong += self._beside(Ledger.total(sources.values()))
-        return {
-            **self._read_and_packed(),
+        wrong, sources = self.imbalances(), sources or {}
+        wrong += [f"{name}: {what}" for name, ledger in sources.items() for what in ledger.imbalances()]
+        counted = {
+            "packed": ("conversations_packed", self.conversations_packed),
+            "emitted": ("tokens_emitted", self.tokens_emitted),
+            "cropped": ("tokens_cut", self.tokens_cut["crop"]),
+        }
+        for name, (counter, count) in counted.items():
+            if packed is not None and packed[name] != count:
+                wrong.append(f"{counter}: {count} counted by document, {packed[name]} by the packing")
+        own = self._documents()
+        report: LedgerReport = {
+            "conversations": own["conversations"],
+            "tokens": own["tokens"],
             "slots": {"total": self.slots, "tokens": self.slots_tokens, "padding": self.slots_padding},
             "targets": {"trained": self.targets_trained},
-            **({"sources": {name: ledger._read_and_packed() for name, ledger in sources.items()}} if sources else {}),
             "balanced": not wrong,
             "imbalances": wrong,
         }
+        if sources:
+            report["sources"] = {name: ledger._documents() for name, ledger in sources.items()}
+        return report
 
-    def _beside(self, total: Ledger) -> list[str]:
-        """Return where the sources do not add up to the whole, in words. Slots are of no source."""
-        whole, parts = self.state(), total.state()
-        return [
-            f"{name}: {whole[name]} in all, {parts[name]} in the sources"
-            for name in whole
-            if name.startswith(("conversations", "tokens")) and whole[name] != parts[name]
-        ]
-
-    def _read_and_packed(self) -> dict[str, Any]:
+    def _documents(self) -> SourceReport:
         return {
             "conversations": {
                 "read": self.conversations_read,
                 "packed": self.conversations_packed,
-                "dropped": dict(+self.conversations_dropped),
+                "dropped": {reason: count for reason, count in self.conversations_dropped.items() if count},
                 "skipped": self.conversations_skipped,
                 "waiting": self.conversations_waiting,
             },
             "tokens": {
                 "read": self.tokens_read,
                 "emitted": self.tokens_emitted,
-                "cut": dict(+self.tokens_cut),
+                "cut": {reason: count for reason, count in self.tokens_cut.items() if count},
                 "dropped": self.tokens_dropped,
                 "waiting": self.tokens_waiting,
             },

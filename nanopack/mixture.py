@@ -1,10 +1,10 @@
 """Mix several sources of conversations into one, each with its share.
 
     lists, files, data sets, each with a weight   ->   mixture()   ->   Mixture[i], a record of one of them
-              conversations.py opens each                               Loader takes it as its conversations
+              records.py opens each                                     Loader takes it as its conversations
 
-Which record pick number i is was decided at construction, by the arguments alone: every rank and machine picks the
-same, in any order. Records are read when they are asked for; only by="token" has render.py measure a sample before.
+The arguments alone decide, at construction, which record pick number i is: every rank and machine picks the same, in
+any order. Records are read on demand; only by="token" renders a sample first, to measure it.
 """
 
 from __future__ import annotations
@@ -18,38 +18,42 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from nanopack.config import check_int
+from nanopack.checks import check_choice, check_int
+from nanopack.config import TemplateName
 from nanopack.conversations.files import Files
-from nanopack.conversations.records import Conversation, Source, check, open_conversations, short
+from nanopack.conversations.records import Conversation, check, open_conversations, short
+from nanopack.conversations.source import Source
 from nanopack.errors import TemplateError
 from nanopack.render.renderer import Document, Renderer
-from nanopack.tokenizers.tokenizer import load_tokenizer
+from nanopack.render.templates import Template
+from nanopack.tokenizers.tokenizer import TokenizerLike, load_tokenizer
 
-SHARES_BY = ("conversation", "token")
+SharesBy: TypeAlias = Literal["conversation", "token"]
+SHARES_BY = get_args(SharesBy)
 # Conversations of a source that are rendered to measure their mean length.
 SAMPLE = 512
 # Picks are kept as uint32.
 MAX_PICKS = 2**32
-# What a source's random numbers decide: where its picks go, and the order of its conversations.
+# A source's two streams of random numbers: where its picks go, and the order of its conversations.
 PLACES, ORDER = 0, 1
 
 
 class Mixture(Source):
-    """Conversations of several sources in one order. Made by `mixture`, taken by `Loader` and by `mixture` itself.
+    """Conversations of several sources in one order, made by `mixture`; `Loader` and `mixture` itself take it.
 
-    Nothing in it changes, so forked processes and threads may use it at the same time if its sources allow that. It
-    pickles if its sources do. Memory: 4 bytes a pick.
+    Immutable, so forked processes and threads may share it if its sources allow that. It pickles if its sources do.
+    Memory: 4 bytes per pick.
     """
 
     names: tuple[str, ...]
-    """Of each source: the one given, else its path or glob, else 'source 0', 'source 1', ..."""
+    """Name of each source: the one given, else its path or glob, else 'source 0', 'source 1', ..."""
 
     def __init__(self, sources: Sequence[Source], names: Sequence[str], picks: np.ndarray) -> None:
-        """Take the `picks`, (n,) uint32: numbers of conversations, counted on from source to source."""
+        """Set `picks`, (n,) uint32: conversation numbers, counted through all sources in turn."""
         self.names = tuple(names)
         self._sources = tuple(sources)
         self._starts = list(accumulate((len(source) for source in sources), initial=0))[:-1]
@@ -60,28 +64,28 @@ class Mixture(Source):
         return len(self._picks)
 
     def __getitem__(self, index: int) -> object:
-        """Return the record that is pick number `index`, as its source gives it."""
+        """Return the record of pick number `index`, as its source returns it."""
         source, conversation = self._find(index)
         return self._sources[source][conversation]
 
     def where(self, index: int) -> str:
-        """Return where the record stands in its source: 'chats.jsonl:17', or 'conversation 17 of source 0'."""
+        """Return the location of the record in its source: 'chats.jsonl:17', or 'conversation 17 of source 0'."""
         number, conversation = self._find(index)
         source = self._sources[number]
-        place = source.where(conversation)
-        # A file's name and line say it all.
-        return place if isinstance(source, Files) else f"{place} of {self.names[number]}"
+        location = source.where(conversation)
+        # A file's name and line are enough.
+        return location if isinstance(source, Files) else f"{location} of {self.names[number]}"
 
     def source_of(self, index: int) -> int:
-        """Return which source the record is from: its place in the list given, and in `names`."""
+        """Return the source of the record: its index in the list given, and in `names`."""
         return self._find(index)[0]
 
     def picks_digest(self) -> str:
-        """Return a digest of which record each pick is: what `sources`, weights and seed come to."""
+        """Return a digest of all picks, which depend on the sizes of the sources, their weights and the seed."""
         return hashlib.sha256(self._picks.tobytes()).hexdigest()
 
     def _find(self, index: int) -> tuple[int, int]:
-        """Return source and conversation of a pick."""
+        """Return the source of a pick, and its conversation there."""
         if not 0 <= index < len(self._picks):
             raise IndexError(f"conversation {index} of {len(self._picks)}")
         pick = int(self._picks[operator.index(index)])
@@ -93,28 +97,28 @@ def mixture(
     sources: Sequence[tuple[Any, float] | tuple[Any, float, str]],
     seed: int = 0,
     *,
-    by: str = "conversation",
-    tokenizer: Any = None,
-    template: str = "nanochat",
+    by: SharesBy = "conversation",
+    tokenizer: TokenizerLike | None = None,
+    template: TemplateName | Template = "nanochat",
 ) -> Mixture:
-    """Return the conversations of all sources, shuffled, in the shares that their weights say.
+    """Return the conversations of all sources, shuffled, in the proportions of their weights.
 
     A pass over the mixture is as short as it can be with every conversation in it: the source that is largest for its
-    share comes once, to a pick, and the others begin anew, each time in a new order, until their shares are full.
-    Shares are exact to one pick in the whole pass, and in its first i picks, for any i, to one pick a source. A second
-    pass (`epochs=2`) repeats the first.
+    share comes exactly once, to a pick, and the others repeat, each time in a new order, until their shares are full.
+    Shares are exact to one pick in the whole pass, and in its first i picks, for any i, to one pick per source. A
+    second pass (`epochs=2`) repeats the first.
 
     Args:
-        sources: (source, weight) or (source, weight, name) of each. A source is all that `Loader` takes as
-            conversations, a mixture included. A weight is a number above 0, its share in relation to the others'; a
-            float means the decimal that it prints as, so 0.7 and 0.3 are as 7 and 3.
-        seed: an int from 0; the same one gives the same picks, whatever the machine or the version of numpy.
-        by: `"conversation"`: weights are shares of the conversations. `"token"`: of the tokens before cutting. That is
+        sources: a list of (source, weight) or (source, weight, name). A source is anything that `Loader` takes as
+            conversations, a mixture included. A weight is a number above 0, relative to the other weights; a float
+            means the decimal that it prints as, so 0.7 and 0.3 are the same as 7 and 3.
+        seed: an int from 0; the same seed gives the same picks on any machine and with any version of numpy.
+        by: `"conversation"`: weights are shares of the conversations. `"token"`: of the tokens before cutting, which is
             an estimate: the mean length of each source is measured on up to 512 evenly spaced conversations. The
-            ledger tells the real shares.
-        tokenizer, template: how to measure tokens, as of `Loader`; with by="token" only.
+            ledger has the actual shares.
+        tokenizer, template: how to measure tokens, as of `Loader`; only with by="token".
 
-    Building takes 30 to 55 bytes a pick for a moment. Raises ValueError for what cannot be, naming its place.
+    Construction briefly takes 30 to 55 bytes per pick. Raises ValueError for an invalid argument, naming where it is.
 
     >>> mixed = mixture([([{"text": "a"}, {"text": "b"}, {"text": "c"}], 3), ([{"text": "x"}], 1, "letters")], seed=4)
     >>> [mixed[i]["text"] for i in range(len(mixed))], mixed.names
@@ -127,33 +131,34 @@ def mixture(
     weights, names, opened = zip(*(_open(f"sources[{i}]", i, item) for i, item in enumerate(sources)), strict=True)
     if len(set(names)) < len(names):
         double = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"two sources have the name {double!r}; give (source, weight, name) with names of their own")
+        raise ValueError(f"two sources have the name {double!r}; give (source, weight, name) with different names")
     if measure is not None:
-        # So many conversations hold so many tokens: the longer they are, the fewer it takes.
+        # The longer the conversations of a source are, the fewer hold its share of the tokens.
         lengths = [_mean_length(f"sources[{i}]", source, measure) for i, source in enumerate(opened)]
         weights = tuple(weight / length for weight, length in zip(weights, lengths, strict=True))
     sizes = [len(source) for source in opened]
     return Mixture(opened, names, _pick(sizes, _count(sizes, weights, names), seed))
 
 
-def _measure(by: object, tokenizer: Any, template: str) -> Callable[[Conversation], Document] | None:
+def _measure(
+    by: SharesBy, tokenizer: TokenizerLike | None, template: TemplateName | Template
+) -> Callable[[Conversation], Document] | None:
     """Return the renderer to measure lengths with, None where they do not matter."""
-    if not isinstance(by, str) or by not in SHARES_BY:
-        raise ValueError(f"by={by!r} is not allowed; use one of {', '.join(map(repr, SHARES_BY))}")
+    check_choice("by", by, SHARES_BY)
     if by == "token":
         if tokenizer is None:
             raise ValueError("by='token' needs a tokenizer to measure lengths; pass tokenizer=, and the template=")
         return Renderer(load_tokenizer(tokenizer), template)
-    # Whoever gives a tokenizer thinks that tokens are counted.
+    # A tokenizer given here would be taken to mean that tokens are counted.
     if tokenizer is not None:
         raise ValueError("tokenizer has no meaning with by='conversation'; leave it out, or use by='token'")
     return None
 
 
 def _open(place: str, number: int, item: object) -> tuple[Fraction, str, Source]:
-    """Return weight, name and conversations of one of the sources."""
+    """Return weight, name and conversations of one source."""
     if not isinstance(item, (list, tuple)) or len(item) not in (2, 3):
-        raise ValueError(f"{place}={short(item)} is no pair; give (source, weight) or (source, weight, name)")
+        raise ValueError(f"{place}={short(item)} is not a pair; give (source, weight) or (source, weight, name)")
     conversations, weight = item[:2]
     is_path = isinstance(conversations, (str, os.PathLike))
     name = item[2] if len(item) == 3 else os.fsdecode(conversations) if is_path else f"source {number}"
@@ -165,7 +170,7 @@ def _open(place: str, number: int, item: object) -> tuple[Fraction, str, Source]
         source = open_conversations(conversations)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
-    # As it is written: no rounding of binary fractions decides how many picks a pass has.
+    # The decimal as written, so that no binary rounding decides how many picks a pass has.
     return Fraction(str(weight)), name, source
 
 
@@ -175,7 +180,7 @@ def _is_weight(weight: Any) -> bool:
 
 
 def _mean_length(place: str, source: Source, render: Callable[[Conversation], Document]) -> Fraction:
-    """Return the tokens a conversation, from an evenly spaced sample; bad ones are left out."""
+    """Return the mean number of tokens per conversation of an evenly spaced sample, without the bad ones."""
     n = len(source)
     sample = min(SAMPLE, n)
     lengths, first_error = [], ""
@@ -184,19 +189,19 @@ def _mean_length(place: str, source: Source, render: Callable[[Conversation], Do
             lengths.append(len(render(check(source[index])).ids))
         except (MemoryError, TemplateError):
             raise
-        # What a data set raises is its own affair; Loader too calls such a conversation bad.
+        # A data set may raise anything; Loader too calls a conversation bad for it.
         except Exception as error:
             first_error = first_error or f"{source.where(index)}, {error}"
     if not lengths:
         raise ValueError(
-            f"{place}: its length cannot be measured: all {sample} conversations of the sample are bad. "
+            f"{place}: all {sample} conversations of the sample are bad, so its length cannot be measured. "
             f"The first: {first_error}. Fix them, or use by='conversation'"
         )
     return Fraction(sum(lengths), len(lengths))
 
 
 def _count(sizes: Sequence[int], weights: Sequence[Fraction], names: Sequence[str]) -> list[int]:
-    """Return how many picks of a pass are of each source: shares rounded by largest remainder, none below its size.
+    """Return the number of picks of each source in a pass: shares rounded by largest remainder, none below its size.
 
     >>> _count([3, 1, 1], [Fraction(1), Fraction(1), Fraction(2, 3)], "abc")
     [3, 3, 2]
@@ -208,7 +213,7 @@ def _count(sizes: Sequence[int], weights: Sequence[Fraction], names: Sequence[st
         rarest = needed.index(picks)
         raise ValueError(
             f"sources[{rarest}] ({names[rarest]}) has {sizes[rarest]} conversations and a share of "
-            f"{float(weights[rarest] / total):.3g}: for each to come once takes {picks} picks, and at most {MAX_PICKS} "
+            f"{float(weights[rarest] / total):.3g}: including each once takes {picks} picks, and at most {MAX_PICKS} "
             "are allowed; raise its weight, or give fewer of its conversations"
         )
     exact = [picks * weight / total for weight in weights]
@@ -220,9 +225,9 @@ def _count(sizes: Sequence[int], weights: Sequence[Fraction], names: Sequence[st
 
 
 def _pick(sizes: Sequence[int], counts: Sequence[int], seed: int) -> np.ndarray:
-    """Return the picks of a pass, as `Mixture` takes them.
+    """Return the picks of a pass, (sum(counts),) uint32, as `Mixture` takes them.
 
-    Pick k of a source with `count` picks has a random place in the k-th of so many equal stretches of the pass
+    Pick k of a source with `count` picks goes to a random place in the k-th of `count` equal stretches of the pass
     (stratified sampling): a source is never far from its share, and never in step with ranks or rows.
     """
     places = np.empty(sum(counts), np.float64)
@@ -230,21 +235,21 @@ def _pick(sizes: Sequence[int], counts: Sequence[int], seed: int) -> np.ndarray:
     begin = start = 0
     for source, (size, count) in enumerate(zip(sizes, counts, strict=True)):
         end = begin + count
-        # A float64 keeps 53 bits; numpy's own conversion is not promised to stay as it is.
+        # A float64 keeps 53 bits; numpy does not promise that its own conversion never changes.
         within = (_random(seed, source, PLACES, count) >> np.uint64(11)) * 2.0**-53
         places[begin:end] = (np.arange(count) + within) / count
         picks[begin:end] = _orders(_random(seed, source, ORDER, -(-count // size) * size), size)[:count]
         picks[begin:end] += np.uint32(start)
         begin, start = end, start + size
-    # Stable, so that equal places are in the same order everywhere.
+    # Stable, so that equal places have the same order everywhere.
     return picks[np.argsort(places, kind="stable")]
 
 
 def _orders(random: np.ndarray, size: int) -> np.ndarray:
-    """Return the numbers below `size` in a new order for every `size` of the random numbers, (len(random),)."""
+    """Return the numbers below `size`, in a new order for each `size` random numbers: (len(random),) int64."""
     return random.reshape(-1, size).argsort(axis=1, kind="stable").reshape(-1)
 
 
 def _random(seed: int, source: int, purpose: int, n: int) -> np.ndarray:
-    """Return (n,) uint64, the same in all versions of numpy: that it promises for bit generators, not for Generator."""
+    """Return (n,) uint64, the same in every version of numpy, which promises that for bit generators only."""
     return np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(source, purpose))).random_raw(n)

@@ -1,11 +1,22 @@
-"""Say where a run stands, and for which data and arguments that holds.
+"""The state of a run, and the data and arguments that it belongs to.
 
-    Producer.state() + fingerprint()   ->   Loader.state_dict()   ->   merge_states()   ->   Loader.load_state_dict()
-     where each lane stands                                        of all ranks                check_state()
+    producer/shard.py: state_of()     ->   Loader.state_dict()   ->   merge_states()   ->   Loader.load_state_dict()
+                      fingerprint()                                of all ranks              check_state()
 
-A state is plain data (JSON-able): a step, and for each lane (a rank's, or with shard="row" a row's) where it stands.
-Its keys do not depend on the progress of the run, and those of two ranks' lanes differ: torch.distributed.checkpoint
-needs both.
+A state is plain data (JSON-able):
+
+    format        1
+    step          batches delivered
+    lanes         {number: state of the shard}: one shard a rank, or with shard="row" one a row of all ranks' batches
+        waiting       reads whose documents wait for a row, in the packer's order
+        digest        CRC32 of their words
+        packer        the packer's own state and counters
+        ledger        counters of the shard, see ledger.py
+        sources       the same for each source of a mixture; [] without one
+    fingerprint   of data, tokenizer and arguments
+
+Shards are called lanes there because format 1 was written so. The keys do not depend on the progress of the run, and
+those of two ranks' shards differ: torch.distributed.checkpoint needs both.
 """
 
 from __future__ import annotations
@@ -19,24 +30,26 @@ from typing import Any
 import numpy as np
 
 from nanopack.config import LoaderConfig
-from nanopack.conversations.records import Conversation, Source, check
-from nanopack.mixture import Mixture
+from nanopack.conversations.records import Conversation, check
+from nanopack.conversations.source import Source
+from nanopack.packing.packings import PACKINGS
 from nanopack.tokenizers.tokenizer import AnyTokenizer
 
 FORMAT = 1
-LANE = {"waiting", "digest", "packer", "ledger", "sources"}
+SHARD_KEYS = {"waiting", "digest", "packer", "ledger", "sources"}
 SAMPLE = 16
-# What does not decide which token lands where, and what the lanes themselves tell.
+# Arguments that do not decide which token lands where, or that the numbers of the shards already state.
 _FREE = ("rank", "extras", "max_pieces", "on_error")
 
 
 def fingerprint(source: Source, tokenizer: AnyTokenizer, config: LoaderConfig) -> dict[str, Any]:
-    """Return what a state depends on: number of conversations and a sample of them, tokenizer, arguments."""
+    """Return what a state depends on: {"conversations": their number, "sample", "tokenizer": digests, "arguments"}."""
     arguments = {
         field.name: _plain(getattr(config, field.name))
         for field in dataclasses.fields(config)
         if field.name not in _FREE
     }
+    arguments |= {"packing": config.packing.name, **config.packing.options()}
     # states from before there was a choice still load
     if config.first_assistant == "keep":
         del arguments["first_assistant"]
@@ -45,10 +58,9 @@ def fingerprint(source: Source, tokenizer: AnyTokenizer, config: LoaderConfig) -
         del arguments["batch_size"], arguments["world_size"]
         arguments["batch_size * world_size"] = config.global_rows
     clock = getattr(tokenizer, "clock", None)
-    mixed = source.picks_digest().encode() if isinstance(source, Mixture) else b""
     return {
         "conversations": len(source),
-        "sample": _digest([mixed, *_sample(source)]),
+        "sample": _digest([source.picks_digest().encode(), *_sample(source)]),
         "tokenizer": tokenizer.fingerprint(),
         "arguments": arguments,
         # When the date was that the chat template writes. The tokenizer's digest says whether that date is another.
@@ -75,7 +87,7 @@ def _plain(value: object) -> object:
 
 
 def _sample(source: Source) -> Iterator[bytes]:
-    """Yield what stands at evenly spaced places, the first and the last among them."""
+    """Yield the bytes of evenly spaced conversations, the first and the last among them."""
     for index in sorted({round(k * (len(source) - 1) / (SAMPLE - 1)) for k in range(SAMPLE)}):
         try:
             yield from _bytes_of(check(source[index]))
@@ -87,7 +99,7 @@ def _sample(source: Source) -> Iterator[bytes]:
 
 
 def _bytes_of(conversation: Conversation) -> Iterator[bytes]:
-    """Yield what a conversation holds, in whatever form it came."""
+    """Yield what a conversation holds, in whatever form it was given."""
     if conversation.tokens is not None:
         ids, mask = conversation.tokens
         yield ids.astype(np.int64).tobytes()
@@ -104,18 +116,18 @@ def _digest(parts: Iterable[bytes]) -> str:
 
 
 def check_state(state: Any, ours: Mapping[str, Any], config: LoaderConfig, *, strict: bool) -> dict[str, Any]:
-    """Return step and lanes of a state, as `Producer.restore` takes them.
+    """Return {"step", "lanes": those of this rank}, as `Start` takes them.
 
-    Raises ValueError where it is no state, lacks lanes of this rank, or (with `strict`) is one of other data or
+    Raises ValueError for what is not a state, lacks shards of this rank, or (with `strict`) belongs to other data or
     arguments: the message names each difference.
     """
-    _refuse_foreign(state)
+    state = _checked(state)
     if strict and (differences := _differences(state["fingerprint"], ours)):
         raise ValueError(
             f"the state belongs to another run: {'; '.join(differences)}; resume with what the run was started with, "
-            f"or pass strict=False to go on all the same"
+            f"or pass strict=False to resume all the same"
         )
-    wanted = [str(number) for number in config.lanes]
+    wanted = [str(number) for number in config.shards]
     if missing := [number for number in wanted if number not in state["lanes"]]:
         what = "rank" if config.shard == "rank" else "row"
         raise ValueError(
@@ -127,43 +139,44 @@ def check_state(state: Any, ours: Mapping[str, Any], config: LoaderConfig, *, st
 
 
 def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return one state of the states of all ranks, which any rank's loader takes.
+    """Merge the states of all ranks into one, which any rank's loader can load.
 
-    With shard="row" it may be loaded by another number of ranks, as long as batch_size * world_size is the same.
+    With shard="row" another number of ranks may load it, as long as batch_size * world_size is the same.
 
-    Raises ValueError where the states are not of one moment of one run, or a rank is missing.
+    Raises ValueError where the states are not of one step of one run, or a rank is missing.
     """
     states = list(states or ())
     if not states:
         raise ValueError("merge_states has nothing to merge; pass the states of all ranks")
     for number, state in enumerate(states):
         try:
-            _refuse_foreign(state)
+            states[number] = _checked(state)
         except ValueError as error:
             raise ValueError(f"state {number}: {error}") from None
-    first, lanes = states[0], dict[str, Any]()
+    first, shards = states[0], dict[str, Any]()
     for number, state in enumerate(states):
         if differences := _differences(first["fingerprint"], state["fingerprint"]):
             raise ValueError(f"states 0 and {number} are of different runs: {'; '.join(differences)}")
         if state["step"] != first["step"]:
             raise ValueError(
-                f"states 0 and {number} are of different moments: steps {first['step']} and {state['step']}; "
+                f"states 0 and {number} are not of the same step: steps {first['step']} and {state['step']}; "
                 f"save the states of all ranks at the same step"
             )
-        for lane, stands in state["lanes"].items():
-            if lanes.setdefault(lane, stands) != stands:
-                raise ValueError(f"lane {lane} is in several of the states, and differs; pass each rank's state once")
+        for shard, its_state in state["lanes"].items():
+            if shards.setdefault(shard, its_state) != its_state:
+                raise ValueError(f"shard {shard} is in several of the states, and differs; pass each rank's state once")
     arguments = first["fingerprint"]["arguments"]
     count = arguments.get("batch_size * world_size", arguments.get("world_size"))
-    if missing := [number for number in map(str, range(count)) if number not in lanes]:
+    if missing := [number for number in map(str, range(count)) if number not in shards]:
         what = "rank" if arguments["shard"] == "rank" else "row"
         raise ValueError(f"{what}s {', '.join(missing)} of {count} are in none of the states; pass those of all ranks")
-    return {**first, "lanes": {str(number): lanes[str(number)] for number in range(count)}}
+    return {**first, "lanes": {str(number): shards[str(number)] for number in range(count)}}
 
 
-def _refuse_foreign(state: Any) -> None:
+def _checked(state: Any) -> Mapping[str, Any]:
+    """Return a state in today's names. ValueError where it is damaged, or not a state of nanopack."""
     if not isinstance(state, Mapping) or "format" not in state:
-        raise ValueError(f"a {type(state).__name__} is no state of nanopack; pass what state_dict() returned")
+        raise ValueError(f"a {type(state).__name__} is not a state of nanopack; pass what state_dict() returned")
     if state["format"] != FORMAT:
         raise ValueError(f"the state has format {state['format']!r}; this version of nanopack reads format {FORMAT}")
     kinds = {"step": int, "lanes": Mapping, "fingerprint": Mapping}
@@ -171,20 +184,51 @@ def _refuse_foreign(state: Any) -> None:
         if not isinstance(state.get(name), kind):
             what = f"the state is damaged: its {name!r} is {state.get(name)!r}"
             raise ValueError(f"{what}; pass what state_dict() returned")
-    for lane, stands in state["lanes"].items():
-        if not isinstance(stands, Mapping) or not LANE.issubset(stands):
-            raise ValueError(f"the state is damaged: lane {lane} lacks {', '.join(sorted(LANE - set(stands)))}")
+    for shard, its_state in state["lanes"].items():
+        if not isinstance(its_state, Mapping) or not SHARD_KEYS.issubset(its_state):
+            lacks = ", ".join(sorted(SHARD_KEYS - set(its_state)))
+            raise ValueError(f"the state is damaged: shard {shard} lacks {lacks}")
+    return _with_new_names(state)
+
+
+# Arguments by the names that states before 0.1.0 have for them.
+_RENAMED = {"weights": "loss_weights", "shuffle_seed": "seed", "max_tokens": "max_document_tokens"}
+_PACKING_OPTIONS = {"window", "max_age", "refill", "overlap"}
+
+
+def _with_new_names(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a state saved before the arguments were renamed as it would be saved now; any other as it is."""
+    arguments = state["fingerprint"].get("arguments", {})
+    if "shuffle_seed" not in arguments:
+        return state
+    # every packing had all options then, whether they meant anything or not
+    meant = PACKINGS[arguments["packing"]]().options()
+    renamed = {
+        _RENAMED.get(name, name): value
+        for name, value in arguments.items()
+        if name in meant or name not in _PACKING_OPTIONS
+    }
+    shards = {number: _with_new_reasons(its_state) for number, its_state in state["lanes"].items()}
+    return {**state, "lanes": shards, "fingerprint": {**state["fingerprint"], "arguments": renamed}}
+
+
+def _with_new_reasons(shard: Mapping[str, Any]) -> dict[str, Any]:
+    def renamed(ledger: Mapping[str, Any]) -> dict[str, Any]:
+        cut = {_RENAMED.get(reason, reason): tokens for reason, tokens in ledger["tokens_cut"].items()}
+        return {**ledger, "tokens_cut": cut}
+
+    return {**shard, "ledger": renamed(shard["ledger"]), "sources": [renamed(ledger) for ledger in shard["sources"]]}
 
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """Return what differs between two fingerprints, in words."""
+    """Return the differences of two fingerprints, in words."""
     found = []
     if theirs["conversations"] != ours["conversations"]:
         found.append(f"conversations were {theirs['conversations']}, are {ours['conversations']}")
     elif theirs["sample"] != ours["sample"]:
         found.append("conversations have other contents or another order (seen in a sample)")
     if theirs["tokenizer"] != ours["tokenizer"]:
-        found.append("tokenizer is another one")
+        found.append("the tokenizer is another one")
     was, now = theirs["arguments"], ours["arguments"]
     for name in {**was, **now}:
         if was.get(name) != now.get(name):

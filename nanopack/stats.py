@@ -1,4 +1,4 @@
-"""Count where time and memory went, as the caller of `next` feels it.
+"""Count where time and memory went, as seen by the caller of `next`.
 
 Loader.__next__ counts   ->   Stats.report()   ->   loader.stats()
 """
@@ -6,14 +6,32 @@ Loader.__next__ counts   ->   Stats.report()   ->   loader.stats()
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TypedDict
 
 from nanopack.batch import Batch
-from nanopack.producer.producer import Produced
+from nanopack.ring.facts import BatchFacts
+
+
+class StatsReport(TypedDict):
+    """What `Loader.stats` returns: totals since the loader was constructed or loaded a state."""
+
+    batches: int
+    tokens: int  # without padding
+    tokens_per_s: float  # of wall time, the caller's own work included
+    padding: float  # fraction (0 to 1) of the positions
+    next_s: float  # seconds in `next`
+    waited_for_producer_s: float  # of these, with no batch ready
+    bytes_copied: int
+    longest_wait_rows: int  # of a document, for its row
+    queue_depth: int  # batches ready when `next` last returned
+    ring_bytes: int  # shared memory of the slots
+    tokens_total_estimated: int | None
+    """Of the whole run: the tokens so far by the progress (`Loader.tokens_total` is exact). None without `epochs`, or
+    before the first batch."""
 
 
 class Stats:
-    """Running totals of one loader. Every name in `report` says its unit."""
+    """Running totals of one loader since it was made, or since it resumed from a state."""
 
     def __init__(self, ring_bytes: int) -> None:
         self._ring_bytes = ring_bytes
@@ -21,35 +39,30 @@ class Stats:
         self.queued = 0
         self._in_next = 0.0
         self._progress = 0.0
-        self._batches = self._tokens = self._slots = self._bytes = self._longest_wait = 0
+        self._batches = self._tokens = self._positions = self._bytes = self._longest_wait = 0
 
-    def count(self, batch: Batch, produced: Produced, seconds: float) -> None:
-        """Add a batch that is delivered, and how long `next` took."""
+    def count(self, batch: Batch, facts: BatchFacts, seconds: float) -> None:
+        """Add a delivered batch, and the seconds that `next` took."""
         self._batches += 1
         self._tokens += batch.num_tokens
-        self._slots += batch.inputs.numel()
-        self._bytes += produced.filled.used_bytes
-        self._longest_wait = produced.longest_wait
+        self._positions += batch.inputs.numel()
+        self._bytes += facts.used_bytes
+        self._longest_wait = facts.longest_wait_rows
         self._in_next += seconds
         self._progress = batch.progress
 
-    def report(self, waited_s: float, tokens_so_far: int | None) -> dict[str, Any]:
-        """Return the totals since the loader was made, or took up a state.
+    def report(self, waited_s: float, tokens_so_far: int | None) -> StatsReport:
+        """Return the totals.
 
-        `waited_s` were spent with nothing ready; `tokens_so_far` are those of the whole run, None where it has no end.
-
-        batches, tokens (without padding), tokens_per_s (of wall time, the caller's own work included), padding (share
-        of the slots), next_s (seconds in `next`), waited_for_producer_s (of these, with nothing ready), bytes_copied,
-        longest_wait_rows (of a document, for its row), queue_depth (batches ready when `next` last returned),
-        ring_bytes (shared memory of the slots), tokens_total_estimated (of the whole run: those so far by the progress;
-        `Loader.tokens_total` is exact. None without `epochs`, or before the first batch).
+        `waited_s` is the time spent with no batch ready; `tokens_so_far` the tokens since the first step of the whole
+        run, None where it has no end.
         """
         elapsed = time.perf_counter() - self._began
         return {
             "batches": self._batches,
             "tokens": self._tokens,
             "tokens_per_s": self._tokens / elapsed,
-            "padding": 1 - self._tokens / self._slots if self._slots else 0.0,
+            "padding": 1 - self._tokens / self._positions if self._positions else 0.0,
             "next_s": self._in_next,
             "waited_for_producer_s": waited_s,
             "bytes_copied": self._bytes,

@@ -1,4 +1,4 @@
-"""Compare the loader's batches with the reference packer's, and name the first difference.
+"""Compare the loader's batches with the reference's, and name the first difference.
 
 Loader and reference.batches on the same arguments   ->   verify()   ->   Verification
 """
@@ -6,7 +6,7 @@ Loader and reference.batches on the same arguments   ->   verify()   ->   Verifi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 
 from nanopack import reference, witness
 from nanopack.batch import Batch
-from nanopack.config import LoaderConfig, check_int
+from nanopack.checks import check_int
+from nanopack.config import LoaderConfig
 from nanopack.conversations.records import check
 from nanopack.loader import Loader
 from nanopack.render.renderer import Renderer
@@ -25,20 +26,20 @@ DATA_ARGUMENTS = {field.name for field in fields(LoaderConfig)}
 
 @dataclass(frozen=True)
 class Verification:
-    """What a comparison found; true when the batches are equal in every field."""
+    """Result of a comparison; true when the batches are equal in every field."""
 
     batches: int
     """Batches that were compared and equal."""
     tokens: int
     """Tokens in them, without padding."""
     difference: str | None
-    """The first difference: batch, field, place, expected and got."""
+    """The first difference: batch, field, position, expected and got; None if there is none."""
 
     def __bool__(self) -> bool:
         return self.difference is None
 
 
-# The arguments are the Loader's own: to write out thirty names twice more would only let them drift apart.
+# The arguments are the Loader's own: writing out its names a third time would only let them drift apart.
 def verify(
     conversations: Any,
     tokenizer: Any,
@@ -47,15 +48,17 @@ def verify(
     against: str | None = None,
     **arguments: Any,
 ) -> Verification | Testimony:
-    """Return whether `Loader(conversations, tokenizer, **arguments)` gives the reference packer's batches.
+    """Compare the batches of `Loader(conversations, tokenizer, **arguments)` with those of `reference.batches`.
 
-    One pass over the data is compared (`epochs=1`) unless `epochs` is given, at most `max_batches` batches of it. With
-    `epochs=None` the data are endless and `max_batches` is needed.
+    Args:
+        conversations, tokenizer, arguments: as of `Loader`, but `epochs` is 1 unless given.
+        max_batches: stop after this many batches; required with epochs=None, where the data are endless.
+        against: compare instead each conversation, before it is packed, with what another library has in the loss:
+            "trl" or "transformers" (with template="hf"), or "axolotl-like"; see `nanopack.witness`.
 
-    With `against` each conversation is compared, before it is packed, with what another library has in the loss:
-    "trl", "transformers" or "axolotl-like"; see `nanopack.witness`. The first two need template="hf".
-
-    Raises ValueError as `Loader` does.
+    Raises:
+        ValueError: as `Loader` does.
+        ConversationError: for a bad conversation, unless on_error="skip".
     """
     if against is not None:
         if max_batches is not None:
@@ -68,10 +71,16 @@ def verify(
     if arguments["epochs"] is None and max_batches is None:
         raise ValueError("epochs=None is endless; pass max_batches, or a number of epochs")
     with Loader(conversations, tokenizer, **arguments) as loader:
-        data_arguments = {name: value for name, value in arguments.items() if name in DATA_ARGUMENTS}
-        data_arguments |= {"rank": loader.config.rank, "world_size": loader.config.world_size}
-        expected = reference.batches(conversations, loader.tokenizer, **data_arguments)
+        expected = expected_batches(loader, conversations, arguments)
         return compare(itertools.islice(expected, max_batches), itertools.islice(loader, max_batches))
+
+
+def expected_batches(loader: Loader, conversations: Any, arguments: Mapping[str, Any]) -> Iterator[Batch]:
+    """Return the reference's batches for a loader of these conversations and arguments."""
+    deciding = {name: value for name, value in arguments.items() if name in DATA_ARGUMENTS}
+    # where they were not given, torch.distributed knows them
+    deciding |= {"rank": loader.config.rank, "world_size": loader.config.world_size}
+    return reference.batches(conversations, loader.tokenizer, **deciding)
 
 
 def compare_with_witness(loader: Loader, against: str) -> Testimony:
@@ -90,13 +99,13 @@ def compare_with_witness(loader: Loader, against: str) -> Testimony:
 
 
 def compare(expected: Iterator[Batch], got: Iterator[Batch]) -> Verification:
-    """Return whether two runs of batches are equal, field by field, to the end."""
+    """Compare two sequences of batches, field by field, to the end."""
     batches = tokens = 0
-    # the loader first: of a bad conversation it tells more than the reference does
+    # the loader first: its error for a bad conversation says more than the reference's
     for b, a in itertools.zip_longest(got, expected):
         if a is None or b is None:
             more, fewer = ("reference", "loader") if b is None else ("loader", "reference")
-            return Verification(batches, tokens, f"the {fewer} ends after {batches} batches, the {more} goes on")
+            return Verification(batches, tokens, f"the {fewer} ends after {batches} batches, the {more} continues")
         if (difference := first_difference(a, b)) is not None:
             return Verification(batches, tokens, f"batch {batches}, {difference}")
         batches += 1
@@ -105,7 +114,7 @@ def compare(expected: Iterator[Batch], got: Iterator[Batch]) -> Verification:
 
 
 def first_difference(expected: Batch, got: Batch) -> str | None:
-    """Return the first field and place in which two batches differ, None if they are equal in every bit."""
+    """Return the first field and position in which two batches differ, None if they are equal in every bit."""
     for field in fields(Batch):
         a, b = getattr(expected, field.name), getattr(got, field.name)
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
@@ -123,5 +132,5 @@ def _tensor_difference(expected: torch.Tensor, got: torch.Tensor) -> str | None:
         return f": expected {tuple(expected.shape)} {expected.dtype}, got {tuple(got.shape)} {got.dtype}"
     if torch.equal(expected, got):
         return None
-    place = tuple((expected != got).nonzero()[0].tolist())
-    return f"{list(place)}: expected {expected[place].item()}, got {got[place].item()}"
+    position = tuple((expected != got).nonzero()[0].tolist())
+    return f"{list(position)}: expected {expected[position].item()}, got {got[position].item()}"

@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask, fl
 
 from nanopack import Loader, demo
 from nanopack.attention import document_mask, document_mask_mod
+from nanopack.packing import BestFit
 
 EXTRAS = ("positions", "doc_ids", "cu_seqlens")
 ROWS, COLUMNS = 2, 128
@@ -122,7 +123,7 @@ def varlen_attention(q, k, v, cu_seqlens):
 
 
 def test_cu_seqlens_are_as_long_in_every_batch_so_that_nothing_compiles_twice():
-    shapes = {first_batch("best_fit", window=window).cu_seqlens.shape for window in (1, 4, 12)}
+    shapes = {first_batch(BestFit(window=window)).cu_seqlens.shape for window in (1, 4, 12)}
     assert shapes == {(ROWS * (COLUMNS // 8 + 1) + 1,)}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nanopack import Loader
+from nanopack import BestFit, BestFitCrop, BestFitPad, Loader, Pad, Stream
 
 DATA = [{"text": "abc"}]
 
@@ -14,17 +14,16 @@ BAD = [
     ({"batch_size": True}, "batch_size=True is not allowed"),
     ({"seq_len": -1}, "seq_len=-1 is not allowed; use an int from 1 upwards"),
     ({"seq_len": "8"}, "seq_len='8' is not allowed"),
-    ({"batch_size": 2**16, "seq_len": 2**16}, "batch_size=65536 times seq_len=65536 is 4294967296 tokens"),
+    ({"batch_size": 2**16, "seq_len": 2**16}, "batch_size=65536 times seq_len=65536 is 4294967296 tokens per batch"),
     (
         {"batch_size": 2**15, "seq_len": 2**15, "loss_weights": "token"},
-        "batch_size=32768 times seq_len=32768 with what is asked for beside the tokens takes a slot of 10739",
+        "batch_size=32768 times seq_len=32768 with the tables for weights and extras takes a slot of 10739",
     ),
     ({"packing": "bestfit"}, "packing='bestfit' is not allowed; use one of 'best_fit', 'stream'"),
+    ({"packing": "bestfit"}, "'pad', or a packing such as nanopack.BestFit(window=64)"),
     ({"packing": None}, "packing=None is not allowed"),
-    (
-        {"first_assistant": "no"},
-        "first_assistant='no' is not allowed; use one of 'keep', 'raise', 'drop', 'empty_user'",
-    ),
+    ({"packing": BestFit}, "packing=<class 'nanopack.packing.packings.BestFit'> is not allowed"),
+    ({"first_assistant": "no"}, "first_assistant='no' is not allowed; use one of 'keep', 'raise', 'drop'"),
     ({"loss": "user"}, "loss='user' is not allowed; use one of 'assistant', 'last', 'all'"),
     ({"loss_weights": "tokens"}, "loss_weights='tokens' is not allowed; use one of None, 'token', 'conversation'"),
     ({"loss_weights": False}, "loss_weights=False is not allowed"),
@@ -42,18 +41,6 @@ BAD = [
         "template='llama' is not allowed; use one of 'nanochat', 'chatml', 'llama3', 'hf', or a n",
     ),
     ({"max_document_tokens": 0}, "max_document_tokens=0 is not allowed; use an int from 1 upwards, or None"),
-    ({"window": 0}, "window=0 is not allowed"),
-    (
-        {"window": 8, "packing": "stream"},
-        "window=8 has no meaning with packing='stream'; leave it out, or use packing=",
-    ),
-    ({"window": 8, "packing": "pad"}, "window=8 has no meaning with packing='pad'"),
-    ({"max_age": 8, "packing": "best_fit_pad"}, "max_age=8 has no meaning with packing='best_fit_pad'"),
-    ({"max_age": 0}, "max_age=0 is not allowed"),
-    ({"refill": 0}, "refill=0 is not allowed"),
-    ({"refill": 2, "packing": "stream"}, "refill=2 has no meaning with packing='stream'"),
-    ({"overlap": True}, "overlap=True has no meaning with packing='best_fit'; leave it out, or use packing='stream'"),
-    ({"overlap": 1, "packing": "stream"}, "overlap=1 is not allowed; use True or False"),
     ({"boundary_loss": None}, "boundary_loss=None is not allowed; use True or False"),
     ({"ignore_index": 1.5}, "ignore_index=1.5 is not allowed"),
     ({"ignore_index": 2**63}, f"ignore_index={2**63} is not allowed"),
@@ -81,19 +68,36 @@ def test_a_wrong_argument_is_named_with_its_value_and_what_is_allowed(arguments,
     assert message in str(raised.value)
 
 
+BAD_OPTIONS = [
+    (BestFit, {"window": 0}, "window=0 is not allowed; use an int from 1 upwards"),
+    (BestFit, {"max_age": 0}, "max_age=0 is not allowed"),
+    (BestFit, {"refill": 0}, "refill=0 is not allowed"),
+    (BestFitPad, {"window": 1.5}, "window=1.5 is not allowed"),
+    (BestFitCrop, {"refill": True}, "refill=True is not allowed"),
+    (Stream, {"overlap": 1}, "overlap=1 is not allowed; use True or False"),
+]
+
+
+@pytest.mark.parametrize(("packing", "options", "message"), BAD_OPTIONS)
+def test_a_wrong_option_of_a_packing_is_refused_where_it_is_made(packing, options, message):
+    with pytest.raises(ValueError) as raised:
+        packing(**options)
+    assert message in str(raised.value)
+
+
 @pytest.mark.parametrize(
-    ("packing", "window", "max_age"),
+    ("name", "packing"),
     [
-        ("best_fit", 64, 128),
-        ("best_fit_pad", 100, None),
-        ("best_fit_crop", 1000, None),
-        ("stream", None, None),
-        ("pad", None, None),
+        ("best_fit", BestFit(window=64, max_age=128, refill=1)),
+        ("best_fit_pad", BestFitPad(window=100, refill=1)),
+        ("best_fit_crop", BestFitCrop(window=1000, refill=1)),
+        ("stream", Stream(overlap=False)),
+        ("pad", Pad()),
     ],
 )
-def test_each_packing_brings_its_own_window_and_age(packing, window, max_age):
-    config = Loader(DATA, "chat32k", packing=packing).config
-    assert (config.window, config.max_age) == (window, max_age)
+def test_a_name_stands_for_the_packing_with_its_default_options(name, packing):
+    assert Loader(DATA, "chat32k", packing=name).config.packing == packing
+    assert Loader(DATA, "chat32k", packing=packing).config.packing is packing
 
 
 def test_a_tokenizer_without_the_template_s_special_tokens_is_refused_before_the_first_batch():

@@ -22,6 +22,7 @@ from distributed_ranks import (
     default_share,
     gathered_state,
     load_and_go_on,
+    logged_without_a_fitting_group,
     rows_of,
     save_and_go_on,
     steps_in_common,
@@ -31,6 +32,7 @@ from distributed_run import BYTES, SAVE_EVERY, STEPS
 from torch.distributed.checkpoint.stateful import Stateful
 
 from nanopack import Loader, merge_states
+from nanopack.packing import Stream
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
 SCRIPT = Path(__file__).parent / "support" / "distributed_run.py"
@@ -151,10 +153,10 @@ def test_rank_and_world_size_are_those_of_torch_distributed(ranks, shard):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("grouping", ["passed", "default", "none"])
 @pytest.mark.parametrize("shard", ["rank", "row"])
-def test_ranks_of_uneven_data_end_together(ranks, shard, grouped, workers):
-    answers = ranks(3, steps_in_common, grouped, shard=shard, num_workers=workers)
+def test_ranks_of_uneven_data_end_together(ranks, shard, grouping, workers):
+    answers = ranks(4 if grouping == "none" else 3, steps_in_common, grouping, shard=shard, num_workers=workers)[:3]
     steps, length, filled = map(set, zip(*answers, strict=True))
     assert steps == length == {max(filled)} and min(filled) < max(filled) / 5
 
@@ -167,10 +169,17 @@ def test_a_group_that_is_not_that_of_all_ranks_is_refused(ranks):
         assert "process_group has no meaning without epochs" in endless
 
 
+def test_a_loader_of_other_ranks_than_the_default_group_s_does_not_wait_for_them_and_says_so(ranks):
+    # each process stands for rank 0, of two or of one: none of them could meet the others
+    for lines, counted in ranks(3, logged_without_a_fitting_group, 2):
+        assert not counted and ["has 3 ranks, but world_size=2" in line for line in lines] == [True]
+    assert ranks(3, logged_without_a_fitting_group, 1) == [([], False)] * 3
+
+
 def test_a_rank_that_cannot_count_says_so_and_the_others_do_not_wait_for_it(ranks):
     first, second, third = ranks(3, counted_with_a_bad_conversation_of_rank_1)
     assert second[0] == "ConversationError" and "conversation 4" in second[1]
-    assert first == third == ("RuntimeError", "another rank could not count its batches; what it raises says why")
+    assert first == third == ("RuntimeError", "another rank could not count its batches; its own error says why")
 
 
 CASES = {
@@ -178,7 +187,7 @@ CASES = {
     "the beginning, where all lists are empty": dict(steps=0),
     "the end, where all lists are empty": dict(steps=1000, epochs=1),
     "no document waits": dict(steps=3, packing="pad"),
-    "a stream, and its carried token": dict(steps=3, packing="stream", overlap=True),
+    "a stream, and its carried token": dict(steps=3, packing=Stream(overlap=True)),
     "a mixture, whose sources are counted": dict(steps=4, conversations=MIXED, packing="best_fit_crop"),
     "a producer process, shuffled": dict(steps=6, num_workers=1, seed=3, epochs=2),
 }

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "data",
     "errors",
+    "checks",
     "packing",
     "conversations",
     "tokenizers",

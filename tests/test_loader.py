@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import nanopack
 from nanopack import ConversationError, reference
 from nanopack.conversations.records import open_conversations
+from nanopack.packing import BestFitCrop
 from nanopack.verify import compare
 
 # In the caller's thread: tests/test_process.py shows that a process gives the same batches.
@@ -269,7 +270,7 @@ def memory_is_short() -> None:
 
 def failing_ahead(loader: nanopack.Loader, monkeypatch: pytest.MonkeyPatch, fail: Callable[[], None]) -> None:
     """Let the copy of the second batch fail, which comes ahead, in the call for the first."""
-    take, submit, submitted = loader._feed.take, loader._upload.submit, []
+    get, submit, submitted = loader._feed.get, loader._upload.submit, []
 
     def failing(slot: int, used_bytes: int) -> None:
         submitted.append(slot)
@@ -278,7 +279,7 @@ def failing_ahead(loader: nanopack.Loader, monkeypatch: pytest.MonkeyPatch, fail
         submit(slot, used_bytes)
 
     # whatever the pace, what comes ahead is there
-    monkeypatch.setattr(loader._feed, "take", lambda *, wait: take(wait=True))
+    monkeypatch.setattr(loader._feed, "get", lambda *, wait: get(wait=True))
     monkeypatch.setattr(loader._upload, "submit", failing)
 
 
@@ -355,7 +356,7 @@ def test_a_document_is_cut_where_it_must_be_and_what_was_cut_is_counted():
     ],
 )
 def test_the_ledger_notices_a_counter_that_is_off_by_one(counter):
-    loader = Loader([{"text": "abc" * i} for i in range(1, 9)], SMALL, 2, 8, packing="best_fit_crop", window=3)
+    loader = Loader([{"text": "abc" * i} for i in range(1, 9)], SMALL, 2, 8, packing=BestFitCrop(window=3))
     next(loader)
     ledger = loader._ledger()
     assert ledger.imbalances() == []
@@ -488,3 +489,32 @@ def test_documents_rendered_elsewhere_come_from_parquet_as_arrays(tmp_path):
     assert nanopack.verify(str(tmp_path / "ready.parquet"), SMALL, num_workers=0, **arguments)
     record = open_conversations(tmp_path / "ready.parquet")[0]
     assert isinstance(record["input_ids"], np.ndarray) and record["loss_mask"].tolist() == [True, False, True]
+
+
+class Counted(list):
+    """Conversations that count how often each is read."""
+
+    def __init__(self, records):
+        super().__init__(records)
+        self.reads = [0] * len(records)
+
+    def __getitem__(self, index):
+        self.reads[index] += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(
+    ("use", "passes"),
+    [
+        (lambda loader: [batch for batch in loader], 2),
+        (lambda loader: list(iter(loader)), 2),
+        (lambda loader: list(loader), 3),
+        (lambda loader: (len(loader), len(loader), loader.tokens_total, list(loader)), 3),
+    ],
+    ids=["for", "list(iter)", "list", "len, tokens_total and list"],
+)
+def test_the_data_are_read_once_an_epoch_and_once_more_for_all_that_counts(use, passes):
+    conversations = Counted([{"text": "ab" * (k % 5)} for k in range(40)])
+    loader = Loader(conversations, SMALL, 2, 8, packing="stream", epochs=2)
+    use(loader)
+    assert set(conversations.reads) == {passes}

@@ -282,7 +282,7 @@ def test_bad_conversations_count_nothing_in_the_sample() -> None:
     ],
 )
 def test_a_sample_of_bad_conversations_is_an_error(source: Any, first: str) -> None:
-    message = rf"^sources\[1\]: its length cannot be measured: all 3 .* are bad. The first: .*{first}.* Fix"
+    message = rf"^sources\[1\]: all 3 .* are bad, so its length cannot be measured. The first: .*{first}.* Fix"
     with pytest.raises(ValueError, match=message):
         mixture([(texts(1, tokens=2), 1), (source, 1)], by="token", tokenizer=BYTES)
 
@@ -302,9 +302,9 @@ ERRORS: dict[str, tuple[Any, str]] = {
     "no-source": ([], r"^sources=\[\] is not allowed; give a list of at least one \(source, weight\)$"),
     "a-dict": ({"a.jsonl": 1}, r"^sources={'a.jsonl': 1} is not allowed; give a list"),
     "a-path": ("a.jsonl", r"^sources='a.jsonl' is not allowed; give a list"),
-    "a-pair-alone": (("a.jsonl", 1), r"^sources\[0\]='a.jsonl' is no pair; give \(source, weight\) or"),
-    "no-weight": ([("a.jsonl",)], r"^sources\[0\]=\('a.jsonl',\) is no pair; give"),
-    "too-much": ([(Numbers(1), 1), ("a.jsonl", 1, "a", 2)], r"^sources\[1\]=\('a.jsonl', 1, 'a', 2\) is no pair"),
+    "a-pair-alone": (("a.jsonl", 1), r"^sources\[0\]='a.jsonl' is not a pair; give \(source, weight\) or"),
+    "no-weight": ([("a.jsonl",)], r"^sources\[0\]=\('a.jsonl',\) is not a pair; give"),
+    "too-much": ([(Numbers(1), 1), ("a.jsonl", 1, "a", 2)], r"^sources\[1\]=\('a.jsonl', 1, 'a', 2\) is not a pair"),
     "name-none": ([(Numbers(1), 1, None)], r"^sources\[0\]: name=None is not allowed; give a str"),
     "name-empty": ([(Numbers(1), 1, "")], r"^sources\[0\]: name='' is not allowed; give a str"),
     "empty": ([(Numbers(1), 1), ([], 1)], r"^sources\[1\]: conversations=\[\] holds no conversation; give at least"),

@@ -1,1 +1,1 @@
-"""Thin faces of `Loader` for training scripts that exist: one file each, named for whose scripts they are."""
+"""`Loader` for existing training scripts: one file per framework, each a thin layer."""

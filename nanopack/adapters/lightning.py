@@ -1,21 +1,21 @@
-"""Give a Loader's batches to Lightning's Trainer, and save in its checkpoints how far the training is.
+"""Feed a Loader's batches to Lightning's Trainer, and save the loader's state in its checkpoints.
 
     make_loader   ->   Batches(make_loader)   ->   trainer.fit(model, datamodule=...)   ->   training_step(batch)
-     loader.py                                      ckpt_path="last" goes on
+     loader.py                                      ckpt_path="last" resumes
 
     def make_loader():
         return Loader("chats/*.jsonl", tokenizer, 8, 2048, seed=1)
 
     Trainer(max_steps=10_000).fit(model, datamodule=Batches(make_loader))
 
-`training_step` gets the `Batch` itself. It is made for each rank behind Lightning's own start of the process group and
-choice of the device, which is why this takes a function and not a loader.
+`training_step` gets the `Batch` itself. Each rank makes its loader after Lightning has started the process group and
+chosen the device, so this takes a function and not a loader.
 
-Lightning fetches a batch ahead where it is not told how many there are, and drops it when it stops. What counts here is
-which batch it trains: it moves each to the device right before. And it gives a loader its state back only where a
-checkpoint lies within an epoch, a data module always: so this is one.
+Lightning fetches one batch ahead where it does not know how many there are, and drops it when it stops. The state
+saved is that of the batch it trains, which it moves to the device right before. And Lightning restores a loader's
+state only from a checkpoint within an epoch, a data module's always: so this is a data module.
 
-What Lightning calls an epoch are all batches of the loader, its own `epochs` included; of an endless loader, those of
+An epoch of Lightning is all batches of the loader, its own `epochs` included; of an endless loader, those of
 `limit_train_batches`. A checkpoint that is written while a step fails counts that step's batch as trained.
 """
 
@@ -37,7 +37,7 @@ except ImportError as error:
 
 
 class _Fetched:
-    """A batch that Lightning has, and has not begun to train; to its `apply_to_collection` it is one opaque thing."""
+    """A batch that Lightning has fetched but not begun to train; opaque to its `apply_to_collection`."""
 
     def __init__(self, batch: Batch, state: dict[str, Any]) -> None:
         self.batch, self.state = batch, state
@@ -47,26 +47,26 @@ class Batches(LightningDataModule):
     """The batches of a loader as a data module, for `trainer.fit`. For validation, subclass it and add that loader.
 
     Args:
-        make_loader: returns the loader; called on every rank at the start of each `fit`, whose end closes it. It goes
-            on behind the batches that an earlier `fit`, or the run of the checkpoint, has trained.
+        make_loader: returns the loader; called on every rank at the start of each `fit`, whose end closes it. It
+            resumes after the batches that an earlier `fit`, or the run of the checkpoint, has trained.
     """
 
     def __init__(self, make_loader: Callable[[], Loader]) -> None:
         super().__init__()
         self.loader: Loader | None = None
         self._make_loader = make_loader
-        # where the run stands behind the batch trained last, and behind the one fetched last
+        # the states after the last batch trained, and after the last one fetched
         self._trained: Mapping[str, Any] | None = None
         self._fetched: Mapping[str, Any] | None = None
 
     def setup(self, stage: str) -> None:
-        """Make the loader. Raise ValueError where its batches do not outlast the fetching of the next."""
+        """Make the loader. Raise ValueError where fetching a batch would overwrite the previous one."""
         if stage != "fit":
             return
         self.loader = self._make_loader()
         if self.loader._static:
             self.loader.close()
-            raise ValueError("static=True: Lightning fetches a batch before it trains the one it has; leave it out")
+            raise ValueError("static=True: Lightning fetches a batch before it trains the previous one; leave it out")
         self._fetched = self.loader.state_dict()
         if self._trained is None:
             self._trained = self._fetched
@@ -77,11 +77,11 @@ class Batches(LightningDataModule):
             self.loader.close()
 
     def train_dataloader(self) -> Batches:
-        """Return itself: Lightning warns of what it iterates over where that has no state."""
+        """Return itself: Lightning warns about an iterable without a state."""
         return self
 
     def __iter__(self) -> Iterator[_Fetched]:
-        """Yield the batches behind those that are trained, whatever was fetched before."""
+        """Yield the batches after those already trained, whatever was fetched before."""
         assert self.loader is not None and self._trained is not None
         if self._fetched is not self._trained:
             self.loader.load_state_dict(self._trained)
@@ -90,16 +90,16 @@ class Batches(LightningDataModule):
             yield _Fetched(batch, self._fetched)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Return the `Batch`, which lies on its device; from here on it counts as trained."""
+        """Return the `Batch`, already on its device; from here on it counts as trained."""
         if isinstance(batch, _Fetched):
             self._trained = batch.state
             return batch.batch
         return batch if isinstance(batch, Batch) else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the run stands behind the batch trained last. All ranks call it."""
+        """Return the state after the last batch trained, of all ranks. All ranks call it."""
         return {} if self._trained is None else of_all_ranks(self._trained)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from there at the next batch."""
+        """Resume from a state at the next batch."""
         self._trained = state_dict

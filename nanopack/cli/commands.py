@@ -11,11 +11,12 @@ import dataclasses
 import importlib
 import itertools
 import json
+import operator
 import sys
 import time
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,21 +24,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanopack import reference
 from nanopack.batch import Batch
 from nanopack.cli.html import explain_rows, save_page
 from nanopack.cli.lengths import Lengths, measure
-from nanopack.cli.options import CONFIG_DEFAULTS
+from nanopack.cli.options import CONFIG_DEFAULTS, packing_of
 from nanopack.cli.plots import load_matplotlib, save_curve, save_lengths
 from nanopack.cli.progress import Show, progress
 from nanopack.cli.summary import Totals, count_batches, describe_batch, describe_lengths, draw, percent, table
 from nanopack.cli.text import draw_losses, screen
-from nanopack.conversations.order import Share
 from nanopack.data import CONVERSATIONS
 from nanopack.loader import Loader
+from nanopack.producer.shard import shards_of
 from nanopack.render.renderer import Renderer
 from nanopack.tokenizers.tokenizer import load_tokenizer
-from nanopack.verify import compare, compare_with_witness
+from nanopack.verify import compare, compare_with_witness, expected_batches
 
 SAVED = ("inputs", "targets", "weights", "positions", "doc_ids", "cu_seqlens")
 
@@ -69,12 +69,8 @@ def verify(options: Namespace) -> int:
     """Compare every field of every batch with the slow reference packer's; exit code 1 at the first difference."""
     if options.against:
         return _ask_witness(options)
-    data = _loader_options(options)
-    for name in ("encoder", "executor"):
-        data.pop(name, None)
     with _loader(options) as loader, progress("verifying") as show:
-        data |= {"rank": loader.config.rank, "world_size": loader.config.world_size}
-        expected = reference.batches(_conversations(options), loader.tokenizer, **data)
+        expected = expected_batches(loader, _conversations(options), _loader_options(options))
         got = _deliver(loader, Totals(loader.config), options.max_batches, show)
         found = compare(itertools.islice(expected, options.max_batches), got)
         ledger = loader.ledger()
@@ -127,13 +123,13 @@ def inspect(options: Namespace) -> int:
         if drawn is not None and options.explain:
             return _explain(loader, drawn, options)
         ledger = loader.ledger()
-        lengths = _measure(loader, ledger["conversations"]["read"])
+        lengths = _measure(loader)
         written = _write_pictures(drawn, lengths, loader, options)
     if options.json:
         _print_json({**_inspection(lengths, loader, totals.report(ledger)), "written": written})
     else:
         print(f"{_title(options)}\n\n{describe_lengths(lengths, loader)}")
-        print(f"\nPacked with {loader.config.packing}:\n\n{table(totals.rows(ledger, speed=False))}")
+        print(f"\nPacked with {loader.config.packing.name}:\n\n{table(totals.rows(ledger, speed=False))}")
         if drawn is not None:
             print(f"\n{describe_batch(drawn, loader, options.rows, options.row)}")
         if written:
@@ -165,7 +161,7 @@ def _write_pictures(batch: Batch | None, lengths: Lengths, loader: Loader, optio
     """Write the pictures that were asked for, and return their paths."""
     config = loader.config
     if batch and options.html:
-        packed = f"{config.batch_size:,} rows x {config.seq_len:,} tokens, packed with {config.packing}"
+        packed = f"{config.batch_size:,} rows x {config.seq_len:,} tokens, packed with {config.packing.name}"
         padding = percent(1 - batch.num_tokens / batch.inputs.numel())
         title = f"{_title(options)}: batch {batch.step}, {packed}, {padding} padding"
         save_page(explain_rows(batch, loader), options.html, title=title)
@@ -218,7 +214,7 @@ def demo_train(options: Namespace) -> int:
     return 0
 
 
-def _exit_code(batches: int, ledger: dict[str, Any]) -> int:
+def _exit_code(batches: int, ledger: Mapping[str, Any]) -> int:
     """Return 1 if nothing was packed, and say so, or if the ledger does not balance; else 0."""
     if not batches:
         counts = ledger["conversations"]
@@ -241,6 +237,8 @@ def _title(options: Namespace) -> str:
 def _loader_options(options: Namespace) -> dict[str, Any]:
     """Return the loader's arguments among the options; one pass over the data unless given."""
     given = {name: value for name, value in vars(options).items() if name in (*CONFIG_DEFAULTS, "encoder", "executor")}
+    if packing := packing_of(options):
+        given["packing"] = packing
     return {"epochs": 1, **given}
 
 
@@ -283,18 +281,23 @@ def _save(batches: list[Batch], path: Path, safetensors: Any) -> dict[str, list[
     return {name: list(array.shape) for name, array in arrays.items()}
 
 
-def _measure(loader: Loader, read: int) -> Lengths:
-    """Return the lengths of the conversations that the loader read in its first pass."""
-    config, source = loader.config, loader.source
-    share = Share(len(source), config.rank, config.world_size, config.seed)
-    count = min(read, share.reads(1))
+def _measure(loader: Loader) -> Lengths:
+    """Return the lengths of the conversations that the loader read in its first pass, its shards side by side."""
+    states, source = loader.state_dict()["lanes"], loader.source
+    read = [
+        (number, shard.conversation(number))
+        for shard in shards_of(loader.config, len(source))
+        for number in range(min(shard.num_reads(1), states[str(shard.number)]["ledger"]["conversations_read"]))
+    ]
+    read.sort(key=operator.itemgetter(0))
     with progress("measuring") as show:
 
         def indices() -> Iterator[int]:
-            for number in range(count):
-                yield share.conversation(number)
-                show((number + 1) / count, f"{number + 1:,} conversations")
+            for count, (_, conversation) in enumerate(read, 1):
+                yield conversation
+                show(count / len(read), f"{count:,} conversations")
 
+        config = loader.config
         render = Renderer(loader.tokenizer, config.template, config.loss, config.first_assistant)
         return measure(source, indices(), render)
 

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanopack.config import LoaderConfig
-from nanopack.conversations.records import Conversation, Source, check
-from nanopack.packing.packers import make_packer
+from nanopack.conversations.records import Conversation, check
+from nanopack.conversations.source import Source
+from nanopack.packing import Packing, simulate
 from nanopack.render.renderer import Document
 
 # shorter documents share one bin
@@ -89,27 +90,19 @@ class Lengths:
             bins.append(Bin(least, most, len(inside), int(inside.sum())))
         return bins
 
-    def padding(self, config: LoaderConfig, packing: str, window: int | None) -> float:
-        """Return the fraction of positions that is padding when these documents are packed once; 0 without any.
+    def padding(self, config: LoaderConfig, packing: Packing) -> float:
+        """Return the padding fraction (0 to 1) of one pass over these documents with this packing; 0.0 without any.
 
         A document of which cutting leaves no token in the loss counts here; a loader may drop it.
         """
-        drops = config.loss != "all" and packing in ("best_fit", "pad")
-        kept = self.tokens[self.trained > 0] if drops else self.tokens
-        documents = iter(enumerate(np.minimum(kept, config.row_tokens).tolist()))
-        columns = config.seq_len
-        packer = make_packer(packing, lambda: next(documents, None), batch_size=1, seq_len=columns, window=window)
-        rows = tokens = 0
-        while row := packer.next_rows():
-            rows += 1
-            tokens += min(columns, sum(run.length for run in row[0]))
-        return 1 - tokens / (rows * columns) if rows else 0.0
+        kept = self.tokens[self.trained > 0] if packing.drops_untrained(config.loss) else self.tokens
+        return simulate(packing, kept.tolist(), config.seq_len).padding
 
 
 def _fate(config: LoaderConfig) -> str:
-    if config.cuts_to_row:
+    if config.packing.cuts_to_row:
         return "are cut"
-    return "go into the next row" if config.packing == "stream" else "may be cropped"
+    return "go into the next row" if config.packing.splits else "may be cropped"
 
 
 def bin_edges(row_tokens: int) -> list[int]:

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nanopack import __version__
-from nanopack.config import EXTRAS, FIRST_ASSISTANT, LOSS_WEIGHTS, LOSSES, ON_ERROR, SHARDS, TEMPLATES, LoaderConfig
-from nanopack.packing.packers import MAX_AGE, PACKINGS, WINDOWS
+from nanopack.config import EXTRAS, FIRST_ASSISTANTS, LOSS_WEIGHTS, LOSSES, ON_ERROR, SHARDS, TEMPLATES, LoaderConfig
+from nanopack.packing.packings import PACKINGS, Packing
 from nanopack.tokenizers.splintr import ENCODERS
 from nanopack.witness import WITNESSES
 
 CONFIG_DEFAULTS = {field.name: field.default for field in dataclasses.fields(LoaderConfig)}
+PACKING_OPTIONS = ("window", "max_age", "refill", "overlap")
+"""Options of the packings, flags of their own here."""
 LISTED_PIECES = 12
 """Pieces that inspect lists unless a row was asked for."""
 
@@ -66,12 +68,7 @@ def parse(
     def command(run: Command, name: str, what: str) -> Parser:
         one: Parser = commands.add_parser(name, help=what, description=getdoc(run))
         one.set_defaults(command=run)
-        one.add_argument(
-            "files",
-            nargs="*",
-            metavar="FILES",
-            help=FILES_HELP,
-        )
+        one.add_argument("files", nargs="*", metavar="FILES", help=FILES_HELP)
         one.add_argument("--json", action="store_true", help="print one JSON object to stdout, and nothing else")
         return one
 
@@ -155,14 +152,13 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
         what += "" if shown is None or isinstance(shown, (bool, tuple)) else f" (default: {shown})"
         group.add_argument(f"--{name.replace('_', '-')}", help=what, default=argparse.SUPPRESS, **settings)
 
-    windows = ", ".join(f"{size} {packing}" for packing, size in WINDOWS.items())
     option("tokenizer", TOKENIZERS, "chat32k")
     option(
         "encoder", "fast: splintr-rs, the same ids faster, checked against tiktoken", "tiktoken", choices=ENCODERS[1:]
     )
     option("batch_size", "rows of a batch, B", metavar="B", type=int)
     option("seq_len", "tokens of a row, T", metavar="T", type=int)
-    option("packing", PACKING_HELP, choices=PACKINGS)
+    option("packing", PACKING_HELP, "best_fit", choices=list(PACKINGS))
     option("loss", "which tokens are in the loss", choices=LOSSES)
     option(
         "loss_weights",
@@ -177,11 +173,11 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
     )
     option("max_pieces", "pieces a row for which cu_seqlens has room", "T // 8 + 1", metavar="N", type=int)
     option("template", "chat template", choices=TEMPLATES)
-    option("first_assistant", "what to do with a chat that begins with the assistant", choices=FIRST_ASSISTANT)
+    option("first_assistant", "what to do with a chat that begins with the assistant", choices=FIRST_ASSISTANTS)
     option("max_document_tokens", "cut documents to this many tokens", metavar="N", type=int)
-    option("window", "documents among which to choose", windows, metavar="N", type=int)
-    option("max_age", "rows that a document may wait", f"{MAX_AGE}, best_fit only", metavar="N", type=int)
-    option("refill", "documents read at a time", metavar="N", type=int)
+    option("window", "best_fit...: documents to choose from", _packing_defaults("window"), metavar="N", type=int)
+    option("max_age", "best_fit: rows that a document may wait", _packing_defaults("max_age"), metavar="N", type=int)
+    option("refill", "best_fit...: documents to read at a time", "1", metavar="N", type=int)
     option("overlap", "stream: the last target of a batch is the first input of the next", action="store_true")
     group.add_argument(
         "--no-boundary-loss",
@@ -199,6 +195,32 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
     option("executor", "what unpacks slots into tensors", "torch", choices=("torch", "triton"))
     option("on_error", "what to do about an invalid conversation", choices=ON_ERROR)
     group.add_argument("--max-batches", metavar="N", type=_from(1), help="stop after this many batches")
+
+
+def _packing_defaults(option: str) -> str:
+    """Return an option's default in each packing that has it.
+
+    >>> _packing_defaults("window")
+    '64 best_fit, 100 best_fit_pad, 1000 best_fit_crop'
+    """
+    options = {name: kind().options() for name, kind in PACKINGS.items()}
+    return ", ".join(f"{given[option]} {name}" for name, given in options.items() if option in given)
+
+
+def packing_of(options: argparse.Namespace) -> Packing | None:
+    """Return the packing and packing options asked for, None if neither. ValueError for an option it does not have."""
+    given = {name: value for name, value in vars(options).items() if name in PACKING_OPTIONS}
+    if not given and "packing" not in options:
+        return None
+    kind = PACKINGS[getattr(options, "packing", "best_fit")]
+    for option, value in given.items():
+        if option not in kind().options():
+            having = [name for name, other in PACKINGS.items() if option in other().options()]
+            raise ValueError(
+                f"{option}={value!r} has no meaning with packing={kind.name!r}; "
+                f"leave it out, or use packing={' or '.join(map(repr, having))}"
+            )
+    return kind(**given)
 
 
 def _from(least: int) -> Any:

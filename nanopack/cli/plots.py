@@ -18,6 +18,7 @@ import numpy as np
 
 from nanopack.cli.lengths import Lengths
 from nanopack.config import LoaderConfig
+from nanopack.packing import BestFit, BestFitPad, Pad
 
 # From Okabe and Ito's palette, which colour-blind readers can tell apart: https://jfly.uni-koeln.de/color/
 BLUE, VERMILION = "#0072B2", "#D55E00"
@@ -86,11 +87,15 @@ def _draw_lengths(axes: Any, lengths: Lengths, config: LoaderConfig) -> None:
 
 
 def _draw_padding(axes: Any, lengths: Lengths, config: LoaderConfig) -> None:
-    alone = 100 * lengths.padding(config, "pad", None)
+    alone = 100 * lengths.padding(config, Pad())
     axes.axhline(alone, color="black", linestyle="--", label=f"pad, one document a row: {alone:.0f}%")
-    for packing, mark, colour in (("best_fit", "o-", BLUE), ("best_fit_pad", "x--", VERMILION)):
-        padding = [100 * lengths.padding(config, packing, window) for window in WINDOWS]
-        axes.plot(WINDOWS, padding, mark, color=colour, label=packing)
+    packings: list[tuple[type[BestFit | BestFitPad], str, str]] = [
+        (BestFit, "o-", BLUE),
+        (BestFitPad, "x--", VERMILION),
+    ]
+    for packing, mark, colour in packings:
+        padding = [100 * lengths.padding(config, packing(window=window)) for window in WINDOWS]
+        axes.plot(WINDOWS, padding, mark, color=colour, label=packing.name)
     axes.axhline(0, color=COLOURS[2], linewidth=3, label="stream, best_fit_crop: no padding")
     axes.set_xscale("log", base=2)
     axes.set_xticks(WINDOWS, [f"{window:,}" for window in WINDOWS])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,13 +64,13 @@ class Totals:
         self.alone_rows += len(pieces)
         self.alone_tokens += sum(min(piece.length, columns) for piece in pieces)
 
-    def report(self, ledger: dict[str, Any]) -> dict[str, Any]:
+    def report(self, ledger: Mapping[str, Any]) -> dict[str, Any]:
         """Return the totals as plain data (JSON-able): fractions are 0 to 1, or None if undefined."""
         config = self.config
         batch_positions = config.batch_size * config.seq_len
         full = self.tokens - self.last_tokens if self.ended else None
         return {
-            "packing": config.packing,
+            "packing": config.packing.name,
             "batch_size": config.batch_size,
             "seq_len": config.seq_len,
             "batches": self.batches,
@@ -86,10 +86,10 @@ class Totals:
 
     def _padding_one_a_row(self) -> float | None:
         # a piece shows how long its document is only if no document is cut in the middle
-        whole = self.alone_tokens if self.config.cuts_to_row else None
+        whole = self.alone_tokens if self.config.packing.cuts_to_row else None
         return _padding(whole, self.alone_rows * self.config.seq_len)
 
-    def rows(self, ledger: dict[str, Any], *, speed: bool = True) -> Rows:
+    def rows(self, ledger: Mapping[str, Any], *, speed: bool = True) -> Rows:
         """Return the lines of the report on the run."""
         report = self.report(ledger)
         batches = f"of {self.config.batch_size:,} rows x {self.config.seq_len:,} tokens"
@@ -189,7 +189,7 @@ def _reason(what: str, reason: str) -> str:
     return f"{what}: {REASONS.get(reason, reason)}"
 
 
-def _conversation_rows(counts: dict[str, Any]) -> Rows:
+def _conversation_rows(counts: Mapping[str, Any]) -> Rows:
     notes = [
         *((number, _reason("dropped", reason)) for reason, number in counts["dropped"].items()),
         (counts["skipped"], "skipped: invalid"),
@@ -201,7 +201,7 @@ def _conversation_rows(counts: dict[str, Any]) -> Rows:
     ]
 
 
-def _token_rows(counts: dict[str, Any]) -> Rows:
+def _token_rows(counts: Mapping[str, Any]) -> Rows:
     notes = [
         *((number, _reason("cut", reason)) for reason, number in counts["cut"].items()),
         (counts["dropped"], "dropped with their conversations"),
@@ -223,7 +223,7 @@ def _padding_rows(report: dict[str, Any]) -> Rows:
     return rows
 
 
-def _ledger_rows(ledger: dict[str, Any]) -> Rows:
+def _ledger_rows(ledger: Mapping[str, Any]) -> Rows:
     if ledger["balanced"]:
         return [("ledger", "balanced", "every conversation and every token accounted for")]
     first, *others = ledger["imbalances"]

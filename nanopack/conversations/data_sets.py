@@ -12,13 +12,27 @@ from __future__ import annotations
 import glob
 import operator
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
 from nanopack.conversations.arrow import without_nulls
 from nanopack.conversations.files import SUFFIXES, files_in, open_files
 from nanopack.conversations.source import Source
 from nanopack.errors import describe, short
+
+
+class Dataset(Protocol):
+    """Any data set: a list, `datasets.Dataset`, torch `Dataset`, nanochat task or `nanopack.mixture`."""
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """Return record `index`, a conversation in one of the accepted shapes, for 0 <= index < len."""
+
+
+Conversations: TypeAlias = Dataset | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+"""What `Loader` and `mixture` take: a data set, or path(s), folders or globs of files that end in SUFFIXES."""
 
 
 class Items(Source):

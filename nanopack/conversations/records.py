@@ -14,7 +14,7 @@ from numbers import Real
 from typing import Any, NoReturn
 
 from nanopack.conversations import keys
-from nanopack.conversations.data_sets import open_conversations
+from nanopack.conversations.data_sets import Conversations, Dataset, open_conversations
 from nanopack.conversations.files import SUFFIXES
 from nanopack.conversations.keys import RECORD, Row, is_absent
 from nanopack.conversations.messages import (
@@ -40,6 +40,8 @@ __all__ = [
     "SUFFIXES",
     "Conversation",
     "ConversationError",
+    "Conversations",
+    "Dataset",
     "Message",
     "Part",
     "Source",

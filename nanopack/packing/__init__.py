@@ -1,13 +1,27 @@
 """Lengths of documents in, rows out: which document goes where. Integers only: no tokens, no tensors, no GPU.
 
-rows.py       what a row is made of, and what every packing can do
-stream.py     documents end to end        best_fit.py   rows of whole documents
-packers.py    the packings by name
+packings.py   the packings to choose from, and their options
+rows.py       what a row is made of, and what every packer can do
+best_fit.py   rows of whole documents;  stream.py  documents end to end;  pad.py  one document a row
+simulate.py   pack lengths only, and count
 """
 
-from nanopack.packing.best_fit import BestFit
-from nanopack.packing.packers import MAX_AGE, PACKINGS, WINDOWS, OneEach, make_packer
+from nanopack.packing.packings import BestFit, BestFitCrop, BestFitPad, Packing, PackingName, Pad, Stream, as_packing
 from nanopack.packing.rows import Packer, Row, Run
-from nanopack.packing.stream import Stream
+from nanopack.packing.simulate import Packed, simulate
 
-__all__ = ["MAX_AGE", "PACKINGS", "WINDOWS", "BestFit", "OneEach", "Packer", "Row", "Run", "Stream", "make_packer"]
+__all__ = [
+    "BestFit",
+    "BestFitCrop",
+    "BestFitPad",
+    "Packed",
+    "Packer",
+    "Packing",
+    "PackingName",
+    "Pad",
+    "Row",
+    "Run",
+    "Stream",
+    "as_packing",
+    "simulate",
+]

@@ -1,7 +1,7 @@
-"""Fill each row with the longest waiting documents that fit, at the same cost however many wait.
+"""Fill each row with the longest waiting documents that fit, at a cost that does not grow with their number.
 
-lengths of what is read   ->   BestFit.next_rows()   ->   rows of whole documents
-      lane.py                                               packing.py chooses among packings
+lengths of what is read   ->   BestFitPacker.next_rows()   ->   rows of whole documents
+      shard.py                                                     slot.py writes them out
 """
 
 from __future__ import annotations
@@ -14,13 +14,21 @@ from typing import Any
 from nanopack.packing.rows import Read, Row, Run, State, counters, set_counters
 
 
-class BestFit:
-    """Each row takes, again and again, the longest waiting document that fits its rest, first come among equals.
+class BestFitPacker:
+    """Each row takes the longest waiting document that fits, again and again; among equals the one read first.
 
-    Before each choice the waiting list is refilled, `refill` documents at a time, until `window` wait. When none fits,
-    the row ends there, or with `crop` takes the beginning of the shortest (the rest of that document is dropped). With
-    `max_age`, a document that has waited so many rows opens the next one. nanochat's SFT loader is the plain form,
+    Before each choice the waiting list is refilled until `window` wait. When none fits, the row ends, or with `crop`
+    takes the beginning of the shortest (the rest of that document is dropped). nanochat's SFT loader is the plain form,
     its pretraining loader the one with `crop`.
+
+    Args:
+        read: returns the next document and its length; see `Packing.build`.
+        batch_size: rows of a batch.
+        capacity: tokens of a row, T + 1.
+        window: documents to choose from.
+        refill: documents to read at a time when fewer wait.
+        max_age: a document that has waited this many rows opens the next one; None: it may wait forever.
+        crop: fill a row's rest with the beginning of the shortest document.
     """
 
     def __init__(
@@ -50,19 +58,19 @@ class BestFit:
         self.emitted = self.cropped = self.packed = self.longest_wait = 0
 
     def held(self) -> list[Any]:
-        """Return what waits, in the order of reading."""
+        """Return the documents that wait, in the order of reading."""
         return list(self._waiting)
 
     def left(self) -> list[tuple[Any, int]]:
-        """Return each document of which something is still to come, and how many of its tokens."""
+        """Return each document with tokens still to come, and their number."""
         return [(document, length) for document, (length, _) in self._waiting.items()]
 
     def state(self) -> State:
-        """Return the counters, the row that comes next, and the rows in which what waits was read."""
+        """Return the counters, the number of the next row, and the row in which each waiting document was read."""
         return {"row": self._row, "since": [row for _, row in self._waiting.values()], **counters(self)}
 
     def restore(self, state: State, held: Sequence[tuple[Any, int]]) -> None:
-        """Stand where a packer stood: its state, and (document, length) of what it held."""
+        """Restore a saved state: `state()`, and (document, length) of each document of `held()`."""
         set_counters(self, state)
         self._row = state["row"]
         for (document, length), since in zip(held, state["since"], strict=True):
@@ -70,7 +78,7 @@ class BestFit:
 
     @property
     def waiting_documents(self) -> int:
-        """Documents read of which something is still to come."""
+        """Documents read that have tokens still to come."""
         return len(self._waiting)
 
     def next_rows(self) -> list[Row]:
@@ -111,7 +119,7 @@ class BestFit:
         self.waiting_tokens += length
 
     def _choose(self, room: int, *, opens: bool) -> int | None:
-        """Return the length of the document to place next (the first that came with it is meant), or None."""
+        """Return the length of the document to place next, the first read of that length; None ends the row."""
         if not self._waiting:
             return None
         if opens and self._max_age is not None:
@@ -131,11 +139,11 @@ class BestFit:
 
 
 class _Lengths:
-    """Waiting documents by length: adding and choosing cost the same however many wait.
+    """Waiting documents by length. The cost of adding and choosing does not grow with their number.
 
-    One queue a length, and one big integer whose bit n says that a document of length n waits: the longest that fits
-    is its highest bit below the room, the shortest its lowest bit. Documents longer than a row never fit; they lie in
-    a heap, and only the shortest of them is ever asked for.
+    One queue per length, and one big integer whose bit n says that a document of length n waits: the longest that fits
+    is its highest bit up to the room, the shortest its lowest bit. Documents longer than a row never fit; their lengths
+    are in a heap, of which only the shortest is ever needed.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -156,16 +164,16 @@ class _Lengths:
             queue.append(document)
 
     def longest(self, room: int) -> int | None:
-        """Return the greatest length up to `room` that waits, or None."""
+        """Return the greatest waiting length up to `room`, or None."""
         fitting = self._bits & ((2 << room) - 1)
         return fitting.bit_length() - 1 if fitting else None
 
     def shortest(self) -> int:
-        """Return the least length that waits."""
+        """Return the least waiting length."""
         return (self._bits & -self._bits).bit_length() - 1 if self._bits else self._over_long[0]
 
     def pop(self, length: int) -> Any:
-        """Take out the document of that length that came first; of over-long ones only the shortest can be meant."""
+        """Remove and return the first document of that length; above the capacity, only the shortest may be taken."""
         queue = self._queues[length]
         document = queue.popleft()
         if not queue:

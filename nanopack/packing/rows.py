@@ -1,7 +1,10 @@
-"""Say what a row is made of, and what every packing can do.
+"""Define what a row is made of, and what every packer can do.
 
 documents, by length   ->   Packer.next_rows()   ->   rows of runs (document, offset, length)
-                         packing.py, best_fit.py              ring.py writes them out
+  shard.py                best_fit.py, stream.py, pad.py      slot.py writes them out
+
+Only lengths count here: no tokens, no tensors, no GPU. A packer asks for documents itself, because when to read is part
+of each rule.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 Read = Callable[[], "tuple[Any, int] | None"]
-"""Returns the next document and its length, None at the end of the data."""
+"""Returns the next document, any hashable object equal only to itself, and its length; None at the end of the data."""
 State = dict[str, Any]
 """Numbers and lists of numbers, by name."""
 
@@ -28,28 +31,15 @@ class Run(NamedTuple):
 Row = list[Run]
 
 
-class Piece(NamedTuple):
-    """A run of one document in one row, as the batch tells it."""
-
-    conversation: int
-    """Index of the conversation in the data set."""
-    start: int
-    """First column."""
-    length: int
-    """Tokens."""
-    offset: int
-    """Token of the document that stands in the first column."""
-
-
 class Packer(Protocol):
-    """What the producer and the ledger need of a packing."""
+    """Decides which documents fill the next rows, and counts what it does. Made by `Packing.build`."""
 
     emitted: int
-    """Tokens handed out so far, each counted once."""
+    """Tokens placed so far, each counted once."""
     cropped: int
     """Tokens cut from documents that were placed in part."""
     packed: int
-    """Documents of which nothing is left to come."""
+    """Documents with no token still to come."""
     longest_wait: int
     """Most rows that a document has waited before it was placed."""
 
@@ -57,20 +47,20 @@ class Packer(Protocol):
         """Return the rows of the next batch; at the end of the data fewer than its rows, then none."""
 
     def held(self) -> list[Any]:
-        """Return the documents of which later rows will take something, in the order that `restore` wants."""
+        """Return the documents that later rows need, in the order that `restore` takes."""
 
     def left(self) -> list[tuple[Any, int]]:
-        """Return each document of which something is still to come, and how many of its tokens."""
+        """Return each document with tokens still to come, and their number."""
 
     def state(self) -> State:
-        """Return what else than the documents held decides the rows to come, and the counters."""
+        """Return what besides `held()` decides the rows to come, and the counters: plain numbers and lists, by name."""
 
     def restore(self, state: State, held: Sequence[tuple[Any, int]]) -> None:
-        """Stand where a packer stood: its state, and (document, length) of what it held."""
+        """Restore a saved state: `state()`, and (document, length) of each document of `held()`."""
 
     @property
     def waiting_documents(self) -> int:
-        """Documents read of which something is still to come."""
+        """Documents read that have tokens still to come."""
 
     @property
     def waiting_tokens(self) -> int:
@@ -83,6 +73,6 @@ def counters(packer: Packer) -> State:
 
 
 def set_counters(packer: Packer, state: State) -> None:
-    """Set the counters of a packer to those of a state."""
+    """Set a packer's counters to those of a state."""
     for name in COUNTERS:
         setattr(packer, name, state[name])

@@ -1,7 +1,7 @@
 """Put documents end to end: nanochat's midtraining loader.
 
-lengths of what is read   ->   Stream.next_rows()   ->   rows of runs, of whole and of parts of documents
-      shard.py                                              slot.py writes them out
+lengths of what is read   ->   StreamPacker.next_rows()   ->   rows of runs, of whole documents and of parts
+      shard.py                                                    slot.py writes them out
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 from nanopack.packing.rows import Read, Row, Run, State, counters, set_counters
 
 
-class Stream:
-    """Documents end to end: a batch is the next B*T+1 tokens, a row T+1 of them, sharing one with the next row.
+class StreamPacker:
+    """Documents end to end: a batch is the next B * T + 1 tokens, a row T + 1 of them; neighbouring rows share one.
 
-    This is nanochat's midtraining loader. With `overlap`, the last token of a batch is the first of the next one.
+    With `overlap`, the last token of a batch is also the first of the next one.
 
     >>> lengths = iter([(0, 6), (1, 12)])
-    >>> Stream(lambda: next(lengths), batch_size=2, seq_len=4, overlap=False).next_rows()
+    >>> StreamPacker(lambda: next(lengths), batch_size=2, seq_len=4, overlap=False).next_rows()
     [[Run(document=0, offset=0, length=5)], [Run(document=0, offset=4, length=2), Run(document=1, offset=0, length=3)]]
     """
 
@@ -29,7 +29,7 @@ class Stream:
         self._seq_len = seq_len
         self._overlap = overlap
         self._carried: Run | None = None
-        # the documents of which something waits, in order; of the first one `_offset` tokens are gone
+        # the documents with tokens still to come, in order; the first `_offset` tokens of the first one are placed
         self._queue: deque[tuple[Any, int]] = deque()
         self._offset = 0
         self.waiting_tokens = 0
@@ -40,16 +40,16 @@ class Stream:
         return [item[0] for item in (*filter(None, [self._carried]), *self._queue)]
 
     def left(self) -> list[tuple[Any, int]]:
-        """Return each document of which something is still to come, and how many of its tokens."""
+        """Return each document with tokens still to come, and their number."""
         return [(item[0], item[1] - (self._offset if n == 0 else 0)) for n, item in enumerate(self._queue)]
 
     def state(self) -> State:
-        """Return the counters, and where in the first documents it stands."""
+        """Return the counters, and the offsets of the carried token (-1: none) and of the queue's first token."""
         carried = -1 if self._carried is None else self._carried.offset
         return {"carried": carried, "offset": self._offset, **counters(self)}
 
     def restore(self, state: State, held: Sequence[tuple[Any, int]]) -> None:
-        """Stand where a packer stood: its state, and (document, length) of what it held."""
+        """Restore a saved state: `state()`, and (document, length) of each document of `held()`."""
         set_counters(self, state)
         self._offset = state["offset"]
         if state["carried"] >= 0:
@@ -60,7 +60,7 @@ class Stream:
 
     @property
     def waiting_documents(self) -> int:
-        """Documents read of which something is still to come."""
+        """Documents read that have tokens still to come."""
         return len(self._queue)
 
     def next_rows(self) -> list[Row]:
@@ -95,7 +95,7 @@ class Stream:
 
 
 def _split_in_rows(runs: list[Run], batch_size: int, seq_len: int) -> list[Row]:
-    """Cut up to B*T+1 tokens into B rows of T; each row also gets the token after it, which is its last target."""
+    """Cut up to B * T + 1 tokens into B rows of T; each row also gets the next token, its last target."""
     rows: list[Row] = [[]]
     room = seq_len
     for document, offset, length in runs:
@@ -107,14 +107,14 @@ def _split_in_rows(runs: list[Run], batch_size: int, seq_len: int) -> list[Row]:
                 rows.append([])
                 room = seq_len
             part = min(length, room)
-            # what is in the row is of other documents: runs differ, and a new row is empty
+            # never the same document as the run before it in the row: neighbouring runs differ
             rows[-1].append(Run(document, offset, part))
             offset, length, room = offset + part, length - part, room - part
     return rows
 
 
 def _extend(runs: list[Run], document: Any, offset: int, length: int) -> None:
-    """Put the next tokens of a document behind the runs, in one with the last where that is of the same document."""
+    """Append the next tokens of a document to the runs, extending the last run where it is of the same document."""
     if runs and (last := runs[-1]).document == document:
         runs[-1] = Run(document, last.offset, last.length + length)
     else:

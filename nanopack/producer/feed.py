@@ -1,7 +1,7 @@
-"""Run the producer, in the caller's thread or in a process of its own, and bring news of filled slots.
+"""The queue of filled slots, from a producer in the caller's thread or in a process of its own.
 
-producer.py fills a slot of ring.py   ->   Feed.take(): slot and facts, in batch order   ->   delivery.py
-                                      <-   Feed.free(): a slot that may be filled again
+producer.py fills a slot of the ring   ->   Feed.get(): facts of the slot, in batch order   ->   upload/prefetcher.py
+                                       <-   Feed.release(): a slot that may be filled again
 """
 
 from __future__ import annotations
@@ -9,64 +9,64 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple, Protocol
 
-from nanopack.producer.producer import Produced, Producer
+from nanopack.producer.producer import Producer
+from nanopack.ring.facts import BatchFacts
 from nanopack.ring.ring import Ring
 
 
-class News(NamedTuple):
-    """A slot that is ready, and what the host knows of it."""
-
-    slot: int
-    produced: Produced
-
-
 class End(NamedTuple):
-    """The end of the data, and the producer's books as they stand there."""
+    """The end of the data, and the producer's state there."""
 
-    books: bytes
+    state: bytes
 
 
 class Feed(Protocol):
-    """Where filled slots come from, in batch order."""
-
-    def take(self, *, wait: bool) -> News | End | None:
-        """Return the next ready slot, or the end of the data; without `wait`, None if there is none yet.
-
-        Raises, in its place in the order, whatever stopped the producer.
-        """
-
-    def free(self, slot: int) -> None:
-        """Give a slot back to be filled again."""
+    """A queue of filled slots, in batch order."""
 
     @property
-    def ready(self) -> int:
-        """Messages that are waiting to be taken."""
+    def pid(self) -> int | None:
+        """Of the producer's process; None where it has none."""
+
+    def get(self, *, wait: bool) -> BatchFacts | End | None:
+        """Return the next filled slot, or the end of the data; without `wait`, None if there is none yet.
+
+        Raises whatever stopped the producer, after all slots filled before it.
+        """
+
+    def release(self, slot: int) -> None:
+        """Give a slot back to be filled again. Slots come back in the order in which they were filled."""
+
+    def qsize(self) -> int:
+        """Return the number of messages that `get` would return without waiting."""
 
     def close(self) -> None:
         """End the producer. May be called twice."""
 
 
 class Inline:
-    """The producer in the caller's thread: a slot is filled when it is waited for, never before."""
+    """A producer in the caller's thread: a slot is filled when it is waited for, never before."""
 
-    ready = 0
+    pid = None
 
     def __init__(self, producer: Producer, ring: Ring) -> None:
         self._producer = producer
         self._ring = ring
         self._free = deque(range(len(ring.slots)))
 
-    def take(self, *, wait: bool) -> News | End | None:
-        """Fill a slot and return it; without `wait`, None. Raises as `Producer.produce` does."""
+    def get(self, *, wait: bool) -> BatchFacts | End | None:
+        """Fill a slot and return its facts; without `wait`, None. Raises as `Producer.produce` does."""
         if not wait:
             return None
-        slot = self._free.popleft()
-        produced = self._producer.produce(self._ring.slots[slot])
-        return End(self._producer.books()) if produced is None else News(slot, produced)
+        facts = self._producer.produce(self._ring.slots[self._free.popleft()])
+        return End(self._producer.state_bytes()) if facts is None else facts
 
-    def free(self, slot: int) -> None:
+    def release(self, slot: int) -> None:
         """Give a slot back to be filled again."""
         self._free.append(slot)
 
+    def qsize(self) -> int:
+        """Return 0: nothing is filled ahead."""
+        return 0
+
     def close(self) -> None:
-        """Do nothing: there is nothing to end."""
+        """Do nothing: there is no process to end."""

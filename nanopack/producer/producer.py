@@ -1,52 +1,35 @@
-"""Bring the rows of a rank's lanes together, and fill slots with batches.
+"""Fill slots with batches: the rows of all shards of a rank, one below the other.
 
-    rows of every lane   ->   Producer.produce(slot)   ->   a filled slot, and its facts
-         lane.py                                             ring.py
+    rows of every shard   ->   Producer.produce(slot)   ->   a filled slot, and BatchFacts
+         shard.py                                             ring/
 
 No torch, no GPU.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterable, Iterator
 from functools import partial
 from math import fsum
 from typing import Any, NamedTuple
 
-from nanopack.config import LoaderConfig
-from nanopack.conversations.records import Source, check
-from nanopack.errors import TemplateError
-from nanopack.packing.rows import Row
-from nanopack.producer.counting import count_batches
-from nanopack.producer.reader import Read, Reader, read_in_turn
-from nanopack.producer.shard import Lane
+import numpy as np
+
+from nanopack.conversations.order import Shard
+from nanopack.packing.simulate import simulate
+from nanopack.producer.reader import ReadDocument, Reader, read_in_turn
+from nanopack.producer.shard import ReadAll, ShardPacker, describe_or_raise, pack_state, shards_of
 from nanopack.producer.workers import Workers
-from nanopack.render.renderer import missing_tokens
-from nanopack.ring.layout import Layout
-from nanopack.ring.signs import FILLING, READING, Signs
-from nanopack.ring.slot import Filled, Slot
-from nanopack.tokenizers.tokenizer import AnyTokenizer
-
-
-class Produced(NamedTuple):
-    """A batch in a slot: what the host knows of it, and how far the data are read. See `Batch`."""
-
-    filled: Filled
-    epoch: int
-    progress: float
-    last: bool
-    longest_wait: int
-    """Most rows that a document has waited so far."""
-    books: bytes
-    """`Producer.state` with this batch delivered, pickled: few ask for it."""
+from nanopack.ring.facts import BatchFacts
+from nanopack.ring.ring import FILLING, READING, ProducerStatus
+from nanopack.ring.slot import Slot
 
 
 class Start(NamedTuple):
-    """Where a producer begins, and what is known beforehand."""
+    """Where a producer starts, and what is known beforehand."""
 
     state: dict[str, Any] | None = None
-    """Of another producer: this one goes on where it stood."""
+    """State of another producer, to resume from."""
     batches: int | None = None
     """Of the rank that has most of them, with `epochs`."""
 
@@ -55,108 +38,125 @@ FROM_THE_BEGINNING = Start()
 
 
 class Producer:
-    """Fills slots with the batches of a config, one after the other."""
+    """Fills slots with the batches of one rank, one after the other."""
 
     def __init__(
         self,
-        source: Source,
-        tokenizer: AnyTokenizer,
-        config: LoaderConfig,
+        reader: Reader,
         start: Start = FROM_THE_BEGINNING,
         *,
         workers: int = 0,
-        signs: Signs | None = None,
+        status: ProducerStatus | None = None,
     ) -> None:
-        """Raise TemplateError where the first conversation needs tokens that the tokenizer lacks; see `Lane.restore`.
+        """Raise as `ShardPacker.restore` does.
 
-        With `workers`, so many processes read ahead; without, conversations are read here when they are needed.
-        What the producer is at is told by `signs`, if anybody looks.
+        With `workers`, that many processes read ahead; with 0, conversations are read here when they are needed. The
+        stage of the work is reported to `status`; without one this is the trainer's own process, where Ctrl-C is
+        raised at once.
         """
-        self._signs = signs
-        self.source = source
-        self.config = config
-        self.layout = Layout.of(config, tokenizer.vocab_size)
-        self._reader = Reader(source, tokenizer, config, self.layout)
-        self.render = self._reader.render
-        if missing_tokens(tokenizer, config.template):
-            self._try_the_first()
-        self._tell = None if signs is None else partial(signs.say, READING)
-        self._workers = Workers(workers, self._reader, self._tell) if workers else None
-        self._lanes = [Lane(number, source, config, self.layout, self._read_all) for number in config.lanes]
+        self._config = reader.config
+        self._reader = reader
+        self._status = status
+        self._on_chunk = None if status is None else partial(status.set, READING)
+        self._workers = Workers(workers, reader, self._on_chunk) if workers else None
+        self._shards = [
+            ShardPacker(shard, reader, self._read_all) for shard in shards_of(self._config, len(reader.source))
+        ]
         self._step = 0
         self._batches = start.batches
         if start.state is not None:
             self._step = start.state["step"]
-            for lane in self._lanes:
-                lane.restore(start.state["lanes"][str(lane.number)])
+            for packer in self._shards:
+                packer.restore(start.state["lanes"][str(packer.shard.number)])
 
-    def produce(self, slot: Slot) -> Produced | None:
-        """Fill the slot with the next batch; return None, and leave it alone, at the end of the data.
+    def produce(self, slot: Slot) -> BatchFacts | None:
+        """Fill the slot with the next batch; at the end of the data return None, and leave the slot as it is.
 
-        Where another rank has more batches than this one, padding follows what this one has, so that all have equally
-        many. Raises as `Lane.next_rows` does.
+        Where another rank has more batches than this one, batches of padding follow, so that all deliver equally many.
+        Raises as `ShardPacker.next_rows` does.
         """
-        rows = [lane.next_rows() for lane in self._lanes]
+        size = self._config.shard_rows
+        rows = [packer.next_rows() for packer in self._shards]
         if not any(rows) and self._step >= self._batches_of_the_longest():
             return None
-        if self._signs is not None:
-            self._signs.say(FILLING)
-        rows = [[*own, *[[]] * (self.config.lane_rows - len(own))] for own in rows]
-        filled = slot.fill([row for own in rows for row in own])
-        self._count_slots(rows, filled.row_trained)
+        if self._status is not None:
+            self._status.set(FILLING)
+        facts, counts = slot.fill([row for own in rows for row in (*own, *[[]] * (size - len(own)))])
+        of_shards = counts.reshape(len(self._shards), size, 2).sum(axis=1).tolist()
+        for packer, (tokens, loss_tokens) in zip(self._shards, of_shards, strict=True):
+            packer.count_positions(tokens, loss_tokens)
         self._step += 1
-        progress, last = zip(*(lane.progress() for lane in self._lanes), strict=True)
-        return Produced(
-            filled=filled,
-            epoch=max(lane.epoch for lane in self._lanes),
+        progress, last = zip(*(packer.progress() for packer in self._shards), strict=True)
+        return facts._replace(
+            epoch=max(packer.epoch for packer in self._shards),
             progress=fsum(progress) / len(progress),
             last=all(last),
-            longest_wait=max(lane.longest_wait for lane in self._lanes),
-            books=self.books(),
+            longest_wait_rows=max(packer.longest_wait for packer in self._shards),
+            state=self.state_bytes(),
         )
 
-    def _try_the_first(self) -> None:
-        """Refuse a tokenizer at once, rather than with the first batch, where the data begin with messages."""
-        try:
-            self.render(check(self.source[0]))
-        except TemplateError:
-            raise
-        except Exception:
-            # what else is wrong with it is told in its turn
-            return
-
-    def books(self) -> bytes:
-        """Return `state()`, pickled."""
-        return pickle.dumps(self.state())
-
-    def state(self) -> dict[str, Any]:
-        """Return where the producer stands after the last call of `produce`, as plain data (JSON-able)."""
-        return {"step": self._step, "lanes": {str(lane.number): lane.state() for lane in self._lanes}}
-
-    def count_batches(self, *, of_all_ranks: bool) -> tuple[int, int]:
-        """Return how many batches are to come in all, from the first one on, and the tokens in them.
-
-        It renders all the data, or this rank's share of them, and packs their lengths.
-        """
-        lanes = self.config.all_lanes if of_all_ranks else self.config.lanes
-        return count_batches(self.source, self.config, lanes, self._read_all)
+    def state_bytes(self) -> bytes:
+        """Return the state after the last call of `produce`, as `state_of` reads it."""
+        return pack_state(self._step, self._shards)
 
     def _batches_of_the_longest(self) -> int:
-        """Return how many batches the rank with most of them has. Called when this one has no more."""
-        if self.config.world_size == 1:
+        """Return the number of batches of the rank with most of them. Called when this one has no more."""
+        if self._config.world_size == 1:
             return self._step
         if self._batches is None:
-            self._batches, _ = self.count_batches(of_all_ranks=True)
+            self._batches, _ = count_batches(self._reader, all_ranks=True, read_all=self._read_all)
         return self._batches
 
-    def _read_all(self, indexes: Iterable[int]) -> Iterator[Read]:
+    def _read_all(self, indices: Iterable[int]) -> Iterator[ReadDocument]:
         if self._workers is not None:
-            return self._workers.read_all(indexes, lanes=len(self.config.lanes))
-        tokens = self.config.lane_rows * self.config.seq_len
-        return read_in_turn(self._reader, indexes, batch_tokens=tokens, tell=self._tell)
+            return self._workers.read_all(indices, shards=len(self._config.shards))
+        tokens = self._config.shard_rows * self._config.seq_len
+        own = self._status is None
+        return read_in_turn(self._reader, indices, batch_tokens=tokens, on_chunk=self._on_chunk, raise_interrupts=own)
 
-    def _count_slots(self, rows: list[list[Row]], row_trained: list[int]) -> None:
-        trained = iter(row_trained)
-        for lane, own in zip(self._lanes, rows, strict=True):
-            tokens = sum(min(sum(run.length for run in row), self.config.seq_len) for row in own)
-            lane.count_slots(tokens, sum(next(trained) for _ in own))
+
+def initial_state(reader: Reader) -> bytes:
+    """Return the state of a producer that has not read anything, as `state_of` reads it."""
+    shards = shards_of(reader.config, len(reader.source))
+    return pack_state(0, [ShardPacker(shard, reader, lambda indices: iter(())) for shard in shards])
+
+
+def count_batches(reader: Reader, *, all_ranks: bool, read_all: ReadAll | None = None) -> tuple[int, int]:
+    """Return the number of batches in all epochs, from the first one on, and of the tokens packed into them.
+
+    They are those of this rank, or with `all_ranks` those of the rank with most batches, and the tokens of all ranks.
+    Each conversation is rendered once, and only its length kept: 8 bytes. `read_all` reads them; by default this
+    process does. Raises as `ShardPacker.next_rows` does.
+    """
+    if read_all is None:
+        config = reader.config
+        read_all = partial(read_in_turn, reader, batch_tokens=config.batch_size * config.seq_len, raise_interrupts=True)
+    shards = shards_of(reader.config, len(reader.source), all_ranks=all_ranks)
+    lengths = _measure(reader, shards, read_all)
+    batches = tokens = 0
+    for shard in shards:
+        own = lengths[_order(reader, shard)]
+        packed = simulate(config.packing, own[own > 0].tolist(), config.seq_len, batch_size=config.shard_rows)
+        batches, tokens = max(batches, packed.batches), tokens + packed.emitted
+    return batches, tokens
+
+
+def _order(reader: Reader, shard: Shard) -> np.ndarray:
+    """Return the conversations of a shard in all epochs, in the order in which they are read, int64."""
+    return np.fromiter(shard.conversations(0, shard.num_reads(reader.config.epochs or 1)), np.int64)
+
+
+def _measure(reader: Reader, shards: Iterable[Shard], read_all: ReadAll) -> np.ndarray:
+    """Return the length of each conversation for the packing, (n,) int64; 0 where it is dropped, skipped or not read.
+
+    Those of the shards are read, each once.
+    """
+    lengths, wanted = np.zeros(len(reader.source), np.int64), np.zeros(len(reader.source), bool)
+    for shard in shards:
+        wanted[_order(reader, shard)] = True
+    for document in read_all(np.flatnonzero(wanted).tolist()):
+        if document.error is not None:
+            describe_or_raise(document, reader.source, reader.config)
+        elif not document.dropped:
+            lengths[document.conversation] = len(document.words)
+    return lengths

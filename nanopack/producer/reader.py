@@ -1,152 +1,212 @@
-"""Read conversations and make them what the packing gets: rendered, cut, as words.
+"""Read conversations by index and prepare them for packing: render, truncate, encode as token words.
 
-    conversations.py, render.py   ->   Reader.read(indexes)   ->   a Read of each   ->   lane.py counts and packs
-       by number         to tokens        a chunk at a time           workers.py does it in processes
+    conversations/, render/   ->   Reader.read(indices)   ->   a Chunk of documents   ->   shard.py counts and packs
+                                    workers.py does so in processes
 
-A chunk takes each step together, so that what a step costs in Python falls on a conversation or a chunk, not on a
-token. What goes wrong with a conversation is part of what is read, and told in its place in the order.
+A chunk takes each step as a whole, so that what a step costs in Python falls on a conversation or a chunk, not on a
+token. An error is part of what is read, and is reported when its conversation's turn comes.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate, islice, pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from nanopack.config import LoaderConfig
-from nanopack.conversations.records import Conversation, Source, check
-from nanopack.render.renderer import Document, Plan, Renderer
+from nanopack.conversations.records import Conversation, check
+from nanopack.conversations.source import Source
+from nanopack.errors import TemplateError
+from nanopack.render.renderer import Document, Plan, Renderer, missing_tokens
 from nanopack.ring.layout import Layout
 from nanopack.tokenizers.tokenizer import AnyTokenizer
 
-# Conversations of a chunk: enough that what a chunk costs is nothing beside the tokenizing.
+# Conversations of a chunk: enough that its fixed cost is nothing next to the tokenizing.
 CHUNK = 32
-# Tokens of a chunk, at most, where nothing is read ahead: it is waited for.
+# Most tokens of a chunk where nothing is read ahead and the trainer waits for it.
 CHUNK_TOKENS = 1 << 14
+_NO_WORDS = np.empty(0, np.uint16)
 
 
-@dataclass
-class Read:
-    """A conversation as it was read."""
+@dataclass(eq=False)
+class ReadDocument:
+    """A conversation as it was read, on its way from the reader to a slot. Equal only to itself."""
 
-    index: int
-    """Its number in the data set."""
-    words: np.ndarray | None = None
-    """(n,) uint16 or uint32: what waits for a row, see ring.py; None where it is dropped, or bad."""
-    tokens: int = 0
-    """Of the document, before anything was cut."""
+    conversation: int
+    """Index in the data set."""
+    words: np.ndarray = field(default_factory=lambda: _NO_WORDS)
+    """(n,) uint16 or uint32: token ids with the loss bit on top, see ring/layout.py; none where there is an error."""
+    num_tokens: int = 0
+    """Before anything was cut."""
     cut: dict[str, int] = field(default_factory=dict)
-    """Tokens that were cut off, by reason."""
+    """Tokens cut off, by reason."""
     weight: float = 1.0
-    """Loss weight of each trained token."""
+    """Loss weight of each of its tokens in the loss."""
     own_weight: float = 1.0
-    """The conversation's own weight, which that follows from."""
+    """The conversation's own weight, from which `weight` follows."""
+    dropped: bool = False
+    """Whether it is dropped because nothing in it is in the loss."""
     error: BaseException | None = None
     """What is wrong with it."""
+    read: int = -1
+    """Number of the read in its shard."""
+    source: int = 0
+    """Which source of a mixture it is from."""
+    taken: int = 0
+    """Tokens of it that are in rows so far."""
+
+    @cached_property
+    def checksum(self) -> bytes:
+        """CRC32 of the words, 4 bytes."""
+        return zlib.crc32(self.words.data).to_bytes(4, "little")
+
+
+class Chunk(NamedTuple):
+    """Documents that were read together."""
+
+    documents: list[ReadDocument]
+    words: np.ndarray
+    """(n,) uint16 or uint32: the words of all documents, end to end; their own are views of it."""
 
 
 class Reader:
-    """Reads conversations by number. Nothing in it changes, so that any process may do it."""
+    """Reads conversations by index. Nothing in it changes, so any process may use it."""
 
-    def __init__(self, source: Source, tokenizer: AnyTokenizer, config: LoaderConfig, layout: Layout) -> None:
-        """See `Renderer` for what it raises."""
-        self._arguments = source, tokenizer, config, layout
-        self._source = source
-        self._config = config
-        self._word_dtype = layout.word_dtype
-        self._loss_bit = layout.word_dtype.type(layout.loss_bit)
+    def __init__(self, source: Source, tokenizer: AnyTokenizer, config: LoaderConfig) -> None:
+        """Raise as `Renderer` and `Layout` do."""
+        self.source = source
+        self.tokenizer = tokenizer
+        self.config = config
+        self.layout = _layout(config, tokenizer.vocab_size)
         self.render = Renderer(tokenizer, config.template, config.loss, config.first_assistant)
+        self._loss_bit = self.layout.word_dtype.type(self.layout.loss_bit)
 
-    def __reduce__(self) -> tuple[type[Reader], tuple[Source, AnyTokenizer, LoaderConfig, Layout]]:
+    def __reduce__(self) -> tuple[type[Reader], tuple[Source, AnyTokenizer, LoaderConfig]]:
         # closures do not pickle
-        return Reader, self._arguments
+        return Reader, (self.source, self.tokenizer, self.config)
 
-    def read(self, indexes: Iterable[int]) -> list[Read]:
-        """Return the conversations of these numbers, or what is wrong with them, in this order."""
-        reads = [Read(index) for index in indexes]
-        planned: list[tuple[Read, Conversation]] = []
-        plans: list[Plan | Document] = []
-        for read in reads:
-            try:
-                conversation = check(self._source[read.index])
-                plans.append(self.render.plan(conversation))
-            # an exit in a data set is no Exception, and must not be lost
-            except BaseException as error:
-                read.error = error
-            else:
-                read.own_weight = conversation.weight
-                planned.append((read, conversation))
+    def check_template(self) -> None:
+        """Raise TemplateError where the first conversation needs special tokens that the tokenizer lacks.
+
+        So the tokenizer is refused at once, rather than with the first batch, where the data begin with messages.
+        """
+        if not missing_tokens(self.tokenizer, self.config.template):
+            return
         try:
-            self._prepare([read for read, _ in planned], self.render.fill_in(plans))
+            self.render(check(self.source[0]))
+        except TemplateError:
+            raise
+        except Exception:
+            # whatever else is wrong with it is reported when its turn comes
+            return
+
+    def read(self, indices: Iterable[int]) -> Chunk:
+        """Return the conversations of these indices, or what is wrong with them, in this order."""
+        documents = [ReadDocument(index) for index in indices]
+        planned: list[tuple[ReadDocument, Conversation]] = []
+        plans: list[Plan | Document] = []
+        for document in documents:
+            try:
+                conversation = check(self.source[document.conversation])
+                plans.append(self.render.plan(conversation))
+            # SystemExit in a data set is no Exception, and must not be lost
+            except BaseException as error:
+                document.error = error
+            else:
+                document.own_weight = conversation.weight
+                planned.append((document, conversation))
+        try:
+            rendered = self.render.fill_in(plans)
         except KeyboardInterrupt:
             raise
-        # of one of them, but which? nor is a panic of a tokenizer an Exception
+        # one of them is at fault, but which? a tokenizer's panic is no Exception either
         except BaseException:
-            for read, conversation in planned:
-                self._read_alone(read, conversation)
-        return reads
+            rendered = [one for each in planned for one in self._render_alone(*each)]
+        sound = [document for document, _ in planned if document.error is None]
+        return Chunk(documents, self._prepare(sound, rendered))
 
-    def _read_alone(self, read: Read, conversation: Conversation) -> None:
+    def _render_alone(self, document: ReadDocument, conversation: Conversation) -> list[Document]:
         try:
-            self._prepare([read], [self.render(conversation)])
+            return [self.render(conversation)]
         except BaseException as error:
-            read.error = error
+            document.error = error
+            return []
 
-    def _prepare(self, reads: Sequence[Read], documents: Sequence[Document]) -> None:
-        """Cut documents and decide which of their tokens are trained, as the config says; tell it in their `reads`."""
+    def _prepare(self, documents: Sequence[ReadDocument], rendered: Sequence[Document]) -> np.ndarray:
+        """Cut the rendered documents and mark their tokens in the loss; return the words of all, end to end."""
         if not documents:
-            return
-        config = self._config
+            return np.empty(0, self.layout.word_dtype)
+        config = self.config
         lengths = []
-        for read, document in zip(reads, documents, strict=True):
-            read.tokens = length = len(document.ids)
+        for document, one in zip(documents, rendered, strict=True):
+            document.num_tokens = length = len(one.ids)
             for reason, limit in config.limits:
                 if length > limit:
-                    read.cut[reason] = length - limit
+                    document.cut[reason] = length - limit
                     length = limit
             lengths.append(length)
-        kept = list(zip(documents, lengths, strict=True))
-        words = np.concatenate([document.ids[:n] for document, n in kept], dtype=self._word_dtype, casting="unsafe")
-        mask = np.ones(len(words), bool)
+        kept = list(zip(rendered, lengths, strict=True))
+        words = np.concatenate([one.ids[:n] for one, n in kept], dtype=self.layout.word_dtype, casting="unsafe")
+        in_loss = np.ones(len(words), bool)
         if config.loss != "all":
-            np.concatenate([document.mask[:n] for document, n in kept], out=mask)
+            np.concatenate([one.mask[:n] for one, n in kept], out=in_loss)
         begins = list(accumulate(lengths, initial=0))
         if not config.boundary_loss:
-            mask[begins[:-1]] = False
-        words |= np.multiply(mask, self._loss_bit, dtype=words.dtype)
+            in_loss[begins[:-1]] = False
+        words |= np.multiply(in_loss, self._loss_bit, dtype=words.dtype)
         # no document is empty
-        trained = np.add.reduceat(mask, begins[:-1], dtype=np.int64).tolist()
-        for read, (begin, end), count in zip(reads, pairwise(begins), trained, strict=True):
-            if count or not config.drops_untrained:
-                read.words = words[begin:end]
-                read.weight = weigh(config, read.own_weight, count)
+        counts = np.add.reduceat(in_loss, begins[:-1], dtype=np.int64).tolist()
+        for document, (begin, end), count in zip(documents, pairwise(begins), counts, strict=True):
+            document.words = words[begin:end]
+            document.dropped = not count and config.drops_untrained
+            document.weight = weigh(config, document.own_weight, count)
+        return words
+
+
+def _layout(config: LoaderConfig, vocab_size: int) -> Layout:
+    return Layout.of(
+        config.batch_size,
+        config.seq_len,
+        vocab_size,
+        pieces=config.loss_weights is not None or "positions" in config.extras or "doc_ids" in config.extras,
+        max_pieces=config.max_pieces if "cu_seqlens" in config.extras else None,
+    )
 
 
 def read_in_turn(
-    reader: Reader, indexes: Iterable[int], *, batch_tokens: int, tell: Callable[[int], None] | None
-) -> Iterator[Read]:
-    """Yield the conversations of these numbers; read them here, ahead by a small chunk that is no more than a batch.
+    reader: Reader,
+    indices: Iterable[int],
+    *,
+    batch_tokens: int,
+    on_chunk: Callable[[int], None] | None = None,
+    raise_interrupts: bool = False,
+) -> Iterator[ReadDocument]:
+    """Yield the conversations of these indices, read here, ahead by a small chunk of at most a batch's tokens.
 
-    `tell` is called with the first number of each chunk before it is read. None stands for the trainer's own process,
-    where Ctrl-C is no fault of a conversation, and does not wait for its place.
+    `on_chunk` is called with the first index of each chunk before it is read. `raise_interrupts`: in the trainer's own
+    process Ctrl-C is no fault of a conversation, and is raised at once.
     """
-    numbers, size, most = iter(indexes), 1, min(CHUNK_TOKENS, batch_tokens)
+    numbers, size, most = iter(indices), 1, min(CHUNK_TOKENS, batch_tokens)
     while part := list(islice(numbers, size)):
-        if tell is not None:
-            tell(part[0])
-        reads = reader.read(part)
-        for read in reads if tell is None else ():
-            if isinstance(read.error, KeyboardInterrupt):
-                raise read.error
-        yield from reads
-        # as long as these, so many would be enough
-        size = max(1, min(CHUNK, most * len(part) // max(1, sum(read.tokens for read in reads))))
+        if on_chunk is not None:
+            on_chunk(part[0])
+        documents = reader.read(part).documents
+        for document in documents if raise_interrupts else ():
+            if isinstance(document.error, KeyboardInterrupt):
+                raise document.error
+        yield from documents
+        # as many as would fill a batch if they are as long as these
+        tokens = sum(document.num_tokens for document in documents)
+        size = max(1, min(CHUNK, most * len(part) // max(1, tokens)))
 
 
-def weigh(config: LoaderConfig, own_weight: float, trained: int) -> float:
-    """Return the loss weight of each trained token of a document that has so many."""
+def weigh(config: LoaderConfig, own_weight: float, loss_tokens: int) -> float:
+    """Return the loss weight of each token in the loss, of a document with `loss_tokens` of them."""
     if config.loss_weights == "conversation":
-        return own_weight / trained if trained else 0.0
+        return own_weight / loss_tokens if loss_tokens else 0.0
     return 1.0 if config.loss_weights is None else own_weight

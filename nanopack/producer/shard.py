@@ -1,86 +1,84 @@
-"""Walk through one share of the conversations, from document to document, and pack them into rows.
+"""Read one shard of the conversations, document by document, and pack it into rows.
 
-    documents, in order   ->   Lane.next_rows()   ->   rows of runs of words
-         reading.py          packing.py says when to read      producer.py brings the lanes together in a slot
-                               and what goes where
+    documents, in order   ->   ShardPacker.next_rows()   ->   rows of runs of documents
+         reader.py             packing/ decides when to        producer.py writes the rows of all shards into a slot
+                               read and what goes where
 
-A rank has one lane, or with shard="row" one for each of its rows. Everything that is read is counted here, and a lane
-can tell where it stands and stand there again. No torch, no GPU.
+A rank has one shard, or with shard="row" one for each of its rows. Everything that is read is counted here, and a shard
+can save its state and restore it. No torch, no GPU.
 """
 
 from __future__ import annotations
 
 import logging
+import pickle
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from nanopack.config import LoaderConfig
-from nanopack.conversations.order import Share
-from nanopack.conversations.records import Source
-from nanopack.errors import ConversationError, EncoderError, ProducerError, TemplateError
+from nanopack.conversations.order import Shard
+from nanopack.conversations.source import Source
+from nanopack.errors import NEVER_SKIPPED, ConversationError
 from nanopack.ledger import Ledger
-from nanopack.mixture import Mixture
-from nanopack.packing.packers import make_packer
 from nanopack.packing.rows import Packer, Row
-from nanopack.producer.reader import Read, weigh
-from nanopack.ring.layout import Layout
-from nanopack.ring.slot import Words
+from nanopack.producer.reader import ReadDocument, Reader, weigh
 
 log = logging.getLogger("nanopack")
 
-ReadAll = Callable[[Iterable[int]], Iterator[Read]]
+ReadAll = Callable[[Iterable[int]], Iterator[ReadDocument]]
+"""Reads the conversations of these indices, in this order."""
 
 
-def refuse(read: Read, source: Source, config: LoaderConfig) -> str:
-    """Raise what is wrong with a conversation and where it stands, or return that where it is to be skipped."""
-    error = read.error
-    if not isinstance(error, Exception) or isinstance(error, (MemoryError, TemplateError, EncoderError, ProducerError)):
-        raise error or AssertionError("a conversation without document and error")
+def shards_of(config: LoaderConfig, n: int, *, all_ranks: bool = False) -> list[Shard]:
+    """Return the shards of n conversations that this rank reads: one, or with shard="row" one for each of its rows.
+
+    With `all_ranks`, the shards of all ranks.
+    """
+    numbers = config.all_shards if all_ranks else config.shards
+    return [Shard(n, number, len(config.all_shards), config.seed) for number in numbers]
+
+
+def describe_or_raise(document: ReadDocument, source: Source, config: LoaderConfig) -> str:
+    """Raise the error of a document, naming its place; with on_error="skip", return that message instead.
+
+    Errors that are not the conversation's fault are always raised as they are.
+    """
+    error = document.error
+    assert error is not None
+    if not isinstance(error, Exception) or isinstance(error, NEVER_SKIPPED):
+        raise error
     what = str(error) if isinstance(error, ConversationError) else f"{type(error).__name__}: {error}"
-    what = f"{source.where(read.index)}, {what}"
+    what = f"{source.where(document.conversation)}, {what}"
     if config.on_error == "raise":
         raise ConversationError(f'{what}. Fix it or pass on_error="skip".') from error
     return what
 
 
-def packer_of(config: LoaderConfig, read: Callable[[], tuple[Any, int] | None]) -> Packer:
-    """Return the packer of one lane, which asks for documents by `read`."""
-    return make_packer(
-        config.packing,
-        read,
-        batch_size=config.lane_rows,
-        seq_len=config.seq_len,
-        window=config.window,
-        max_age=config.max_age,
-        refill=config.refill,
-        overlap=config.overlap,
-    )
+class ShardPacker:
+    """One shard of the conversations and its packing."""
 
-
-class Lane:
-    """One share of the conversations and the packing of it."""
-
-    def __init__(self, number: int, source: Source, config: LoaderConfig, layout: Layout, read_all: ReadAll) -> None:
-        """Be lane `number` of all ranks' lanes. `read_all` reads the conversations of these numbers, in order."""
-        self.number = number
-        self.share = Share(len(source), number, len(config.all_lanes), config.seed)
-        self.ledger = Ledger()
-        self._source = source
-        self._config = config
-        self._layout = layout
-        self._loss_bit = layout.word_dtype.type(layout.loss_bit)
+    def __init__(self, shard: Shard, reader: Reader, read_all: ReadAll) -> None:
+        self.shard = shard
+        self._source = reader.source
+        self._config = reader.config
+        self._loss_bit = reader.layout.word_dtype.type(reader.layout.loss_bit)
         self._read_all = read_all
-        # a mixture's sources are counted each by itself too
-        self._mixture = source if isinstance(source, Mixture) else None
-        self.sources = [Ledger() for _ in self._mixture.names] if self._mixture else []
-        # conversations that gave no document since the last one that did, and how many readings that took
+        self.sources = [Ledger() for _ in self._source.names or ("",)]
+        """What became of the documents, by source of a mixture."""
+        self.positions = Ledger()
+        """The positions of the batches, which belong to no source."""
+        self._num_read = 0
+        # conversations that gave no document since the last one that did, and how many reads that took
         self._fruitless: set[int] = set()
         self._in_vain = 0
-        self._packer = packer_of(config, self._read)
-        self._reading = self._read_from(0)
+        self._packer: Packer = self._config.packing.build(
+            self._next_document, batch_size=self._config.shard_rows, seq_len=self._config.seq_len
+        )
+        self._documents = self._documents_from(0)
 
     def next_rows(self) -> list[Row]:
         """Return the rows of the next batch; at the end of the data fewer than there should be, then none.
@@ -88,20 +86,32 @@ class Lane:
         Raises ConversationError for a bad conversation (with on_error="raise"), ValueError where nothing can be packed.
         """
         rows = self._packer.next_rows()
-        if self._config.packing == "best_fit_crop":
-            self._weigh_what_was_cropped(rows)
-        self._count_packer()
-        if self._mixture is not None:
-            self._count_sources(rows)
+        crops = self._config.packing.crops
+        for document, offset, length in chain.from_iterable(rows):
+            if crops and length < len(document.words):
+                self._crop(document, length)
+            new = offset + length - document.taken
+            # the stream repeats a token that two rows or batches share
+            if new > 0:
+                document.taken += new
+                self.sources[document.source].emit(new, ends=document.taken == len(document.words))
         return rows
 
-    def count_slots(self, tokens: int, trained: int) -> None:
-        """Count a batch's slots that are this lane's: those with tokens, and the trained targets."""
-        slots = self._config.lane_rows * self._config.seq_len
-        self.ledger.slots += slots
-        self.ledger.slots_tokens += tokens
-        self.ledger.slots_padding += slots - tokens
-        self.ledger.targets_trained += trained
+    def _crop(self, document: ReadDocument, length: int) -> None:
+        """Cut a document to the part that was placed, and weigh it by that."""
+        self.sources[document.source].crop(len(document.words) - length)
+        document.words = document.words[:length]
+        document.weight = weigh(
+            self._config, document.own_weight, int(np.count_nonzero(document.words >= self._loss_bit))
+        )
+
+    def count_positions(self, tokens: int, loss_tokens: int) -> None:
+        """Count the positions of this shard's rows in a batch: those with tokens, and the targets in the loss."""
+        positions = self._config.shard_rows * self._config.seq_len
+        self.positions.slots += positions
+        self.positions.slots_tokens += tokens
+        self.positions.slots_padding += positions - tokens
+        self.positions.targets_trained += loss_tokens
 
     @property
     def longest_wait(self) -> int:
@@ -111,153 +121,136 @@ class Lane:
     @property
     def epoch(self) -> int:
         """Pass over the data that the reading has reached, from 1."""
-        epoch = self.share.epoch(self.ledger.conversations_read)
-        # the end of the last pass begins no other
+        epoch = self.shard.epoch(self._num_read)
+        # the end of the last pass does not begin another
         return min(epoch, self._config.epochs or epoch)
 
     def progress(self) -> tuple[float, bool]:
-        """Return the share of the data consumed, and whether that is all of it."""
-        ledger, share, passes = self.ledger, self.share, self._config.epochs or 1
-        stream = self._config.packing == "stream"
-        done = ledger.conversations_read
-        if not stream:
-            done = ledger.conversations_packed + ledger.conversations_dropped.total() + ledger.conversations_skipped
-        consumed = share.rank + share.world_size * done
-        last = consumed >= passes * share.n
+        """Return the fraction of the data consumed, and whether that is all of it."""
+        shard, passes = self.shard, self._config.epochs or 1
+        stream = self._config.packing.splits
+        done = self._num_read if stream else self._num_read - self._packer.waiting_documents
+        consumed = shard.number + shard.count * done
+        last = consumed >= passes * shard.n
         if self._config.epochs is not None:
-            return min(1.0, consumed / (passes * share.n)), last
-        # nanochat's: the stream tells where it reads, the rows how much they have consumed, past 1 in a second pass
-        return (share.place(done) if stream else consumed) / share.n, last
+            return min(1.0, consumed / (passes * shard.n)), last
+        # as nanochat: the stream reports where it reads, the rows how much they have consumed, past 1 in a second pass
+        return (shard.order_index(done) if stream else consumed) / shard.n, last
 
     def state(self) -> dict[str, Any]:
-        """Return where the lane stands, as plain data (JSON-able): what waits is told by its reading numbers."""
+        """Return the state, as `state_of` completes it. It is made for every batch: to be pickled at once."""
+        held = self._packer.held()
         return {
-            "waiting": [words.read for words in self._packer.held()],
-            "digest": self._digest(),
+            # what waits is named by its reads
+            "waiting": [document.read for document in held],
+            "digest": _digest(held),
             "packer": self._packer.state(),
-            "ledger": self.ledger.state(),
-            "sources": [ledger.state() for ledger in self.sources],
+            "ledger": vars(self.positions),
+            "sources": [vars(ledger) for ledger in self.sources],
+            "mixed": bool(self._source.names),
         }
 
-    def _digest(self) -> int:
-        """Return a checksum of the documents that wait."""
-        return zlib.crc32(b"".join(words.checksum for words in self._packer.held()))
-
     def restore(self, state: dict[str, Any]) -> None:
-        """Stand where a lane stood. Only the documents that waited there are read again.
+        """Restore a saved state; only the documents that waited are read again.
 
-        Raises ValueError where they are not what they were, or the state is none of such a lane.
+        Raises ValueError where they have changed, or the state is of another packing.
         """
-        self.ledger = Ledger.of(state["ledger"])
-        self.sources = [Ledger.of(ledger) for ledger in state["sources"]]
+        whole = Ledger.of(state["ledger"])
+        sources = [Ledger.of(ledger) for ledger in state["sources"]] or [whole.without_positions()]
+        if len(sources) != len(self.sources):
+            raise ValueError(f"the state is of {len(sources)} sources, and the data have {len(self.sources)}")
+        self.sources = sources
+        self.positions = whole.only_positions()
+        self._num_read = whole.conversations_read
         if state["packer"].keys() != self._packer.state().keys():
-            raise ValueError("the state is one of another packing; resume with the packing that the run began with")
+            raise ValueError("the state is of another packing; resume with the packing that the run began with")
         waiting = sorted(set(state["waiting"]))
-        reads = self._read_all(self.share.at(np.array(waiting, np.int64)))
-        words = {number: self._words_again(number, read) for number, read in zip(waiting, reads, strict=True)}
-        held = [(words[number], len(words[number].words)) for number in state["waiting"]]
+        documents = dict(zip(waiting, self._read_all(self.shard.at(np.array(waiting, np.int64))), strict=True))
+        for number, document in documents.items():
+            self._check_again(document)
+            document.read, document.source = number, self._source.source_of(document.conversation)
+        held = [(documents[number], len(documents[number].words)) for number in state["waiting"]]
         self._packer.restore(state["packer"], held)
-        # of what is held but not left, the stream has only its last token to give again
+        # of the documents held but not left, the stream repeats only the last token
         left = dict(self._packer.left())
         for document, length in held:
             document.taken = length - left.get(document, 0)
-        if (self._packer.waiting_tokens, self._digest()) != (self.ledger.tokens_waiting, state["digest"]):
+        if (self._packer.waiting_tokens, _digest(self._packer.held())) != (whole.tokens_waiting, state["digest"]):
             raise ValueError(
-                f"the documents that waited had {self.ledger.tokens_waiting} tokens when the state was saved, and have "
+                f"the documents that waited had {whole.tokens_waiting} tokens when the state was saved, and have "
                 f"{self._packer.waiting_tokens} now, or others: the data or the tokenizer have changed; resume with "
                 f"what was used"
             )
-        self._reading = self._read_from(self.ledger.conversations_read)
+        self._documents = self._documents_from(self._num_read)
 
-    def _words_again(self, number: int, read: Read) -> Words:
-        if read.error is not None:
-            raise ConversationError(f"{refuse(read, self._source, self._config)}. It could be read before.")
-        if read.words is None:
-            raise ValueError(f"{self._source.where(read.index)} has changed: nothing in it is trained any more")
-        return Words(number, read.index, read.words, read.weight, read.own_weight)
+    def _check_again(self, document: ReadDocument) -> None:
+        if document.error is not None:
+            what = describe_or_raise(document, self._source, self._config)
+            raise ConversationError(f"{what}. It could be read before.")
+        if document.dropped:
+            where = self._source.where(document.conversation)
+            raise ValueError(f"{where} has changed: nothing in it is in the loss any more")
 
-    def _read_from(self, start: int) -> Iterator[Read]:
+    def _documents_from(self, read: int) -> Iterator[ReadDocument]:
         epochs = self._config.epochs
-        stop = None if epochs is None else self.share.reads(epochs)
-        return self._read_all(self.share.conversations(start, stop))
+        return self._read_all(self.shard.conversations(read, None if epochs is None else self.shard.num_reads(epochs)))
 
-    def _read(self) -> tuple[Words, int] | None:
-        """Read on until a document is good for packing; return it and its length, None at the end of the data."""
-        for read in self._reading:
-            if (words := self._words_of(self.ledger.conversations_read, read)) is not None:
+    def _next_document(self) -> tuple[ReadDocument, int] | None:
+        """Read until there is a document to pack; return it and its length, None at the end of the data."""
+        for document in self._documents:
+            if self._accept(document):
                 self._fruitless.clear()
                 self._in_vain = 0
-                return words, len(words.words)
-            self._give_up_on_nothing(read.index)
+                return document, len(document.words)
+            self._give_up_on_nothing(document.conversation)
         return None
 
+    def _accept(self, document: ReadDocument) -> bool:
+        """Count a document, and return whether it is to be packed."""
+        document.read = self._num_read
+        self._num_read += 1
+        document.source = self._source.source_of(document.conversation)
+        ledger = self.sources[document.source]
+        if document.error is not None:
+            log.warning("skipped %s", describe_or_raise(document, self._source, self._config))
+            ledger.skip()
+            return False
+        ledger.read(document.num_tokens, document.cut, dropped=document.dropped)
+        return not document.dropped
+
     def _give_up_on_nothing(self, conversation: int) -> None:
-        """Raise ValueError where reading on can give no document any more."""
+        """Raise ValueError where further reading can give no document any more."""
         if self._config.epochs is not None:
             return
-        n = self.share.n
+        n = self.shard.n
         self._in_vain += 1
         self._fruitless.add(conversation)
-        # without a shuffle, n readings have been at every conversation that the lane will ever read
-        if len(self._fruitless) == n or (self.share.seed is None and self._in_vain >= n):
+        # without a shuffle, n reads have covered every conversation that the shard will ever read
+        if len(self._fruitless) == n or (self.shard.seed is None and self._in_vain >= n):
             raise ValueError(
                 f"nothing to pack: in a whole pass over the data ({n} conversations) each one was dropped because "
-                f"nothing in it is trained, or skipped as bad; look at the first, or use loss='all'"
+                f"nothing in it is in the loss, or skipped as bad; look at the first, or use loss='all'"
             )
 
-    def _words_of(self, number: int, read: Read) -> Words | None:
-        """Return what the packing gets of one conversation, None if it is skipped or dropped; count what is lost."""
-        ledgers = [self.ledger] if self._mixture is None else [self.ledger, *self._ledger_of(read.index)]
-        for ledger in ledgers:
-            ledger.conversations_read += 1
-        if read.error is not None:
-            log.warning("skipped %s", refuse(read, self._source, self._config))
-            for ledger in ledgers:
-                ledger.conversations_skipped += 1
-            return None
-        for ledger in ledgers:
-            ledger.tokens_read += read.tokens
-            if read.cut:
-                ledger.tokens_cut.update(read.cut)
-            if read.words is None:
-                ledger.conversations_dropped["untrained"] += 1
-                ledger.tokens_dropped += read.tokens - sum(read.cut.values())
-        return None if read.words is None else Words(number, read.index, read.words, read.weight, read.own_weight)
 
-    def _weigh_what_was_cropped(self, rows: list[Row]) -> None:
-        """Weigh documents that were placed in part by what was placed."""
-        for words, _, length in (run for row in rows for run in row):
-            if length < len(words.words):
-                trained = int(np.count_nonzero(words.words[:length] >= self._loss_bit))
-                words.weight = weigh(self._config, words.own_weight, trained)
+def _digest(documents: Iterable[ReadDocument]) -> int:
+    """Return a checksum of documents that wait."""
+    return zlib.crc32(b"".join([document.checksum for document in documents]))
 
-    def _ledger_of(self, conversation: int) -> list[Ledger]:
-        """Return the ledger of the source that a conversation is from, where there are several."""
-        return [self.sources[self._mixture.source_of(conversation)]] if self._mixture else []
 
-    def _count_sources(self, rows: list[Row]) -> None:
-        """Count, document by document, what the packer counts in all."""
-        for words, offset, length in (run for row in rows for run in row):
-            [ledger] = self._ledger_of(words.conversation)
-            # the stream gives a token twice where two rows or batches share it
-            new = max(0, offset + length - words.taken)
-            words.taken += new
-            ledger.tokens_emitted += new
-            cropped = len(words.words) - length if self._config.packing == "best_fit_crop" else 0
-            ledger.tokens_cut["crop"] += cropped
-            if new and words.taken + cropped == len(words.words):
-                ledger.conversations_packed += 1
-        for ledger in self.sources:
-            ledger.conversations_waiting = ledger.tokens_waiting = 0
-        for words, left in self._packer.left():
-            [ledger] = self._ledger_of(words.conversation)
-            ledger.conversations_waiting += left > 0
-            ledger.tokens_waiting += left
+def pack_state(step: int, shards: Iterable[ShardPacker]) -> bytes:
+    """Return the state after `step` batches, pickled: it is made for every batch, and few are ever looked at."""
+    return pickle.dumps((step, {str(packer.shard.number): packer.state() for packer in shards}))
 
-    def _count_packer(self) -> None:
-        ledger, packer = self.ledger, self._packer
-        ledger.conversations_packed = packer.packed
-        ledger.conversations_waiting = packer.waiting_documents
-        ledger.tokens_emitted = packer.emitted
-        ledger.tokens_waiting = packer.waiting_tokens
-        ledger.tokens_cut["crop"] = packer.cropped
+
+def state_of(packed: bytes) -> dict[str, Any]:
+    """Return a packed state as plain data (JSON-able): {"step", "lanes": {number: state of the shard}}.
+
+    Keys as state.py describes them.
+    """
+    step, shards = pickle.loads(packed)
+    for shard in shards.values():
+        shard["ledger"] = Ledger.total(map(Ledger.of, (shard["ledger"], *shard["sources"]))).state()
+        if not shard.pop("mixed"):
+            shard["sources"] = []
+    return {"step": step, "lanes": shards}

@@ -1,11 +1,11 @@
-"""Read and render in several processes, and hand on in order.
+"""Read and tokenize in several processes, and yield the documents in order.
 
-    numbers of conversations   ->   Workers.read_all()   ->   lane.py
-                                    Reader.read() in each process: reading.py
+    indices of conversations   ->   Workers.read_all()   ->   shard.py
+                                    reader.py: Reader.read() in each process
 
-Processes, and not threads: what is done for a document beside tokenizing it needs Python, and threads would wait for
-each other. Chunks of conversations go out in turn and come back as one message each; what a worker has read is told in
-its place in the order, and its death as the end of its pipe.
+Processes rather than threads: apart from tokenizing, the work on a document holds the GIL. Chunks go out to the workers
+in turn, and each comes back as it was read: the facts of its documents, and their words as one array. A worker's death
+shows as the end of its pipe.
 """
 
 from __future__ import annotations
@@ -24,27 +24,28 @@ import numpy as np
 
 from nanopack.errors import ConversationError, ProducerError
 from nanopack.producer.child import START_METHOD, WATCH, Failure, how_it_ended, leave_parent_behind, widen
-from nanopack.producer.reader import CHUNK, Read, Reader
+from nanopack.producer.reader import CHUNK, Chunk, ReadDocument, Reader
 
-# Requests that a worker may have before it: they must fit its pipe.
+# Most requests that may wait for a worker: they must fit into its pipe.
 UNANSWERED = 64
 
 
 class Ticket(NamedTuple):
-    """A chunk that is in work."""
+    """A chunk that was asked for: the worker, and the number of the chunk among those of that worker."""
 
     worker: int
     number: int
 
 
 class Workers:
-    """Processes that read, at most as far ahead as they are asked to."""
+    """Processes that read ahead, but never more than was asked for."""
 
-    def __init__(self, count: int, reader: Reader, tell: Callable[[int], None] | None = None) -> None:
-        """Start the processes. `tell` is called with the first number of each chunk that is waited for."""
-        self._tell = tell
+    def __init__(self, count: int, reader: Reader, on_chunk: Callable[[int], None] | None = None) -> None:
+        """Start the processes. `on_chunk` is called with the first index of each chunk that is waited for."""
+        self._on_chunk = on_chunk
         context: Any = multiprocessing.get_context(START_METHOD)
-        # whoever starts them here is itself a process of the loader's, and ends them
+        # multiprocessing lets no daemonic process start children, because it would orphan them when it is terminated;
+        # this one, the producer, may: its workers end themselves when it is gone
         multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
         self._processes: list[Any] = []
         self._requests: list[Connection] = []
@@ -61,18 +62,18 @@ class Workers:
             self._processes.append(process)
             self._requests.append(send)
             self._results.append(receive)
-        # the first conversation of each chunk that is in work
+        # the first conversation of each chunk that a worker still owes
         self._asked: list[deque[int]] = [deque() for _ in range(count)]
         self._submitted = 0
         self._received = [0] * count
-        self._kept: dict[Ticket, list[Read]] = {}
+        self._kept: dict[Ticket, list[ReadDocument]] = {}
 
-    def read_all(self, indexes: Iterable[int], *, lanes: int) -> Iterator[Read]:
-        """Yield the conversations of these numbers, in this order; as one of so many lanes that do so."""
-        numbers, work = iter(indexes), deque[Ticket]()
-        chunk = max(1, CHUNK // lanes)
-        # one chunk in work and one that waits in each process, shared by the lanes
-        ahead = max(1, 2 * len(self._processes) // lanes)
+    def read_all(self, indices: Iterable[int], *, shards: int) -> Iterator[ReadDocument]:
+        """Yield the conversations of these indices, in this order; `shards` iterators share the workers."""
+        numbers, work = iter(indices), deque[Ticket]()
+        chunk = max(1, CHUNK // shards)
+        # one chunk in work and one waiting in each process, shared by the shards
+        ahead = max(1, 2 * len(self._processes) // shards)
         while part := list(itertools.islice(numbers, chunk)):
             work.append(self._submit(part))
             if len(work) > ahead:
@@ -80,34 +81,34 @@ class Workers:
         while work:
             yield from self._result(work.popleft())
 
-    def _submit(self, indexes: list[int]) -> Ticket:
+    def _submit(self, indices: list[int]) -> Ticket:
         count = len(self._processes)
         ticket = Ticket(self._submitted % count, self._submitted // count)
         self._submitted += 1
-        # one that waits for its results to be taken takes no requests
+        # a worker whose results nobody receives takes no requests
         while ticket.number - self._received[ticket.worker] >= UNANSWERED:
             self._receive(ticket.worker)
-        with self._death_told(ticket.worker):
-            self._asked[ticket.worker].append(indexes[0])
-            self._requests[ticket.worker].send(indexes)
+        with self._death_named(ticket.worker):
+            self._asked[ticket.worker].append(indices[0])
+            self._requests[ticket.worker].send(indices)
         return ticket
 
-    def _result(self, ticket: Ticket) -> list[Read]:
+    def _result(self, ticket: Ticket) -> list[ReadDocument]:
         while ticket not in self._kept:
             self._receive(ticket.worker)
         return self._kept.pop(ticket)
 
     def _receive(self, worker: int) -> None:
-        if self._tell is not None:
-            self._tell(self._asked[worker][0])
-        with self._death_told(worker):
-            reads = _unpacked(*self._results[worker].recv())
+        if self._on_chunk is not None:
+            self._on_chunk(self._asked[worker][0])
+        with self._death_named(worker):
+            documents = _receive(self._results[worker])
             self._asked[worker].popleft()
-        self._kept[Ticket(worker, self._received[worker])] = reads
+        self._kept[Ticket(worker, self._received[worker])] = documents
         self._received[worker] += 1
 
     @contextlib.contextmanager
-    def _death_told(self, worker: int) -> Iterator[None]:
+    def _death_named(self, worker: int) -> Iterator[None]:
         try:
             yield
         except (EOFError, OSError) as error:
@@ -117,12 +118,12 @@ class Workers:
 
 
 def _work(reader: Reader, requests: Connection, results: Connection, parent: int) -> None:
-    """Be a worker: read what is asked for, until the parent ends."""
+    """Run in a worker: read what is asked for, until the parent ends."""
     leave_parent_behind()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
         while True:
-            results.send(_packed(reader.read(requests.recv())))
+            _send(reader.read(requests.recv()), results)
     except (EOFError, OSError):
         pass  # the parent is gone
     finally:
@@ -138,7 +139,7 @@ def _end_with(parent: int) -> None:
 
 
 def _error(failure: Failure) -> Exception:
-    """Return what is wrong with a conversation: an exception is its own fault, anything else the process's."""
+    """Return the error of a conversation: an Exception is its own fault, anything else stops the producer."""
     error = failure.error()
     if failure.ordinary and isinstance(error, ProducerError):
         cause, error = error.__cause__, ConversationError(failure.what)
@@ -146,30 +147,31 @@ def _error(failure: Failure) -> Exception:
     return error
 
 
-def _packed(reads: list[Read]) -> tuple[list[tuple[Any, ...]], bytes, str]:
-    """Return what was read as one message: the words of all end to end, and what else there is of each."""
-    words = [read.words for read in reads if read.words is not None]
-    rest = [
+def _send(chunk: Chunk, results: Connection) -> None:
+    """Send a chunk as two messages: the facts of its documents, and the words of all."""
+    facts = [
         (
-            read.index,
-            -1 if read.words is None else len(read.words),
-            read.tokens,
-            read.cut,
-            read.weight,
-            read.own_weight,
-            None if read.error is None else Failure.of(read.error),
+            document.conversation,
+            len(document.words),
+            document.num_tokens,
+            document.cut,
+            document.weight,
+            document.own_weight,
+            document.dropped,
+            None if document.error is None else Failure.of(document.error),
         )
-        for read in reads
+        for document in chunk.documents
     ]
-    joined = np.concatenate(words) if words else np.empty(0, np.uint16)
-    return rest, joined.tobytes(), joined.dtype.str
+    results.send((facts, chunk.words.dtype.str))
+    results.send_bytes(chunk.words.view(np.uint8).data)
 
 
-def _unpacked(rest: list[tuple[Any, ...]], joined: bytes, dtype: str) -> list[Read]:
-    words, reads, at = np.frombuffer(joined, dtype), [], 0
-    for index, length, tokens, cut, weight, own_weight, failure in rest:
-        own = None if length < 0 else words[at : at + length]
-        at += max(0, length)
+def _receive(results: Connection) -> list[ReadDocument]:
+    """Receive the documents of a chunk; their words are views of the message."""
+    facts, dtype = results.recv()
+    words, documents, begin = np.frombuffer(results.recv_bytes(), dtype), [], 0
+    for conversation, length, num_tokens, cut, weight, own_weight, dropped, failure in facts:
+        own, begin = words[begin : begin + length], begin + length
         error = None if failure is None else _error(failure)
-        reads.append(Read(index, own, tokens, cut, weight, own_weight, error))
-    return reads
+        documents.append(ReadDocument(conversation, own, num_tokens, cut, weight, own_weight, dropped, error))
+    return documents

@@ -1,21 +1,21 @@
-"""The slow packer in plain Python lists: the definition of what a batch is.
+"""The slow packer in plain Python lists: the definition of a batch.
 
-    conversations, tokenizer, arguments   ->   batches()   ->   what a Loader must give, bit for bit
-                                                                verify.py
+    conversations, tokenizer, arguments   ->   batches()   ->   the batches that a Loader must give, bit for bit
+                                                                verify.py compares them
 
-To be read the way the data travel: reference_documents.py makes the documents, reference_order.py says in which order
-they are read, reference_packing.py makes rows of them, this file batches of the rows. Written to be right, not fast:
-choices are scans over lists, tensors appear in the last lines. It shares nothing with the fast path but the tokenizing
-of one string, the `Batch` class and the name of an error, so that no mistake can hide in both.
+Read it the way the data travel: documents.py makes the documents, order.py decides in which order they are read,
+packing.py makes rows of them, this file makes batches of the rows. Written to be right, not fast: choices are scans
+over lists, tensors appear in the last lines. It shares nothing with the fast path but the tokenizing of one string, the
+`Batch` class and the names of errors, so that no mistake can hide in both.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -29,8 +29,16 @@ from nanopack.render.templates import Template
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 from nanopack.tokenizers.tokenizer import load_tokenizer
 
+# The packings, with their options; window, max_age and refill count documents, rows and documents.
+DEFAULTS: dict[str, dict[str, int]] = {
+    "best_fit": {"window": 64, "max_age": 128, "refill": 1},
+    "stream": {"overlap": False},
+    "best_fit_pad": {"window": 100, "refill": 1},
+    "best_fit_crop": {"window": 1000, "refill": 1},
+    "pad": {},
+}
 CHOICES: dict[str, tuple[str | None, ...]] = {
-    "packing": ("best_fit", "stream", "best_fit_pad", "best_fit_crop", "pad"),
+    "packing": tuple(DEFAULTS),
     "loss": ("assistant", "last", "all"),
     "loss_weights": (None, "token", "conversation"),
     "extras": ("positions", "doc_ids", "cu_seqlens"),
@@ -39,8 +47,6 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "shard": ("rank", "row"),
     "on_error": ("raise", "skip"),
 }
-WINDOWS = {"best_fit": 64, "best_fit_pad": 100, "best_fit_crop": 1000, "pad": 1}
-MAX_AGE = 128
 SPECIAL_TOKENS = {
     "nanochat": [
         *("<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"),
@@ -58,41 +64,36 @@ def batches(
     *,
     batch_size: int = 32,
     seq_len: int = 2048,
-    packing: str = "best_fit",
-    loss: str = "assistant",
-    loss_weights: str | None = None,
-    extras: Sequence[str] = (),
-    max_pieces: int | None = None,
+    packing: str | PackingOptions = "best_fit",
     template: str | Template = "nanochat",
     first_assistant: str = "keep",
-    max_document_tokens: int | None = None,
-    window: int | None = None,
-    max_age: int | None = None,
-    refill: int = 1,
-    overlap: bool = False,
+    loss: str = "assistant",
+    loss_weights: str | None = None,
     boundary_loss: bool = True,
     ignore_index: int = -100,
+    max_document_tokens: int | None = None,
+    extras: Collection[str] = (),
+    max_pieces: int | None = None,
+    seed: int | None = None,
+    epochs: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     shard: str = "rank",
-    seed: int | None = None,
-    epochs: int | None = None,
     on_error: str = "raise",
 ) -> Iterator[Batch]:
     """Return the batches of one rank, on the CPU; endless where `epochs` is None. Arguments as of `Loader`.
 
     Raises ValueError for an unknown choice, an impossible number, or messages for which the tokenizer lacks special
-    tokens, and ConversationError for a conversation that cannot be used.
+    tokens, and ConversationError for an invalid conversation.
     """
+    packing, options = (packing, DEFAULTS.get(packing, {})) if isinstance(packing, str) else _options(packing)
     chosen = dict(packing=packing, loss=loss, loss_weights=loss_weights, template=template, shard=shard)
     chosen |= dict(first_assistant=first_assistant, on_error=on_error)
     for name, value in [*chosen.items(), *(("extras", extra) for extra in extras)]:
         if value not in CHOICES[name] and not isinstance(value, Template):
             raise ValueError(f"{name}={value!r} is not known. Pass one of {CHOICES[name]}.")
-    counts = dict(batch_size=batch_size, seq_len=seq_len, refill=refill, world_size=world_size)
-    if_given = dict(
-        max_pieces=max_pieces, max_document_tokens=max_document_tokens, window=window, max_age=max_age, epochs=epochs
-    )
+    counts = dict(batch_size=batch_size, seq_len=seq_len, world_size=world_size)
+    if_given = dict(max_pieces=max_pieces, max_document_tokens=max_document_tokens, epochs=epochs)
     for name, count in [*counts.items(), *((name, count) for name, count in if_given.items() if count is not None)]:
         if type(count) is not int or count < 1:
             raise ValueError(f"{name}={count!r} is impossible. Pass an int from 1.")
@@ -112,7 +113,7 @@ def batches(
     lacking = [token for token in needed if token not in coder.special_tokens]
     records = open_records(conversations)
     cut = seq_len + 1 if packing in ("best_fit", "best_fit_pad", "pad") else None
-    # nanochat's packings keep a document that trains nothing, and so must we to give its batches.
+    # nanochat's packings keep a document without a token in the loss, and so must we to reproduce its batches.
     drops = packing in ("best_fit", "pad") and loss != "all"
 
     def read(index: int) -> Document | None:
@@ -141,7 +142,7 @@ def batches(
         document = Document(index, tokens, said.weight)
         return None if drops and document.num_loss_tokens == 0 else document
 
-    # A lane is a share of the conversations, packed by itself: one a rank, or one a row of the global batch.
+    # A lane is a shard of the conversations, packed by itself: one per rank, or one per row of the global batch.
     by_row = shard == "row"
     lanes, lane_rows = (batch_size * world_size, 1) if by_row else (world_size, batch_size)
     own = range(rank * batch_size, (rank + 1) * batch_size) if by_row else [rank]
@@ -149,25 +150,37 @@ def batches(
     def lane(number: int) -> Lane:
         reader = Reader(len(records), read, number, lanes, epochs, seed)
         if packing == "stream":
-            return Lane(reader, pack_stream(reader, lane_rows, seq_len, overlap))
-        choices = WINDOWS[packing] if window is None or packing == "pad" else window
-        age = MAX_AGE if max_age is None else max_age
-        bound = age if packing == "best_fit" else math.inf
-        return Lane(reader, pack_rows(reader, packing, lane_rows, seq_len, choices, refill, bound))
+            return Lane(reader, pack_stream(reader, lane_rows, seq_len, bool(options["overlap"])))
+        # One document a row is the choice among one.
+        window, refill, max_age = options.get("window", 1), options.get("refill", 1), options.get("max_age", math.inf)
+        return Lane(reader, pack_rows(reader, packing, lane_rows, seq_len, window, refill, max_age))
 
     def longest() -> int:
-        """Count the batches of the lane that has most."""
+        """Return the number of batches of the longest lane of all ranks."""
         return max(sum(1 for _ in lane(number).packed) for number in range(lanes)) if world_size > 1 else 0
 
     build = partial(_batch, packing, seq_len, loss_weights, extras, max_pieces, coder.bos_id, ignore_index)
-    # Lazy: each batch is built, with what the readers tell then, before the next one is packed.
+    # Lazy: each batch is built, with the progress of its readers, before the next one is packed.
     packed = _side_by_side([lane(number) for number in own], lane_rows, longest)
     return (build(step, rows, lanes) for step, (rows, lanes) in enumerate(packed))
 
 
+class PackingOptions(Protocol):
+    """A packing object, such as `nanopack.BestFit(window=8)`: its options are its attributes."""
+
+    @property
+    def name(self) -> str:
+        """The name that stands for it with its default options."""
+
+
+def _options(packing: PackingOptions) -> tuple[str, dict[str, int]]:
+    """Return name and options of a packing object; no other code of it is used."""
+    return packing.name, {option: getattr(packing, option) for option in DEFAULTS[packing.name]}
+
+
 @dataclass
 class Lane:
-    """A share of the conversations as it is packed."""
+    """A shard of the conversations as it is packed."""
 
     reader: Reader[Document]
     packed: Iterator[tuple[Rows, int]]
@@ -175,8 +188,8 @@ class Lane:
     placed: int = 0
 
     def progress(self, streams: bool) -> tuple[float, bool]:
-        """Return which share of the data is used up, and whether that is all."""
-        # By rows, a conversation is done with when it is placed, dropped or skipped.
+        """Return the fraction of the data consumed, and whether that is all of it."""
+        # By rows, a conversation is consumed when it is placed, dropped or skipped.
         return self.reader.progress(streams, self.reader.reads if streams else self.placed + self.reader.left_out)
 
 
@@ -194,7 +207,7 @@ def _side_by_side(lanes: list[Lane], lane_rows: int, longest: Callable[[], int])
                 lane.placed = lane_batch[1]
                 rows += lane_batch[0]
                 ended = False
-        # All ranks must give equally many batches: who is done gives padding.
+        # All ranks must give equally many batches: a rank that is done gives padding.
         if ended and batches >= longest():
             return
         yield rows, lanes
@@ -205,13 +218,13 @@ def _side_by_side(lanes: list[Lane], lane_rows: int, longest: Callable[[], int])
 
 
 def _batch(
-    packing: str, seq_len: int, loss_weights: str | None, extras: Sequence[str],
+    packing: str, seq_len: int, loss_weights: str | None, extras: Collection[str],
     max_pieces: int | None, bos_id: int, ignore_index: int, step: int, rows: Rows, lanes: list[Lane],
 ) -> Batch:  # fmt: skip
     inputs, targets, target_weights, positions, doc_ids, starts = [], [], [], [], [], []
     padding = Document(-1, [(bos_id, False)] * (seq_len + 1), 0.0)
     for number, row in enumerate(rows):
-        # From here on padding is one more document, at the end of the row; it differs only in its doc_id.
+        # From here on padding is one more document, at the end of the row, different only in its doc_id.
         words = [*row, *padding.words()[len(row) :]]
         pieces = _pieces(words)
         inputs.append([word.id for word in words[:-1]])
@@ -240,7 +253,7 @@ def _batch(
         num_tokens=sum(len(row[:seq_len]) for row in rows),
         weight_sum=math.fsum(weighed.flatten().tolist()),
         max_seqlen=max_seqlen,
-        # The end of the last pass begins no other.
+        # The end of the last pass does not begin another.
         epoch=max(lane.reader.epoch_reached for lane in lanes),
         progress=math.fsum(progress) / len(lanes),
         last=all(last),
@@ -249,7 +262,7 @@ def _batch(
 
 
 def _pieces(words: list[Word]) -> list[Piece]:
-    """Return the runs of one document in all T + 1 words of a row."""
+    """Return the runs of single documents in all T + 1 words of a row."""
     pieces: list[Piece] = []
     for column, word in enumerate(words):
         if column and word.document is words[column - 1].document:
@@ -260,7 +273,7 @@ def _pieces(words: list[Word]) -> list[Piece]:
 
 
 def _filled(starts: list[int], step: int, batch_size: int, max_pieces: int) -> list[int]:
-    """Return cu_seqlens at the length that all batches share: a varying one would make a model recompile."""
+    """Return cu_seqlens filled up to the length of every batch: a varying length would make a model recompile."""
     pieces, room = len(starts) - 1, batch_size * max_pieces
     if pieces > room:
         raise ValueError(

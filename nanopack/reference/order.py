@@ -1,8 +1,8 @@
 """The slow packer's order: which conversation is read when, one after the other.
 
-    number of conversations, share, seed   ->   Reader.next_document()   ->   reference_packing.py packs what it reads
+    number of conversations, shard, seed   ->   Reader.next_document()   ->   packing.py packs the documents
 
-A part of the definition. It shares nothing with the fast path.
+Part of the definition; it shares nothing with the fast path.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BITS64 = 2**64 - 1
 
 @dataclass
 class Reader(Generic[Document]):
-    """The walk of one rank, or of one row, over N conversations, from document to document."""
+    """The walk of one rank, or of one row, through N conversations, document by document."""
 
     n: int
     read: Callable[[int], Document | None]
@@ -27,13 +27,13 @@ class Reader(Generic[Document]):
     seed: int | None
     reads: int = 0
     left_out: int = 0
-    """Readings that gave no document: dropped or skipped."""
+    """Readings without a document: dropped or skipped conversations."""
     epoch: int = 1
 
     def __post_init__(self) -> None:
         if self.n == 0:
             raise ValueError("conversations is empty. Pass at least one conversation.")
-        # A rank lies beyond the end only where W exceeds N.
+        # A rank is beyond the end only where W exceeds N.
         self.cursor = self.rank % self.n
         self.orders: dict[int, list[int]] = {}
 
@@ -49,15 +49,15 @@ class Reader(Generic[Document]):
             self.left_out += 1
             in_vain += 1
             useless.add(index)
-            # Whatever W is, N readings have been at every conversation that this rank will ever read, unless each pass
-            # has an order of its own.
+            # Whatever W is, N readings have visited every conversation that this rank will ever read, unless each pass
+            # has its own order.
             seen_all = len(useless) == self.n or (in_vain == self.n and self.seed is None)
             if self.epochs is None and seen_all:
-                raise ValueError("conversations: each is bad or trains nothing. Check the data and loss=.")
+                raise ValueError("conversations: each is bad or has no token in the loss. Check the data and loss=.")
         return None
 
     def advance(self) -> int:
-        """Return the conversation under the cursor, and move on by W."""
+        """Return the conversation under the cursor, and advance by W."""
         place, number = self.cursor, (self.rank + self.world_size * self.reads) // self.n
         self.reads += 1
         self.cursor += self.world_size
@@ -65,7 +65,7 @@ class Reader(Generic[Document]):
             # By subtraction: a later epoch starts where the wrap lands, not at the rank.
             self.cursor -= self.n
             self.epoch += 1
-        # Once is enough, but for W > N.
+        # Once is enough, except for W > N.
         self.cursor %= self.n
         if self.seed is None:
             return place
@@ -75,24 +75,24 @@ class Reader(Generic[Document]):
 
     @property
     def epoch_reached(self) -> int:
-        """The epoch; the end of the last one begins no other."""
+        """The epoch; the end of the last one does not begin another."""
         return self.epoch if self.epochs is None else min(self.epoch, self.epochs)
 
     def progress(self, streams: bool, done: int) -> tuple[float, bool]:
-        """Return which share of the data is used up with `done` conversations, and whether that is all."""
+        """Return the fraction of the data consumed with `done` conversations, and whether that is all of it."""
         position = self.rank + self.world_size * done
         if self.epochs is not None:
             end = self.epochs * self.n
             return min(1.0, position / end), position >= end
-        # As nanochat has them: the cursor of the midtraining stream wraps, the count by rows goes on.
+        # As in nanochat: the cursor of the midtraining stream wraps, the count by rows continues.
         return (self.cursor if streams else position) / self.n, position >= self.n
 
 
 def shuffled(n: int, seed: int, number: int) -> list[int]:
     """Return the order of pass `number` (from 0): a list of 0 to n - 1.
 
-    The smallest square table of 2^h by 2^h places that has at least n is shuffled by eight rounds of a Feistel network;
-    whoever lands beyond n goes on from there until he does not.
+    Eight rounds of a Feistel network permute the smallest square table of 2^h by 2^h places that has at least n. A
+    place that maps to n or beyond is mapped again until it does not (cycle walking).
     """
     h = 1
     while 4**h < n:
@@ -113,7 +113,7 @@ def shuffled(n: int, seed: int, number: int) -> list[int]:
 
 
 def _mix(x: int) -> int:
-    """Return splitmix64's number that follows x."""
+    """Return the number that follows x in splitmix64."""
     x = (x + 0x9E3779B97F4A7C15) & BITS64
     x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & BITS64
     x = ((x ^ x >> 27) * 0x94D049BB133111EB) & BITS64

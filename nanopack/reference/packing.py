@@ -1,10 +1,10 @@
 """The slow packer's packing: which words make a row.
 
     Documents, in the order of reading   ->   pack_stream(), pack_rows()   ->   Rows of each batch, as lists of words
-    reference_order.py                                                          reference.py makes tensors of them
+    order.py                                                                    batches.py makes tensors of them
 
-A part of the definition. It shares nothing with the fast path. A row is cut from up to T + 1 words: the one in column T
-is only a target.
+Part of the definition; it shares nothing with the fast path. A row has up to T + 1 words: the one in column T is only a
+target.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nanopack.reference.order import Reader
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """A rendered conversation. Compared by identity: read again, it is another document."""
+    """A rendered conversation, compared by identity: read again, it is another document."""
 
     conversation: int
     tokens: list[tuple[int, bool]]
@@ -27,15 +27,15 @@ class Document:
 
     @cached_property
     def num_loss_tokens(self) -> int:
-        """Loss bits in it."""
+        """Tokens in the loss."""
         return sum(trained for _, trained in self.tokens)
 
     def words(self) -> list[Word]:
-        """Return its tokens, each with where it comes from."""
+        """Return its tokens, each with its origin."""
         return [Word(id, trained, self, offset) for offset, (id, trained) in enumerate(self.tokens)]
 
     def weigh(self, loss_weights: str | None) -> float:
-        """Return what each of its trained tokens weighs."""
+        """Return the weight of each of its tokens in the loss."""
         if loss_weights is None:
             return 1.0
         return self.weight if loss_weights == "token" else self.weight / self.num_loss_tokens
@@ -51,12 +51,12 @@ class Word(NamedTuple):
 
 
 Rows = list[list[Word]]
-# In the order of reading, each with the number of the row that was being built when it was read.
+# In the order of reading, each with the number of the row being built when it was read.
 WaitingList = list[tuple[Document, int]]
 
 
 def pack_stream(reader: Reader[Document], batch_size: int, seq_len: int, overlap: bool) -> Iterator[tuple[Rows, int]]:
-    """Yield a batch's rows, and how many conversations have been read."""
+    """Yield the rows of each batch, and how many conversations have been read by then."""
     waiting: list[Word] = []
     carried = 0
     while True:
@@ -78,7 +78,7 @@ def pack_stream(reader: Reader[Document], batch_size: int, seq_len: int, overlap
 def pack_rows(
     reader: Reader[Document], packing: str, batch_size: int, seq_len: int, window: int, refill: int, max_age: float
 ) -> Iterator[tuple[Rows, int]]:
-    """Yield a batch's rows, and how many conversations have been placed."""
+    """Yield the rows of each batch, and how many conversations have been placed by then."""
     waiting: WaitingList = []
     placed = row_number = 0
     while True:
@@ -94,7 +94,7 @@ def pack_rows(
                 if choice is None:
                     break
                 document, _ = waiting.pop(choice)
-                # What does not fit is cut off, which only best_fit_crop lets happen.
+                # What does not fit is cut off, which happens only with best_fit_crop.
                 row += replace(document, tokens=document.tokens[: seq_len + 1 - len(row)]).words()
                 placed += 1
                 if packing == "pad":
@@ -116,7 +116,7 @@ def _refill(reader: Reader[Document], waiting: WaitingList, window: int, refill:
 
 
 def _choose(waiting: WaitingList, room: int, packing: str) -> int | None:
-    """Return which waiting document goes next into this much room; None: the rest of the row is padding."""
+    """Return the index of the waiting document to place in this room; None: the rest of the row is padding."""
     lengths = [len(document.tokens) for document, _ in waiting]
     fitting = [length for length in lengths if length <= room]
     # index finds the first: first come among equals.

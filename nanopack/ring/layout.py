@@ -1,4 +1,4 @@
-"""Say how large a slot is, and where in it everything lies.
+"""The format of a slot: how large it is, and where in it everything lies.
 
 A slot holds one batch: its token words, and the tables that say where rows and pieces start and what they weigh. A word
 is a token id with the loss bit on top: 16 bits where all ids are below 32,768, else 32. A slot is contiguous and
@@ -19,8 +19,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from nanopack.config import LoaderConfig
-
 Number = TypeVar("Number", int, np.ndarray)
 
 
@@ -30,13 +28,13 @@ ALIGN_BYTES = 64
 ROW_ALIGN = 16  # words
 
 
-# Places in a slot are int32, and count int32.
+# Tables hold positions in a slot as int32, counted in int32.
 MAX_SLOT_BYTES = 4 * (2**31 - 1)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of a slot: the same for every batch of a loader."""
+    """Sizes of a slot: the same for every batch of a loader. `Layout.of` makes one."""
 
     batch_size: int
     seq_len: int
@@ -45,28 +43,26 @@ class Layout:
     pieces: bool
     """Whether the table of pieces is written."""
     max_segments: int | None
-    """Segments that fit cu_seqlens, None when these are not written."""
+    """Capacity of cu_seqlens in segments; None where it is not written."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError where a slot has places that its tables cannot name."""
+        """Raise ValueError for a slot with positions that its tables cannot hold."""
         if self.nbytes > MAX_SLOT_BYTES:
             raise ValueError(
-                f"batch_size={self.batch_size} times seq_len={self.seq_len} with what is asked for beside the tokens "
+                f"batch_size={self.batch_size} times seq_len={self.seq_len} with the tables for weights and extras "
                 f"takes a slot of {self.nbytes} bytes; at most {MAX_SLOT_BYTES} are allowed: make either smaller, or "
                 f"leave out weights or extras"
             )
 
     @classmethod
-    def of(cls, config: LoaderConfig, vocab_size: int) -> Layout:
-        """Return the layout for a config and a tokenizer whose ids are all below `vocab_size`."""
-        cu = "cu_seqlens" in config.extras
-        return cls(
-            batch_size=config.batch_size,
-            seq_len=config.seq_len,
-            word_bytes=2 if vocab_size <= 1 << 15 else 4,
-            pieces=config.loss_weights is not None or "positions" in config.extras or "doc_ids" in config.extras,
-            max_segments=config.batch_size * (config.max_pieces or 0) if cu else None,
-        )
+    def of(cls, batch_size: int, seq_len: int, vocab_size: int, *, pieces: bool, max_pieces: int | None) -> Layout:
+        """Return the layout for B rows of T tokens, whose ids are all below `vocab_size`.
+
+        `pieces`: whether the table of pieces is needed; `max_pieces`: capacity of cu_seqlens in segments a row, None
+        where it is not needed.
+        """
+        word_bytes = 2 if vocab_size <= 1 << 15 else 4
+        return cls(batch_size, seq_len, word_bytes, pieces, None if max_pieces is None else batch_size * max_pieces)
 
     @property
     def word_dtype(self) -> np.dtype[np.unsignedinteger]:
@@ -75,7 +71,7 @@ class Layout:
 
     @property
     def loss_bit(self) -> int:
-        """The bit of a word that says that the loss counts the token."""
+        """The bit of a word that says that the token is in the loss."""
         return 1 << (8 * self.word_bytes - 1)
 
     @property
@@ -94,5 +90,5 @@ class Layout:
 
 
 def round_up(n: Number, multiple: int) -> Number:
-    """Return the least multiple of `multiple` that is at least n; elementwise for an array."""
+    """Return the smallest multiple of `multiple` that is at least n; elementwise for an array."""
     return -(-n // multiple) * multiple

@@ -1,4 +1,4 @@
-"""The ring: slots side by side in memory that the trainer's process and the producer's share.
+"""The ring: the slots in one block of memory that the trainer's process and the producer's share, and their counters.
 
 slot.py fills a slot   ->   Ring   ->   upload/ copies it to the device
 """
@@ -11,27 +11,62 @@ from typing import Any
 import numpy as np
 
 from nanopack.ring.layout import ALIGN_BYTES, Layout
-from nanopack.ring.signs import Signs
 from nanopack.ring.slot import Slot
+
+# Stages of the producer.
+WAITING, READING, FILLING = range(3)
+_DESCRIPTIONS = ("waiting for a free slot", "reading and tokenizing, from conversation {} on", "filling a slot")
 
 
 class Ring:
-    """Slots side by side in one run of memory, which the producer's process shares, and the producer's signs."""
+    """All slots in one contiguous block that two processes map, with the status of the producer in front."""
 
     def __init__(self, layout: Layout, slots: int, memory: Any = None) -> None:
-        """Use `memory`, a shared buffer of `bytes_of(layout, slots)`, or make some that a forked process shares."""
+        """Use `memory`, a shared buffer of `bytes_of(layout, slots)`, or allocate some that a forked process shares."""
         self._arguments = layout, slots, memory
-        # pages of no file: they need no room in /dev/shm, and go when the last process that maps them does
+        # anonymous pages: they take no room in /dev/shm, and go when the last process that maps them does
         buffer = np.frombuffer(mmap.mmap(-1, self.bytes_of(layout, slots)) if memory is None else memory, np.uint8)
         aligned = buffer[-buffer.ctypes.data % ALIGN_BYTES :]
-        self.signs = Signs(aligned[:32].view(np.int64))
+        self.status = ProducerStatus(aligned[:32].view(np.int64))
         self.buffer = aligned[ALIGN_BYTES : ALIGN_BYTES + slots * layout.nbytes]
-        self.slots = [Slot(layout, part) for part in self.buffer.reshape(slots, -1)]
+        """(slots * layout.nbytes,) uint8: the slots."""
+        self.slots = [Slot(layout, part, number) for number, part in enumerate(self.buffer.reshape(slots, -1))]
 
     def __reduce__(self) -> tuple[type[Ring], tuple[Any, ...]]:
         return Ring, self._arguments
 
     @staticmethod
     def bytes_of(layout: Layout, slots: int) -> int:
-        """Return how much memory a ring takes: slots, signs, and what aligning them may cost."""
+        """Return the bytes of memory that a ring takes: slots, status, and what aligning them may cost."""
         return slots * layout.nbytes + 2 * ALIGN_BYTES
+
+
+def _field(index: int, doc: str) -> property:
+    def read(self: ProducerStatus) -> int:
+        return int(self._numbers[index])
+
+    def write(self: ProducerStatus, number: int) -> None:
+        self._numbers[index] = number
+
+    return property(read, write, doc=doc)
+
+
+class ProducerStatus:
+    """Status of the producer in shared memory, read at any time without a message; each field has one writer."""
+
+    sent = _field(0, "Messages sent so far. Written by the producer.")
+    stage = _field(1, "WAITING, READING or FILLING. Written by the producer.")
+    conversation = _field(2, "First conversation of the chunk being read. Written by the producer.")
+    released = _field(3, "Slots given back so far. Written by the trainer.")
+
+    def __init__(self, numbers: np.ndarray) -> None:
+        """Use `numbers`, (4,) int64."""
+        self._numbers = numbers
+
+    def set(self, stage: int, conversation: int = 0) -> None:
+        """Report the stage, and with READING the first conversation of the chunk."""
+        self.stage, self.conversation = stage, conversation
+
+    def describe(self) -> str:
+        """Return the stage in words, for messages about a producer that stalls or died."""
+        return _DESCRIPTIONS[self.stage].format(self.conversation)

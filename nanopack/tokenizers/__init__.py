@@ -8,13 +8,14 @@ splintr.py          encoder="fast"; split_patterns.py rewrites the patterns that
 
 from nanopack.errors import EncoderError
 from nanopack.tokenizers.splintr import FastTokenizer, choose_encoder
-from nanopack.tokenizers.tokenizer import AnyTokenizer, Tokenizer, from_ranks, load_tokenizer
+from nanopack.tokenizers.tokenizer import AnyTokenizer, Tokenizer, TokenizerLike, from_ranks, load_tokenizer
 
 __all__ = [
     "AnyTokenizer",
     "EncoderError",
     "FastTokenizer",
     "Tokenizer",
+    "TokenizerLike",
     "choose_encoder",
     "from_ranks",
     "load_tokenizer",

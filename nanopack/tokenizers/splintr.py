@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from nanopack.conversations.records import Source, check
+from nanopack.conversations.records import check
+from nanopack.conversations.source import Source
 from nanopack.errors import EncoderError
 from nanopack.tokenizers.split_patterns import PatternError, plain
 from nanopack.tokenizers.tokenizer import LONG_TEXT, AnyTokenizer, Tokenizer

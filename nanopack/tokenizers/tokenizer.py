@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence, Set
 from importlib import resources
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import tiktoken
@@ -194,6 +194,50 @@ def regrouped(encoding: tiktoken.Encoding) -> tiktoken.Encoding:
 
 
 AnyTokenizer: TypeAlias = Tokenizer | HuggingFaceTokenizer
+
+
+class HasEncoding(Protocol):
+    """nanochat's `RustBPETokenizer`, or any object that holds a tiktoken encoding."""
+
+    @property
+    def enc(self) -> tiktoken.Encoding:
+        """The encoding."""
+
+
+class HasFastTokenizer(Protocol):
+    """nanochat's `HuggingFaceTokenizer`, or any object that holds a fast tokenizer of Hugging Face."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """A `transformers.PreTrainedTokenizerFast` or a `tokenizers.Tokenizer`."""
+
+
+class FastTokenizerLike(Protocol):
+    """A `transformers.PreTrainedTokenizerFast`."""
+
+    @property
+    def backend_tokenizer(self) -> Any:
+        """Its `tokenizers.Tokenizer`."""
+
+
+class CoreLike(Protocol):
+    """A `tokenizers.Tokenizer`."""
+
+    def to_str(self, pretty: bool = False) -> str:
+        """Return it as JSON."""
+
+
+TokenizerLike: TypeAlias = (
+    AnyTokenizer
+    | tiktoken.Encoding
+    | HasEncoding
+    | HasFastTokenizer
+    | FastTokenizerLike
+    | CoreLike
+    | str
+    | os.PathLike[str]
+)
+"""What `load_tokenizer`, and so `Loader`, takes."""
 
 
 def load_tokenizer(tokenizer: object) -> AnyTokenizer:

@@ -1,7 +1,7 @@
 """Bring filled slots to the device and turn them into tensors, without ever making the host wait for the device.
 
     slots the producer filled   ->   Upload.submit(): copy, on a stream of its own   ->   Upload.deliver(): kernel, on
-        ring.py                                                                           the caller's stream
+        ring/                                                                             the caller's stream
 
 Which stream waits for which event; every action on the device itself goes through device.py. `Upload` is a passive
 state machine, called from the consumer's thread alone, because a CUDA call from another thread can break the user's
@@ -16,7 +16,7 @@ An edge orders two accesses to the same memory:
     E2  the kernel has read D[d]                     before  the next copy into it
     E3  the copy into D[d] is done                   before  the kernel reads it
     E4  the copy has read H[s]                       before  the producer fills it again
-    E5  all that reads or writes static outputs      before  the kernel writes them anew from another stream
+    E5  all that reads or writes static outputs      before  the kernel writes them again on another stream
     E7  all that was queued on a stream used here    before  the memory is given back
 
 (E1, the slot is filled before it is copied, is the order of the news from the producer.) Waiting for an event that was

@@ -93,7 +93,7 @@ def test_static_batches_may_be_kept():
     ("arguments", "error"),
     [
         ({"extras": ()}, r"extras=\(\) lacks \"positions\""),
-        ({"loss_weights": "token"}, "loss_weights='token': the losses of transformers take none"),
+        ({"loss_weights": "token"}, "loss_weights='token': the losses of transformers do not support weights"),
         ({"ignore_index": -1}, "ignore_index=-1: transformers ignores -100"),
     ],
     ids=str,

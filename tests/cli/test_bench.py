@@ -33,6 +33,7 @@ from nanopack.cli.bench import (
     tokenizer_bound,
 )
 from nanopack.data import CONVERSATIONS
+from nanopack.packing import as_packing
 from nanopack.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 TOKENIZER = load_tokenizer("chat32k")
@@ -220,7 +221,7 @@ def test_waits_are_separated_from_the_step(monkeypatch):
 
 @pytest.mark.parametrize("packing", ["stream", "best_fit", "best_fit_pad", "best_fit_crop", "pad"])
 def test_padding_is_that_of_the_loader(packing, shipped):
-    found = padding.pack(packing, None, [len(document.ids) for document in shipped.documents])
+    found = padding.pack(as_packing(packing), [len(document.ids) for document in shipped.documents])
     assert found["rows"] > 0
     with Loader(shipped.chats, TOKENIZER, packing=packing, num_workers=0, device="cpu") as loader:
         tokens = sum(next(loader).num_tokens for _ in range(found["rows"] // 32))

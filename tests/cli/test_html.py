@@ -13,6 +13,7 @@ import pytest
 
 from nanopack import Loader, cli, demo
 from nanopack.cli.html import explain_rows, save_page
+from nanopack.packing import BestFitCrop, Stream
 
 EVIL = "</script><script>alert(1)</script><!-- <b>&amp; {{title}} {{data}}"
 CHATS = [
@@ -25,8 +26,8 @@ CHATS = [
 CASES = {
     "best_fit": {},
     "pad": {"packing": "pad"},
-    "stream": {"packing": "stream", "overlap": True},
-    "crop": {"packing": "best_fit_crop", "window": 4},
+    "stream": {"packing": Stream(overlap=True)},
+    "crop": {"packing": BestFitCrop(window=4)},
     "all": {"loss": "all", "boundary_loss": False, "loss_weights": "token"},
 }
 

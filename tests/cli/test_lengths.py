@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nanopack.cli.lengths import Lengths, bin_edges, measure
 from nanopack.config import LoaderConfig
 from nanopack.conversations.records import open_conversations
+from nanopack.packing import BestFit, BestFitCrop, Stream
 from nanopack.render.renderer import Renderer
 from nanopack.tokenizers.tokenizer import load_tokenizer
 
@@ -71,7 +72,7 @@ def test_bins_are_halves_of_a_row(row_tokens, edges):
 
 
 @pytest.mark.parametrize(
-    ("packing", "fate"), [("best_fit", "are cut"), ("stream", "next row"), ("best_fit_crop", "may be cropped")]
+    ("packing", "fate"), [(BestFit(), "are cut"), (Stream(), "next row"), (BestFitCrop(), "may be cropped")]
 )
 def test_rows_say_what_becomes_of_long_documents(packing, fate):
     *_, (_, number, note) = make_lengths([100, 30]).rows(LoaderConfig(seq_len=50, packing=packing), where)

@@ -22,6 +22,7 @@ from nanopack import Loader, cli
 from nanopack.cli import commands, options
 from nanopack.config import LoaderConfig
 from nanopack.data import CONVERSATIONS
+from nanopack.packing import BestFit, BestFitCrop, Stream
 
 COMMANDS = ("pack", "verify", "inspect")
 SMALL = ("--batch-size", "4", "--seq-len", "64")
@@ -151,6 +152,16 @@ def test_inspect_of_a_rank_measures_its_shard(run, chats):
         report = json.loads(out)
         assert report["documents"]["count"] == count
         assert report["documents"]["tokens"] == report["packing"]["ledger"]["tokens"]["read"]
+
+
+def test_inspect_measures_the_conversations_that_it_packs_also_where_each_row_is_a_shard(run, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": "word " * (k % 13)}) + "\n" for k in range(40)), encoding="utf-8")
+    options = ("--batch-size", 2, "--seq-len", 64, "--shard", "row", "--rank", 1, "--world-size", 2, "--json")
+    _, out, _ = run("inspect", path, *options)
+    found = json.loads(out)
+    assert found["documents"]["count"] == found["packing"]["ledger"]["conversations"]["read"] == 20
+    assert found["documents"]["tokens"] == found["packing"]["ledger"]["tokens"]["read"]
 
 
 def test_inspect_measures_a_document_once_however_many_epochs(run, chats):
@@ -380,7 +391,7 @@ REFUSED = {
     "batch size 0": (["pack", "--batch-size", "0"], "batch_size=0 is not allowed"),
     "negative length": (["verify", "--seq-len", "-1"], "seq_len=-1 is not allowed"),
     "no number": (["pack", "--seq-len", "many"], "--seq-len: invalid int value: 'many'"),
-    "window 0": (["pack", "--window", "0"], "use an int from 1 upwards, or None"),
+    "window 0": (["pack", "--window", "0"], "window=0 is not allowed; use an int from 1 upwards"),
     "unknown packing": (["pack", "--packing", "tight"], "--packing: invalid choice: 'tight'"),
     "window of stream": (["inspect", "--packing", "stream", "--window", "9"], "window=9 has no meaning"),
     "unknown extra": (["pack", "--extras", "positions,x"], "'x' is not known"),
@@ -497,17 +508,13 @@ def test_an_unbalanced_ledger_is_reported_and_fails(run, chats, monkeypatch, com
 GIVEN = {
     "batch_size": (["--batch-size", "3"], 3),
     "seq_len": (["--seq-len", "9"], 9),
-    "packing": (["--packing", "best_fit_crop"], "best_fit_crop"),
+    "packing": (["--packing", "best_fit_crop"], BestFitCrop()),
     "loss": (["--loss", "all"], "all"),
     "loss_weights": (["--loss-weights", "token"], "token"),
     "extras": (["--extras", "positions,doc_ids"], ["positions", "doc_ids"]),
     "max_pieces": (["--max-pieces", "5"], 5),
     "template": (["--template", "chatml"], "chatml"),
     "max_document_tokens": (["--max-document-tokens", "6"], 6),
-    "window": (["--window", "7"], 7),
-    "max_age": (["--max-age", "8"], 8),
-    "refill": (["--refill", "2"], 2),
-    "overlap": (["--overlap"], True),
     "boundary_loss": (["--no-boundary-loss"], False),
     "ignore_index": (["--ignore-index", "-1"], -1),
     "rank": (["--rank", "1"], 1),
@@ -520,7 +527,7 @@ GIVEN = {
 }
 
 
-def test_every_argument_of_a_recipe_is_an_option():
+def test_every_argument_that_decides_the_batches_is_an_option():
     assert GIVEN.keys() - {"executor"} == {field.name for field in dataclasses.fields(LoaderConfig)}
 
 
@@ -540,12 +547,29 @@ def test_options_reach_the_loader_and_no_other_arguments_do(run, command, monkey
         assert seen.pop() == (["a.jsonl", "b.jsonl"], "folder", {"epochs": 1, name: value})
 
 
+PACKINGS_GIVEN = [
+    (["--window", "7", "--max-age", "8", "--refill", "2"], BestFit(window=7, max_age=8, refill=2)),
+    (["--packing", "best_fit_crop", "--window", "7"], BestFitCrop(window=7)),
+    (["--packing", "stream", "--overlap"], Stream(overlap=True)),
+]
+
+
+@pytest.mark.parametrize(("flags", "packing"), PACKINGS_GIVEN)
+def test_packing_options_reach_the_packing(run, monkeypatch, flags, packing):
+    def loader(*_, **arguments):
+        assert arguments["packing"] == packing
+        raise ValueError("seen")
+
+    monkeypatch.setattr(commands, "Loader", loader)
+    assert "seen" in refusal(run("pack", *flags))
+
+
 def test_help_names_every_option_and_default(run):
     for command in COMMANDS:
         code, out, _ = run(command, "--help")
         assert code == 0
-        for flags, _ in GIVEN.values():
-            assert f"  {flags[0]}" in out
+        for flags, _ in [*GIVEN.values(), *PACKINGS_GIVEN]:
+            assert all(f"  {flag}" in out for flag in flags if flag.startswith("--"))
         assert "(default: 2048)" in out and "(default: best_fit)" in out
     code, out, _ = run("--help")
     assert code == 0 and all(f"nanopack {command} [FILES...]" in out for command in COMMANDS)

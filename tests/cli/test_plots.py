@@ -9,6 +9,7 @@ from nanopack import Loader, demo
 from nanopack.cli.lengths import Lengths, measure
 from nanopack.cli.plots import save_lengths
 from nanopack.config import LoaderConfig
+from nanopack.packing import BestFit, BestFitPad, Pad
 from nanopack.render.renderer import Renderer
 
 
@@ -18,13 +19,13 @@ def test_no_document_at_all_can_be_drawn(tmp_path):
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("packing", "window"), [("best_fit", 1), ("best_fit", 8), ("best_fit_pad", 4), ("pad", None)])
-def test_the_padding_shown_is_what_the_loader_has(packing, window):
+@pytest.mark.parametrize("packing", [BestFit(window=1), BestFit(window=8), BestFitPad(window=4), Pad()], ids=str)
+def test_the_padding_shown_is_what_the_loader_has(packing):
     conversations = demo.shipped()[:120]
-    with Loader(conversations, "chat32k", 1, 64, packing=packing, window=window, loss="all", epochs=1) as loader:
+    with Loader(conversations, "chat32k", 1, 64, packing=packing, loss="all", epochs=1) as loader:
         list(loader)
         slots = loader.ledger()["slots"]
         render = Renderer(loader.tokenizer, "nanochat")
         lengths = measure(loader.source, range(120), render)
-        found = lengths.padding(LoaderConfig(seq_len=64, loss="all"), packing, window)
+        found = lengths.padding(LoaderConfig(seq_len=64, loss="all"), packing)
     assert found == pytest.approx(slots["padding"] / slots["total"], abs=1e-12)

@@ -9,6 +9,7 @@ from nanopack.batch import Batch, Piece
 from nanopack.cli.summary import Totals
 from nanopack.config import LoaderConfig
 from nanopack.ledger import Ledger
+from nanopack.packing import BestFitCrop, Stream
 
 
 def make_batch(num_tokens, num_loss_tokens=0, last=False, lengths=()):
@@ -51,7 +52,7 @@ def test_one_conversation_a_row_pads_each_to_a_row():
     assert found["padding_one_a_row"] == pytest.approx(1 - 71 / 100)
 
 
-@pytest.mark.parametrize("packing", ["stream", "best_fit_crop"])
+@pytest.mark.parametrize("packing", [Stream(), BestFitCrop()], ids=str)
 def test_packings_that_split_documents_do_not_report_the_padding_of_one_a_row(packing):
     assert report(make_batch(71, lengths=(51, 21)), packing=packing)["padding_one_a_row"] is None
 

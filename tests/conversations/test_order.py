@@ -1,4 +1,4 @@
-"""Which conversation is read when: the walk of a cursor, and permutations that are computed place by place."""
+"""Which conversation is read when: the walk of a cursor, and permutations that are computed index by index."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanopack.conversations.order import Share, permute
+from nanopack.conversations.order import Shard, permute
 
 
 def walk(n: int, rank: int, world_size: int) -> Iterator[tuple[int, int]]:
@@ -27,42 +27,42 @@ def walk(n: int, rank: int, world_size: int) -> Iterator[tuple[int, int]]:
 
 
 ranks = st.tuples(st.integers(1, 30), st.integers(1, 40)).flatmap(
-    lambda sizes: st.builds(Share, st.just(sizes[0]), st.integers(0, sizes[1] - 1), st.just(sizes[1]))
+    lambda sizes: st.builds(Shard, st.just(sizes[0]), st.integers(0, sizes[1] - 1), st.just(sizes[1]))
 )
 
 
-@given(share=ranks)
-def test_a_share_is_the_walk_of_a_cursor(share: Share) -> None:
-    steps = walk(share.n, share.rank, share.world_size)
+@given(shard=ranks)
+def test_a_shard_is_the_walk_of_a_cursor(shard: Shard) -> None:
+    steps = walk(shard.n, shard.number, shard.count)
     for read, step in zip(range(100), steps, strict=False):
-        assert (share.conversation(read), share.epoch(read)) == step
+        assert (shard.conversation(read), shard.epoch(read)) == step
 
 
 @given(n=st.integers(1, 30), world_size=st.integers(1, 40), epochs=st.integers(0, 4))
 def test_all_ranks_together_read_every_conversation_once_an_epoch(n: int, world_size: int, epochs: int) -> None:
-    shares = [Share(n, rank, world_size) for rank in range(world_size)]
-    read = [share.conversation(k) for share in shares for k in range(share.reads(epochs))]
+    shards = [Shard(n, rank, world_size) for rank in range(world_size)]
+    read = [shard.conversation(k) for shard in shards for k in range(shard.num_reads(epochs))]
     assert sorted(read) == sorted([*range(n)] * epochs)
 
 
-@given(share=ranks, epochs=st.integers(0, 4))
-def test_reads_counts_what_lies_before_the_end(share: Share, epochs: int) -> None:
-    end = epochs * share.n
-    assert share.reads(epochs) == sum(share.rank + k * share.world_size < end for k in range(end + 1))
+@given(shard=ranks, epochs=st.integers(0, 4))
+def test_num_reads_counts_what_lies_before_the_end(shard: Shard, epochs: int) -> None:
+    end = epochs * shard.n
+    assert shard.num_reads(epochs) == sum(shard.number + k * shard.count < end for k in range(end + 1))
 
 
-def order(n: int, seed: int, number: int) -> list[int]:
-    return permute(np.arange(n), n, seed, np.full(n, number)).tolist()
+def order(n: int, seed: int, epoch: int) -> list[int]:
+    return permute(np.arange(n), n, seed, np.full(n, epoch)).tolist()
 
 
-@given(n=st.integers(1, 300), seed=st.integers(0, 2**64 - 1), number=st.integers(0, 2**40))
-def test_a_shuffled_pass_has_every_conversation_once(n: int, seed: int, number: int) -> None:
-    assert sorted(order(n, seed, number)) == list(range(n))
+@given(n=st.integers(1, 300), seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 2**40))
+def test_a_shuffled_pass_has_every_conversation_once(n: int, seed: int, epoch: int) -> None:
+    assert sorted(order(n, seed, epoch)) == list(range(n))
 
 
-@given(share=ranks, seed=st.integers(0, 2**64 - 1), start=st.integers(0, 3000))
-def test_a_shuffled_share_begins_anywhere_as_if_it_had_been_read_up_to_there(share, seed, start) -> None:
-    shuffled = Share(share.n, share.rank, share.world_size, seed)
+@given(shard=ranks, seed=st.integers(0, 2**64 - 1), start=st.integers(0, 3000))
+def test_a_shuffled_shard_starts_anywhere_as_if_it_had_been_read_up_to_there(shard, seed, start) -> None:
+    shuffled = Shard(shard.n, shard.number, shard.count, seed)
     whole = list(shuffled.conversations(0, start + 50))
     assert list(shuffled.conversations(start, start + 50)) == whole[start:]
     assert shuffled.conversation(start) == whole[start]
@@ -70,13 +70,13 @@ def test_a_shuffled_share_begins_anywhere_as_if_it_had_been_read_up_to_there(sha
 
 @given(n=st.integers(1, 30), world_size=st.integers(1, 40), epochs=st.integers(0, 4), seed=st.integers(0, 99))
 def test_all_ranks_of_a_shuffled_order_read_every_conversation_once_an_epoch(n, world_size, epochs, seed) -> None:
-    shares = [Share(n, rank, world_size, seed) for rank in range(world_size)]
-    read = [index for share in shares for index in share.conversations(0, share.reads(epochs))]
+    shards = [Shard(n, rank, world_size, seed) for rank in range(world_size)]
+    read = [index for shard in shards for index in shard.conversations(0, shard.num_reads(epochs))]
     assert sorted(read) == sorted([*range(n)] * epochs)
 
 
 def test_the_next_pass_and_the_next_seed_have_another_order() -> None:
-    assert len({tuple(order(50, seed, number)) for seed in range(10) for number in range(10)}) == 100
+    assert len({tuple(order(50, seed, epoch)) for seed in range(10) for epoch in range(10)}) == 100
 
 
 def test_every_order_of_four_comes_equally_often() -> None:
@@ -86,9 +86,9 @@ def test_every_order_of_four_comes_equally_often() -> None:
 
 
 def test_neighbours_in_the_order_are_strangers() -> None:
-    places = np.array(order(100_000, 7, 0))
-    assert abs(np.corrcoef(places[:-1], places[1:])[0, 1]) < 0.01
-    assert abs(np.corrcoef(places, np.arange(100_000))[0, 1]) < 0.01
+    indices = np.array(order(100_000, 7, 0))
+    assert abs(np.corrcoef(indices[:-1], indices[1:])[0, 1]) < 0.01
+    assert abs(np.corrcoef(indices, np.arange(100_000))[0, 1]) < 0.01
 
 
 def test_an_order_of_more_than_an_array_could_hold_is_no_more_work() -> None:

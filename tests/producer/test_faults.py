@@ -23,6 +23,7 @@ from faulty import CHATS, SMALL, TOKENIZER, Faulty, NotPicklable, in_dev_shm, is
 import nanopack
 from nanopack import ConversationError, Loader, reference
 from nanopack.errors import ProducerError
+from nanopack.packing import BestFitPad
 from nanopack.producer import process
 from nanopack.verify import compare
 
@@ -255,7 +256,7 @@ if DURING == "next":
             time.sleep(30 if i == 5 else 0)
             return super().__getitem__(i)
 loader = nanopack.Loader(Data(), "chat32k", batch_size=1, seq_len=8, packing="stream", loss="all")
-print(loader._feed._process.pid, flush=True)
+print(loader.producer_pid, flush=True)
 batch = next(loader)
 if DURING == "exit":
     sys.exit(0)
@@ -397,7 +398,7 @@ def test_stats_tell_who_waited_for_whom():
         waited = loader.stats()["waited_for_producer_s"]
         for _ in range(20):
             with within(5):
-                while not loader._feed.ready:
+                while not loader._feed.qsize():
                     time.sleep(0.001)
             next(loader)
         assert loader.stats()["waited_for_producer_s"] == waited, "batches were ready"
@@ -475,7 +476,7 @@ def test_a_stopped_worker_is_waited_for_with_a_warning_and_nothing_is_lost(caplo
 def test_more_requests_than_a_pipe_holds_do_not_lock_the_workers_up():
     """A thousand rows read side by side, each a chunk ahead, and documents that fill the pipe of the results."""
     chats = [{"text": f"{'a b c d e f g h ' * 400}{k}"} for k in range(1200)]
-    arguments = dict(batch_size=1000, seq_len=16, shard="row", window=2, packing="best_fit_pad", loss="all")
+    arguments = dict(batch_size=1000, seq_len=16, shard="row", packing=BestFitPad(window=2), loss="all")
     with within(60), Loader(chats, TOKENIZER, num_workers=2, **arguments) as loader:
         batch = next(loader)
     expected = next(reference.batches(chats, TOKENIZER, **arguments))

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from nanopack import ConversationError, Loader, reference
 from nanopack.errors import ProducerError
-from nanopack.packing.packers import PACKINGS
+from nanopack.packing.packings import PACKINGS
 from nanopack.verify import compare
 
 pytestmark = [
@@ -139,8 +139,8 @@ def test_every_batch_that_was_ready_comes_before_the_death(number, prefetch):
         process = loader._feed._process
         got = [next(loader)]
         # it fills all slots, and waits
-        wait_until(lambda: loader._feed.ring.signs.posted == loader._feed.ring.signs.freed + prefetch + 1)
-        posted = loader._feed.ring.signs.posted
+        wait_until(lambda: loader._feed.ring.status.sent == loader._feed.ring.status.released + prefetch + 1)
+        posted = loader._feed.ring.status.sent
         os.kill(process.pid, number)
         assert is_gone(process.pid)
         with within(2), pytest.raises(ProducerError, match=f"killed by {number.name}"):
@@ -178,7 +178,7 @@ def test_a_death_is_noticed_though_a_stranger_holds_the_pipe_open(monkeypatch):
 def test_a_stall_names_the_stage_and_a_stop_in_it(caplog):
     stop = Faulty(20, lambda: os.kill(os.getpid(), signal.SIGSTOP))
     with Loader(stop, TOKENIZER, epochs=1, **SMALL) as loader, caplog.at_level(logging.WARNING, "nanopack"):
-        pid = loader._feed._process.pid
+        pid = loader.producer_pid
         threading.Timer(2.5, os.kill, (pid, signal.SIGCONT)).start()
         with within(8):
             assert compare(reference.batches(CHATS, TOKENIZER, epochs=1, **SMALL), loader).difference is None
@@ -191,8 +191,8 @@ def test_batches_that_are_ready_come_from_a_stopped_producer_without_a_wait():
     with Loader(CHATS, TOKENIZER, prefetch=4, **SMALL) as loader:
         got = [next(loader)]
         # two may be on the device already, and keep their slots until the next call
-        wait_until(lambda: loader._feed.ready >= 3)
-        os.kill(loader._feed._process.pid, signal.SIGSTOP)
+        wait_until(lambda: loader._feed.qsize() >= 3)
+        os.kill(loader.producer_pid, signal.SIGSTOP)
         with within(1):
             got += [next(loader) for _ in range(3)]
     assert compare(expected(4), iter(got)).difference is None
@@ -225,7 +225,7 @@ def test_data_loader_workers_come_and_go_beside_the_loader():
         for _ in range(2):
             for _ in torch.utils.data.DataLoader(list(range(10)), num_workers=2):
                 got.append(next(loader))
-        pid = loader._feed._process.pid
+        pid = loader.producer_pid
     assert is_gone(pid) and compare(expected(len(got)), iter(got)).difference is None
 
 
@@ -308,7 +308,7 @@ def test_news_of_all_slots_fit_the_pipe_though_a_batch_has_many_pieces():
     chats = [{"text": "a"}] * 10
     with Loader(chats, TOKENIZER, batch_size=16, seq_len=512, packing="stream", loss="all", prefetch=4) as loader:
         next(loader)
-        wait_until(lambda: loader._feed.ready >= 3)
+        wait_until(lambda: loader._feed.qsize() >= 3)
 
 
 SCRIPT = """
@@ -326,7 +326,7 @@ class Data(list):
         return super().__getitem__(i)
 def make(*data):
     loader = nanopack.Loader(Data(*data), "chat32k", batch_size=1, seq_len=8, packing="stream", loss="all")
-    print(loader._feed._process.pid, flush=True)
+    print(loader.producer_pid, flush=True)
     return loader
 """
 
@@ -350,8 +350,8 @@ def script(tmp_path, text, **files):
 
 EXITS = {
     "busy in the data set": "loader = make(lambda: time.sleep(60), 20)\nnext(loader)\n",
-    "stopped": "loader = make()\nnext(loader)\nos.kill(loader._feed._process.pid, signal.SIGSTOP)\n",
-    "killed": "loader = make()\nnext(loader)\nos.kill(loader._feed._process.pid, signal.SIGKILL)\n",
+    "stopped": "loader = make()\nnext(loader)\nos.kill(loader.producer_pid, signal.SIGSTOP)\n",
+    "killed": "loader = make()\nnext(loader)\nos.kill(loader.producer_pid, signal.SIGKILL)\n",
     "waited for by a thread": (
         "loader = make(lambda: time.sleep(60), 20)\n"
         "def wait():\n    try:\n        [0 for _ in loader]\n    except RuntimeError:\n        pass\n"
@@ -437,7 +437,7 @@ try:
     next(loader)
 except RuntimeError as error:
     print(error, flush=True)
-pid = loader._feed._process.pid
+pid = loader.producer_pid
 began = time.time()
 del loader
 gc.collect()
@@ -449,7 +449,7 @@ def test_a_loader_dropped_unclosed_in_a_cycle_ends_a_busy_producer():
     loader = Loader(Faulty(20, lambda: time.sleep(60)), TOKENIZER, **SMALL)
     loader.cycle = loader
     next(loader)
-    pid = loader._feed._process.pid
+    pid = loader.producer_pid
     with within(2):
         del loader
         gc.collect()

@@ -1,4 +1,4 @@
-"""Promises of nanopack/reading.py: a chunk is read as each of its conversations alone would be."""
+"""Promises of nanopack/producer/reader.py: a chunk is read as each of its conversations alone would be."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from nanopack.config import LoaderConfig
 from nanopack.conversations.records import check, open_conversations
+from nanopack.packing import BestFit, Stream
 from nanopack.producer.reader import CHUNK, Reader, read_in_turn
-from nanopack.ring.layout import Layout
 from nanopack.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 TOKENIZER = load_tokenizer("chat32k")
@@ -70,28 +70,29 @@ CONFIGS = st.builds(
     loss_weights=st.sampled_from([None, "token", "conversation"]),
     boundary_loss=st.booleans(),
     max_document_tokens=st.sampled_from([None, 1, 2, 30]),
-    packing=st.sampled_from(["best_fit", "stream"]),
+    packing=st.sampled_from([BestFit(), Stream()]),
     seq_len=st.sampled_from([16, 128]),
 )
 
 
 def reader_of(records, config=None):
     config = config or LoaderConfig()
-    return Reader(open_conversations(Faulty(records)), TOKENIZER, config, Layout.of(config, TOKENIZER.vocab_size))
+    return Reader(open_conversations(Faulty(records)), TOKENIZER, config)
 
 
-def told(read):
-    words = None if read.words is None else (read.words.dtype, read.words.tolist())
-    error = None if read.error is None else (type(read.error), str(read.error))
-    return read.index, words, read.tokens, read.cut, read.weight, read.own_weight, error
+def facts_of(document):
+    words = document.words.dtype, document.words.tolist()
+    error = None if document.error is None else (type(document.error), str(document.error))
+    cut, weights = document.cut, (document.weight, document.own_weight)
+    return document.conversation, words, document.num_tokens, cut, weights, document.dropped, error
 
 
 @given(st.lists(RECORDS, min_size=1, max_size=12), CONFIGS)
 def test_a_chunk_is_read_as_each_of_its_conversations_alone(records, config):
     reader = reader_of(records, config)
-    alone = [told(read) for index in range(len(records)) for read in reader.read([index])]
-    assert list(map(told, reader.read(range(len(records))))) == alone
-    assert list(map(told, read_in_turn(reader, range(len(records)), batch_tokens=64, tell=lambda index: None))) == alone
+    alone = [facts_of(read) for index in range(len(records)) for read in reader.read([index]).documents]
+    assert list(map(facts_of, reader.read(range(len(records))).documents)) == alone
+    assert list(map(facts_of, read_in_turn(reader, range(len(records)), batch_tokens=64))) == alone
 
 
 @given(st.lists(RECORDS, min_size=1, max_size=12), CONFIGS)
@@ -99,7 +100,7 @@ def test_what_is_read_is_the_document_cut_and_marked(records, config):
     """Token by token, from what the renderer gives for one conversation; that has its own plain renderer."""
     reader = reader_of(records, config)
     limit = min([2**31, *(limit for _, limit in config.limits)])
-    for record, read in zip(records, reader.read(range(len(records))), strict=True):
+    for record, read in zip(records, reader.read(range(len(records))).documents, strict=True):
         if read.error is not None:
             continue
         document = reader.render(check(record))
@@ -107,10 +108,8 @@ def test_what_is_read_is_the_document_cut_and_marked(records, config):
         trained = [config.loss == "all" or bool(one) for one in document.mask]
         trained[0] &= config.boundary_loss
         kept = list(zip(document.ids.tolist(), trained, strict=True))[:limit]
-        assert (read.tokens, sum(read.cut.values())) == (len(trained), len(trained) - len(kept))
-        if read.words is None:
-            assert config.drops_untrained and not any(one for _, one in kept)
-            continue
+        assert (read.num_tokens, sum(read.cut.values())) == (len(trained), len(trained) - len(kept))
+        assert read.dropped == (config.drops_untrained and not any(one for _, one in kept))
         assert [(int(word) & 0x7FFF, bool(word >> 15)) for word in read.words] == kept
         count = sum(one for _, one in kept)
         weight = {None: 1.0, "token": read.own_weight, "conversation": read.own_weight / max(1, count)}[
@@ -119,7 +118,7 @@ def test_what_is_read_is_the_document_cut_and_marked(records, config):
         assert read.weight == (weight if count or config.loss_weights != "conversation" else 0.0)
 
 
-def test_a_panic_of_a_tokenizer_is_told_with_its_conversation(monkeypatch):
+def test_a_panic_of_a_tokenizer_is_reported_with_its_conversation(monkeypatch):
     class Panic(BaseException):
         pass
 
@@ -131,18 +130,18 @@ def test_a_panic_of_a_tokenizer_is_told_with_its_conversation(monkeypatch):
         return plain(self, texts)
 
     monkeypatch.setattr(Tokenizer, "encode_batch", panicking)
-    reads = reader_of([{"text": "a"}, {"text": "bad"}, {"text": "c"}]).read(range(3))
+    reads = reader_of([{"text": "a"}, {"text": "bad"}, {"text": "c"}]).read(range(3)).documents
     assert [type(read.error) for read in reads] == [type(None), Panic, type(None)]
-    assert reads[0].words is not None and reads[2].words is not None
+    assert [len(read.words) for read in reads] == [2, 0, 2]
 
 
 def test_ctrl_c_does_not_wait_for_its_place_where_the_trainer_reads():
     reader = reader_of([{"text": "a"}, {"text": "b"}, KeyboardInterrupt(), {"text": "c"}])
-    reads = read_in_turn(reader, range(4), batch_tokens=1000, tell=None)
-    assert next(reads).index == 0
+    reads = read_in_turn(reader, range(4), batch_tokens=1000, raise_interrupts=True)
+    assert next(reads).conversation == 0
     with pytest.raises(KeyboardInterrupt):
         next(reads)
-    reads = list(read_in_turn(reader, range(4), batch_tokens=1000, tell=lambda index: None))
+    reads = list(read_in_turn(reader, range(4), batch_tokens=1000))
     assert [type(read.error) for read in reads] == [type(None)] * 2 + [KeyboardInterrupt, type(None)]
 
 
@@ -158,10 +157,10 @@ def test_ctrl_c_while_tokenizing_is_raised(monkeypatch):
 @pytest.mark.parametrize(("tokens", "most"), [(4, CHUNK), (40, 5), (4000, 1)])
 def test_no_more_is_read_ahead_than_a_batch_takes(tokens, most):
     config, watched = LoaderConfig(), Faulty([{"input_ids": [7] * tokens}] * 400)
-    reader = Reader(open_conversations(watched), TOKENIZER, config, Layout.of(config, TOKENIZER.vocab_size))
+    reader = Reader(open_conversations(watched), TOKENIZER, config)
     starts = []
-    reads = read_in_turn(reader, range(400), batch_tokens=200, tell=starts.append)
+    reads = read_in_turn(reader, range(400), batch_tokens=200, on_chunk=starts.append)
     for count, read in enumerate(itertools.islice(reads, 300)):
-        assert read.index == count and watched.asked == list(range(len(watched.asked)))
+        assert read.conversation == count and watched.asked == list(range(len(watched.asked)))
         assert len(watched.asked) - count <= most
     assert starts[0] == 0 and max(b - a for a, b in itertools.pairwise(starts)) == most

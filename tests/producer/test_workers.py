@@ -12,7 +12,6 @@ from nanopack.conversations.records import open_conversations
 from nanopack.producer import workers
 from nanopack.producer.reader import Reader
 from nanopack.producer.workers import UNANSWERED, Workers
-from nanopack.ring.layout import Layout
 from nanopack.tokenizers.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer("chat32k")
@@ -29,7 +28,7 @@ class Harmful(list):
 
 
 def reader_of(records):
-    return Reader(open_conversations(records), TOKENIZER, CONFIG, Layout.of(CONFIG, TOKENIZER.vocab_size))
+    return Reader(open_conversations(records), TOKENIZER, CONFIG)
 
 
 def chats(count):
@@ -56,10 +55,11 @@ def started(monkeypatch):
             process.join()
 
 
-def told(read):
-    words = None if read.words is None else (read.words.dtype, read.words.tolist())
-    error = None if read.error is None else (type(read.error), str(read.error))
-    return read.index, words, read.tokens, read.cut, read.weight, read.own_weight, error
+def facts_of(document):
+    words = document.words.dtype, document.words.tolist()
+    error = None if document.error is None else (type(document.error), str(document.error))
+    cut, weights = document.cut, (document.weight, document.own_weight)
+    return document.conversation, words, document.num_tokens, cut, weights, document.dropped, error
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -67,19 +67,19 @@ def told(read):
 def test_workers_read_what_one_reader_reads_in_the_same_order(started, count, method):
     records = chats(200)
     order = [7 * k % 200 for k in range(400)]
-    found = started(count, records, method).read_all(order, lanes=1)
-    assert list(map(told, found)) == list(map(told, reader_of(records).read(order)))
+    found = started(count, records, method).read_all(order, shards=1)
+    assert list(map(facts_of, found)) == list(map(facts_of, reader_of(records).read(order).documents))
 
 
-def test_lanes_read_side_by_side_and_each_gets_its_own(started):
+def test_shards_read_side_by_side_and_each_gets_its_own(started):
     records = chats(3000)
     running = started(2, records)
-    lanes = [running.read_all(range(lane, 3000, 300), lanes=300) for lane in range(300)]
-    firsts = [next(lane) for lane in lanes]
+    shards = [running.read_all(range(shard, 3000, 300), shards=300) for shard in range(300)]
+    firsts = [next(shard) for shard in shards]
     assert len(firsts) > UNANSWERED
-    assert [read.index for read in firsts] == list(range(300))
-    assert [[read.index for read in lane] for lane in lanes] == [
-        list(range(lane + 300, 3000, 300)) for lane in range(300)
+    assert [read.conversation for read in firsts] == list(range(300))
+    assert [[read.conversation for read in shard] for shard in shards] == [
+        list(range(shard + 300, 3000, 300)) for shard in range(300)
     ]
 
 
@@ -96,20 +96,26 @@ def test_lanes_read_side_by_side_and_each_gets_its_own(started):
 )
 def test_what_goes_wrong_comes_in_its_place_with_its_traceback(started, fault, kind, message):
     records = Harmful([{"text": "a"}] * 40 + [fault] + [{"text": "b"}] * 40)
-    reads = list(started(2, records).read_all(range(81), lanes=1))
-    assert [read.index for read in reads if read.error is not None] == [40]
+    reads = list(started(2, records).read_all(range(81), shards=1))
+    assert [read.conversation for read in reads if read.error is not None] == [40]
     assert type(reads[40].error) is kind and message in str(reads[40].error)
     assert "in __getitem__" in str(reads[40].error.__cause__)
 
 
+def test_a_chunk_of_bad_conversations_alone_comes_too(started):
+    found = list(started(2, [{"text": 5}] * 40).read_all(range(40), shards=1))
+    assert [document.conversation for document in found] == list(range(40))
+    assert {type(document.error) for document in found} == {ConversationError}
+
+
 def test_words_are_those_of_the_slot(started):
-    [read] = started(1, [{"text": "a b"}]).read_all([0], lanes=1)
+    [read] = started(1, [{"text": "a b"}]).read_all([0], shards=1)
     assert read.words.dtype == np.uint16 and (read.words >> 15).all()
 
 
 def test_a_worker_that_is_gone_is_named_with_what_it_was_at(started):
     running = started(2, Harmful([{"text": "a"}] * 100))
-    reads = running.read_all(range(100), lanes=4)
+    reads = running.read_all(range(100), shards=4)
     next(reads)
     for process in running._processes:
         process.kill()

@@ -18,6 +18,7 @@ import tiktoken
 
 from nanopack.batch import Batch, Piece
 from nanopack.errors import ConversationError
+from nanopack.packing import BestFit, BestFitCrop, BestFitPad, Stream
 from nanopack.reference.batches import batches
 
 NAMES = ["bos", "user_start", "user_end", "assistant_start", "assistant_end"]
@@ -101,7 +102,7 @@ def test_stream_starts_behind_the_last_target_of_the_batch_before():
 
 
 def test_overlapping_stream_makes_every_token_a_target_once():
-    found = take(5, texts("abcdefgh"), packing="stream", batch_size=1, seq_len=2, overlap=True)
+    found = take(5, texts("abcdefgh"), packing=Stream(overlap=True), batch_size=1, seq_len=2)
     assert inputs(found) == [[[BOS, a]], [[b, c]], [[d, e]], [[f, g]], [[h, BOS]]]
     assert targets(found) == [[[a, b]], [[c, d]], [[e, f]], [[g, h]], [[BOS, a]]]
     assert found[4].word_pieces == ((Piece(0, 0, 1, 8), Piece(0, 1, 2, 0)),)
@@ -139,7 +140,7 @@ def test_document_goes_on_counting_in_the_next_row_but_its_positions_restart():
     ids=["one word left", "one word left behind the carried one", "the last word is shared"],
 )
 def test_end_of_a_stream_is_padded(text, overlap, last_inputs, last_targets, last_pieces):
-    found = take(None, texts(text), packing="stream", batch_size=2, seq_len=2, overlap=overlap, epochs=1)
+    found = take(None, texts(text), packing=Stream(overlap=overlap), batch_size=2, seq_len=2, epochs=1)
     assert inputs(found) == [[[BOS, a], [b, c]], last_inputs]
     assert targets(found) == [[[a, b], [c, d]], last_targets]
     assert [[tuple(piece) for piece in row] for row in found[1].word_pieces] == last_pieces
@@ -148,7 +149,7 @@ def test_end_of_a_stream_is_padded(text, overlap, last_inputs, last_targets, las
 
 
 def test_no_batch_is_made_of_the_carried_word_alone():
-    found = take(None, texts("abcd"), packing="stream", batch_size=2, seq_len=2, overlap=True, epochs=1)
+    found = take(None, texts("abcd"), packing=Stream(overlap=True), batch_size=2, seq_len=2, epochs=1)
     assert inputs(found) == [[[BOS, a], [b, c]]]
 
 
@@ -195,7 +196,7 @@ def test_more_ranks_than_conversations():
 
 def test_best_fit_takes_the_longest_that_fits_and_the_first_come_among_equals():
     four = texts("aa", "bbb", "cc", "ddd")
-    found = take(3, four, packing="best_fit_pad", batch_size=1, seq_len=6, window=4)
+    found = take(3, four, packing=BestFitPad(window=4), batch_size=1, seq_len=6)
     assert inputs(found)[:2] == [[[BOS, b, b, b, BOS, a]], [[BOS, d, d, d, BOS, c]]]
     assert targets(found)[:2] == [[[b, b, b, BOS, a, a]], [[d, d, d, BOS, c, c]]]
     assert read(found)[:2] == [[1, 0], [3, 2]]
@@ -205,7 +206,7 @@ def test_best_fit_takes_the_longest_that_fits_and_the_first_come_among_equals():
 
 def test_padding_is_bos_untrained_and_one_piece_of_its_own():
     batch = only(
-        texts("aaa", "bb"), packing="best_fit_pad", batch_size=2, seq_len=5, window=2, epochs=1,
+        texts("aaa", "bb"), packing=BestFitPad(window=2), batch_size=2, seq_len=5, epochs=1,
         loss_weights="token", extras=("positions", "doc_ids", "cu_seqlens"), max_pieces=3, ignore_index=-1,
     )  # fmt: skip
     assert batch.inputs.tolist() == [[BOS, a, a, a, BOS], [BOS, b, b, BOS, BOS]]
@@ -231,7 +232,7 @@ def test_max_seqlen_counts_padding():
 
 def test_crop_cuts_the_shortest_waiting_document_and_the_first_among_equals():
     three = texts("abcd", "efg", "hij")
-    found = take(2, three, packing="best_fit_crop", batch_size=1, seq_len=6, window=3, loss_weights="conversation")
+    found = take(2, three, packing=BestFitCrop(window=3), batch_size=1, seq_len=6, loss_weights="conversation")
     assert found[0].inputs.tolist() == [[BOS, a, b, c, d, BOS]]
     assert found[0].targets.tolist() == [[a, b, c, d, BOS, e]]
     assert found[0].word_pieces == ((Piece(0, 0, 5, 0), Piece(1, 5, 2, 0)),)
@@ -244,12 +245,12 @@ def test_crop_cuts_the_shortest_waiting_document_and_the_first_among_equals():
 
 
 def test_crop_deals_with_a_document_longer_than_a_row():
-    found = take(2, texts("abcdefgh"), packing="best_fit_crop", batch_size=1, seq_len=3, window=1)
+    found = take(2, texts("abcdefgh"), packing=BestFitCrop(window=1), batch_size=1, seq_len=3)
     assert targets(found) == [[[a, b, c]], [[a, b, c]]]
 
 
 def test_crop_pads_only_when_nothing_waits():
-    arguments = {"packing": "best_fit_crop", "window": 2, "epochs": 1}
+    arguments = {"packing": BestFitCrop(window=2), "epochs": 1}
     found = take(None, texts("abc", "de"), batch_size=2, seq_len=4, **arguments)
     assert inputs(found) == [[[BOS, a, b, c], [BOS, BOS, BOS, BOS]]]
     assert targets(found) == [[[a, b, c, BOS], [NO, NO, NO, NO]]]
@@ -268,7 +269,7 @@ def test_document_longer_than_a_row_is_cut_before_it_waits(packing):
 
 
 def test_pad_gives_each_row_one_document():
-    found = take(2, texts("a", "bb", "c"), packing="pad", batch_size=2, seq_len=5, window=3)
+    found = take(2, texts("a", "bb", "c"), packing="pad", batch_size=2, seq_len=5)
     assert read(found) == [[0, 1], [2, 0]]
     assert facts(found, "epoch", "progress", "last") == [(1, 2 / 3, False), (2, 4 / 3, True)]
 
@@ -277,34 +278,33 @@ STARVING = texts("a", "bbb", "ccc", "ddd")
 
 
 @pytest.mark.parametrize(
-    "packing, max_age, rows",
+    "packing, rows",
     [
-        ("best_fit", 2, [[1], [2], [0, 0], [3], [1], [2], [3], [1]]),
-        ("best_fit", 3, [[1], [2], [3], [0, 0]]),
-        ("best_fit", None, [[1], [2], [3], [0, 0]]),
-        ("best_fit", 1, [[1], [0], [2], [3]]),
-        ("best_fit_pad", None, [[1], [2], [3], [0, 0]]),
+        (BestFit(window=2, max_age=2), [[1], [2], [0, 0], [3], [1], [2], [3], [1]]),
+        (BestFit(window=2, max_age=3), [[1], [2], [3], [0, 0]]),
+        (BestFit(window=2), [[1], [2], [3], [0, 0]]),
+        (BestFit(window=2, max_age=1), [[1], [0], [2], [3]]),
+        (BestFitPad(window=2), [[1], [2], [3], [0, 0]]),
     ],
 )
-def test_document_that_waited_max_age_rows_opens_the_next_one(packing, max_age, rows):
-    found = take(len(rows), STARVING, packing=packing, batch_size=1, seq_len=3, window=2, max_age=max_age)
+def test_document_that_waited_max_age_rows_opens_the_next_one(packing, rows):
+    found = take(len(rows), STARVING, packing=packing, batch_size=1, seq_len=3)
     assert read(found) == rows
 
 
 def test_only_one_document_a_row_is_placed_for_its_age():
     four = texts("a", "b", "cccc", "dd")
-    found = take(2, four, packing="best_fit", batch_size=1, seq_len=4, window=3, max_age=1)
+    found = take(2, four, packing=BestFit(window=3, max_age=1), batch_size=1, seq_len=4)
     # Conversation 1 has waited as long as 0, but 3 is longer and fits.
     assert read(found) == [[2], [0, 3]]
 
 
 def test_refill_reads_in_chunks():
     three = texts("a", "b", "ccc")
-    arguments = {"packing": "best_fit_crop", "batch_size": 1, "seq_len": 3, "window": 2}
-    one = take(2, three, refill=1, **arguments)
+    one = take(2, three, packing=BestFitCrop(window=2, refill=1), batch_size=1, seq_len=3)
     assert read(one) == [[0, 1], [2]]
     assert facts(one, "epoch") == [(2,), (2,)]
-    chunks = take(2, three, refill=3, **arguments)
+    chunks = take(2, three, packing=BestFitCrop(window=2, refill=3), batch_size=1, seq_len=3)
     assert read(chunks) == [[2], [0, 1]]
     assert facts(chunks, "epoch") == [(2,), (3,)]
 
@@ -434,7 +434,7 @@ def test_max_tokens_cuts_every_document():
 
 def test_token_weights_are_the_conversations_own():
     two = [{"text": "ab", "weight": 0.5}, {"text": "c", "weight": 2}]
-    batch = only(two, batch_size=1, seq_len=4, window=2, loss_weights="token")
+    batch = only(two, batch_size=1, seq_len=4, packing=BestFit(window=2), loss_weights="token")
     assert batch.targets.tolist() == [[a, b, BOS, c]]
     assert batch.weights.tolist() == [[0.5, 0.5, 2.0, 2.0]]
     assert batch.weight_sum == 5.0
@@ -446,7 +446,7 @@ def test_token_weights_are_the_conversations_own():
 
 def test_conversation_weights_are_shared_among_its_trained_tokens():
     two = [{"text": "ab", "weight": 0.5}, {"text": "c", "weight": 2}]
-    batch = only(two, batch_size=1, seq_len=4, window=2, loss_weights="conversation")
+    batch = only(two, batch_size=1, seq_len=4, packing=BestFit(window=2), loss_weights="conversation")
     # A half among three tokens, one of them no target here: a weight does not depend on the place in the row.
     assert batch.weights.tolist() == [[0.1666666716337204, 0.1666666716337204, 1.0, 1.0]]
     assert batch.weight_sum == 2.333333343267441
@@ -483,16 +483,16 @@ def test_too_many_pieces_is_an_error_that_names_the_argument():
 @pytest.mark.parametrize(
     "packing, loss, conversations, progress",
     [
-        ("best_fit", "assistant", [1, 1], 2.0),
+        (BestFit(window=1), "assistant", [1, 1], 2.0),
         ("pad", "assistant", [1], 1.0),
-        ("best_fit_pad", "assistant", [0], 0.5),
-        ("best_fit_crop", "assistant", [0], 0.5),
-        ("best_fit", "all", [0], 0.5),
+        (BestFitPad(window=1), "assistant", [0], 0.5),
+        (BestFitCrop(window=1), "assistant", [0], 0.5),
+        (BestFit(window=1), "all", [0], 0.5),
         ("pad", "all", [0], 0.5),
     ],
 )
 def test_document_that_trains_nothing_is_dropped_by_our_own_packings(packing, loss, conversations, progress):
-    batch = only([QUESTION, {"text": "a"}], packing=packing, loss=loss, batch_size=1, seq_len=3, window=1)
+    batch = only([QUESTION, {"text": "a"}], packing=packing, loss=loss, batch_size=1, seq_len=3)
     assert read([batch]) == [conversations]
     assert batch.progress == progress
 
@@ -510,7 +510,7 @@ def test_bits_are_counted_after_the_boundary_is_cleared():
 
 
 def test_endless_pass_without_a_document_is_an_error():
-    with pytest.raises(ValueError, match="trains nothing"):
+    with pytest.raises(ValueError, match="has no token in the loss"):
         take(1, [QUESTION], batch_size=1, seq_len=3)
     assert take(None, [QUESTION], batch_size=1, seq_len=3, epochs=2) == []
 
@@ -579,7 +579,7 @@ def test_bad_conversation_is_named_or_skipped(record):
         take(None, three, epochs=1, **ONE)
     found = take(None, three, epochs=1, on_error="skip", **ONE)
     assert read(found) == [[0], [2]]
-    rows = take(None, three, packing="best_fit", batch_size=1, seq_len=1, window=1, epochs=1, on_error="skip")
+    rows = take(None, three, packing=BestFit(window=1), batch_size=1, seq_len=1, epochs=1, on_error="skip")
     # Skipped is consumed.
     assert facts(rows, "progress", "last") == [(1 / 3, False), (1.0, True)]
 
@@ -631,12 +631,9 @@ def test_unknown_choice_is_refused_before_the_first_batch(name):
 COUNTS = [
     "batch_size",
     "seq_len",
-    "refill",
     "world_size",
     "max_pieces",
     "max_document_tokens",
-    "window",
-    "max_age",
     "epochs",
 ]
 
@@ -687,11 +684,11 @@ def random_talks(seed: int, n: int, most: int) -> list[dict[str, Any]]:
 # Each loop with its settings, ours, and how long a text may be: in SFT, every document must fit a row.
 CASES: dict[str, tuple[Any, dict[str, int], dict[str, Any], int]] = {
     "midtraining": (nanochat_loops.midtraining, {}, {"packing": "stream", "loss": "all"}, 30),
-    "sft": (nanochat_loops.sft, {"buffer_size": 10}, {"packing": "best_fit_pad", "window": 10}, 4),
+    "sft": (nanochat_loops.sft, {"buffer_size": 10}, {"packing": BestFitPad(window=10)}, 4),
     "base": (
         nanochat_loops.base,
         {"buffer_size": 12, "chunk": 5},
-        {"packing": "best_fit_crop", "loss": "all", "window": 12, "refill": 5},
+        {"packing": BestFitCrop(window=12, refill=5), "loss": "all"},
         30,
     ),
 }

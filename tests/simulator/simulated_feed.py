@@ -20,8 +20,10 @@ from simulated import RUBBISH_BYTE, Actor, Block, Clock, Fault, SimulatedDevice
 
 from nanopack import Loader, reference
 from nanopack.batch import Batch
-from nanopack.producer.feed import End, News
-from nanopack.producer.producer import Produced, Producer
+from nanopack.producer.feed import End
+from nanopack.producer.producer import Producer
+from nanopack.producer.reader import Reader
+from nanopack.ring.facts import BatchFacts
 from nanopack.ring.slot import Slot
 from nanopack.tokenizers.tokenizer import NANOCHAT_SPECIAL_TOKENS
 
@@ -41,7 +43,7 @@ class Data:
     conversations: list[Any]
     arguments: dict[str, Any]
     batches: list[Batch]
-    produced: list[tuple[np.ndarray, Produced]]
+    produced: list[tuple[np.ndarray, BatchFacts]]
     """The used bytes of each slot, and its facts: what the real producer gave."""
     end: Exception | End
     """What it gave after them."""
@@ -81,16 +83,17 @@ def data(number: int) -> Data:
     )
 
 
-def _produce(loader: Loader) -> tuple[list[tuple[np.ndarray, Produced]], Exception | End]:
-    producer = Producer(loader.source, loader.tokenizer, loader.config)
-    slot = Slot(producer.layout, np.zeros(producer.layout.nbytes, np.uint8))
+def _produce(loader: Loader) -> tuple[list[tuple[np.ndarray, BatchFacts]], Exception | End]:
+    reader = Reader(loader.source, loader.tokenizer, loader.config)
+    producer, layout = Producer(reader), reader.layout
+    slot = Slot(layout, np.zeros(layout.nbytes, np.uint8))
     slots = []
     try:
-        while (produced := producer.produce(slot)) is not None:
-            slots.append((slot.buffer[: produced.filled.used_bytes].copy(), produced))
+        while (facts := producer.produce(slot)) is not None:
+            slots.append((slot.buffer[: facts.used_bytes].copy(), facts))
     except ValueError as error:
         return slots, error
-    return slots, End(producer.books())
+    return slots, End(producer.state_bytes())
 
 
 class SimulatedFeed:
@@ -99,7 +102,7 @@ class SimulatedFeed:
     def __init__(
         self, device: SimulatedDevice, chosen: Data, slots: list[Block], prefetch: int, *, inline: bool, hasty: bool
     ) -> None:
-        """A `hasty` producer posts its news before the slot is filled."""
+        """A `hasty` producer sends the facts before the slot is filled."""
         self._device = device
         self._chosen = chosen
         self._slots = slots
@@ -107,7 +110,7 @@ class SimulatedFeed:
         self._hasty = hasty
         self.lag = 0.2
         self._actor: Actor = device.host if inline else device.actor("the producer")
-        self._news: deque[tuple[News | End | Exception, Clock]] = deque()
+        self._messages: deque[tuple[BatchFacts | End | Exception, Clock]] = deque()
         self._free: deque[tuple[int, Clock]] = deque((slot, self._actor.clock) for slot in range(len(slots)))
         self._work = self._fill()
         if not inline:
@@ -116,15 +119,17 @@ class SimulatedFeed:
     @property
     def slots(self) -> list[int]:
         """The slots that are here, free or ready."""
-        return [slot for slot, _ in self._free] + [news.slot for news, _ in self._news if isinstance(news, News)]
+        return [slot for slot, _ in self._free] + [
+            sent.slot for sent, _ in self._messages if isinstance(sent, BatchFacts)
+        ]
 
     def step(self) -> bool:
         """Go on filling; return False where there is nothing to do."""
         return next(self._work, False)
 
     def _fill(self) -> Generator[bool, None, None]:
-        for filled, produced in self._chosen.produced:
-            while not self._free or len(self._news) >= self._prefetch:
+        for filled, facts in self._chosen.produced:
+            while not self._free or len(self._messages) >= self._prefetch:
                 yield False
             slot, clock = self._free.popleft()
             self._actor.learn(clock)
@@ -134,49 +139,48 @@ class SimulatedFeed:
             half = len(filled) // 2
             for part in (slice(0, half), slice(half, len(filled))):
                 if self._hasty and part.start:
-                    self._post(News(slot, produced))
+                    self._send(facts._replace(slot=slot))
                 yield True
                 memory[part] = filled[part]
                 self._touch(slot)
             if not self._hasty:
-                self._post(News(slot, produced))
+                self._send(facts._replace(slot=slot))
             yield True
         # a copy, because an exception collects tracebacks, and these keep batches
-        self._post(copy.copy(self._chosen.end))
+        self._send(copy.copy(self._chosen.end))
 
     def _touch(self, slot: int) -> None:
         self._device.touch(self._slots[slot], self._actor, self._actor.tick(), write=True, what="filling")
 
-    def _post(self, news: News | End | Exception) -> None:
-        self._news.append((news, self._actor.clock))
+    def _send(self, message: BatchFacts | End | Exception) -> None:
+        self._messages.append((message, self._actor.clock))
 
-    def take(self, *, wait: bool) -> News | End | None:
-        """As `nanopack.producer.feed.Feed.take`; without `wait`, what is ready may still be in the pipe."""
+    def get(self, *, wait: bool) -> BatchFacts | End | None:
+        """As `nanopack.producer.feed.Feed.get`; without `wait`, what is ready may still be in the pipe."""
         self._device.pause()
         if wait:
-            while not self._news:
-                if not self.step() and not self._news:
+            while not self._messages:
+                if not self.step() and not self._messages:
                     raise Fault("deadlock: the host waits for the producer, and the producer for a free slot")
-        elif not self._news or self._device.random.random() < self.lag:
+        elif not self._messages or self._device.random.random() < self.lag:
             return None
-        news, clock = self._news.popleft()
+        message, clock = self._messages.popleft()
         self._device.host.learn(clock)
-        if isinstance(news, (News, End)):
-            return news
+        if isinstance(message, (BatchFacts, End)):
+            return message
         try:
-            raise news
+            raise message
         finally:
-            del news
+            del message
 
-    def free(self, slot: int) -> None:
-        """As `nanopack.producer.feed.Feed.free`."""
+    def release(self, slot: int) -> None:
+        """As `nanopack.producer.feed.Feed.release`."""
         assert slot not in self.slots, f"slot {slot} is given back twice"
         self._free.append((slot, self._device.host.clock))
 
-    @property
-    def ready(self) -> int:
-        """As `nanopack.producer.feed.Feed.ready`."""
-        return len(self._news)
+    def qsize(self) -> int:
+        """As `nanopack.producer.feed.Feed.qsize`."""
+        return len(self._messages)
 
     def close(self) -> None:
         """End the producer, and wait until it has ended."""

@@ -19,10 +19,9 @@ from simulated_feed import DATA_SETS, TOKENIZER, SimulatedFeed, data
 
 from nanopack import Loader
 from nanopack.batch import Batch
-from nanopack.ring.layout import Layout
-from nanopack.upload.delivery import Delivery
 from nanopack.upload.executor import make_kernel
 from nanopack.upload.outputs import outputs_maker
+from nanopack.upload.prefetcher import Prefetcher
 from nanopack.upload.upload import Upload
 from nanopack.verify import first_difference
 
@@ -148,7 +147,7 @@ class Simulation:
         device = self.device = SimulatedDevice(random, clocks=clocks)
         self.loader = Loader(chosen.conversations, TOKENIZER, num_workers=0, **chosen.arguments)
         loader_config = self.loader.config
-        layout = Layout.of(loader_config, self.loader.tokenizer.vocab_size)
+        layout = self.loader._reader.layout
         slots = [device.host_slot(number, layout.nbytes) for number in range(config.slots)]
         self.slots = [slot.block for slot in slots]
         self.trainer = Trainer(device, chosen.batches, config)
@@ -175,7 +174,7 @@ class Simulation:
         )
         prefetch = config.prefetch or random.randint(1, 8)
         self.feed = SimulatedFeed(device, chosen, self.slots, prefetch, inline=config.inline, hasty=hasty)
-        self.loader._delivery = Delivery(device, self.feed, self.upload, b"", ahead=config.overlap_copy)
+        self.loader._prefetcher = Prefetcher(device, self.feed, self.upload, ahead=config.overlap_copy)
 
     def train(self, batches: int) -> bool:
         """Train on so many batches; return whether the end of the data came before."""

@@ -7,6 +7,7 @@ import tiktoken
 import torch
 from hypothesis import strategies as st
 
+from nanopack.packing import packings
 from nanopack.tokenizers.tokenizer import NANOCHAT_SPECIAL_TOKENS
 
 PACKINGS = ["best_fit", "stream", "best_fit_pad", "best_fit_crop", "pad"]
@@ -62,7 +63,6 @@ def drawn_arguments(draw, packing):
     arguments = {
         "batch_size": draw(st.integers(1, 4)),
         "seq_len": draw(st.integers(1, 24) | st.sampled_from([64, 128])),
-        "packing": packing,
         "loss": draw(st.sampled_from(["assistant", "all"])),
         "loss_weights": draw(st.sampled_from([None, "token", "conversation"])),
         "extras": tuple(draw(st.sets(st.sampled_from(["positions", "doc_ids", "cu_seqlens"])))),
@@ -77,10 +77,8 @@ def drawn_arguments(draw, packing):
     arguments["rank"] = draw(st.integers(0, arguments["world_size"] - 1))
     if "cu_seqlens" in arguments["extras"]:
         arguments["max_pieces"] = arguments["seq_len"]
-    if packing.startswith("best_fit"):
-        arguments |= {"window": draw(st.integers(1, 6)), "refill": draw(st.integers(1, 3))}
-    if packing == "best_fit":
-        arguments["max_age"] = draw(st.integers(1, 5))
-    if packing == "stream":
-        arguments["overlap"] = draw(st.booleans())
+    options = {"window": st.integers(1, 6), "refill": st.integers(1, 3), "max_age": st.integers(1, 5)}
+    options["overlap"] = st.booleans()
+    kind = packings.PACKINGS[packing]
+    arguments["packing"] = kind(**{name: draw(options[name]) for name in kind().options()})
     return arguments

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import multiprocessing
 import os
 import time
@@ -89,7 +90,8 @@ MIXED = nanopack.mixture([(CHATS, 2, "chats"), ([{"text": "x" * k} for k in rang
 def loader_of(rows, conversations=CHATS, **arguments):
     """A loader of this rank, of so many rows on all ranks together. Which rank it is, torch.distributed knows."""
     arguments = {"seq_len": 16, "num_workers": 0, **arguments}
-    return nanopack.Loader(conversations, BYTES, rows // dist.get_world_size(), **arguments)
+    world_size = arguments.get("world_size", dist.get_world_size())
+    return nanopack.Loader(conversations, BYTES, rows // world_size, **arguments)
 
 
 def rows_of(batches):
@@ -105,17 +107,30 @@ def default_share(**arguments):
     return first, first == rows_of([next(told)]) and own.state_dict() == told.state_dict()
 
 
-def steps_in_common(grouped, **arguments):
-    """Train to the end, meeting the other ranks at each step; return steps, len() and how many batches hold tokens."""
-    group = dist.group.WORLD if grouped else None
+def steps_in_common(grouping, **arguments):
+    """Train to the end, meeting the other ranks at each step; return steps, len() and how many batches hold tokens.
+
+    `grouping`: the group is passed, or taken by default, or there is none that fits: the default group has more ranks.
+    """
+    group = {"passed": dist.group.WORLD, "default": None, "none": None}[grouping]
+    meeting = dist.group.WORLD
+    if grouping == "none":
+        # the last rank shares none of the data, and makes no loader
+        rank, world_size = dist.get_rank(), dist.get_world_size() - 1
+        meeting = dist.new_group(list(range(world_size)))
+        if rank == world_size:
+            return None
+        arguments |= {"rank": rank, "world_size": world_size}
     with loader_of(3, UNEVEN, **arguments, packing="stream", epochs=2, process_group=group) as loader:
+        counted_at_construction = loader._batches is not None
+        assert counted_at_construction == (grouping != "none")
         steps = filled = 0
         for batch in loader:
             filled_ranks = torch.tensor(int(batch.num_tokens > 0))
-            dist.all_reduce(filled_ranks)
+            dist.all_reduce(filled_ranks, group=meeting)
             assert filled_ranks > 0, "a step in which no rank has anything to train"
             steps, filled = steps + 1, filled + (batch.num_tokens > 0)
-        dist.barrier()
+        dist.barrier(meeting)
         return steps, len(loader), filled
 
 
@@ -129,6 +144,19 @@ def wrong_groups():
         except ValueError as error:
             said.append(str(error))
     return said
+
+
+def logged_without_a_fitting_group(world_size):
+    """The warnings of a loader of so many ranks, and whether it counted its batches when it was made."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("nanopack").addHandler(handler)
+    try:
+        with loader_of(3, epochs=1, rank=0, world_size=world_size) as loader:
+            return lines, loader._batches is not None
+    finally:
+        logging.getLogger("nanopack").removeHandler(handler)
 
 
 def counted_with_a_bad_conversation_of_rank_1():

@@ -135,8 +135,8 @@ def main(folder: Path) -> None:
     model = Model()
     optimizer = Adam(model)
     # small, so that documents become old and what a state says of their ages counts
-    ages = dict(window=16, max_age=4)
-    arguments = dict(shard="row", seed=7, extras=("positions", "doc_ids"), num_workers=1, **ages)
+    packing = nanopack.BestFit(window=16, max_age=4)
+    arguments = dict(packing=packing, shard="row", seed=7, extras=("positions", "doc_ids"), num_workers=1)
     with nanopack.Loader(chats, BYTES, GLOBAL_ROWS // world_size, SEQ_LEN, **arguments) as loader:
         start = 0
         with contextlib.suppress(FileNotFoundError):

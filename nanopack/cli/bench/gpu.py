@@ -29,6 +29,7 @@ from nanopack.config import EXTRAS, LoaderConfig
 from nanopack.conversations.records import open_conversations
 from nanopack.loader import Loader
 from nanopack.producer.producer import Producer
+from nanopack.producer.reader import Reader
 from nanopack.ring.ring import Ring
 from nanopack.upload.executor import make_kernel
 from nanopack.upload.outputs import outputs_maker
@@ -65,22 +66,21 @@ def _kernel_rows(data: Data, pace: Pace, device: torch.device, kind: str, settin
     from nanopack.kernels.pack import pack_bytes
 
     config = LoaderConfig(batch_size=ROWS, seq_len=ROW, max_document_tokens=ROW, **settings)
-    producer = Producer(open_conversations(data.chats), data.tokenizer, config)
-    ring = Ring(producer.layout, 1)
-    produced = producer.produce(ring.slots[0])
-    assert produced is not None
-    filled, slot = produced.filled, ring.slots[0].buffer
-    make_outputs = outputs_maker(config, producer.layout, device)
+    reader = Reader(open_conversations(data.chats), data.tokenizer, config)
+    ring = Ring(reader.layout, 1)
+    facts, slot = Producer(reader).produce(ring.slots[0]), ring.slots[0].buffer
+    assert facts is not None
+    make_outputs = outputs_maker(config, reader.layout, device)
     outputs = [make_outputs() for _ in range(BUFFERS)]
-    host = torch.from_numpy(slot)[: filled.used_bytes].clone().pin_memory()
+    host = torch.from_numpy(slot)[: facts.used_bytes].clone().pin_memory()
     staged = [torch.from_numpy(slot).to(device) for _ in range(BUFFERS)]
-    kernel = make_kernel("triton", device, producer.layout, data.tokenizer.bos_id, -100)
+    kernel = make_kernel("triton", device, reader.layout, data.tokenizer.bos_id, -100)
     head = np.frombuffer(slot, np.int32, 4 * (ROWS + 1))
     n_bytes = pack_bytes(
         ROWS,
         ROW,
-        word_bytes=producer.layout.word_bytes,
-        n_pieces=sum(map(len, filled.word_pieces)),
+        word_bytes=reader.layout.word_bytes,
+        n_pieces=len(facts.pieces) // 32,
         weights=config.loss_weights is not None,
         positions="positions" in config.extras,
         doc_ids="doc_ids" in config.extras,
@@ -92,10 +92,10 @@ def _kernel_rows(data: Data, pace: Pace, device: torch.device, kind: str, settin
     works: dict[str, Callable[[int], object]] = {
         "kernel": lambda i: kernel(staged[i], outputs[i]),
         "device copy of the same bytes": lambda i: memory[i].copy_(memory[i - 1]),
-        "host copy, pinned": lambda i: staged[i][: filled.used_bytes].copy_(host, non_blocking=True),
+        "host copy, pinned": lambda i: staged[i][: facts.used_bytes].copy_(host, non_blocking=True),
     }
     times = spreads(in_rounds({name: _device_time(work) for name, work in works.items()}, pace))
-    moved = {"kernel": n_bytes, "device copy of the same bytes": n_bytes, "host copy, pinned": filled.used_bytes}
+    moved = {"kernel": n_bytes, "device copy of the same bytes": n_bytes, "host copy, pinned": facts.used_bytes}
     copied = times["device copy of the same bytes"]
     return [
         Result(

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 
 from nanopack.cli.bench.corpus import ROW, ROWS, Data
 from nanopack.cli.bench.rounds import Pace, Result, Table
-from nanopack.config import LoaderConfig
-from nanopack.packing.packers import WINDOWS, make_packer
+from nanopack.packing import BestFit, BestFitCrop, BestFitPad, Packing, Pad, Stream, simulate
 
 DOCUMENTS, QUICK_DOCUMENTS = 50_000, 6_000
 WINDOW_SIZES = (16, 32, 64, 128, 256, 1024, 4096)
@@ -28,33 +27,14 @@ def lengths(data: Data, documents: int) -> list[int]:
     return [length for seed in range(passes) for length in random.Random(seed).sample(own, len(own))]
 
 
-def pack(packing: str, window: int | None, all_lengths: Sequence[int]) -> dict[str, int | float]:
+def pack(packing: Packing, all_lengths: Sequence[int]) -> dict[str, int | float]:
     """Return the fractions of padding and of tokens cut, and the longest wait in rows, up to the end of the data."""
-    config = LoaderConfig(packing=packing, window=window, batch_size=ROWS, seq_len=ROW)
-    limit = config.row_tokens if config.cuts_to_row else max(all_lengths)
-    ended = False
-
-    def read() -> tuple[int, int] | None:
-        nonlocal ended
-        item = next(numbered, None)
-        ended = item is None
-        return item
-
-    numbered = iter([(number, min(length, limit)) for number, length in enumerate(all_lengths)])
-    packer = make_packer(packing, read, batch_size=ROWS, seq_len=ROW, window=window)
-    rows = tokens = 0
-    while (batch := packer.next_rows()) and not ended:
-        rows += len(batch)
-        tokens += sum(min(sum(run.length for run in row), ROW) for row in batch)
-    # without max_age a document may starve: it is never placed, and so never counted
-    state = packer.state()
-    still_waiting = [state["row"] - since for since in state.get("since", ())]
-    beyond_row = sum(max(0, length - limit) for length in all_lengths)
+    packed = simulate(packing, all_lengths, ROW, batch_size=ROWS, to_end=False)
     return {
-        "padding_share": 1 - tokens / (rows * ROW) if rows else 0.0,
-        "cut_share": (beyond_row + packer.cropped) / sum(all_lengths),
-        "rows": rows,
-        "longest_wait_rows": max([packer.longest_wait, *still_waiting]),
+        "padding_share": packed.padding,
+        "cut_share": packed.cut / sum(all_lengths),
+        "rows": packed.rows,
+        "longest_wait_rows": packed.longest_wait_rows,
     }
 
 
@@ -62,12 +42,13 @@ def measure(data: Data, pace: Pace) -> list[Table]:
     """Return a table of the packings with their defaults, and one of windows."""
     some = lengths(data, QUICK_DOCUMENTS if pace.quick else DOCUMENTS)
     sizes = QUICK_WINDOW_SIZES if pace.quick else WINDOW_SIZES
-    packings = [("pad", None), ("stream", None), *WINDOWS.items()]
+    packings: list[Packing] = [Pad(), Stream(), BestFit(), BestFitPad(), BestFitCrop()]
     defaults = []
-    for packing, window in packings:
-        pace.show(packing)
-        name = packing if window is None else f"{packing}, window {window}"
-        defaults.append(Result(name, {**pack(packing, window, some)}))
+    for packing in packings:
+        pace.show(packing.name)
+        window = packing.options().get("window")
+        name = packing.name if window is None else f"{packing.name}, window {window}"
+        defaults.append(Result(name, {**pack(packing, some)}))
     return [
         Table(f"Each packing with its defaults, {len(some):,} documents", defaults),
         Table("Other windows", [_of_window(window, some, pace) for window in sizes], "window"),
@@ -76,7 +57,7 @@ def measure(data: Data, pace: Pace) -> list[Table]:
 
 def _of_window(window: int, all_lengths: Sequence[int], pace: Pace) -> Result:
     pace.show(f"window {window}")
-    found = {packing: pack(packing, window, all_lengths) for packing in WINDOWS}
+    found = {kind.name: pack(kind(window=window), all_lengths) for kind in (BestFit, BestFitPad, BestFitCrop)}
     return Result(
         str(window),
         {

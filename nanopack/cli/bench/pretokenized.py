@@ -23,7 +23,7 @@ from nanopack.cli.bench.corpus import ROW, ROWS, Data, at_least
 from nanopack.cli.bench.other_packers import NotHereError, PackedContender, PackedWork
 from nanopack.cli.bench.rounds import Measure, Pace, Result, Spread, Table, in_rounds, not_measured, ratio
 from nanopack.loader import Loader
-from nanopack.packing.packers import PACKINGS
+from nanopack.packing.packings import PACKINGS
 from nanopack.render.renderer import Document
 
 TOKENS, QUICK_TOKENS = 4_000_000, 300_000

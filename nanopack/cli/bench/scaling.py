@@ -28,7 +28,7 @@ from nanopack.cli.bench.padding import lengths
 from nanopack.cli.bench.rounds import Pace, Result, Spread, Table, in_rounds, ratio, spreads, tokens_per_s
 from nanopack.cli.bench.throughput import loader
 from nanopack.loader import Loader
-from nanopack.packing.packers import make_packer
+from nanopack.packing import BestFit
 
 TIMES, QUICK_TIMES = (1, 10, 100), (1, 10)
 LIMIT_S, QUICK_LIMIT_S = 15.0, 0.5
@@ -131,7 +131,7 @@ def _choose(all_lengths: Sequence[int], window: int, seconds: float) -> float:
         number = next(numbers)
         return number, min(all_lengths[number % len(all_lengths)], ROW + 1)
 
-    packer = make_packer("best_fit", read, batch_size=1, seq_len=ROW, window=window)
+    packer = BestFit(window=window).build(read, batch_size=1, seq_len=ROW)
     packer.next_rows()
     before, began = packer.packed, time.perf_counter()
     while (elapsed := time.perf_counter() - began) < seconds or packer.packed == before:
@@ -191,7 +191,7 @@ def _startup(data: Data, pace: Pace) -> Table:
 
 def _first_batch(data: Data, workers: int, _: float) -> float:
     began = time.perf_counter()
-    with loader(data, num_workers=workers, window=64) as work:
+    with loader(data, num_workers=workers, packing=BestFit(window=64)) as work:
         work()
         return time.perf_counter() - began
 

@@ -1,9 +1,10 @@
-"""Have what the producer filled copied to the device, ahead of need, and deliver it batch by batch.
+"""Copy filled slots to the device ahead of time and deliver the batches in order.
 
-    feed.py: slots that are ready   ->   Delivery.next()   ->   tensors, and what the host knows of them
-                                          upload.py               loader.py makes them a Batch
+    producer/feed.py: filled slots   ->   Prefetcher.next()   ->   tensors, and what the host knows of them
+                                           upload.py               loader.py makes them a Batch
 
-What ends the batches is kept until all before it are delivered, and is then told at every further call.
+Whatever ends the batches, an error or the end of the data, is kept until all batches before it are delivered, and then
+raised at every further call.
 """
 
 from __future__ import annotations
@@ -12,35 +13,35 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from nanopack.producer.feed import End, Feed, News
-from nanopack.producer.producer import Produced
+from nanopack.producer.feed import End, Feed
+from nanopack.ring.facts import BatchFacts
 from nanopack.upload.device import Device
 from nanopack.upload.outputs import Outputs
 from nanopack.upload.upload import Upload
 
 
-class Delivery:
-    """Takes slots from a feed, and gives them back to it when they are copied."""
+class Prefetcher:
+    """Gets slots from a feed, and releases them once they are copied."""
 
-    def __init__(self, device: Device, feed: Feed, upload: Upload, books: bytes, *, ahead: bool) -> None:
-        """Begin where `books` say; with `ahead`, copies that can begin do so behind each batch that is delivered."""
+    def __init__(self, device: Device, feed: Feed, upload: Upload, *, ahead: bool) -> None:
+        """With `ahead`, each call of `next` also starts the copies for later batches that can start."""
         self._device = device
         self._feed = feed
         self._upload = upload
         self._ahead = ahead
-        self._facts: deque[Produced] = deque()
+        self._facts: deque[BatchFacts] = deque()
         self._end: Callable[[], BaseException] | None = None
-        self.books = books
-        """Where the producer stood with what is delivered so far, and nothing more; see `Produced.books`."""
-        self._last_books = books
-        self.waited_for_producer = 0.0
-        """Seconds in which nothing was ready."""
+        self.state: bytes | None = None
+        """The producer's state after the batch delivered last; None before the first one. See `BatchFacts.state`."""
+        self._end_state: bytes | None = None
+        self.waited_s = 0.0
+        """Seconds in which no filled slot was ready."""
 
-    def next(self) -> tuple[Outputs, Produced]:
+    def next(self) -> tuple[Outputs, BatchFacts]:
         """Return the tensors of the next batch and its facts; raise what ends the batches, StopIteration included."""
         self.check_open()
         if self._end is _interrupted:
-            # what is submitted may be the batch behind one that is lost
+            # what is submitted may be the batch after one that is lost
             raise _interrupted()
         if self._device.capturing():
             raise RuntimeError(
@@ -54,25 +55,25 @@ class Delivery:
                 raise self._at_the_end()
             with self._device.named("nanopack kernel"):
                 outputs = self._upload.deliver()
-            produced = self._facts.popleft()
+            facts = self._facts.popleft()
             if self._ahead:
                 with self._device.named("nanopack copy ahead"):
                     self._submit_ready(ahead=True)
         except BaseException as error:
-            # Ctrl-C may have come between a message and what it means
+            # Ctrl-C may have come between receiving a message and acting on it
             if not isinstance(error, Exception):
                 self._end = _interrupted
             raise
-        # only now can nothing keep the batch from whoever asked for it
-        self.books = produced.books
-        return outputs, produced
+        # only now can nothing keep the batch from the caller
+        self.state = facts.state
+        return outputs, facts
 
     def close(self) -> None:
-        """Deliver nothing any more."""
+        """Deliver nothing more: `next` raises from now on."""
         self._end = _closed
 
     def check_open(self) -> None:
-        """Raise RuntimeError where `close` was called."""
+        """Raise RuntimeError once `close` was called."""
         if self._end is _closed:
             raise _closed()
 
@@ -80,46 +81,46 @@ class Delivery:
         """Submit what is ready; unless it is work ahead, wait until there is something to deliver, or the end."""
         upload = self._upload
         wait = not (ahead or upload.can_deliver)
-        # where every slot is being copied the producer has none to fill, and there would be nothing to wait for
+        # while every slot is being copied the producer has none to fill, and there would be nothing to wait for
         for slot in upload.reclaim(wait=wait and upload.all_in_use):
-            self._feed.free(slot)
+            self._feed.release(slot)
         while upload.can_submit and self._end is None:
-            news = self._take(wait=wait and not upload.can_deliver)
-            if news is None:
+            facts = self._get(wait=wait and not upload.can_deliver)
+            if facts is None:
                 break
             try:
-                upload.submit(news.slot, news.produced.filled.used_bytes)
+                upload.submit(facts.slot, facts.used_bytes)
             except Exception as error:
                 self._fail(error)
                 break
-            self._facts.append(news.produced)
+            self._facts.append(facts)
 
-    def _take(self, *, wait: bool) -> News | None:
-        """Return the next ready slot, or None; what ends the loader is kept until the batches before it are out."""
-        nothing_ready = wait and not self._feed.ready
+    def _get(self, *, wait: bool) -> BatchFacts | None:
+        """Return the next filled slot, or None; what ends the batches is kept in `_end`."""
+        nothing_ready = wait and not self._feed.qsize()
         began = time.perf_counter()
         try:
-            news = self._feed.take(wait=wait)
+            got = self._feed.get(wait=wait)
         except Exception as error:
-            # the row that was being filled is gone: to go on would lose its documents in silence
+            # the row that was being filled is gone: to continue would lose its documents in silence
             self._fail(error)
             return None
         if nothing_ready:
-            self.waited_for_producer += time.perf_counter() - began
-        if isinstance(news, End):
-            self._last_books = news.books
+            self.waited_s += time.perf_counter() - began
+        if isinstance(got, End):
+            self._end_state = got.state
             self._end = StopIteration
             return None
-        return news
+        return got
 
     def _fail(self, error: Exception) -> None:
         self._end = lambda: error
 
     def _at_the_end(self) -> BaseException:
-        """Return what ends the batches, now that every batch before it is delivered."""
+        """Return the exception that ends the batches, now that every batch before it is delivered."""
         assert self._end is not None
         if self._end is StopIteration:
-            self.books = self._last_books
+            self.state = self._end_state
         return self._end()
 
 

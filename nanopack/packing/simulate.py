@@ -1,0 +1,73 @@
+"""Pack lengths only, and count what comes of it: rows, padding, cuts and waits without a token.
+
+lengths of documents   ->   simulate()   ->   Packed   ->   len(loader), nanopack inspect, nanopack bench
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from nanopack.packing.packings import Packing
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What became of the documents."""
+
+    batches: int
+    rows: int
+    tokens: int
+    """In the T input columns of the rows, padding not counted."""
+    emitted: int
+    """Tokens placed, each counted once."""
+    cut: int
+    """Tokens cut off: beyond a row, or cropped to fill one."""
+    longest_wait_rows: int
+    """Most rows that a document has waited, those that still wait included."""
+    seq_len: int
+
+    @property
+    def padding(self) -> float:
+        """Fraction (0 to 1) of the positions that is padding; 0.0 without rows."""
+        return 1 - self.tokens / (self.rows * self.seq_len) if self.rows else 0.0
+
+
+def simulate(
+    packing: Packing, lengths: Iterable[int], seq_len: int, *, batch_size: int = 1, to_end: bool = True
+) -> Packed:
+    """Return what one pass over documents of these lengths, in tokens from 1, comes to.
+
+    With `to_end=False` packing stops when the data end, as if more would follow: rows that only the end leaves half
+    empty, and documents still waiting then, do not count.
+
+    >>> from nanopack.packing.packings import BestFit
+    >>> simulate(BestFit(), [3, 9, 2], seq_len=4)
+    Packed(batches=2, rows=2, tokens=8, emitted=10, cut=4, longest_wait_rows=1, seq_len=4)
+    """
+    cut = 0
+    ended = False
+    documents = enumerate(lengths)
+
+    def read() -> tuple[int, int] | None:
+        nonlocal cut, ended
+        item = next(documents, None)
+        if item is None:
+            ended = True
+            return None
+        number, length = item
+        kept = min(length, seq_len + 1) if packing.cuts_to_row else length
+        cut += length - kept
+        return number, kept
+
+    packer = packing.build(read, batch_size=batch_size, seq_len=seq_len)
+    batches = rows = tokens = 0
+    while (batch := packer.next_rows()) and (to_end or not ended):
+        batches += 1
+        rows += len(batch)
+        tokens += sum(min(seq_len, sum(run.length for run in row)) for row in batch)
+    # without max_age a document may starve, and would never be counted as placed
+    state = packer.state()
+    still_waiting = [state["row"] - since for since in state.get("since", ())]
+    longest_wait = max([packer.longest_wait, *still_waiting])
+    return Packed(batches, rows, tokens, packer.emitted, cut + packer.cropped, longest_wait, seq_len)
