@@ -37,6 +37,7 @@ from nanopack.conversations.records import Conversations, open_conversations
 from nanopack.distributed import agree_on_clock, agree_on_most, group_to_agree_in, rank_and_world_size
 from nanopack.explain import Explanation, explain
 from nanopack.ledger import Ledger, LedgerReport
+from nanopack.notes import Notes
 from nanopack.packing.packings import Packing, PackingName, as_packing
 from nanopack.producer.feed import Feed, Inline
 from nanopack.producer.process import Process
@@ -317,7 +318,8 @@ class Loader:
             name: Ledger.total(Ledger.of(shard["sources"][number]) for shard in shards)
             for number, name in enumerate(self.source.names)
         }
-        return self._ledger().report(packed, sources)
+        notes = Notes.total(Notes.of(shard.get("notes", "")) for shard in shards)
+        return self._ledger().report(packed, sources, notes)
 
     def _ledger(self) -> Ledger:
         return Ledger.total(Ledger.of(shard["ledger"]) for shard in self._state()["lanes"].values())

@@ -59,7 +59,7 @@ def _run(argv: Sequence[str] | None) -> int:
         options = parse(argv, __doc__ or "", pack, verify, inspect, bench, demo_train)
     except SystemExit as end:
         return int(end.code or 0)
-    with warnings_on_stderr():
+    with warnings_on_stderr(verbose=getattr(options, "verbose", False)):
         code: int = options.command(options)
     return code
 

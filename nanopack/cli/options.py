@@ -69,6 +69,7 @@ def parse(
         one: Parser = commands.add_parser(name, help=what, description=getdoc(run))
         one.set_defaults(command=run)
         one.add_argument("files", nargs="*", metavar="FILES", help=FILES_HELP)
+        one.add_argument("-v", "--verbose", action="store_true", help="print a line for each skipped conversation")
         one.add_argument("--json", action="store_true", help="print one JSON object to stdout, and nothing else")
         return one
 
