@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,16 +27,11 @@ from nanopack.render.hf_spans import Answers, Span
 from nanopack.render.hf_writer import Writer, any_of, thinks
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 
-log = logging.getLogger("nanopack")
-
 REMEDY = "give the tokenizer a chat_template with {% generation %} around what is in the loss, or use nanopack.Template"
 
 
 class ChatTemplate:
-    """Gives ids, (n,) uint32, and mask, (n,) bool, of a conversation; ConversationError where the template loses some.
-
-    `dropped_thoughts` counts the thoughts of earlier turns that the template left out.
-    """
+    """Renders conversations; ConversationError where the template loses some of one, or the text is ambiguous."""
 
     def __init__(self, tokenizer: object) -> None:
         """ValueError where the tokenizer has no chat template, or one that writes a date which cannot be fixed."""
@@ -56,16 +50,15 @@ class ChatTemplate:
         self._never_said = any_of(self.controls)
         ends = [token for token in self.controls if not thinks(token)]
         self._answers = Answers(ends, tokenizer.stop_tokens, self._writer.prompt(), self._remedy)
-        self.dropped_thoughts = 0
 
-    def __call__(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids and mask."""
+    def __call__(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Return ids, (n,) uint32, mask, (n,) bool, and whether thoughts of earlier turns are left out."""
         messages = [self._plain(index, message) for index, message in enumerate(conversation.messages)]
         tools, given = self._checked_tools(conversation)
         text, marked = self._writer.text(messages, tools, given)
         if not text:
             raise ConversationError("the tokenizer's chat template writes nothing for it")
-        spans = self._spans(conversation, messages, tools, given, text, marked)
+        spans, forgets = self._spans(conversation, messages, tools, given, text, marked)
         ids, characters = self._tokenizer.encode_whole(text)
         if not ids:
             raise ConversationError("the tokenizer's chat template writes nothing for it")
@@ -73,7 +66,7 @@ class ChatTemplate:
         mask = np.zeros(len(ids), bool)
         for begin, end in spans:
             mask |= (ends > begin) & (begins < end)
-        return np.array(ids, np.uint32), mask
+        return np.array(ids, np.uint32), mask, forgets
 
     # What the template is given
 
@@ -120,8 +113,8 @@ class ChatTemplate:
         given: Mapping[str, Any],
         text: str,
         marked: list[Span] | None,
-    ) -> list[Span]:
-        """Return what is in the loss; ConversationError where something is lost, or the text does not say."""
+    ) -> tuple[list[Span], bool]:
+        """Return what is in the loss, and whether thoughts are left out; ConversationError as a call raises it."""
         outlined, leaves = outline(messages, self._marker)
 
         def written(count: int, *, prompt: bool = False) -> str | None:
@@ -133,44 +126,39 @@ class ChatTemplate:
         if places is None:
             # The template looks into what it is given.
             found = {leaf for leaf in found if any(form in text for form in forms(leaves[leaf].value))}
-        self._refuse_lost(messages, leaves, found, written)
+        forgets = self._refuse_lost(messages, leaves, found, written)
         if marked is not None:
-            return self._of_marks(conversation, text, marked, leaves, places)
+            return self._of_marks(conversation, text, marked, leaves, places), forgets
         if places is None:
             raise ConversationError(
                 "the chat template looks into what it is given, so what is in the loss cannot be found in its text; "
                 + self._remedy()
             )
-        return [
+        spans = [
             self._answers.span(index, text, places, leaves, lambda i: written(i, prompt=True), lambda i: written(i + 1))
             for index, message in enumerate(conversation.messages)
             if message.role == "assistant" and message.train
         ]
+        return spans, forgets
 
     def _refuse_lost(
         self, messages: Sequence[Mapping[str, Any]], leaves: Sequence[Leaf], found: set[int], written: Any
-    ) -> None:
+    ) -> bool:
+        """Return whether thoughts of earlier turns are left out; raise for anything else that is."""
+        forgets = False
         for number, leaf in enumerate(leaves):
             if number in found or leaf.value == "":
                 continue
             if leaf.thought and leaf.message + 1 < len(messages):
                 until = written(leaf.message + 1) or ""
                 if any(number == mark for mark, _, _ in marks(until)):
-                    self._report_dropped_thought(leaf)
+                    forgets = True
                     continue
             raise ConversationError(
                 f"message {leaf.message}: the chat template writes nothing of its {leaf.key}: {short(leaf.value)} is "
                 f"lost; {self._remedy()}"
             )
-
-    def _report_dropped_thought(self, leaf: Leaf) -> None:
-        if not self.dropped_thoughts:
-            log.info(
-                "the chat template leaves out thoughts of earlier turns, first of message %d: %s; reported once",
-                leaf.message,
-                short(leaf.value),
-            )
-        self.dropped_thoughts += 1
+        return forgets
 
     def _of_marks(
         self,

@@ -37,6 +37,8 @@ class Document:
     starts: tuple[int, ...]
     """Index of the token that each message begins with, one per message; none for plain text and with
     template="hf". A system message that was merged begins where the user's does."""
+    forgets: bool = False
+    """Whether the chat template left out thoughts of earlier turns."""
 
 
 class Plan(NamedTuple):
@@ -105,11 +107,6 @@ class Renderer:
             "legacy=False and add_prefix_space=False"
         )
 
-    @property
-    def dropped_thoughts(self) -> int:
-        """Thoughts of earlier turns that the chat template left out so far, with template="hf"."""
-        return self._encode_chat.dropped_thoughts
-
     def __call__(self, conversation: Conversation) -> Document:
         """Return the document of a conversation.
 
@@ -131,7 +128,8 @@ class Renderer:
             return Plan([self._bos, conversation.text], [True, True], [])
         if self._plan_messages is None:
             # Where in it each message begins the tokenizer's own template does not tell.
-            return Document(*self._encode_chat(conversation), ())
+            ids, mask, forgets = self._encode_chat(conversation)
+            return Document(ids, mask, (), forgets)
         if not conversation.messages:
             raise ConversationError("there are no messages; a conversation needs at least one")
         _refuse_unwritten(conversation)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import pickle
 from datetime import datetime
 
@@ -149,19 +148,19 @@ def test_a_content_of_brackets_alone_is_checked_too(content):
         render(silent, [{**U, "content": content}, A])
 
 
-def test_thoughts_of_earlier_turns_may_be_left_out_and_are_reported_once(caplog):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_thoughts_of_earlier_turns_may_be_left_out_and_are_counted_and_reported_once(workers, caplog):
     thinking = {**A, "reasoning_content": "R"}
-    tokenizer = load_tokenizer(make_tokenizer(FULL))
-    renderer = Renderer(tokenizer, "hf")
-    with caplog.at_level(logging.INFO, "nanopack"):
-        for _ in range(2):
-            text = shown(renderer(check({"messages": [U, thinking, U, thinking]})))
+    chats = [[U, thinking, U, thinking]] * 3 + [[U, thinking]]
+    text = shown(render(FULL, chats[0]))
     assert text.count("R") == 1
     assert text.endswith("[[<think>R</think>A<|im_end|>]]\n")
-    assert [record.message for record in caplog.records] == [
-        "the chat template leaves out thoughts of earlier turns, first of message 1: 'R'; reported once"
-    ]
-    assert renderer.dropped_thoughts == 2
+    how = {"batch_size": 1, "seq_len": 32, "template": "hf", "epochs": 1, "num_workers": workers}
+    with Loader(chats, make_tokenizer(FULL), **how) as loader:
+        list(loader)
+        assert loader.ledger()["ignored_keys"] == {"thought of an earlier turn": 3}
+    if not workers:
+        assert sum("thought of an earlier turn" in record.message for record in caplog.records) == 1
 
 
 TOOL = {
