@@ -102,9 +102,8 @@ class Renderer:
             return
         raise ValueError(
             f"tokenizer {tokenizer.name!r} puts white space in front of a text that is encoded apart: "
-            f"template={template.name!r} would write {got!r} where the tokenizer itself has {own!r}; use "
-            "template='hf' with a chat_template that writes the same, or make the tokenizer again with "
-            "legacy=False and add_prefix_space=False"
+            f"template={template.name!r} would write {got[:40]!r}… where the tokenizer itself has {own[:40]!r}…; use "
+            "template='hf' with a chat_template that writes the same, or a tokenizer with add_prefix_space=False"
         )
 
     def __call__(self, conversation: Conversation) -> Document:
