@@ -34,6 +34,8 @@ ORDER = [
     "explain",
     "state",
     "distributed",
+    "loss",
+    "passes",
     "loader",
     "reference",
     "verify",
