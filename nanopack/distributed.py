@@ -89,6 +89,17 @@ def agree_on_most(group: Any, count: Callable[[], int], device: torch.device) ->
     return int(most)
 
 
+def agree_on_clock(group: Any, clock: str | None, device: torch.device) -> str | None:
+    """Return the first rank's clock on each. All of the group call it where their chat template writes a date."""
+    if clock is None:
+        return None
+    clocks = [clock]
+    on_gpu = torch.distributed.get_backend(group) == "nccl"
+    first = torch.distributed.get_global_rank(group, 0)
+    torch.distributed.broadcast_object_list(clocks, first, group, device if on_gpu else None)
+    return clocks[0]
+
+
 def of_all_ranks(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return the merged states of all ranks, on each of them: for trainers that save only one rank's objects.
 

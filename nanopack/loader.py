@@ -35,7 +35,7 @@ from nanopack.config import (
     TemplateName,
 )
 from nanopack.conversations.records import Conversations, open_conversations
-from nanopack.distributed import agree_on_most, group_to_agree_in, rank_and_world_size
+from nanopack.distributed import agree_on_clock, agree_on_most, group_to_agree_in, rank_and_world_size
 from nanopack.explain import Explanation, explain
 from nanopack.ledger import Ledger, LedgerReport
 from nanopack.notes import Notes
@@ -49,8 +49,9 @@ from nanopack.producer.shard import state_of
 from nanopack.render.templates import Template
 from nanopack.ring.facts import BatchFacts
 from nanopack.ring.ring import Ring
-from nanopack.state import FORMAT, check_state, fingerprint
+from nanopack.state import FORMAT, check_state, clock_of, fingerprint
 from nanopack.stats import Stats, StatsReport
+from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 from nanopack.tokenizers.splintr import choose_encoder
 from nanopack.tokenizers.tokenizer import TokenizerLike, load_tokenizer
 from nanopack.upload.device import Device, open_device
@@ -205,6 +206,10 @@ class Loader:
         device_api = open_device(device)
         self.device = device_api.device
         self.tokenizer = load_tokenizer(tokenizer)
+        group = group_to_agree_in(process_group, epochs, world_size)
+        if group is not None and isinstance(self.tokenizer, HuggingFaceTokenizer):
+            # The date that a chat template writes is the same on all ranks.
+            self.tokenizer = self.tokenizer.at(agree_on_clock(group, self.tokenizer.clock, self.device))
         self.source = open_conversations(conversations)
         # only the reader gets the encoder: everything else, users included, sees the tokenizer that was given
         self._reader = Reader(self.source, choose_encoder(encoder, self.tokenizer, self.source), self.config)
@@ -226,7 +231,6 @@ class Loader:
         self._counts: dict[bool, tuple[int, int]] = {}
         self._turn = threading.RLock()
         self._passes, self._resumed, self._order_is_told = 0, False, False
-        group = group_to_agree_in(process_group, epochs, world_size)
         if group is not None:
             self._batches = agree_on_most(group, lambda: self._count(all_ranks=False)[0], self.device)
         self._release: Callable[[], Any] | None = None
@@ -392,8 +396,21 @@ class Loader:
         self._prefetcher.check_open()
         self._refuse_fork()
         with self._turn:
-            self._start(check_state(state_dict, self._fingerprint, self.config, strict=strict))
+            before = self.tokenizer, self._reader, self._fingerprint
+            self._set_clock(clock_of(state_dict))
+            try:
+                self._start(check_state(state_dict, self._fingerprint, self.config, strict=strict))
+            except BaseException:
+                self.tokenizer, self._reader, self._fingerprint = before
+                raise
             self._resumed = True
+
+    def _set_clock(self, clock: str | None) -> None:
+        """Let a chat template that writes a date write that of the run which is resumed."""
+        if isinstance(self.tokenizer, HuggingFaceTokenizer) and clock not in (None, self.tokenizer.clock):
+            self.tokenizer = self.tokenizer.at(clock)
+            self._reader = Reader(self.source, self.tokenizer, self.config)
+            self._fingerprint = fingerprint(self.source, self.tokenizer, self.config)
 
     @functools.cached_property
     def _fingerprint(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -57,12 +58,29 @@ def fingerprint(source: Source, tokenizer: AnyTokenizer, config: LoaderConfig) -
         # the global batch is what counts, however many ranks share it
         del arguments["batch_size"], arguments["world_size"]
         arguments["batch_size * world_size"] = config.global_rows
+    clock = getattr(tokenizer, "clock", None)
     return {
         "conversations": len(source),
         "sample": _digest([source.picks_digest().encode(), *_sample(source)]),
         "tokenizer": tokenizer.fingerprint(),
         "arguments": arguments,
+        # When the date was that the chat template writes. The tokenizer's digest says whether that date is another.
+        **({"clock": clock} if clock else {}),
     }
+
+
+def clock_of(state: Any) -> str | None:
+    """Return the moment whose date the chat template wrote in the run of this state, None where it wrote none."""
+    fingerprint = state.get("fingerprint") if isinstance(state, Mapping) else None
+    clock = fingerprint.get("clock") if isinstance(fingerprint, Mapping) else None
+    if clock is not None:
+        try:
+            datetime.fromisoformat(clock)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"the state is damaged: its 'clock' is {clock!r}; pass what state_dict() returned"
+            ) from None
+    return clock
 
 
 def _plain(value: object) -> object:

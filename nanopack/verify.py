@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 
-from nanopack import reference
+from nanopack import reference, witness
 from nanopack.batch import Batch
 from nanopack.checks import check_int
 from nanopack.config import LoaderConfig
+from nanopack.conversations.records import check
 from nanopack.loader import Loader
+from nanopack.render.renderer import Renderer
+from nanopack.witness import Testimony
 
 DATA_ARGUMENTS = {field.name for field in fields(LoaderConfig)}
 
@@ -37,17 +40,31 @@ class Verification:
 
 
 # The arguments are the Loader's own: writing out its names a third time would only let them drift apart.
-def verify(conversations: Any, tokenizer: Any, *, max_batches: int | None = None, **arguments: Any) -> Verification:
+def verify(
+    conversations: Any,
+    tokenizer: Any,
+    *,
+    max_batches: int | None = None,
+    against: str | None = None,
+    **arguments: Any,
+) -> Verification | Testimony:
     """Compare the batches of `Loader(conversations, tokenizer, **arguments)` with those of `reference.batches`.
 
     Args:
         conversations, tokenizer, arguments: as of `Loader`, but `epochs` is 1 unless given.
         max_batches: stop after this many batches; required with epochs=None, where the data are endless.
+        against: compare instead each conversation, before it is packed, with what another library has in the loss:
+            "trl" or "transformers" (with template="hf"), or "axolotl-like"; see `nanopack.witness`.
 
     Raises:
         ValueError: as `Loader` does.
         ConversationError: for a bad conversation, unless on_error="skip".
     """
+    if against is not None:
+        if max_batches is not None:
+            raise ValueError(f"max_batches={max_batches} has no meaning with against={against!r}; leave it out")
+        with Loader(conversations, tokenizer, **{**arguments, "num_workers": 0}) as loader:
+            return compare_with_witness(loader, against)
     if max_batches is not None:
         check_int("max_batches", max_batches, least=1, or_none=True)
     arguments.setdefault("epochs", 1)
@@ -64,6 +81,21 @@ def expected_batches(loader: Loader, conversations: Any, arguments: Mapping[str,
     # where they were not given, torch.distributed knows them
     deciding |= {"rank": loader.config.rank, "world_size": loader.config.world_size}
     return reference.batches(conversations, loader.tokenizer, **deciding)
+
+
+def compare_with_witness(loader: Loader, against: str) -> Testimony:
+    """Compare what is in the loss of each conversation of a loader with what a witness has in it."""
+    config, source, tokenizer = loader.config, loader.source, loader.tokenizer
+    if against != "axolotl-like" and config.template != "hf":
+        raise ValueError(f"against={against!r} compares chat templates; pass template='hf'")
+    render = Renderer(tokenizer, config.template, config.loss, config.first_assistant)
+
+    def ours(record: object) -> witness.Tokens:
+        document = render(check(record))
+        return list(zip(document.ids.tolist(), document.mask.tolist(), strict=True))
+
+    records = ((source.where(index), source[index]) for index in range(len(source)))
+    return witness.compare(records, ours, getattr(tokenizer, "chat", None), against)
 
 
 def compare(expected: Iterator[Batch], got: Iterator[Batch]) -> Verification:

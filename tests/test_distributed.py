@@ -19,6 +19,7 @@ from distributed_ranks import (
     MIXED,
     Ranks,
     counted_with_a_bad_conversation_of_rank_1,
+    dates_of_a_loader,
     default_share,
     gathered_state,
     load_and_go_on,
@@ -159,6 +160,11 @@ def test_ranks_of_uneven_data_end_together(ranks, shard, grouping, workers):
     answers = ranks(4 if grouping == "none" else 3, steps_in_common, grouping, shard=shard, num_workers=workers)[:3]
     steps, length, filled = map(set, zip(*answers, strict=True))
     assert steps == length == {max(filled)} and min(filled) < max(filled) / 5
+
+
+def test_all_ranks_write_the_date_of_the_first(ranks):
+    pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack[hf]'")
+    assert ranks(2, dates_of_a_loader) == [("2025-12-10", "10"), ("2025-12-11", "10")]
 
 
 def test_a_group_that_is_not_that_of_all_ranks_is_refused(ranks):

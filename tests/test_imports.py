@@ -38,6 +38,7 @@ ORDER = [
     "passes",
     "loader",
     "reference",
+    "witness",
     "verify",
     "adapters",
     "demo",

@@ -37,7 +37,7 @@ from nanopack.loader import Loader
 from nanopack.producer.shard import shards_of
 from nanopack.render.renderer import Renderer
 from nanopack.tokenizers.tokenizer import load_tokenizer
-from nanopack.verify import compare, expected_batches
+from nanopack.verify import compare, compare_with_witness, expected_batches
 
 SAVED = ("inputs", "targets", "weights", "positions", "doc_ids", "cu_seqlens")
 
@@ -67,6 +67,8 @@ def pack(options: Namespace) -> int:
 
 def verify(options: Namespace) -> int:
     """Compare every field of every batch with the slow reference packer's; exit code 1 at the first difference."""
+    if options.against:
+        return _ask_witness(options)
     with _loader(options) as loader, progress("verifying") as show:
         expected = expected_batches(loader, _conversations(options), _loader_options(options))
         got = _deliver(loader, Totals(loader.config), options.max_batches, show)
@@ -81,6 +83,22 @@ def verify(options: Namespace) -> int:
         count = f"{count_batches(found.batches)}, {found.tokens:,} input tokens"
         print(f"{count}: equal to the reference packer in every field")
     return 1 if found.difference else _exit_code(found.batches, ledger)
+
+
+def _ask_witness(options: Namespace) -> int:
+    if options.max_batches is not None:
+        raise ValueError("--against compares conversations, not batches; leave --max-batches out")
+    with _loader(options) as loader:
+        found = compare_with_witness(loader, options.against)
+    equal = bool(found) and found.conversations > 0
+    if options.json:
+        _print_json({"equal": equal, **dataclasses.asdict(found)})
+    elif found.difference:
+        print(f"not what {found.against} has in the loss: {found.difference}")
+    else:
+        counts = f"conversations: {found.conversations:,}, refused: {found.refused:,}, unread: {found.unread:,}"
+        print(f"as {found.against} has it: {found.num_loss_tokens:,} of {found.tokens:,} tokens in the loss; {counts}")
+    return 0 if equal else 1
 
 
 def inspect(options: Namespace) -> int:

@@ -19,6 +19,7 @@ from nanopack import __version__
 from nanopack.config import EXTRAS, FIRST_ASSISTANTS, LOSS_WEIGHTS, LOSSES, ON_ERROR, SHARDS, TEMPLATES, LoaderConfig
 from nanopack.packing.packings import PACKINGS, Packing
 from nanopack.tokenizers.splintr import ENCODERS
+from nanopack.witness import WITNESSES
 
 CONFIG_DEFAULTS = {field.name: field.default for field in dataclasses.fields(LoaderConfig)}
 PACKING_OPTIONS = ("window", "max_age", "refill", "overlap")
@@ -80,6 +81,9 @@ def parse(
         help="write the batches to OUT.npz or OUT.safetensors",
     )
     verifier = command(verify, "verify", "compare the batches with the slow reference packer's")
+    verifier.add_argument(
+        "--against", choices=WITNESSES, help="compare what is in the loss with what another library says instead"
+    )
     inspector = command(inspect, "inspect", "report how long the conversations are, and draw a batch")
     _add_inspect_options(inspector)
     for one in (packer, verifier, inspector):

@@ -32,6 +32,8 @@ CHUNK = 32
 # Most tokens of a chunk where nothing is read ahead and the trainer waits for it.
 CHUNK_TOKENS = 1 << 14
 _NO_WORDS = np.empty(0, np.uint16)
+# What ignored keys call a thought that a chat template leaves out once the next question was asked.
+EARLIER_THOUGHT = "thought of an earlier turn"
 
 
 @dataclass(eq=False)
@@ -119,13 +121,16 @@ class Reader:
         for document in documents:
             try:
                 conversation = check(self.source[document.conversation])
-                plans.append(self.render.plan(conversation))
+                plan = self.render.plan(conversation)
+                plans.append(plan)
             # SystemExit in a data set is no Exception, and must not be lost
             except BaseException as error:
                 document.error = error
             else:
                 document.own_weight = conversation.weight
                 document.ignored_keys = conversation.ignored_keys
+                if isinstance(plan, Document) and plan.forgets:
+                    document.ignored_keys += (EARLIER_THOUGHT,)
                 if conversation.text is not None and (found := self._special.search(conversation.text)):
                     document.special_token = found[0]
                 planned.append((document, conversation))

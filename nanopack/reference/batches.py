@@ -21,11 +21,12 @@ import torch
 
 from nanopack.batch import Batch, Piece
 from nanopack.errors import ConversationError
-from nanopack.reference.documents import check_ids, render
+from nanopack.reference.documents import chat_of, check_ids, render
 from nanopack.reference.order import Reader
 from nanopack.reference.packing import Document, Rows, Word, pack_rows, pack_stream
 from nanopack.reference.records import choose, conversation, open_records
 from nanopack.render.templates import Template
+from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 from nanopack.tokenizers.tokenizer import load_tokenizer
 
 # The packings, with their options; window, max_age and refill count documents, rows and documents.
@@ -106,6 +107,9 @@ def batches(
         raise ValueError(f"max_pieces={max_pieces} is more than seq_len={seq_len}. Pass at most that.")
     coder = load_tokenizer(tokenizer)
     needed = template.special_tokens if isinstance(template, Template) else SPECIAL_TOKENS[template]
+    if isinstance(coder, HuggingFaceTokenizer):
+        # What looks like one of the template's tokens is text in a message.
+        coder = coder.with_special(chat_of(coder).writer.control if template == "hf" and coder.chat else needed)
     lacking = [token for token in needed if token not in coder.special_tokens]
     records = open_records(conversations)
     cut = seq_len + 1 if packing in ("best_fit", "best_fit_pad", "pad") else None

@@ -8,10 +8,11 @@ of an error.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+import functools
+from collections.abc import Iterable, Iterator
 
 from nanopack.errors import ConversationError
+from nanopack.reference.chat import Chat
 from nanopack.reference.records import WRITTEN_BY_HF, Record, Said, Tokens
 from nanopack.render.templates import Template
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
@@ -169,53 +170,13 @@ def _marked(text: str, special_tokens: tuple[str, ...], trained: bool) -> Iterat
 
 def _hf(record: Record, coder: AnyTokenizer) -> list[tuple[int, bool]]:
     """Let the tokenizer write and encode the whole conversation: that is its one string."""
-    chat: Any = coder.chat if isinstance(coder, HuggingFaceTokenizer) else None
-    if chat is None:
+    if not isinstance(coder, HuggingFaceTokenizer) or coder.chat is None:
         raise ValueError("template='hf' needs a transformers tokenizer. Pass one.")
-    said: list[dict[str, Any]] = []
-    for index, message in enumerate(record.messages):
-        said.append({"role": message.role, "content": message.string(index), **message.rest})
-        for special in coder.special_tokens:
-            if special in _text_of(said[-1]):
-                raise ConversationError(f"message {index}: template='hf' would make {special!r} in it a special token")
-    if "generation" in chat.get_chat_template() and "endgeneration" in chat.get_chat_template():
-        found = chat.apply_chat_template(said, return_dict=True, return_assistant_tokens_mask=True)
-        return [(id, bool(trained)) for id, trained in zip(found["input_ids"], found["assistant_masks"], strict=True)]
-    text = chat.apply_chat_template(said, tokenize=False)
-    # Of each character which message of the assistant's it is in.
-    speaker: list[int | None] = [None] * len(text)
-    for index, one in enumerate(said):
-        if one["role"] != "assistant":
-            continue
-        asked = chat.apply_chat_template(said[:index], tokenize=False, add_generation_prompt=True)
-        answered = chat.apply_chat_template(said[: index + 1], tokenize=False)
-        if text[: len(answered)] != answered or answered[: len(asked)] != asked:
-            raise ConversationError(f"message {index}: it is not written in the same way without what follows")
-        end = len(answered)
-        stripped = answered.rstrip()
-        if len(stripped) > len(asked) and any(stripped.endswith(special) for special in coder.special_tokens):
-            end = len(stripped)
-        speaker[len(asked) : end] = [index] * (end - len(asked))
-    encoded = chat(text, add_special_tokens=False, return_offsets_mapping=True)
-    return [
-        (id, _said(speaker, begin, end))
-        for id, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    ]
+    said = [(m.role, m.string(index), m.rest, m.train) for index, m in enumerate(record.messages)]
+    return chat_of(coder).tokens(said, record.tools, record.template_kwargs)
 
 
-def _said(speaker: list[int | None], begin: int, end: int) -> bool:
-    """Return whether a token has a character of the assistant's."""
-    if begin < end:
-        return any(index is not None for index in speaker[begin:end])
-    # Empty is what is left of white space where a tokenizer trims: it belongs to what stands on both its sides.
-    around = speaker[max(0, begin - 1) : begin + 1]
-    return len(around) == 2 and around[0] is not None and around[0] == around[1]
-
-
-def _text_of(value: object) -> str:
-    """Return all strings in a message, one under the other."""
-    if isinstance(value, Mapping):
-        return "\n".join(_text_of(item) for pair in value.items() for item in pair)
-    if isinstance(value, (list, tuple)):
-        return "\n".join(_text_of(item) for item in value)
-    return value if isinstance(value, str) else ""
+@functools.lru_cache(maxsize=1)
+def chat_of(coder: HuggingFaceTokenizer) -> Chat:
+    """Return the chat template of a tokenizer."""
+    return Chat(coder)

@@ -1,136 +1,228 @@
 """Render messages by the chat template that a Hugging Face tokenizer carries: template="hf".
 
-    messages   ->   make_chat_renderer(tokenizer)   ->   ids and mask
-                                                         render.py makes a document of them
+    Conversation   ->   ChatTemplate()   ->   ids and mask
+                                              renderer.py makes a document of them
 
-The tokenizer does all of it, so the ids are those of `apply_chat_template`, and no bos is added to what the template
-writes. What is trained is what the template marks with {% generation %}. Where it marks nothing, each assistant's
-message is what its rendering adds to the rendering of the messages before it with the generation prompt; white space
-behind the special token that ends it is not trained.
+The ids are those of `apply_chat_template`; no bos is added to what the template writes. What is in the loss is what
+the template marks with {% generation %}; where it marks nothing, the answers are found in its text (hf_spans.py).
+Whatever a message says and the template does not write is an error (hf_outline.py finds it).
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nanopack.conversations.records import Message
+from nanopack.conversations.records import Conversation, Message, short
 from nanopack.errors import ConversationError
+from nanopack.render.hf_messages import mended, plain, strings
+from nanopack.render.hf_outline import Leaf, Place, forms, locate, markers, marks, outline
+from nanopack.render.hf_spans import Answers, Span
+from nanopack.render.hf_writer import Writer, any_of, thinks
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 
-# As transformers looks for it.
-GENERATION = re.compile(r"\{\%-?\s*generation\s*-?\%\}")
-REMEDY = "give the tokenizer a chat_template with {% generation %} around what is trained, or use a nanopack.Template"
-
-ChatRenderer = Callable[[Sequence[Message]], tuple[np.ndarray, np.ndarray]]
+REMEDY = "give the tokenizer a chat_template with {% generation %} around what is in the loss, or use nanopack.Template"
 
 
-def make_chat_renderer(tokenizer: object) -> ChatRenderer:
-    """Return the function that gives ids, (n,) uint32, and mask, (n,) bool, of messages.
+class ChatTemplate:
+    """Renders conversations; ConversationError where the template loses some of one, or the text is ambiguous."""
 
-    ValueError where the tokenizer has no chat template. The function itself raises ConversationError for messages
-    that the template does not take or writes nothing for, or that hold a special token's name, which would become that
-    token.
-    """
-    chat = tokenizer.chat if isinstance(tokenizer, HuggingFaceTokenizer) else None
-    if chat is None or not getattr(chat, "chat_template", None):
-        raise ValueError(
-            f"template='hf' is the chat template of a transformers tokenizer, and tokenizer {_name(tokenizer)!r} has "
-            "none; set its chat_template, or use another template."
-        )
-    assert isinstance(tokenizer, HuggingFaceTokenizer)
-    specials = sorted(tokenizer.special_tokens, key=len, reverse=True)
-    looks_special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
-    encode = _encode_marked if GENERATION.search(chat.get_chat_template()) else _encode_by_prefixes
+    def __init__(self, tokenizer: object) -> None:
+        """ValueError where the tokenizer has no chat template, or one that writes a date which cannot be fixed."""
+        chat = tokenizer.chat if isinstance(tokenizer, HuggingFaceTokenizer) else None
+        if chat is None or not getattr(chat, "chat_template", None):
+            raise ValueError(
+                f"template='hf' is the chat template of a transformers tokenizer, and tokenizer {_name(tokenizer)!r} "
+                "has none; set its chat_template, or use another template."
+            )
+        assert isinstance(tokenizer, HuggingFaceTokenizer)
+        self._tokenizer = tokenizer
+        self._writer = Writer(tokenizer)
+        self.controls = self._writer.controls
+        self._marker = markers(self._writer.sources)
+        self._never = any_of(self.controls | self._writer.spoken)
+        self._never_said = any_of(self.controls)
+        ends = [token for token in self.controls if not thinks(token)]
+        self._answers = Answers(ends, tokenizer.stop_tokens, self._writer.prompt(), self._remedy)
 
-    def render(messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
-        for index, message in enumerate(messages):
-            _refuse(index, message, looks_special)
-        plain = [{"role": m.role, "content": m.content, **(m.rest or {})} for m in messages]
-        ids, mask = encode(chat, plain, specials)
-        if not len(ids):
+    def __call__(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Return ids, (n,) uint32, mask, (n,) bool, and whether thoughts of earlier turns are left out."""
+        messages = [self._plain(index, message) for index, message in enumerate(conversation.messages)]
+        tools, given = self._checked_tools(conversation)
+        text, marked = self._writer.text(messages, tools, given)
+        if not text:
             raise ConversationError("the tokenizer's chat template writes nothing for it")
-        return np.array(ids, np.uint32), np.array(mask, bool)
+        spans, forgets = self._spans(conversation, messages, tools, given, text, marked)
+        ids, characters = self._tokenizer.encode_whole(text)
+        if not ids:
+            raise ConversationError("the tokenizer's chat template writes nothing for it")
+        begins, ends = np.array(characters, np.int64).T
+        mask = np.zeros(len(ids), bool)
+        for begin, end in spans:
+            mask |= (ends > begin) & (begins < end)
+        return np.array(ids, np.uint32), mask, forgets
 
-    return render
+    # What the template is given
+
+    def _plain(self, index: int, message: Message) -> dict[str, Any]:
+        rest = message.rest
+        as_text = bool(rest and rest.get("tool_calls")) and self._writer.arguments_as_text
+        found = plain(index, message, as_parts=self._writer.as_parts, arguments_as_text=as_text)
+        own = message.role == "assistant"
+        pattern = self._never_said if own else self._never
+        for text in strings(found):
+            if control := pattern.search(text):
+                raise ConversationError(
+                    f"message {index}: it holds the text {control[0]!r}, which template='hf' would make a special "
+                    "token; other templates keep it text"
+                )
+        return found
+
+    def _checked_tools(self, conversation: Conversation) -> tuple[list[Any] | None, dict[str, Any]]:
+        """Return tools and other variables for the template; ConversationError where it does not read them."""
+        tools, given = mended(conversation.tools) or None, mended(conversation.template_kwargs) or {}
+        source = self._writer.source(tools)
+        for name in given:
+            if not re.search(rf"\b{re.escape(name)}\b", source):
+                raise ConversationError(
+                    f"chat_template_kwargs has {name!r}, which the tokenizer's chat template does not read; remove it"
+                )
+        for text in strings([tools, given]):
+            if control := self._never.search(text):
+                raise ConversationError(
+                    f"its tools or chat_template_kwargs hold the text {control[0]!r}, which template='hf' would make "
+                    "a special token"
+                )
+        if tools and not self._writer.writes_tools:
+            raise ConversationError("the tokenizer's chat template does not write its tools; " + REMEDY)
+        return tools, given
+
+    # What is in the loss
+
+    def _spans(
+        self,
+        conversation: Conversation,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None,
+        given: Mapping[str, Any],
+        text: str,
+        marked: list[Span] | None,
+    ) -> tuple[list[Span], bool]:
+        """Return what is in the loss, and whether thoughts are left out; ConversationError as a call raises it."""
+        outlined, leaves = outline(messages, self._marker)
+
+        def written(count: int, *, prompt: bool = False) -> str | None:
+            return self._writer.outline(outlined[:count], tools, given, prompt=prompt)
+
+        whole = written(len(outlined))
+        places = None if whole is None else locate(text, whole, leaves)
+        found = set(range(len(leaves))) if whole is None else {leaf for leaf, _, _ in marks(whole)}
+        if places is None:
+            # The template looks into what it is given.
+            found = {leaf for leaf in found if any(form in text for form in forms(leaves[leaf].value))}
+        forgets = self._refuse_lost(messages, leaves, found, written)
+        if marked is not None:
+            return self._of_marks(conversation, text, marked, leaves, places), forgets
+        if places is None:
+            raise ConversationError(
+                "the chat template looks into what it is given, so what is in the loss cannot be found in its text; "
+                + self._remedy()
+            )
+        spans = [
+            self._answers.span(index, text, places, leaves, lambda i: written(i, prompt=True), lambda i: written(i + 1))
+            for index, message in enumerate(conversation.messages)
+            if message.role == "assistant" and message.train
+        ]
+        return spans, forgets
+
+    def _refuse_lost(
+        self, messages: Sequence[Mapping[str, Any]], leaves: Sequence[Leaf], found: set[int], written: Any
+    ) -> bool:
+        """Return whether thoughts of earlier turns are left out; raise for anything else that is."""
+        forgets = False
+        for number, leaf in enumerate(leaves):
+            if number in found or leaf.value == "":
+                continue
+            if leaf.thought and leaf.message + 1 < len(messages):
+                until = written(leaf.message + 1) or ""
+                if any(number == mark for mark, _, _ in marks(until)):
+                    forgets = True
+                    continue
+            raise ConversationError(
+                f"message {leaf.message}: the chat template writes nothing of its {leaf.key}: {short(leaf.value)} is "
+                f"lost; {self._remedy()}"
+            )
+        return forgets
+
+    def _of_marks(
+        self,
+        conversation: Conversation,
+        text: str,
+        marked: list[Span],
+        leaves: Sequence[Leaf],
+        places: Sequence[Place] | None,
+    ) -> list[Span]:
+        spans = _join(marked)
+        if not all(message.train for message in conversation.messages):
+            if places is None:
+                raise ConversationError(
+                    "which message each {% generation %} belongs to cannot be found, and one of them is not to be in "
+                    f"the loss; {self._remedy()}"
+                )
+            spans = [span for span in spans if self._is_in_loss(conversation, span, leaves, places)]
+        for span in spans:
+            if self._answers.lacks_its_end(text, span):
+                raise ConversationError(
+                    f"{short(text[slice(*span)])} would be in the loss without the special token that ends it, so the "
+                    "model would not stop; put that token inside {% generation %}"
+                )
+        return spans
+
+    def _is_in_loss(
+        self, conversation: Conversation, span: Span, leaves: Sequence[Leaf], places: Sequence[Place]
+    ) -> bool:
+        begin, end = span
+        inside = {leaves[place.leaf].message for place in places if begin <= place.begin < end}
+        before = [leaves[place.leaf].message for place in places if place.end <= begin]
+        trains = {conversation.messages[index].train for index in inside or before[-1:]}
+        if len(trains) > 1:
+            raise ConversationError("one {% generation %} holds messages of which only some are to be in the loss")
+        return trains != {False}
+
+    def _remedy(self) -> str:
+        return f"{REMEDY}{self._training_template}"
+
+    @functools.cached_property
+    def _training_template(self) -> str:
+        return _training_template(self._tokenizer.chat_template())
+
+
+def _join(spans: Sequence[Span]) -> list[Span]:
+    """Join spans that follow each other directly."""
+    joined: list[Span] = []
+    for begin, end in sorted(spans):
+        if joined and begin == joined[-1][1]:
+            begin, _ = joined.pop()
+        joined.append((begin, end))
+    return joined
+
+
+def _training_template(source: str) -> str:
+    """Name the template for training that trl has in place of this one, if it is installed and has one."""
+    found = importlib.util.find_spec("trl")
+    for folder in found.submodule_search_locations or () if found else ():
+        for path in Path(folder, "chat_templates").glob("*.jinja"):
+            trains = path.with_name(f"{path.stem}_training.jinja").exists()
+            if trains and path.read_text(encoding="utf-8").strip() == source.strip():
+                return "; trl.chat_template_utils.get_training_chat_template(tokenizer) returns one for this tokenizer"
+    return ""
 
 
 def _name(tokenizer: object) -> str:
     return str(getattr(tokenizer, "name", type(tokenizer).__name__))
-
-
-def _refuse(index: int, message: Message, looks_special: re.Pattern[str]) -> None:
-    """Raise ConversationError for what the template would turn into something else than it says."""
-    if not isinstance(message.content, str):
-        raise ConversationError(f"message {index}: content is a list of parts; with template='hf' it must be a string")
-    for text in _strings([message.content, message.rest]):
-        if found := looks_special.search(text):
-            raise ConversationError(
-                f"message {index}: it holds the text {found[0]!r}, which template='hf' would make a special token; "
-                "other templates keep it text"
-            )
-
-
-def _strings(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from _strings([*value.keys(), *value.values()])
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _strings(item)
-
-
-def _apply(chat: Any, messages: list[dict[str, Any]], **how: Any) -> Any:
-    try:
-        return chat.apply_chat_template(messages, **how)
-    except MemoryError:
-        raise
-    # A template is a program of its own: what it raises can be anything.
-    except Exception as error:
-        what = next(iter(str(error).splitlines()), "")
-        raise ConversationError(f"the tokenizer's chat template refuses it: {type(error).__name__}: {what}") from error
-
-
-def _encode_marked(chat: Any, messages: list[dict[str, Any]], _: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Return ids and mask as the template's own marks say."""
-    found = _apply(chat, messages, return_dict=True, return_assistant_tokens_mask=True)
-    return found["input_ids"], found["assistant_masks"]
-
-
-def _encode_by_prefixes(
-    chat: Any, messages: list[dict[str, Any]], specials: Sequence[str]
-) -> tuple[list[int], list[bool]]:
-    """Return ids and mask, where what the assistant says is found by rendering without it."""
-    whole: str = _apply(chat, messages, tokenize=False)
-    spans = [
-        _span(chat, messages, index, whole, specials)
-        for index, message in enumerate(messages)
-        if message["role"] == "assistant"
-    ]
-    found = chat(whole, add_special_tokens=False, return_offsets_mapping=True)
-    mask = [
-        any(token_end > begin and token_begin < end for begin, end in spans)
-        for token_begin, token_end in found["offset_mapping"]
-    ]
-    return found["input_ids"], mask
-
-
-def _span(
-    chat: Any, messages: list[dict[str, Any]], index: int, whole: str, specials: Sequence[str]
-) -> tuple[int, int]:
-    """Return where the message stands in the whole text."""
-    if index == 0:
-        raise ConversationError(f"message 0: role is 'assistant', and nothing comes before it to tell apart; {REMEDY}")
-    before: str = _apply(chat, messages[:index], tokenize=False, add_generation_prompt=True)
-    after: str = _apply(chat, messages[: index + 1], tokenize=False)
-    if not (whole.startswith(after) and after.startswith(before)):
-        raise ConversationError(
-            f"message {index}: the chat template writes it in another way when others follow or it is asked for, so "
-            f"what is trained cannot be told; {REMEDY}"
-        )
-    said = after.rstrip()
-    return len(before), len(said) if said.endswith(tuple(specials)) and len(said) > len(before) else len(after)

@@ -10,7 +10,7 @@ that looks like a special token stays text. Nothing is cut here: the sequence le
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
@@ -20,8 +20,9 @@ from nanopack.conversations.keys import MESSAGE, TEMPLATE
 from nanopack.conversations.messages import SYSTEM_ROLES
 from nanopack.conversations.records import Conversation, Message, Part, Tokens, choose
 from nanopack.errors import ConversationError, TemplateError
-from nanopack.render.hf_template import make_chat_renderer
+from nanopack.render.hf_template import ChatTemplate
 from nanopack.render.templates import CHATML, LLAMA3, Template, Turn
+from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 from nanopack.tokenizers.tokenizer import NANOCHAT_SPECIAL_TOKENS, AnyTokenizer
 
 
@@ -36,6 +37,8 @@ class Document:
     starts: tuple[int, ...]
     """Index of the token that each message begins with, one per message; none for plain text and with
     template="hf". A system message that was merged begins where the user's does."""
+    forgets: bool = False
+    """Whether the chat template left out thoughts of earlier turns."""
 
 
 class Plan(NamedTuple):
@@ -66,18 +69,42 @@ class Renderer:
 
         `loss` and `first_assistant` are as in `Loader`; loss="all" masks as "assistant" does.
         """
-        self._tokenizer = tokenizer
         self._choice = loss, first_assistant
-        self._bos = _known(tokenizer.bos_id)
         self._plan_messages: _Planner | None = None
         if template == "hf":
-            self._encode_chat = make_chat_renderer(tokenizer)
+            self._encode_chat = ChatTemplate(tokenizer)
+            self._tokenizer = _with_special(tokenizer, self._encode_chat.controls)
+            self._bos = _known(tokenizer.bos_id)
             return
         known = template if template == "nanochat" else _find(template)
+        self._tokenizer = tokenizer = _with_special(tokenizer, _needed_tokens(template))
+        self._bos = _known(tokenizer.bos_id)
         if missing := missing_tokens(tokenizer, template):
             self._plan_messages = _refuse_messages(tokenizer, template, missing)
-        else:
-            self._plan_messages = _nanochat(tokenizer) if isinstance(known, str) else _templated(tokenizer, known)
+            return
+        self._plan_messages = _nanochat(tokenizer) if isinstance(known, str) else _templated(tokenizer, known)
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            self._check_context(tokenizer, _NANOCHAT if isinstance(known, str) else known)
+
+    def _check_context(self, tokenizer: HuggingFaceTokenizer, template: Template) -> None:
+        """Raise ValueError where the tokenizer writes a text otherwise when it is encoded apart from what is around it.
+
+        A tokenizer such as Llama 2's puts a space in front of each. That a text merges with its neighbours is no
+        matter: the same characters must come back.
+        """
+        said = {"user": "Hello there", "assistant": "It is five."}
+        turns = [(role, getattr(template, role)) for role in (*said, *said)]
+        whole = "".join(f"{turn.before}{said[role]}{turn.end}{turn.after}" for role, turn in turns)
+        assert self._plan_messages is not None
+        ids = self.fill_in([self._plan_messages([Message(role, said[role]) for role, _ in turns])])[0].ids[1:]
+        expected, _ = tokenizer.encode_whole(whole)
+        if ids.tolist() == expected or (got := tokenizer.decode(ids)) == (own := tokenizer.decode(expected)):
+            return
+        raise ValueError(
+            f"tokenizer {tokenizer.name!r} puts white space in front of a text that is encoded apart: "
+            f"template={template.name!r} would write {got[:40]!r}… where the tokenizer itself has {own[:40]!r}…; use "
+            "template='hf' with a chat_template that writes the same, or a tokenizer with add_prefix_space=False"
+        )
 
     def __call__(self, conversation: Conversation) -> Document:
         """Return the document of a conversation.
@@ -100,7 +127,8 @@ class Renderer:
             return Plan([self._bos, conversation.text], [True, True], [])
         if self._plan_messages is None:
             # Where in it each message begins the tokenizer's own template does not tell.
-            return Document(*self._encode_chat(conversation.messages), ())
+            ids, mask, forgets = self._encode_chat(conversation)
+            return Document(ids, mask, (), forgets)
         if not conversation.messages:
             raise ConversationError("there are no messages; a conversation needs at least one")
         _refuse_unwritten(conversation)
@@ -165,10 +193,19 @@ def _find(template: str | Template) -> Template:
 
 def missing_tokens(tokenizer: AnyTokenizer, template: str | Template) -> list[str]:
     """Return the special tokens that messages need in this template, and that the tokenizer lacks."""
+    known = tokenizer.added_tokens if isinstance(tokenizer, HuggingFaceTokenizer) else tokenizer.special_tokens
+    return [token for token in _needed_tokens(template) if token not in known]
+
+
+def _needed_tokens(template: str | Template) -> Sequence[str]:
     if template == "hf":
-        return []
-    needed = NANOCHAT_SPECIAL_TOKENS[1:] if template == "nanochat" else _find(template).special_tokens
-    return [token for token in needed if token not in tokenizer.special_tokens]
+        return ()
+    return NANOCHAT_SPECIAL_TOKENS[1:] if template == "nanochat" else _find(template).special_tokens
+
+
+def _with_special(tokenizer: AnyTokenizer, tokens: Iterable[str]) -> AnyTokenizer:
+    """Return a tokenizer to which these tokens are special, so that messages cannot hold them."""
+    return tokenizer.with_special(tokens) if isinstance(tokenizer, HuggingFaceTokenizer) else tokenizer
 
 
 def _refuse_messages(tokenizer: AnyTokenizer, template: str | Template, missing: list[str]) -> _Planner:
@@ -289,11 +326,15 @@ def _templated(tokenizer: AnyTokenizer, template: Template) -> _Planner:
     # Longest first: one special token may begin like another.
     tokens = sorted(template.special_tokens, key=len, reverse=True)
     special = re.compile(f"({'|'.join(map(re.escape, tokens))})" if tokens else r"(?!)")
+    unlisted = set(tokenizer.special_tokens)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        # Blanks and the brackets of a thought are added tokens that a model's own text may hold.
+        unlisted |= {t for t in tokenizer.added_tokens if t.strip() and "think" not in t.lower()}
 
     def encode(text: str) -> bytes:
         pieces = [piece for piece in special.split(text) if piece]
         for piece in pieces:
-            for token in () if piece in tokens else tokenizer.special_tokens:
+            for token in () if piece in tokens else unlisted:
                 if token in piece:
                     raise ValueError(_unlisted(template, text, token))
         ids = [_known(tokenizer.special_id(p)) if p in tokens else tokenizer.encode(p).tobytes() for p in pieces]
@@ -346,5 +387,12 @@ def _no_such_role(template: Template, index: int, role: str) -> str:
     return f"{what}; template={template.name!r} has {', '.join(template.turns())}"
 
 
+# How nanochat's turns look; how they may follow each other is more than this says.
+_NANOCHAT = Template(
+    name="nanochat",
+    special_tokens=tuple(NANOCHAT_SPECIAL_TOKENS[1:5]),
+    user=Turn(before="<|user_start|>", after="<|user_end|>"),
+    assistant=Turn(before="<|assistant_start|>", end="<|assistant_end|>", trained=True),
+)
 # The templates that have a name, beside nanochat's.
 _NAMED = {template.name: template for template in (CHATML, LLAMA3)}

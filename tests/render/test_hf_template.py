@@ -70,14 +70,17 @@ BAD = {
         [USER, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "<|im_start|>"}}]}],
         "message 1: it holds the text '<|im_start|>', which template='hf' would make a special token",
     ),
-    "parts": (PLAIN, [{"role": "user", "content": [{"type": "text", "text": "x"}]}], "message 0: content is a list of"),
+    "parts": (
+        PLAIN,
+        [{"role": "user", "content": [{"type": "python", "text": "x"}]}],
+        "message 0: content has parts that are not text",
+    ),
     "refused by the template": (CALLS, [SYSTEM], "the tokenizer's chat template refuses it: TemplateError: user first"),
-    "nothing before it": (PLAIN, [ANSWER], "message 0: role is 'assistant', and nothing comes before it"),
-    "changed by what follows": (
-        FORGETFUL,
+    "no end": (
+        PLAIN.replace("<|im_end|>", ""),
         TALK,
-        "message 2: the chat template writes it in another way when others follow or it is asked for, so what is "
-        "trained cannot be told; give the tokenizer a chat_template with {% generation %}",
+        "message 2: the chat template writes no special token that ends it, so the model would not stop; give the "
+        "tokenizer a chat_template with {% generation %}",
     ),
 }  # fmt: skip
 
@@ -131,7 +134,7 @@ def test_batches_are_the_reference_packers(chat_template, workers):
 @pytest.mark.parametrize("loss", ["assistant", "all"])
 @pytest.mark.parametrize("packing", ["best_fit", "best_fit_pad", "stream"])
 def test_messages_of_which_the_template_makes_nothing_are_skipped_wherever_they_stand(packing, loss, workers):
-    bare = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    bare = "{% for m in messages %}{% if m['content'] %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
     empty = {"messages": [{**USER, "content": ""}, {**ANSWER, "content": ""}]}
     chats = [empty, TALK, empty, empty, {"text": "Hi"}, {"text": ""}, empty]
     how = {"template": "hf", "packing": packing, "loss": loss, "num_workers": workers}

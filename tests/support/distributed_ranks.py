@@ -203,3 +203,16 @@ def load_and_go_on(path, in_vain, more, rows, **arguments):
         assert what["weights"].tolist() == [0, 1, 2]
         state = loader.state_dict()
         return rows_of(itertools.islice(loader, more)), state
+
+
+def dates_of_a_loader():
+    """Return the date that each rank's chat template writes, where the ranks loaded their tokenizers on other days."""
+    from tiny_hf import PLAIN, make_tokenizer
+
+    from nanopack.tokenizers.tokenizer import load_tokenizer
+
+    own = load_tokenizer(make_tokenizer("{{ strftime_now('%d') }}" + PLAIN)).at(f"2025-12-1{dist.get_rank()}T10:00:00")
+    chat = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    how = {"template": "hf", "epochs": 1, "process_group": dist.group.WORLD, "num_workers": 0}
+    with nanopack.Loader([chat] * 9, own, 1, 32, **how) as loader:
+        return own.clock[:10], loader.tokenizer.decode(next(loader).inputs[0, :2].tolist())[:2]

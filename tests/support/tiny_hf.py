@@ -82,6 +82,41 @@ def make_tokenizer(chat_template: str | None = None, **settings: Any) -> Any:
     return tokenizer
 
 
+# How sentencepiece-like tokenizers put a space in front: Llama 2 and Mistral 0.1 (legacy), later ones, and not at all.
+SPACED = ("prepend", "always", "first", "never")
+
+
+@functools.cache
+def make_spaced(how: str, chat_template: str | None = None) -> Any:
+    """Return a tokenizer with byte fallback whose words begin with '▁'; `how` of SPACED says where it adds one."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    core = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    if how == "prepend":
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=how, split=False)
+    blank = decoders.Replace("▁", " ")
+    core.decoder = decoders.Sequence([blank, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    special = ["<unk>", "<s>", "</s>", *SPECIAL_TOKENS, "<|user_start|>", "<|user_end|>", "<|assistant_start|>"]
+    special += ["<|assistant_end|>", "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1200, special_tokens=[*special, *(f"<0x{byte:02X}>" for byte in range(256))], show_progress=False
+    )
+    words = (word for record in shipped(200) for m in record["messages"] for word in m["content"].split(" "))
+    core.train_from_iterator(words, trainer)
+    # Bytes are no special tokens, but what the model falls back to.
+    settings = json.loads(core.to_str())
+    settings["added_tokens"] = [t for t in settings["added_tokens"] if t["content"] in special]
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(settings)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
 DATA = [*shipped(120), {"text": "Once upon a time."}, {"text": "The end."}]
 
 
