@@ -128,10 +128,11 @@ def count_batches(reader: Reader, *, all_ranks: bool, read_all: ReadAll | None =
     Each conversation is rendered once, and only its length kept: 8 bytes. `read_all` reads them; by default this
     process does. Raises as `ShardPacker.next_rows` does.
     """
+    config = reader.config
     if read_all is None:
-        config = reader.config
-        read_all = partial(read_in_turn, reader, batch_tokens=config.batch_size * config.seq_len, raise_interrupts=True)
-    shards = shards_of(reader.config, len(reader.source), all_ranks=all_ranks)
+        tokens = config.batch_size * config.seq_len
+        read_all = partial(read_in_turn, reader, batch_tokens=tokens, raise_interrupts=True)
+    shards = shards_of(config, len(reader.source), all_ranks=all_ranks)
     lengths = _measure(reader, shards, read_all)
     batches = tokens = 0
     for shard in shards:
