@@ -1,19 +1,34 @@
 # make demo, make test: each sets up what it needs in .venv. PYTHON chooses the interpreter.
+# WHEELS=folder: no network. .venv then uses the packages that PYTHON has, torch and triton say, and takes what is
+# missing from the folder.
 PYTHON ?= python3
+WHEELS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+ifdef WHEELS
+INSTALL := $(PIP) install --quiet --no-index --find-links $(WHEELS) --no-build-isolation
+else
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+endif
+# A test process per core; `loadfile` runs a file in one of them, so that slow module fixtures are made once.
+PYTEST := $(BIN)/python -m pytest
+PARALLEL := -n logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test slow lint bench gpu clean
+.PHONY: demo test slow test-trainers lint bench gpu gpu-tests gpu-memcheck gpu-bench clean
 
 demo: .venv/run
 	$(BIN)/nanopack pack
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(PYTEST) $(PARALLEL)
 
 # Longer runs of what `make test` runs in short.
 slow: .venv/dev
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) $(PARALLEL) -m slow
+
+# accelerate, TRL and Lightning: large to install and slow to run, so not part of `make test`.
+test-trainers: .venv/trainers
+	$(PYTEST) $(PARALLEL) -m trainers
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -25,19 +40,42 @@ bench: .venv/dev
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,ops,rounds
 	$(BIN)/nanopack bench --plot bench.png
 
-# What only a GPU can tell: the tests marked gpu, the memory checker over the kernel, the benchmarks.
-gpu: .venv/dev
-	$(BIN)/python -m pytest -m gpu
+# What only a GPU can show. Every step runs, also after one that fails; the target fails if any of them did.
+gpu: .venv/gpu
+	$(MAKE) --keep-going gpu-tests gpu-memcheck gpu-bench
+
+# Each in a process of its own: an illegal access ends CUDA for the whole process.
+gpu-tests: .venv/gpu
+	$(PYTEST) -m gpu
+
+# Uncached, so that each tensor is an allocation of its own and an access beyond its end is seen.
+gpu-memcheck: .venv/gpu
+	@if command -v compute-sanitizer; then \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+	    $(PYTEST) -m gpu tests/kernels/test_pack.py -k agree; \
+	else echo "gpu-memcheck skipped: compute-sanitizer, which comes with the CUDA toolkit, is not on PATH"; fi
+
+gpu-bench: .venv/gpu
+	$(BIN)/nanopack bench --only gpu
 
 .venv/bin/python:
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(if $(WHEELS),--system-site-packages) .venv
 
 .venv/run: .venv/bin/python setup.py pyproject.toml constraints.txt
-	$(PIP) install --quiet --constraint constraints.txt --editable .
+	$(INSTALL) --editable .
 	touch $@
 
 .venv/dev: .venv/bin/python setup.py pyproject.toml constraints.txt
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) --editable '.[dev]'
+	touch $@ .venv/run
+
+.venv/trainers: .venv/dev
+	$(INSTALL) --editable '.[trainers]'
+	touch $@
+
+# As little as the tests on a GPU need: not what the other tests compare with.
+.venv/gpu: .venv/bin/python setup.py pyproject.toml constraints.txt
+	$(INSTALL) --editable '.[gpu]'
 	touch $@ .venv/run
 
 clean:

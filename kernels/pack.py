@@ -1,32 +1,32 @@
 """Write one batch from its slot: gather rows, shift, reshape, widen, ignore and weigh, in one launch.
 
-    ring.py fills a slot   ->   pack() on a GPU, pack_torch() anywhere   ->   tensors of a Batch
+    ring/ fills a slot   ->   pack() on a GPU, pack_torch() anywhere   ->   tensors of a Batch
 
 In: the slot, one contiguous buffer, 64-byte aligned. `words` and `table` are two views of all of it.
-    words  int16 or int32  tokens: the sign bit is the loss bit (w < 0: trained), the rest is the id
+    words  int16 or int32  tokens: the sign bit is the loss bit (w < 0: in the loss), the rest is the id
     table  int32           4 for row b: start16, length, first_piece, n_pieces; then once cu_at, n_cu, 0, 0
 Row b is words[start16 * 16 :][:length], 0 <= length <= T+1. Its pieces are n_pieces entries of 2 int32 from
 table[first_piece] on: first column, and a float32 weight's bits; in column order, without gaps. cu_seqlens
 begins with the n_cu int32 from table[cu_at] on. Pieces are read only for weights, positions or doc_ids, cu
 only for cu_seqlens. From every row start T+1 words are read, whatever `length` is, so these must lie in the
-buffer; nothing outside it is read, and what lies beyond `length` never shows.
+buffer; nothing outside it is read, and words beyond `length` never show.
 
-Out: contiguous tensors of the caller's. Each element is written once, by one program, also in padding (the
-columns from `length` on).
+Out: contiguous tensors that the caller allocates. Each element is written once, by one program, also in
+padding (the columns from `length` on).
     inputs      (B,T) int32    id of word col; in padding bos_id
-    targets     (B,T) int64    id of word col+1 if it is in the row and trained, else ignore_index
-    weights     (B,T) float32  weight of the piece that owns word col+1 where the target is trained, else 0.0
+    targets     (B,T) int64    id of word col+1 if it is in the row and in the loss, else ignore_index
+    weights     (B,T) float32  weight of the piece that owns word col+1 if the target is in the loss, else 0.0
     positions   (B,T) int32    col - first column of the piece that owns word col; in padding col - length
     doc_ids     (B,T) int32    number of the piece that owns word col, from 0 in each row; in padding -1
     cu_seqlens  (C,)  int32    the slot's n_cu elements, then B*T; C is a multiple of CU_ALIGN
-The last four are None where nobody asked for them.
+The last four are None if not requested.
 
 Bytes, for words of w bytes and P pieces in the batch (pack_bytes counts them):
     read     w * B*(T+1) + 8 * B; for weights, positions or doc_ids 8 * B + 4 * P, for weights 4 * P more;
              for cu_seqlens 8 + 4 * n_cu
     written  12 * B*T + 4 * B*T for each of weights, positions, doc_ids + 4 * C
-Not counted: a word is read twice (the shift by one) and a table entry once a column block; all but the first
-reading come from a cache.
+Not counted: a word is read twice (the shift by one) and a table entry once per column block; all but the first
+read come from a cache.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from torch import Tensor
 from . import CU_ALIGN
 
 _COLUMNS = 4
-"""Columns of a thread: 4 int32 are the 128 bits that one store can write."""
+"""Columns per thread: 4 int32 are the 128 bits that one store can write."""
 _WARP = 64 if torch.version.hip else 32
-"""Threads of a warp."""
+"""Threads per warp."""
 
 
 # Plain numbers are never specialized, so one compilation serves every batch. SEQ_LEN is compiled in: stores
@@ -57,7 +57,7 @@ def _pack(
     row = tl.program_id(0)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if row < batch_size:
-        # Usually no block reaches over a row's end. None is no mask at all: a mask makes loads narrow.
+        # Usually no block crosses a row's end. None means no mask: a mask makes loads narrow.
         inside = None if SEQ_LEN % BLOCK == 0 else col < SEQ_LEN
         _pack_row(
             words_ptr, table_ptr,
@@ -89,10 +89,10 @@ def _pack_row(
     next_word = tl.load(word_ptr + col + 1, mask=inside).to(tl.int32)
     LARGEST: tl.constexpr = 0x7FFF if words_ptr.dtype.element_ty == tl.int16 else 0x7FFFFFFF
     real = col < length
-    trained = (next_word < 0) & (col + 1 < length)
+    in_loss = (next_word < 0) & (col + 1 < length)
     out = row.to(tl.int64) * SEQ_LEN + col
     tl.store(inputs_ptr + out, tl.where(real, word & LARGEST, bos_id), mask=inside)
-    target = tl.where(trained, (next_word & LARGEST).to(tl.int64), ignore_index)
+    target = tl.where(in_loss, (next_word & LARGEST).to(tl.int64), ignore_index)
     tl.store(targets_ptr + out, target, mask=inside)
     if weights_ptr is not None or positions_ptr is not None or doc_ids_ptr is not None:
         piece_ptr = table_ptr + tl.load(table_ptr + row * 4 + 2)
@@ -109,7 +109,7 @@ def _pack_row(
             begin = tl.where(col >= start, start, begin)
             doc_id = tl.where(col >= start, piece, doc_id)
         if weights_ptr is not None:
-            tl.store(weights_ptr + out, tl.where(trained, weight, 0.0), mask=inside)
+            tl.store(weights_ptr + out, tl.where(in_loss, weight, 0.0), mask=inside)
         if positions_ptr is not None:
             tl.store(positions_ptr + out, col - tl.where(real, begin, length), mask=inside)
         if doc_ids_ptr is not None:
@@ -129,7 +129,10 @@ def pack(
     bos_id: int,
     ignore_index: int,
 ) -> None:
-    """Fill the outputs from the slot `words` / `table`, by one launch on the current stream."""
+    """Fill the outputs from the slot `words` / `table`, by one launch on the current stream.
+
+    Shapes and dtypes: at the top of this file. They are trusted, as a check of values would make the host wait.
+    """
     assert words.dtype in (torch.int16, torch.int32) and table.dtype is torch.int32
     assert cu_seqlens is None or cu_seqlens.numel() % CU_ALIGN == 0
     batch_size, seq_len = inputs.shape
@@ -146,13 +149,13 @@ def pack(
 
 
 def _block(seq_len: int) -> int:
-    """Columns of a program: the largest of 128, 256, 512 that divides T, else the least that covers T."""
+    """Columns per program: of 128, 256, 512 the largest that divides T, else the smallest that covers T, or 512."""
     if seq_len % 128 == 0:
         return min(512, seq_len & -seq_len)
     return max(128, min(512, triton.next_power_of_2(seq_len)))
 
 
-# A file of its own, so that who runs the twin needs no Triton.
+# In its own file, so that the twin runs without Triton.
 from .pack_torch import pack_torch as pack_torch  # noqa: E402
 
 
@@ -168,7 +171,7 @@ def pack_bytes(
     n_cu: int = 0,
     cu_size: int = 0,
 ) -> int:
-    """Bytes that one launch reads and writes. `cu_size` is C, 0 where cu_seqlens is None.
+    """Bytes that one launch reads and writes. `cu_size` is C, 0 if cu_seqlens is None.
 
     >>> pack_bytes(1, 128, word_bytes=2)
     1802

@@ -1,10 +1,9 @@
-"""Write one batch from its slot in torch operations: the executor where Triton cannot run.
+"""Write one batch from its slot in torch operations: the executor wherever Triton does not run.
 
-    ring.py fills a slot   ->   pack_torch()   ->   tensors of a Batch
+    ring/ fills a slot   ->   pack_torch()   ->   tensors of a Batch
 
-The contract is pack.py's, but that an element may be written more than once. This file stands alone because
-who runs it must neither have nor import Triton. On an accelerator nothing here makes the host wait: no size
-depends on what a tensor holds.
+The contract is pack.py's, except that an element may be written more than once. It is a file of its own because it
+must run without Triton. On an accelerator nothing here makes the host wait: no size depends on a tensor's values.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from torch import Tensor
 
 
 class Scratch(NamedTuple):
-    """Room to work in, for batches of one shape: memory fresh from the system costs a host more than the work."""
+    """Work space for batches of one shape: on a host, fresh memory costs more than the work itself."""
 
     columns: Tensor
-    """(T+1,): 0 to T, in the words' dtype where that can count them."""
+    """(T+1,): 0 to T, in the words' dtype if that can hold T, else int32."""
     rows: Tensor
     """(B, T+1) of the words' dtype."""
     bits: Tensor
@@ -27,7 +26,7 @@ class Scratch(NamedTuple):
 
 
 def make_scratch(words: Tensor, batch_size: int, seq_len: int) -> Scratch:
-    """Return room for batches of this shape, on the device and of the dtype of `words`."""
+    """Return work space for batches of this shape, on the device and in the dtype of `words`."""
     narrow = words.dtype if seq_len < torch.iinfo(words.dtype).max else torch.int32
     columns = torch.arange(seq_len + 1, dtype=narrow, device=words.device)
     rows = words.new_empty(batch_size, seq_len + 1)
@@ -48,31 +47,31 @@ def pack_torch(
     ignore_index: int,
     scratch: Scratch | None = None,
 ) -> None:
-    """Fill the outputs from the slot `words` / `table`, as `pack` does."""
+    """Fill the outputs from the slot `words` / `table`, as `pack` does; `scratch` saves allocations."""
     batch_size, seq_len = inputs.shape
     columns, rows, bits = scratch or make_scratch(words, batch_size, seq_len)
     head = table[: 4 * batch_size].view(batch_size, 4)
     length = head[:, 1]
     # All windows that begin at a multiple of 16 words and end in the buffer: a row is number start16.
     torch.index_select(words.unfold(0, seq_len + 1, 16), 0, head[:, 0], out=rows)
-    # With an untrained bos as padding, the loss bit alone decides from here on.
+    # With a bos outside the loss as padding, the loss bit alone decides from here on.
     torch.sub(columns, length.to(columns.dtype)[:, None], out=bits)
     _keep(rows, _negative(bits, out=bits), bos_id)
     shifted = rows[:, 1:]
-    trained = _negative(shifted, out=bits[:, 1:] if bits.dtype is rows.dtype else None)
+    in_loss = _negative(shifted, out=bits[:, 1:] if bits.dtype is rows.dtype else None)
     most = torch.iinfo(rows.dtype).max
     rows.bitwise_and_(most)
     inputs.copy_(rows[:, :-1])
     if -most <= ignore_index <= most:
-        # what is decided in narrow words is moved once
-        targets.copy_(_keep(shifted, trained, ignore_index))
+        # decided in narrow words, so that the result is moved once
+        targets.copy_(_keep(shifted, in_loss, ignore_index))
     else:
-        _keep(targets.copy_(shifted), trained, ignore_index)
+        _keep(targets.copy_(shifted), in_loss, ignore_index)
     if weights is not None or positions is not None or doc_ids is not None:
         entries, starts, numbers, owner = _pieces(table, seq_len, length, head[:, 2], head[:, 3])
         if weights is not None:
             bits = table.index_select(0, entries + 1).index_select(0, owner[:, 1:].flatten())
-            torch.bitwise_and(bits.view_as(weights), trained, out=weights.view(torch.int32))
+            torch.bitwise_and(bits.view_as(weights), in_loss, out=weights.view(torch.int32))
         if positions is not None:
             begin = starts.index_select(0, owner[:, :-1].flatten())
             torch.sub(columns[:-1], begin.view_as(positions), out=positions)
@@ -83,27 +82,27 @@ def pack_torch(
 
 
 def _negative(number: Tensor, out: Tensor | None = None) -> Tensor:
-    """All bits where `number` is negative, else none. On the CPU, torch's booleans are ten times as slow."""
+    """All bits set where `number` is negative, else none. On the CPU torch's booleans are ten times slower."""
     return torch.bitwise_right_shift(number, torch.iinfo(number.dtype).bits - 1, out=out)
 
 
 def _keep(value: Tensor, bits: Tensor, other: int) -> Tensor:
-    """Write `other` into `value` where `bits` are none."""
+    """Overwrite `value` with `other`, in place, where no bits are set."""
     return value.bitwise_xor_(other).bitwise_and_(bits.to(value.dtype)).bitwise_xor_(other)
 
 
 def _pieces(
     table: Tensor, seq_len: int, length: Tensor, first_piece: Tensor, n_pieces: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of every row's pieces and padding, equally many a row, flat: entries, first columns, numbers.
+    """List the pieces and the padding of all rows, n per row: entries, first columns, numbers, each (B * n,) int32.
 
-    An entry is its index in `table`; padding is number -1. The fourth, (B, T+1), tells which owns each word.
+    An entry is its index in `table`; padding has number -1. The fourth, (B, T+1), is the index of each word's owner.
     """
     count = _most_pieces(n_pieces, seq_len) + 1
     numbers = torch.arange(count, dtype=torch.int32, device=table.device)
     exists = numbers < n_pieces[:, None]
     entries = torch.where(exists, first_piece[:, None] + 2 * numbers, 0)
-    # What does not exist begins where the padding begins, so only the last of it owns words: the padding.
+    # Missing pieces start where the padding starts, so only the last of them owns words: the padding.
     starts = torch.where(exists, table.index_select(0, entries.flatten()).view_as(entries), length[:, None])
     ends = torch.cat([starts[:, 1:], starts.new_full((len(starts), 1), seq_len + 1)], dim=1)
     owner = torch.repeat_interleave((ends - starts).flatten(), output_size=len(starts) * (seq_len + 1))
@@ -112,12 +111,12 @@ def _pieces(
 
 
 def _most_pieces(n_pieces: Tensor, seq_len: int) -> int:
-    """Pieces of the row that has most. On an accelerator that would be a wait: there, the most possible."""
+    """The most pieces in a row. On an accelerator, where reading it would make the host wait: the most possible."""
     return int(n_pieces.max()) if n_pieces.device.type == "cpu" else seq_len + 1
 
 
 def _cu_seqlens(table: Tensor, batch_size: int, seq_len: int, cu_seqlens: Tensor) -> None:
-    """Copy the slot's `n_cu` starts; the rest is B * T."""
+    """Copy the slot's `n_cu` starts, and fill the rest with B * T."""
     cu_at, n_cu = table[4 * batch_size], table[4 * batch_size + 1]
     item = torch.arange(cu_seqlens.numel(), dtype=torch.int32, device=table.device)
     known = _negative(item - n_cu)

@@ -2,15 +2,15 @@
 
     Batch.doc_ids   ->   document_mask()       ->   torch's scaled_dot_product_attention
                          document_mask_mod()   ->   FlexAttention's create_block_mask
-    Batch.cu_seqlens   ->   variable-length flash attention, as it is
+    Batch.cu_seqlens   ->   variable-length flash attention, unchanged
 
-A token sees itself and what stands before it in its piece. Padding counts as one piece, so that every row of a mask has
+A token sees itself and the tokens before it in its piece. Padding counts as one piece, so that every row of a mask has
 a True and no softmax becomes NaN. Rotary or learned positions come from `Batch.positions`, which restart at each piece.
 
 Flash attention needs no mask: q, k and v of (B, T, heads, size) become `q.flatten(0, 1)`, and both packages take
-`cu_seqlens` for queries and keys alike. It has one length for all batches; the starts that no piece needs are B * T,
-empty segments. Pass T as the longest length, not `batch.max_seqlen`: it is always enough, and as it never changes,
-torch.compile sees one shape and compiles once.
+`cu_seqlens` for queries and keys alike. Its length is the same for all batches; unused entries are B * T, that is,
+empty segments. Pass T as the maximum length rather than `batch.max_seqlen`: it always suffices, and as it never
+changes, torch.compile sees one shape and compiles once.
 
     from torch.nn.attention.varlen import varlen_attn            # torch 2.10 or later
     varlen_attn(q, k, v, cu_seqlens, cu_seqlens, T, T, window_size=(-1, 0))
@@ -27,10 +27,11 @@ import torch
 
 
 def document_mask(doc_ids: torch.Tensor | None) -> torch.Tensor:
-    """Return, (B, 1, T, T) bool, which key each query sees: True for itself and those before it in its piece.
+    """Return the causal mask within pieces, (B, 1, T, T) bool: True where query (dim 2) may see key (dim 3).
 
-    It is the `attn_mask` of `torch.nn.functional.scaled_dot_product_attention`, without `is_causal`. It takes B * T * T
-    bytes: for long rows use FlexAttention or flash attention.
+    `doc_ids`: `Batch.doc_ids`, (B, T) int32, -1 in padding; ValueError if None. Pass the mask as `attn_mask` of
+    `torch.nn.functional.scaled_dot_product_attention`, without `is_causal`. It takes B * T * T bytes: for long rows use
+    FlexAttention or flash attention.
 
     >>> document_mask(torch.tensor([[0, 0, 1, -1]])).int().tolist()
     [[[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]]]
@@ -42,7 +43,7 @@ def document_mask(doc_ids: torch.Tensor | None) -> torch.Tensor:
 def document_mask_mod(
     doc_ids: torch.Tensor | None,
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return the same as a `mask_mod` of FlexAttention, for `create_block_mask(mask_mod, B, None, T, T, device)`."""
+    """Return the same mask as FlexAttention's `mask_mod`, for `create_block_mask(mask_mod, B, None, T, T, device)`."""
     given = _given(doc_ids)
 
     def mask_mod(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

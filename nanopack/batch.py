@@ -131,6 +131,13 @@ class Batch:
         yield self.inputs
         yield self.targets
 
+    def to(self, *_: object, **__: object) -> Batch:
+        """Raise TypeError: trainers that move batches have to be given those of an adapter."""
+        raise TypeError(
+            f"a batch lies on its loader's device, {self.inputs.device}, from the start; choose it by Loader(device=). "
+            f"Give a trainer not the loader but Batches, of nanopack.adapters.lightning or nanopack.adapters.hf"
+        )
+
     def flat(self) -> Flat:
         """Return the batch as one row, for models that take all pieces end to end: views, nothing is copied.
 

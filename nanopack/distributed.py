@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,17 +74,12 @@ def agree_on_most(group: Any, count: Callable[[], int], device: torch.device) ->
 
     Where `count` raises on one of them, that one raises it and the others RuntimeError, instead of waiting in vain.
     """
-    if torch.distributed.get_backend(group) != "nccl":
-        device = torch.device("cpu")
-    # NCCL sends from a GPU, wherever the batches go: from the current one
-    elif device.type != "cuda":
-        device = torch.device("cuda")
     own, error = 0, None
     try:
         own = count()
     except (Exception, SystemExit) as its_error:
         error = its_error
-    most_and_failed = torch.tensor([own, int(error is not None)], device=device)
+    most_and_failed = torch.tensor([own, int(error is not None)], device=_sending_device(group, device))
     torch.distributed.all_reduce(most_and_failed, torch.distributed.ReduceOp.MAX, group)
     most, failed = most_and_failed.tolist()
     if error is not None:
@@ -104,3 +99,23 @@ def of_all_ranks(state: Mapping[str, Any]) -> dict[str, Any]:
     states: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(states, state)
     return merge_states(states)
+
+
+def sum_over_ranks(numbers: Sequence[float], device: torch.device, process_group: Any = None) -> list[float]:
+    """Return the sum of each number over the ranks, in float64. All ranks of the group (None: of all) call it.
+
+    Where torch.distributed is not initialised, the numbers are returned.
+    """
+    if not _initialised():
+        return list(numbers)
+    summed = torch.tensor(numbers, dtype=torch.float64, device=_sending_device(process_group, device))
+    torch.distributed.all_reduce(summed, group=process_group)
+    found: list[float] = summed.tolist()
+    return found
+
+
+def _sending_device(group: Any, device: torch.device) -> torch.device:
+    """Return the device that the group sends from: NCCL a GPU, the current one where `device` is none; else the CPU."""
+    if torch.distributed.get_backend(group) != "nccl":
+        return torch.device("cpu")
+    return device if device.type == "cuda" else torch.device("cuda")

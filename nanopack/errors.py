@@ -4,20 +4,20 @@ from __future__ import annotations
 
 
 class ConversationError(ValueError):
-    """A bad conversation. The message does not name the place: the caller adds file and line."""
+    """A bad conversation. Raised without the place: the caller adds file and line."""
 
 
 class TemplateError(ValueError):
-    """The tokenizer lacks special tokens of the template: no fault of a conversation, so none is skipped for it."""
+    """The tokenizer lacks special tokens of the template: not a conversation's fault, so never skipped."""
 
 
 class EncoderError(RuntimeError):
-    """The fast encoder gave other ids than tiktoken: no fault of a conversation, so none is skipped for it."""
+    """The fast encoder's ids differ from tiktoken's: not a conversation's fault, so never skipped."""
 
 
 class ProducerError(RuntimeError):
-    """A process of the producer is gone, or was stopped by what is no ordinary exception."""
+    """A producer process died, or was ended by something other than an `Exception`."""
 
 
 NEVER_SKIPPED = (MemoryError, TemplateError, EncoderError, ProducerError)
-"""Errors that are no fault of the conversation at which they come: on_error="skip" does not skip them."""
+"""Errors that no conversation causes: on_error="skip" does not skip them."""

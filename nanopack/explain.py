@@ -1,8 +1,8 @@
-"""Say where one slot of a batch came from, and why its target is trained or not.
+"""Say where one position of a batch came from, and why its target is in the loss or not.
 
-    Batch.word_pieces + the conversation, rendered anew   ->   explain()   ->   Explanation, which prints as a sentence
+    Batch.word_pieces + the conversation, rendered again   ->   explain()   ->   Explanation, which prints as a sentence
 
-Works on the host from what the batch tells of its pieces; no tensor is looked at.
+Works on the host, from the batch's list of pieces; no tensor is read.
 """
 
 from __future__ import annotations
@@ -28,48 +28,48 @@ class Token:
     conversation: int
     """Index in the data set."""
     where: str
-    """The same as a reader finds it: file and line where there are any."""
+    """File and line if there are any, else the index again."""
     offset: int
-    """Place in the document, from 0."""
+    """Index in the document, from 0."""
     message: int | None
     """Index of the message, None for the token that begins the document and for plain text."""
     role: str | None
     id: int
     text: str
     trained: bool
-    """Whether the loss counts it where it is a target."""
+    """Whether it is in the loss as a target."""
     masked: bool = False
     """Whether it came as input_ids, with a mask."""
 
     def __str__(self) -> str:
-        """Return text and origin in a few words."""
+        """Text and origin on one line."""
         part = "" if self.message is None else f", message {self.message} ({self.role})"
         return f"{self.text!r} ({self.where}{part}, token {self.offset})"
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What stands in one slot of `inputs` and `targets`."""
+    """One position (row, col) of `inputs` and `targets`."""
 
     input: Token | None
     """None: padding."""
     target: Token | None
-    """The token after it in the row, whether trained or not; None: padding, or the row ends."""
+    """The token after it in the row, in the loss or not; None: padding, or the row ends."""
     trained: bool
     reason: str
 
     def __str__(self) -> str:
-        """Return the explanation as a sentence."""
+        """The explanation as a sentence."""
         verdict = "trained" if self.trained else "not trained"
         return f"input {self.input or 'padding'}; target {self.target or 'padding'}: {verdict}, {self.reason}"
 
 
 def text_of(ids: Sequence[int], tokenizer: AnyTokenizer) -> str:
-    """Return the text of ids. One that the tokenizer does not use, which input_ids may hold, stands as itself: <17>."""
+    """Return the text of ids. Unused ids, which `input_ids` may hold, appear as numbers: <17>."""
     try:
         return tokenizer.decode(ids)
     except ValueError:
-        # not one by one: a character may be of several tokens
+        # not one by one: a character may span several tokens
         runs = itertools.groupby(ids, key=partial(_is_used, tokenizer))
         return "".join(tokenizer.decode(list(run)) if used else "".join(map("<{}>".format, run)) for used, run in runs)
 
@@ -92,9 +92,9 @@ def explain(
     render: Callable[[Conversation], Document],
     config: LoaderConfig,
 ) -> Explanation:
-    """Return what stands at `inputs[row, col]` and `targets[row, col]`.
+    """Explain `inputs[row, col]` and `targets[row, col]`.
 
-    Raises IndexError where the batch has no such row or column, TypeError where one is no int.
+    IndexError outside 0 <= row < B, 0 <= col < T; TypeError if row or col is not an int.
     """
     for name, index, size in (("row", row, config.batch_size), ("col", col, config.seq_len)):
         if not hasattr(index, "__index__"):
@@ -116,7 +116,7 @@ def explain_row(
     render: Callable[[Conversation], Document],
     config: LoaderConfig,
 ) -> list[Explanation]:
-    """Return what `explain` says of each slot of a row; a conversation is rendered once for all of its slots."""
+    """Explain each position of a row, a list of T; a conversation is rendered once for all of its positions."""
     columns = range(config.seq_len + 1)
     tokens = _tokens(batch.word_pieces[row], columns, source, tokenizer, render, config)
     return [_explained(here, following, config) for here, following in itertools.pairwise(tokens)]
@@ -135,7 +135,7 @@ def _tokens(
     render: Callable[[Conversation], Document],
     config: LoaderConfig,
 ) -> list[Token | None]:
-    """Return what stands in each of the columns, which follow each other: a token of one of the pieces, or None."""
+    """Return the token in each of these consecutive columns (0 to T) of one row, or None for padding."""
     found: dict[int, Token] = {}
     for piece in pieces:
         conversation = check(source[piece.conversation])
@@ -155,7 +155,7 @@ def _token(
     tokenizer: AnyTokenizer,
     config: LoaderConfig,
 ) -> Token:
-    # a merged system message begins where the user's does: the later one is meant
+    # a merged system message starts where the user's does: take the later one
     message = bisect_right(document.starts, offset) - 1
     token_id = int(document.ids[offset])
     return Token(

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import functools
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -27,6 +28,7 @@ from nanopack.distributed import agree_on_most, group_to_agree_in, rank_and_worl
 from nanopack.explain import Explanation, explain
 from nanopack.ledger import Ledger, LedgerReport
 from nanopack.packing.packings import Packing, PackingName, as_packing
+from nanopack.passes import NOT_A_DATA_SET, Pass, warn_of_empty_loop, warn_of_same_order
 from nanopack.producer.feed import Feed, Inline
 from nanopack.producer.process import Process
 from nanopack.producer.producer import Producer, Start, count_batches, initial_state
@@ -189,24 +191,29 @@ class Loader:
         self._reader = Reader(self.source, choose_encoder(encoder, self.tokenizer, self.source), self.config)
         self._reader.check_template()
         layout = self._reader.layout
-        self._kernel = make_kernel(executor, self.device, layout, self.tokenizer.bos_id, ignore_index)
-        self._make_outputs = outputs_maker(self.config, layout, self.device)
-        if static:
-            # at the same addresses also after load_state_dict
-            fixed = self._make_outputs()
-            self._make_outputs = lambda: fixed
+        # ordinary tensors, whatever mode the loader is made in, because they are written to in others
+        with torch.inference_mode(False):
+            self._kernel = make_kernel(executor, self.device, layout, self.tokenizer.bos_id, ignore_index)
+            self._make_outputs = outputs_maker(self.config, layout, self.device)
+            if static:
+                # at the same addresses also after load_state_dict
+                fixed = self._make_outputs()
+                self._make_outputs = lambda: fixed
         self._device: Device = device_api
         self._workers, self._prefetch = num_workers, prefetch
         self._static = static
         self._owner = os.getpid()
         self._batches: int | None = None
         self._counts: dict[bool, tuple[int, int]] = {}
+        self._turn = threading.RLock()
+        self._passes, self._resumed, self._order_is_told = 0, False, False
         group = group_to_agree_in(process_group, epochs, world_size)
         if group is not None:
             self._batches = agree_on_most(group, lambda: self._count(all_ranks=False)[0], self.device)
         self._release: Callable[[], Any] | None = None
         self._start(None)
 
+    @torch.inference_mode(False)
     def _start(self, state: dict[str, Any] | None) -> None:
         """Set the stages up, from the beginning or from a state (`check_state`)."""
         feed, ring = self._start_producer(Start(state, self._batches))
@@ -239,18 +246,54 @@ class Loader:
         return process, process.ring
 
     def __iter__(self) -> Iterator[Batch]:
-        """Return an iterator over the batches that are still to come. It has no length: see `__len__`."""
-        return iter(self.__next__, None)
+        """Return an iterator over the rest of the pass, or over a new pass where no batch is left of this one.
+
+        A pass is all batches of `epochs`. Each has the same batches, in the same order, and begins at step 0 with new
+        `ledger()` and `stats()`; `state_dict()` is a place in a pass. A loop left early is resumed by the next `iter`.
+        The first `iter` after `load_state_dict` resumes from the state, even where that is the end: the loop is then
+        empty, and a warning says so.
+        """
+        resumed, self._resumed = self._resumed, False
+        if not self._prefetcher.closed and self._is_over():
+            if resumed:
+                warn_of_empty_loop()
+            else:
+                self.restart()
+        return Pass(self.__next__, lambda: self._passes)
+
+    def restart(self) -> None:
+        """Begin a new pass: the next batch is the first one again, whatever was delivered before."""
+        self._refuse_fork()
+        with self._turn:
+            self._prefetcher.check_open()
+            self._resumed = False
+            if self._step == 0:
+                return
+            if not self._order_is_told and self.config.seed is not None:
+                self._order_is_told = True
+                warn_of_same_order(self.config.seed, self.config.epochs)
+            self._passes += 1
+            self._start(None)
+
+    def _is_over(self) -> bool:
+        """Return whether no batch of the pass is left; waits until the next one is ready."""
+        self._refuse_fork()
+        with self._turn, torch.inference_mode(False):
+            return self._step > 0 and self.config.epochs is not None and self._prefetcher.is_over()
 
     def __next__(self) -> Batch:
-        """Return the next batch. After the end or an error every further call raises that again."""
+        """Return the next batch. After the end or an error every further call raises that again.
+
+        Threads that call it take turns. To share a pass, they share one `iter(loader)`.
+        """
         self._refuse_fork()
-        began = time.perf_counter()
-        outputs, facts = self._prefetcher.next()
-        batch = self._batch(outputs, facts)
-        self._step += 1
-        self._stats.queued = self._feed.qsize()
-        self._stats.count(batch, facts, time.perf_counter() - began)
+        with self._turn, torch.inference_mode(False):
+            began = time.perf_counter()
+            outputs, facts = self._prefetcher.next()
+            batch = self._batch(outputs, facts)
+            self._step += 1
+            self._stats.queued = self._feed.qsize()
+            self._stats.count(batch, facts, time.perf_counter() - began)
         return batch
 
     def _refuse_fork(self) -> None:
@@ -328,7 +371,9 @@ class Loader:
         """
         self._prefetcher.check_open()
         self._refuse_fork()
-        self._start(check_state(state_dict, self._fingerprint, self.config, strict=strict))
+        with self._turn:
+            self._start(check_state(state_dict, self._fingerprint, self.config, strict=strict))
+            self._resumed = True
 
     @functools.cached_property
     def _fingerprint(self) -> dict[str, Any]:
@@ -342,10 +387,21 @@ class Loader:
         `epochs` is None.
         """
         if self.config.epochs is None:
-            raise TypeError("the batches are endless; pass epochs to have a number of them")
+            raise TypeError(f"the batches are endless; pass epochs to have a number of them. {NOT_A_DATA_SET}")
         if self._batches is None:
             self._batches, _ = self._count(all_ranks=True)
         return self._batches
+
+    def __getitem__(self, index: Any) -> Batch:
+        """Raise TypeError: torch's DataLoader takes what has no `__getitem__` for a data set too."""
+        raise TypeError(NOT_A_DATA_SET)
+
+    def __reduce__(self) -> Any:
+        """Raise TypeError: a process and its memory cannot be copied or pickled."""
+        raise TypeError(
+            f"a loader belongs to its process ({self._owner}) and is neither copied nor pickled: send the arguments to "
+            f"the other process and make one there, with rank and world_size; state_dict() says where it stands"
+        )
 
     def __bool__(self) -> bool:
         """Always True, so that `if loader:` does not call `len()`, which may render the whole data set."""

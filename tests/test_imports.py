@@ -33,6 +33,8 @@ ORDER = [
     "explain",
     "state",
     "distributed",
+    "loss",
+    "passes",
     "loader",
     "reference",
     "verify",

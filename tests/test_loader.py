@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-import tiktoken
 import torch
 from data_sets import LARGE, PACKINGS, SMALL, byte_tokenizer, data_sets, drawn_arguments
 from hypothesis import given, settings
@@ -176,12 +175,7 @@ def test_a_bad_conversation_raises_with_file_line_message_and_remedy(tmp_path):
     assert "chats.jsonl:17, message 1: " in message and "'user'" in message and 'on_error="skip"' in message
 
 
-GPT2 = tiktoken.Encoding(
-    "gpt2-like",
-    pat_str=r"(?s:.)",
-    mergeable_ranks={bytes([i]): i for i in range(256)},
-    special_tokens={"<|endoftext|>": 256},
-)
+GPT2 = byte_tokenizer(specials=["<|endoftext|>"])
 
 
 def test_plain_text_needs_no_special_token_but_the_first():

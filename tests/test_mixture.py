@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiktoken
+from data_sets import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,12 +23,7 @@ from nanopack.mixture import MAX_PICKS, Mixture
 from nanopack.tokenizers.tokenizer import NANOCHAT_SPECIAL_TOKENS
 from nanopack.verify import compare
 
-BYTES = tiktoken.Encoding(
-    "bytes",
-    pat_str=r"(?s:.)",
-    mergeable_ranks={bytes([i]): i for i in range(256)},
-    special_tokens={name: 256 + i for i, name in enumerate(NANOCHAT_SPECIAL_TOKENS)},
-)
+BYTES = byte_tokenizer(specials=NANOCHAT_SPECIAL_TOKENS)
 
 
 class Numbers:
@@ -340,7 +335,7 @@ def test_what_cannot_be_mixed_is_an_error_that_names_place_value_and_remedy(edge
         pytest.param({"by": ["token"]}, r"^by=\['token'\] is not allowed", id="by-unhashable"),
         pytest.param({"by": "token"}, r"^by='token' needs a tokenizer .*; pass tokenizer=", id="no-tokenizer"),
         pytest.param({"tokenizer": BYTES}, r"^tokenizer has no meaning with by='conversation'", id="tokenizer"),
-        pytest.param({"by": "token", "tokenizer": "none"}, r"^tokenizer=.none. is no bundled", id="tokenizer-none"),
+        pytest.param({"by": "token", "tokenizer": "none"}, r"^tokenizer=.none. is neither ", id="tokenizer-none"),
         pytest.param(
             {"by": "token", "tokenizer": BYTES, "template": "x"}, r"^template='x' is not one of", id="template"
         ),

@@ -278,9 +278,11 @@ def test_states_serve_as_torchdata_asks_of_a_stateful_data_set():
         loader.load_state_dict(through_json(states[moment]))
         iterator = iter(loader)
         first = list(itertools.islice(iterator, 2))
-        # a loop that is left and begun again goes on where it was
-        assert differences(batches[moment:], first + list(iter(loader))) == [None] * len(batches[moment:])
-        assert list(loader) == [], "it stays at its end until it is told otherwise"
+        # a loop that is left and begun again resumes where it was
+        rest = list(loader) if moment < len(batches) else []
+        assert differences(batches[moment:], first + rest) == [None] * len(batches[moment:])
+        assert list(iterator) == [], "an iterator stays at its end"
+        assert differences(batches, list(loader)) == [None] * len(batches), "a new loop is a new pass"
 
 
 def test_what_is_no_state_is_refused():

@@ -6,17 +6,21 @@
     def make_loader():
         return Loader("chats/*.jsonl", tokenizer, 8, 2048, seed=1)
 
-    Trainer(max_steps=10_000).fit(model, datamodule=Batches(make_loader))
+    def make_validation_loader():
+        return Loader("held_out.jsonl", tokenizer, 8, 2048, epochs=1)
 
-`training_step` gets the `Batch` itself. Each rank makes its loader after Lightning has started the process group and
-chosen the device, so this takes a function and not a loader.
+    Trainer(max_steps=10_000).fit(model, datamodule=Batches(make_loader, validation=make_validation_loader))
+
+`training_step` and `validation_step` get the `Batch` itself. Each rank makes its loaders after Lightning has started
+the process group and chosen the device, so this takes functions and not loaders.
 
 Lightning fetches one batch ahead where it does not know how many there are, and drops it when it stops. The state
 saved is that of the batch it trains, which it moves to the device right before. And Lightning restores a loader's
 state only from a checkpoint within an epoch, a data module's always: so this is a data module.
 
-An epoch of Lightning is all batches of the loader, its own `epochs` included; of an endless loader, those of
-`limit_train_batches`. A checkpoint that is written while a step fails counts that step's batch as trained.
+An epoch of Lightning is a pass over all batches of the loader, its own `epochs` included; with `limit_train_batches` an
+epoch continues after the one before. Validation, the sanity check, and with `overfit_batches` each epoch begin with the
+first batch. A checkpoint that is written while a step fails counts that step's batch as trained.
 """
 
 from __future__ import annotations
@@ -37,62 +41,109 @@ except ImportError as error:
 
 
 class _Fetched:
-    """A batch that Lightning has fetched but not begun to train; opaque to its `apply_to_collection`."""
+    """A batch that Lightning has fetched but not begun; opaque to its `apply_to_collection`."""
 
-    def __init__(self, batch: Batch, state: dict[str, Any]) -> None:
+    def __init__(self, batch: Batch, state: dict[str, Any] | None) -> None:
         self.batch, self.state = batch, state
 
 
+class _Validation:
+    """The batches of a loader for validation: from the first on, each time."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[_Fetched]:
+        self._loader.restart()
+        return (_Fetched(batch, None) for batch in self._loader)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+
 class Batches(LightningDataModule):
-    """The batches of a loader as a data module, for `trainer.fit`. For validation, subclass it and add that loader.
+    """The batches of a loader as a data module, for `trainer.fit`.
 
     Args:
         make_loader: returns the loader; called on every rank at the start of each `fit`, whose end closes it. It
             resumes after the batches that an earlier `fit`, or the run of the checkpoint, has trained.
+        validation: returns the loader for validation, likewise. Without, subclass this to validate on anything else.
     """
 
-    def __init__(self, make_loader: Callable[[], Loader]) -> None:
+    def __init__(self, make_loader: Callable[[], Loader], validation: Callable[[], Loader] | None = None) -> None:
         super().__init__()
         self.loader: Loader | None = None
-        self._make_loader = make_loader
+        self.validation_loader: Loader | None = None
+        self._make_loader, self._make_validation_loader = make_loader, validation
         # the states after the last batch trained, and after the last one fetched
         self._trained: Mapping[str, Any] | None = None
         self._fetched: Mapping[str, Any] | None = None
+        if validation is not None:
+            # only then: Lightning checks whether a data module has this method
+            self.val_dataloader = lambda: _Validation(self._open(self.validation_loader))
 
     def setup(self, stage: str) -> None:
-        """Make the loader. Raise ValueError where fetching a batch would overwrite the previous one."""
-        if stage != "fit":
-            return
-        self.loader = self._make_loader()
-        if self.loader._static:
-            self.loader.close()
+        """Make the loaders. Raise ValueError where fetching a batch would overwrite the previous one."""
+        if stage in ("fit", "validate") and self._make_validation_loader is not None:
+            self.validation_loader = self._make(self._make_validation_loader)
+        if stage == "fit":
+            self.loader = self._make(self._make_loader)
+            self._fetched = self.loader.state_dict()
+            if self._trained is None:
+                self._trained = self._fetched
+
+    @staticmethod
+    def _make(make_loader: Callable[[], Loader]) -> Loader:
+        loader = make_loader()
+        if loader._static:
+            loader.close()
             raise ValueError("static=True: Lightning fetches a batch before it trains the previous one; leave it out")
-        self._fetched = self.loader.state_dict()
-        if self._trained is None:
-            self._trained = self._fetched
+        return loader
+
+    @staticmethod
+    def _open(loader: Loader | None) -> Loader:
+        if loader is None:
+            raise TypeError("there is no loader before trainer.fit, which makes it")
+        return loader
 
     def teardown(self, stage: str) -> None:
-        """Close the loader; its ledger and stats can still be read."""
+        """Close the loaders; their ledgers and stats can still be read."""
         if stage == "fit" and self.loader is not None:
             self.loader.close()
+        if stage in ("fit", "validate") and self.validation_loader is not None:
+            self.validation_loader.close()
 
     def train_dataloader(self) -> Batches:
         """Return itself: Lightning warns about an iterable without a state."""
         return self
 
     def __iter__(self) -> Iterator[_Fetched]:
-        """Yield the batches after those already trained, whatever was fetched before."""
-        assert self.loader is not None and self._trained is not None
-        if self._fetched is not self._trained:
-            self.loader.load_state_dict(self._trained)
-        for batch in self.loader:
-            self._fetched = self.loader.state_dict()
+        """Yield the batches after those already trained, whatever was fetched before; after the last, a new pass."""
+        loader = self._open(self.loader)
+        if self.trainer is not None and self.trainer.overfit_batches:
+            loader.restart()
+        else:
+            if self._fetched is not self._trained:
+                assert self._trained is not None
+                loader.load_state_dict(self._trained)
+            if loader._is_over():
+                loader.restart()
+        for batch in loader:
+            self._fetched = loader.state_dict()
             yield _Fetched(batch, self._fetched)
+
+    def __len__(self) -> int:
+        """Return the number of batches in a pass. Raises TypeError ("no length" for Lightning) where it is endless."""
+        return len(self._open(self.loader))
+
+    def __bool__(self) -> bool:
+        """Return True, without counting."""
+        return True
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Return the `Batch`, already on its device; from here on it counts as trained."""
         if isinstance(batch, _Fetched):
-            self._trained = batch.state
+            self._trained = batch.state or self._trained
             return batch.batch
         return batch if isinstance(batch, Batch) else super().transfer_batch_to_device(batch, device, dataloader_idx)
 

@@ -130,8 +130,7 @@ def count_batches(reader: Reader, *, all_ranks: bool, read_all: ReadAll | None =
     """
     config = reader.config
     if read_all is None:
-        tokens = config.batch_size * config.seq_len
-        read_all = partial(read_in_turn, reader, batch_tokens=tokens, raise_interrupts=True)
+        read_all = partial(read_in_turn, reader, batch_tokens=config.batch_size * config.seq_len, raise_interrupts=True)
     shards = shards_of(config, len(reader.source), all_ranks=all_ranks)
     lengths = _measure(reader, shards, read_all)
     batches = tokens = 0

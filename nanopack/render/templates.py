@@ -1,9 +1,9 @@
-"""Write down how a chat template turns messages into text: what stands around each, and what is trained.
+"""Describe how a chat template turns messages into text: the text around each, and what is in the loss.
 
-    Template   ->   render.py plans documents by it
-                    config.py takes one in place of a name
+    Template   ->   renderer.py plans documents by it
+                    config.py accepts one instead of a name
 
-CHATML and LLAMA3 are the ones with a name. Only data here: nothing is encoded, no tokenizer is known.
+CHATML and LLAMA3 have names. Only data here: nothing is encoded, and no tokenizer is involved.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ __all__ = ["CHATML", "LLAMA3", "Template", "Turn"]
 
 @dataclass(frozen=True)
 class Turn:
-    """How a message of one role is written: `before`, its content, `end`, `after`."""
+    """The text of one role's messages: `before`, the content, `end`, `after`."""
 
     before: str = ""
-    """Never trained."""
+    """Never in the loss."""
     end: str = ""
-    """Trained where the content is, so that the model learns to stop; write it into `after` if it must not."""
+    """In the loss if the content is, so that the model learns to stop; text that must not be belongs in `after`."""
     after: str = ""
-    """Never trained."""
+    """Never in the loss."""
     trained: bool = False
-    """Whether content and `end` are trained."""
+    """Whether content and `end` are in the loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Template:
     """A chat template: a document is the tokenizer's beginning of sequence and then each message, in any order.
 
     The texts of a turn may hold special tokens, which must be listed; everything between two of them, and every
-    message's content, is encoded on its own as ordinary text. ValueError for what cannot be.
+    message's content, is encoded on its own as ordinary text. ValueError for an invalid field.
 
     >>> Template(
     ...     name="dialogue",
@@ -44,30 +44,32 @@ class Template:
     """
 
     name: str
-    """What messages call it."""
+    """Its name in error messages."""
     special_tokens: tuple[str, ...]
-    """Those in the texts below; the tokenizer must have them all."""
+    """The special tokens in the texts below; the tokenizer must have them all."""
     user: Turn
     assistant: Turn
     system: Turn | None = None
     """None: messages of this role are refused."""
     tool: Turn | None = None
-    """What a tool gave back. None: messages of this role are refused."""
+    """Results of tools. None: messages of this role are refused."""
     merge_system: bool = False
     """True: only message 0 may be the system's; `system` written around it goes in front of the content of the
     user's message that must follow, and both are encoded as one text."""
     strip: bool = False
-    """True: white space around a content is removed."""
+    """True: white space around contents is removed."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for the first field that cannot be, by name."""
+        """Raise ValueError for the first invalid field, by name."""
         if not isinstance(self.name, str) or not self.name:
-            raise ValueError(f"Template name={self.name!r} is not allowed; use a word for messages to call it by")
+            raise ValueError(
+                f"Template name={self.name!r} is not allowed; use a word that error messages can call it by"
+            )
         for flag in ("merge_system", "strip"):
             if not isinstance(getattr(self, flag), bool):
                 raise ValueError(f"{self._field(flag)}; use True or False")
         tokens = self.special_tokens
-        # a generator would be empty once it is looked through
+        # not a generator, which the check itself would exhaust
         if not isinstance(tokens, (tuple, list)) or not all(isinstance(token, str) and token for token in tokens):
             raise ValueError(f"{self._field('special_tokens')}; use a tuple of strings, none of them empty")
         object.__setattr__(self, "special_tokens", tuple(tokens))
@@ -81,12 +83,12 @@ class Template:
             for token in self.special_tokens:
                 if token in text:
                     raise ValueError(
-                        f"{self._field('merge_system')}: {token!r} in system is inside the user's text and cannot be "
-                        "a special token; write it into before or after of user"
+                        f"{self._field('merge_system')}: {token!r} in system is inside the user's text, which is "
+                        "encoded as ordinary text; write it into before or after of user"
                     )
 
     def turns(self) -> dict[str, Turn]:
-        """Return the turn of each role that may be."""
+        """Return the turn of each accepted role."""
         turns = {"system": self.system, "user": self.user, "assistant": self.assistant, "tool": self.tool}
         return {role: turn for role, turn in turns.items() if turn is not None}
 
@@ -121,7 +123,7 @@ CHATML = Template(
     assistant=_chatml("assistant", trained=True),
     tool=_chatml("tool"),
 )
-# Meta's own: contents are trimmed, and what a tool gave back is called ipython.
+# Meta's: contents are trimmed, and the role of tool results is called ipython.
 LLAMA3 = Template(
     name="llama3",
     special_tokens=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),

@@ -1,8 +1,8 @@
 """Read tiktoken encodings from files: nanochat's tokenizer.pkl, and .tiktoken ranks.
 
-    tokenizer.pkl, ranks file   ->   read_pickle(), read_ranks()   ->   tokenizers.py
+    tokenizer.pkl, ranks file   ->   read_pickle(), read_ranks()   ->   tokenizer.py
 
-A pickle is read, not run: nothing but the numbers and strings in it comes out.
+A pickle is read, not executed: only the numbers and strings in it are taken.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _STATE_KEYS = {"name", "pat_str", "mergeable_ranks", "special_tokens"}
 
 
 class _State:
-    """Stands in for `Encoding` while its pickle is read: keeps what the file says, does nothing with it."""
+    """Stands in for `Encoding` while its pickle is read: keeps the state, and does nothing with it."""
 
     state: object = None
 
-    # It also keeps a pickle from writing into this class's own dictionary.
+    # without it a pickle could write into this class's own dictionary
     def __setstate__(self, state: object) -> None:
         self.state = state
 
@@ -36,7 +36,7 @@ class _EncodingUnpickler(pickle.Unpickler):
 
 
 def read_pickle(file: Path) -> tiktoken.Encoding:
-    """Return the pickled encoding of a nanochat tokenizer.pkl; ValueError where it holds anything else."""
+    """Return the pickled encoding of a nanochat tokenizer.pkl; ValueError if the file holds anything else."""
     data = io.BytesIO(file.read_bytes())
     try:
         found = _EncodingUnpickler(data).load()
@@ -50,29 +50,29 @@ def read_pickle(file: Path) -> tiktoken.Encoding:
         # Unpickled by tiktoken, this would download the encoding.
         raise _bad_pickle(file, f"it only names {state!r}, so pass tiktoken.get_encoding({state!r})")
     if not isinstance(state, dict) or set(state) != _STATE_KEYS or not isinstance(state["name"], str):
-        raise _bad_pickle(file, "what it holds of an Encoding is incomplete")
+        raise _bad_pickle(file, "the Encoding in it is incomplete")
     ranks, specials = state["mergeable_ranks"], state["special_tokens"]
     return new_encoding(file, state["name"], state["pat_str"], ranks, specials)
 
 
 def _bad_pickle(file: Path, why: str) -> ValueError:
     return ValueError(
-        f"{file} is not a pickled tiktoken Encoding ({why}). Nothing in it was run. "
-        "Save the tokenizer anew with pickle.dump(encoding, file), or pass the tiktoken.Encoding itself."
+        f"{file} is not a pickled tiktoken Encoding ({why}). Nothing in it was executed. "
+        "Save the tokenizer again with pickle.dump(encoding, file), or pass the tiktoken.Encoding itself."
     )
 
 
 def new_encoding(
     file: Path, name: str, pattern: str, ranks: dict[bytes, int], specials: dict[str, int]
 ) -> tiktoken.Encoding:
-    """Return the encoding of what `file` holds; ValueError where tiktoken cannot make one, or a byte has no rank."""
+    """Return the encoding that `file` describes; ValueError if tiktoken rejects it or a byte has no rank."""
     try:
         encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
     except BaseException as error:
         if not (isinstance(error, Exception) or is_panic(error)):
             raise
         raise ValueError(
-            f"{file}: tiktoken cannot make an Encoding of it ({first_line(error)}). "
+            f"{file}: tiktoken rejects its contents ({first_line(error)}). "
             "Check the split pattern, the ranks and the special tokens."
         ) from None
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
@@ -85,7 +85,7 @@ def new_encoding(
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Return the ranks of a .tiktoken file; ValueError names the line at fault."""
+    """Return the rank of each token of a .tiktoken file; ValueError names the faulty line."""
     if not os.path.isfile(path):
         raise ValueError(f"ranks file {str(path)!r} does not exist; give the path of a .tiktoken file.")
     ranks: dict[bytes, int] = {}
@@ -117,15 +117,15 @@ def _read_rank(place: str, line: bytes) -> tuple[bytes, int]:
             return token, int(digits)
     except ValueError:
         pass
-    raise ValueError(f"{place}: {line[:60]!r} is not a base64 token, a space and a rank; mend the line.")
+    raise ValueError(f"{place}: {line[:60]!r} is not a base64 token, a space and a rank; correct the line.")
 
 
 def is_panic(error: BaseException) -> bool:
-    """Return whether tiktoken's Rust core panicked."""
+    """Whether tiktoken's Rust core panicked."""
     # Rust's panic is not an Exception, and its class cannot be imported.
     return type(error).__name__ == "PanicException"
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, its kind where it says nothing."""
+    """Return the first line of an error's message, or its type's name if there is none."""
     return next(iter(str(error).splitlines()), type(error).__name__)

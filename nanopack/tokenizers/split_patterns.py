@@ -1,12 +1,12 @@
-r"""Write a split pattern so that it splits alike, and an encoder takes less time over it.
+r"""Rewrite a tokenizer's split pattern into an equivalent one that its regex engine runs faster.
 
-    an encoding's pattern   ->   grouped()   ->   tokenizers.py, for tiktoken
-                                 plain()     ->   fast.py, for splintr-rs
+    an encoding's pattern   ->   grouped()   ->   tokenizer.py, for tiktoken
+                                 plain()     ->   splintr.py, for splintr-rs
 
-tiktoken's regex engine, fancy-regex, backtracks where it must and hands the rest to an automaton. To it a possessive
-quantifier (`++`) means that it must, and of alternatives that need no backtracking it hands over each by itself. So
-`A++|B+|C|\s+(?!\S)` costs up to three automata and a stack a word, and `(?:A+|B+|C)|\s+(?!\S)`, which matches the same,
-one. Only patterns made of alternatives that are known here are written anew.
+tiktoken's regex engine, fancy-regex, backtracks where it must and gives the rest to an automaton. A possessive
+quantifier (`++`) makes it backtrack, and alternatives that need no backtracking become one automaton each. So
+`A++|B+|C|\s+(?!\S)` costs up to three automata and a stack per word, and the equivalent `(?:A+|B+|C)|\s+(?!\S)` costs
+one. Only patterns whose alternatives are all known here are rewritten.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from __future__ import annotations
 import re
 from itertools import groupby
 
-# The alternatives that split patterns are made of (GPT-2, cl100k, o200k, Llama 3, Qwen, nanochat). In these a plain
-# quantifier matches what a possessive one does. The two differ only where giving back what was taken lets the rest
-# match, and here it never does: what follows is disjoint from it ([^\r\n\p{L}\p{N}] before \p{L}; a space before \p{L},
-# \p{N} or [^\s\p{L}\p{N}]), or may match nothing ([\r\n]*), or is not there; and \s+$ matches only a run of white space
-# that reaches the end, and then all of it.
+# The alternatives of known split patterns (GPT-2, cl100k, o200k, Llama 3, Qwen, nanochat) in which a plain quantifier
+# matches what a possessive one does. The two differ only if giving back a match lets the rest match, which never
+# happens here: what follows is disjoint from it ([^\r\n\p{L}\p{N}] before \p{L}; a space before \p{L}, \p{N} or
+# [^\s\p{L}\p{N}]), may match nothing ([\r\n]*), or is absent; and \s+$ matches only a run of white space that reaches
+# the end, and then all of it.
 _POSSESSIVE_OR_NOT = {
     *(r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?\p{L}+"),
     *(r"\p{N}", r"\p{N}{1,2}", r"\p{N}{1,3}", r" ?\p{N}+"),
     *(r" ?[^\s\p{L}\p{N}]+", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}]+[\r\n/]*"),
     *(r"\s+$", r"\s+", r"\s"),
 }
-# These do give back, or were never written possessively: taken as they are or not at all.
+# These do give back, or are never possessive: accepted unchanged or not at all.
 _BACKTRACKING = r"\s+(?!\S)"
 _AS_THEY_ARE = {
     *(r"\s*[\r\n]", r"\s*[\r\n]+", _BACKTRACKING),
@@ -39,11 +39,11 @@ _POSSESSIVE = re.compile(r"([?*+]|\{[\d,]+\})\+(?!\+)")
 
 
 class PatternError(ValueError):
-    """A pattern that cannot be written anew, because it is not known that it would match the same."""
+    """A pattern that is not known to match the same after a rewrite."""
 
 
 def plain(pattern: str) -> str:
-    r"""Return the pattern without possessive quantifiers; PatternError where that might change what it matches.
+    r"""Return the pattern without possessive quantifiers; PatternError if that might change its matches.
 
     >>> print(plain(r"[^\r\n\p{L}\p{N}]?+\p{L}++|\s+(?!\S)|\s"))
     [^\r\n\p{L}\p{N}]?\p{L}+|\s+(?!\S)|\s
@@ -52,7 +52,7 @@ def plain(pattern: str) -> str:
 
 
 def grouped(pattern: str) -> str:
-    r"""Return the pattern as tiktoken takes least time over it; as it is where it is not known.
+    r"""Return the equivalent pattern that tiktoken runs fastest; an unknown pattern unchanged.
 
     >>> print(grouped(r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}|\s+(?!\S)|\s"))
     (?:[^\r\n\p{L}\p{N}]?\p{L}+|\p{N})|\s+(?!\S)|\s
@@ -65,7 +65,7 @@ def grouped(pattern: str) -> str:
 
 
 def _runs(alternatives: list[str]) -> list[list[str]]:
-    """Return the alternatives as the automaton gets them: those that need backtracking part the others."""
+    """Group the alternatives as automata get them: those that need backtracking separate the groups."""
     return [list(run) for _, run in groupby(alternatives, _BACKTRACKING.__eq__)]
 
 
@@ -79,8 +79,8 @@ def _alternatives(pattern: str) -> list[str]:
     if not pattern or "|".join(alternatives) != pattern:
         raise PatternError(f"its split pattern {pattern!r} cannot be taken apart")
     for run in _runs(found):
-        # The automaton's compiler takes what all begin with out of them, [^\r\n\p{L}\p{N}]? of o200k's two, say, and
-        # then tries the second where the first would have matched without it.
+        # The automaton's compiler factors out a common beginning, such as [^\r\n\p{L}\p{N}]? of o200k's two, and then
+        # tries the second alternative where the first would have matched without that beginning.
         if len(run) > 1 and len({one[0] for one in run}) == 1:
             raise PatternError(f"{'|'.join(run)!r} of its split pattern {pattern!r} are alternatives that begin alike")
     return found

@@ -1,15 +1,15 @@
-"""Turn texts into token ids: one small face over tiktoken, and the ways to get one.
+"""Turn texts into token ids: a small interface over tiktoken, and the ways to get a tokenizer.
 
     Encoding, nanochat folder, bundled name   ->   load_tokenizer()           ->   Tokenizer
     Hugging Face tokenizer                    ->   load_tokenizer()           ->   HuggingFaceTokenizer
     ranks file                                ->   from_ranks()               ->   Tokenizer
-                                encodings.py reads them
+                                rank_files.py reads them
     many texts                                ->   Tokenizer.encode_batch()   ->   flat ids and offsets
-                                                                                   render.py
+                                                                                   rendering
 
-Every text is ordinary text: what looks like a special token stays text. No Python list of ids is made on the
-way, and tiktoken's core works outside the GIL, by a split pattern that matches the same in less time (patterns.py).
-Nothing here uses the network, and a pickle is read, not run.
+Every text is ordinary text: what looks like a special token stays text. No Python list of ids is made, and tiktoken's
+core runs outside the GIL, with an equivalent split pattern that its regex engine runs faster (split_patterns.py).
+Nothing here uses the network, and a pickle is read, not executed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ NANOCHAT_SPECIAL_TOKENS = (
     "<|output_start|>",
     "<|output_end|>",
 )
-# What a beginning of sequence is called, in the order of preference.
+# Names of the beginning-of-sequence token, in order of preference.
 BOS_TOKENS = ("<|bos|>", "<|begin_of_text|>", "<|endoftext|>")
 
 # Name of each ranks file in nanopack/data, and its split pattern: GPT-4's with at most two digits.
@@ -54,46 +54,46 @@ _ACCEPTED = (
     "tokenizer, a nanochat tokenizer, its folder or its tokenizer.pkl, or what nanopack.tokenizers.from_ranks returns"
 )
 _NOTHING: frozenset[str] = frozenset()
-# Characters from which on a text is split by the encoding's own pattern: the engine refuses some very long texts, of a
-# million spaces, say, and which ones depends on how the pattern is written.
+# Texts of this many characters or more are split by the encoding's own pattern: the engine refuses some very long
+# texts, a million spaces for instance, and which ones depends on how the pattern is written.
 LONG_TEXT = 250_000
 
 
 class Tokenizer:
-    """A tiktoken `Encoding`, seen through the few calls that rendering needs. Pickles."""
+    """A tiktoken `Encoding`, reduced to the few calls that rendering needs. Pickles."""
 
     name: str
     encoding: tiktoken.Encoding
     vocab_size: int
-    """One more than the largest id, special tokens included. Some ids below may be unused."""
+    """The largest id, special tokens included, plus 1. Some ids below may be unused."""
     bos_id: int
-    """Id of the first of `<|bos|>`, `<|begin_of_text|>` (Llama 3's) and `<|endoftext|>` that there is."""
+    """Id of the first of `<|bos|>`, `<|begin_of_text|>` (Llama 3) and `<|endoftext|>` that the encoding has."""
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
-        """Wrap `encoding`. ValueError where it has no beginning of sequence, or ids of more than 31 bits."""
+        """Wrap `encoding`. ValueError if it has no beginning of sequence, or ids of more than 31 bits."""
         self.name = encoding.name
         self.encoding = encoding
         largest = encoding.max_token_value
-        # In a word the loss bit stands on top of the id.
+        # a token word holds the loss bit above the id
         if largest >= 2**31:
             raise ValueError(f"tokenizer {self.name!r} has id {largest}; give one whose ids are below 2**31.")
         self.vocab_size = largest + 1
         self.bos_id = self.special_id(
             next((token for token in BOS_TOKENS if token in self.special_tokens), BOS_TOKENS[0])
         )
-        self._sooner = _core_encode(regrouped(encoding))
+        self._faster = _core_encode(regrouped(encoding))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What encodes sooner is made anew.
+        # the faster encoding is rebuilt
         return type(self), (self.encoding,)
 
     @property
     def special_tokens(self) -> Set[str]:
-        """The special tokens by name."""
+        """The names of the special tokens."""
         return self.encoding.special_tokens_set
 
     def fingerprint(self) -> str:
-        """Return a digest of all that decides which ids a text has."""
+        """Return a digest (hex) of everything that determines the ids of a text."""
         digest = hashlib.sha256(self.encoding._pat_str.encode())
         for token, rank in sorted(self.encoding._mergeable_ranks.items()):
             digest.update(b"%d %d " % (len(token), rank) + token)
@@ -101,7 +101,7 @@ class Tokenizer:
         return digest.hexdigest()
 
     def special_id(self, token: str) -> int:
-        """Return the id of the special token `token`. ValueError where it has none, naming those it has."""
+        """Return the id of the special token `token`. ValueError if there is none; it names those there are."""
         specials = self.encoding._special_tokens
         if token in specials:
             return specials[token]
@@ -113,17 +113,17 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the ids of `text`, (n,) uint32: those that `Encoding.encode_ordinary` gives.
+        """Return the ids of `text`, (n,) uint32, equal to those of `Encoding.encode_ordinary`.
 
-        A lone surrogate becomes U+FFFD. ValueError where tiktoken refuses the text: a million spaces, say.
+        A lone surrogate becomes U+FFFD. ValueError if tiktoken refuses the text, a million spaces for instance.
         """
         return np.frombuffer(self._encode_alone(text), np.uint32)
 
     def encode_batch(self, texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids of all texts in a row, (n,) uint32, and offsets, (len(texts) + 1,) int64.
+        """Return the concatenated ids of all texts, (n,) uint32, and offsets, (len(texts) + 1,) int64.
 
-        The ids of text i are `ids[offsets[i] : offsets[i + 1]]`: what `encode` gives for it alone. Ids that are known
-        already may stand among the texts, as bytes of uint32s.
+        The ids of text i are `ids[offsets[i] : offsets[i + 1]]`, equal to `encode(texts[i])`. An item of type bytes is
+        taken as ids, uint32s, and passed through.
 
         >>> ids, offsets = load_tokenizer("chat32k").encode_batch(["hello", "", np.uint32(7).tobytes(), "hello world"])
         >>> offsets.tolist()
@@ -132,36 +132,36 @@ class Tokenizer:
         return _joined(self._encode_each(texts))
 
     def _encode_each(self, texts: Sequence[str | bytes]) -> list[Any]:
-        """Return a buffer of uint32s for each text."""
-        sooner = self._sooner
+        """Return one buffer of uint32s per text."""
+        faster = self._faster
         if max(map(len, texts), default=0) < LONG_TEXT:
             try:
-                return [text if isinstance(text, bytes) else sooner(text, _NOTHING) for text in texts]
+                return [text if isinstance(text, bytes) else faster(text, _NOTHING) for text in texts]
             except BaseException as error:
                 if not (isinstance(error, ValueError) or is_panic(error)):
                     raise
-        # one of them must be mended, or split by the encoding's own pattern, or refused
+        # one of them needs repair, or the encoding's own pattern, or is refused
         return [text if isinstance(text, bytes) else self._encode_alone(text) for text in texts]
 
     def _encode_alone(self, text: str, *, own_pattern: bool = False) -> Any:
-        """Return a buffer of uint32s; ValueError where tiktoken refuses the text."""
+        """Return a buffer of uint32s; ValueError if tiktoken refuses the text."""
         own_pattern = own_pattern or len(text) >= LONG_TEXT
         try:
-            return (_core_encode(self.encoding) if own_pattern else self._sooner)(text, _NOTHING)
+            return (_core_encode(self.encoding) if own_pattern else self._faster)(text, _NOTHING)
         except UnicodeEncodeError:
-            # The same mending as in tiktoken's encode_ordinary.
-            mended = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            return self._encode_alone(mended, own_pattern=own_pattern)
+            # the same repair as in tiktoken's encode_ordinary
+            repaired = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            return self._encode_alone(repaired, own_pattern=own_pattern)
         except BaseException as error:
             if not (isinstance(error, ValueError) or is_panic(error)):
                 raise
             raise ValueError(
                 f"tiktoken cannot encode this text of {len(text):,} characters ({first_line(error)}); "
-                "a very long run of white space does that: shorten it"
+                "a very long run of white space has this effect: shorten it"
             ) from None
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Return the text of `ids`: special tokens by their names, U+FFFD for broken UTF-8."""
+        """Return the text of `ids`: special tokens by name, U+FFFD for invalid UTF-8. ValueError for unknown ids."""
         try:
             return self.encoding.decode(np.asarray(ids).tolist(), errors="replace")
         except (KeyError, OverflowError, TypeError) as error:
@@ -172,8 +172,8 @@ class Tokenizer:
 
 
 def _joined(buffers: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the uint32s of all buffers in a row, and offsets."""
-    # a memoryview of tiktoken's buffer must not be read: its shape is wrong, its number of bytes is right
+    """Return the concatenated uint32s of all buffers, (n,), and offsets, (len(buffers) + 1,) int64."""
+    # only `nbytes` of a memoryview of tiktoken's buffer is right: its shape is not
     sizes = [len(buffer) if isinstance(buffer, bytes) else memoryview(buffer).nbytes for buffer in buffers]
     ends_bytes = np.fromiter(accumulate(sizes, initial=0), np.int64, len(buffers) + 1)
     return np.frombuffer(b"".join(buffers), np.uint32), ends_bytes // 4
@@ -185,7 +185,7 @@ def _core_encode(encoding: tiktoken.Encoding) -> Callable[[str, frozenset[str]],
 
 
 def regrouped(encoding: tiktoken.Encoding) -> tiktoken.Encoding:
-    """Return the encoding with the pattern that takes least time; itself where there is none better."""
+    """Return the encoding with the equivalent pattern that runs fastest, or itself if none is known."""
     pattern = grouped(encoding._pat_str)
     if pattern == encoding._pat_str:
         return encoding
@@ -241,12 +241,12 @@ TokenizerLike: TypeAlias = (
 
 
 def load_tokenizer(tokenizer: object) -> AnyTokenizer:
-    """Return the `Tokenizer` for whatever names or holds one, or the `HuggingFaceTokenizer`.
+    """Return the `Tokenizer` or `HuggingFaceTokenizer` that the argument names, wraps or is.
 
     Accepted: the name of a bundled one ("chat32k"; it wins over a folder of that name), a `Tokenizer`, a
     `tiktoken.Encoding`, an object whose `.enc` is one (nanochat's), the path of a nanochat tokenizer folder
     or of its tokenizer.pkl; a `transformers.PreTrainedTokenizerFast`, a `tokenizers.Tokenizer` or an object whose
-    `.tokenizer` is one (nanochat's). ValueError says what was given and what is accepted.
+    `.tokenizer` is one (nanochat's). ValueError otherwise; it says what was given and what is accepted.
     """
     if isinstance(tokenizer, (Tokenizer, HuggingFaceTokenizer)):
         return tokenizer
@@ -274,9 +274,9 @@ def from_ranks(
 ) -> Tokenizer:
     """Return the tokenizer of a `.tiktoken` ranks file: a base64 token, a space and its rank on each line.
 
-    `pattern` is the regular expression that splits a text before merging. Text that it does not match is
-    lost, so it must match everything. The special tokens get the ids behind the ranks, in order; `name` is
-    the file's stem unless given. ValueError names the line at fault.
+    `pattern` is the regular expression that splits a text before merging. Text that it does not match is lost, so it
+    must match everything. The special tokens get the ids after the ranks, in order; `name` defaults to the file's stem.
+    ValueError names the faulty line.
     """
     path = Path(path)
     if not isinstance(pattern, str) or not pattern:
@@ -303,7 +303,7 @@ def _read_path(path: Path) -> tiktoken.Encoding:
     elif folder:
         what = "a folder without a tokenizer.pkl"
     elif not os.path.exists(path):
-        what = "no bundled name, and there is no such file or folder"
+        what = "neither a bundled name nor an existing file or folder"
     elif path.suffix == ".tiktoken":
         raise ValueError(
             f"tokenizer={str(path)!r} is a ranks file, which carries no split pattern; "

@@ -1,6 +1,6 @@
-"""Choose the function that turns a slot into tensors, and make the tensors that it writes.
+"""Choose the function that turns a slot into tensors.
 
-a staged slot (upload.py)   ->   kernel(staged, outputs)   ->   Outputs, which loader.py hands out as a Batch
+a staged slot (upload.py)   ->   kernel(staged, outputs)   ->   Outputs, the tensors of a Batch
                                  kernels/pack.py or its torch twin
 """
 
@@ -19,7 +19,10 @@ from nanopack.upload.outputs import Outputs
 
 
 def make_kernel(executor: str | None, device: torch.device, layout: Layout, bos_id: int, ignore_index: int) -> Kernel:
-    """Return kernel(staged, outputs): the executor of that name, bound to what is the same for every batch."""
+    """Return kernel(staged, outputs): the named executor, with everything bound that is the same for every batch.
+
+    It fills `outputs` from `staged`, (slot_bytes,) uint8. ValueError if the executor does not run here.
+    """
     pack = _choose(executor, device)
     word = torch.int16 if layout.word_bytes == 2 else torch.int32
     if pack is pack_torch:
@@ -33,7 +36,7 @@ def make_kernel(executor: str | None, device: torch.device, layout: Layout, bos_
 
 
 def _choose(executor: str | None, device: torch.device) -> Callable[..., None]:
-    """Return `pack` or `pack_torch`; ValueError where it cannot run here."""
+    """Return `pack` or `pack_torch`; ValueError if it does not run here."""
     if executor not in (None, "triton", "torch"):
         raise ValueError(f"executor={executor!r} is not allowed; use 'triton', 'torch' or None")
     installed = importlib.util.find_spec("triton") is not None

@@ -1,6 +1,6 @@
-"""Make the tensors that the kernel writes.
+"""Allocate the tensors that the kernel writes.
 
-Loader(device=, static=)   ->   outputs_maker()   ->   Outputs, for each batch; upload.py has the kernel fill them
+Loader(device=, static=)   ->   outputs_maker()   ->   Outputs for each batch, filled by the kernel
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nanopack.ring.layout import ALIGN_BYTES, Layout
 
 
 class Outputs(NamedTuple):
-    """The tensors of a batch, in the order in which the kernel takes them; cu_seqlens up to a multiple of CU_ALIGN."""
+    """The tensors of a batch, in the kernel's order: (B, T), but for cu_seqlens, (a multiple of CU_ALIGN,)."""
 
     inputs: torch.Tensor
     targets: torch.Tensor
@@ -31,13 +31,13 @@ class Outputs(NamedTuple):
 
 
 def outputs_maker(config: LoaderConfig, layout: Layout, device: torch.device) -> Callable[[], Outputs]:
-    """Return the function that gives tensors for a batch, uninitialised: the kernel writes every element."""
+    """Return a function that allocates a batch's tensors, uninitialised: the kernel writes every element."""
 
     def maker(dtype: torch.dtype, size: int | None = None, wanted: bool = True) -> Callable[[], Any]:
         shape = (config.batch_size, config.seq_len) if size is None else (size,)
         if not wanted:
             return lambda: None
-        # on a GPU, torch itself keeps memory that came free
+        # on a GPU torch itself caches freed memory
         return HostMemory(shape, dtype).empty if device.type == "cpu" else _allocator(shape, dtype, device)
 
     cu_size = -(-((layout.max_segments or 0) + 1) // CU_ALIGN) * CU_ALIGN
@@ -54,22 +54,22 @@ def _allocator(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 
 
 class HostMemory:
-    """Memory for tensors of one kind on the host, given out again when nobody holds the tensor that had it.
+    """Pool of host buffers of one shape and dtype; a buffer is reused once no tensor refers to it.
 
-    Pages fresh from the system cost several times what it takes to write a batch into them.
+    Fresh pages from the system cost several times what it takes to write a batch into them.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._shape = shape
-        self._dtype = torch.empty(0, dtype=dtype).numpy().dtype
-        # What a training loop holds at a time; when a heap of batches is let go, the rest returns to the system.
+        self._dtype = torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
+        # About what a training loop holds at a time; if many batches are dropped at once, the rest is freed.
         self._idle: deque[np.ndarray] = deque(maxlen=4)
         self._out: dict[int, tuple[Any, np.ndarray]] = {}
 
     def empty(self) -> torch.Tensor:
-        """Return an uninitialised tensor, 64-byte aligned."""
+        """Return an uninitialised tensor of the pool's shape and dtype, 64-byte aligned."""
         memory = self._idle.pop() if self._idle else self._fresh()
-        # the tensor, its views and what autograd keeps of it hold the view; when the last is gone, so is this
+        # the tensor, its views and what autograd saves of it refer to `view`: it dies with the last of them
         view = memory.view()
         gone = weakref.ref(view, self._take_back)
         self._out[id(gone)] = gone, memory

@@ -68,6 +68,24 @@ class Prefetcher:
         self.state = facts.state
         return outputs, facts
 
+    def is_over(self) -> bool:
+        """Return whether every batch is delivered; waits until the next one is ready, or the end is known.
+
+        False where `next` has an error to raise, and where it is not allowed to wait.
+        """
+        if self._end is None and not self._device.capturing():
+            try:
+                self._submit_ready()
+            except BaseException:
+                self._end = _interrupted
+                raise
+        return self._end is StopIteration and not self._upload.can_deliver
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._end is _closed
+
     def close(self) -> None:
         """Deliver nothing more: `next` raises from now on."""
         self._end = _closed

@@ -1,13 +1,13 @@
-"""Bring filled slots to the device and turn them into tensors, without ever making the host wait for the device.
+"""Copy filled slots to the device and launch the kernel that makes tensors of them; the host never waits for it.
 
-    slots the producer filled   ->   Upload.submit(): copy, on a stream of its own   ->   Upload.deliver(): kernel, on
-        ring/                                                                             the caller's stream
+    slots the producer filled   ->   Upload.submit(): copy, on its own stream   ->   Upload.deliver(): kernel, on the
+        ring/                                                                        caller's stream
 
-Which stream waits for which event; every action on the device itself goes through device.py. `Upload` is a passive
-state machine, called from the consumer's thread alone, because a CUDA call from another thread can break the user's
-graph capture.
+This file says which stream waits for which event; every action on the device itself goes through device.py. `Upload`
+is a passive state machine, called from the consumer's thread only: a CUDA call from another thread can break the
+user's graph capture.
 
-Memory:  H[s]  host slots, pinned where there is a GPU      D[d]  staging buffers on the device, of the same size
+Memory:  H[s]  host slots, pinned if there is a GPU         D[d]  staging buffers on the device, of the same size
 Events:  copied[s]  the copy out of H[s] is done            packed[d]  nothing before this point needs D[d] any more
 
 An edge orders two accesses to the same memory:
@@ -16,15 +16,15 @@ An edge orders two accesses to the same memory:
     E2  the kernel has read D[d]                     before  the next copy into it
     E3  the copy into D[d] is done                   before  the kernel reads it
     E4  the copy has read H[s]                       before  the producer fills it again
-    E5  all that reads or writes static outputs      before  the kernel writes them again on another stream
-    E7  all that was queued on a stream used here    before  the memory is given back
+    E5  all that reads or writes static outputs      before  the kernel rewrites them from another stream
+    E7  everything queued on a stream used here      before  the memory is released
 
-(E1, the slot is filled before it is copied, is the order of the news from the producer.) Waiting for an event that was
-never recorded is no wait at all, and a wait means the latest record before it: so copied[s] is recorded again only
-after s was reclaimed, packed[d] where D[d] is made and then only by the kernel that reads it.
+(E1, the slot is filled before it is copied, follows from the order of the producer's messages.) Waiting for an event
+that was never recorded does not wait, and a wait refers to the latest record before it. So copied[s] is recorded again
+only after s was reclaimed; packed[d] when D[d] is made, and then only by the kernel that reads it.
 
-tests/test_upload.py runs this on a simulated device and shows for every edge, and every line that makes one, that the
-tests fail without it.
+tests/upload/test_upload.py runs this on a simulated device and shows, for every edge and every line that makes one,
+that the tests fail without it.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ from nanopack.upload.device import Device, Kernel
 
 
 class Upload:
-    """The way of slots over the device: submit() and deliver() in the same order, reclaim() when a copy is done.
+    """Moves slots through the device: submit() and deliver() in the same order, reclaim() once a copy is done.
 
-    `slots` are the host slots as uint8 tensors of one size. `make_outputs()` returns tensors for a batch, allocated on
-    the caller's stream; with `static` it is called once. `kernel(staged, outputs)` fills them; it is run once here, so
-    that it is compiled before the first batch, on a staging buffer of zeros, which is a batch of padding. With
-    `overlap_copy` copies run on a stream of their own; without, on the caller's: the same edges, and nothing left to
-    overlap.
+    `slots`: the host slots, (slot_bytes,) uint8 each. `make_outputs()` returns tensors for a batch, allocated on the
+    caller's stream; with `static` it is called once. `kernel(staged, outputs)` fills them from a staging buffer,
+    (slot_bytes,) uint8; it runs once here on zeros, a batch of padding, so that it is compiled before the first batch.
+    `staging`: number of staging buffers. `overlap_copy`: copies run on their own stream; False: on the caller's, with
+    the same edges and nothing left to overlap.
 
-    The outputs belong to the stream that is current in deliver(): what reads them elsewhere must be ordered with it.
+    The outputs belong to the stream that is current in deliver(): work that reads them on another must be ordered
+    after it.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Upload:
 
     @property
     def can_deliver(self) -> bool:
-        """Whether a batch has been submitted that was not delivered."""
+        """Whether a submitted batch has not been delivered."""
         return bool(self._submitted)
 
     @property
@@ -94,7 +95,7 @@ class Upload:
         return len(self._in_use) == len(self._slots)
 
     def submit(self, slot: int, used_bytes: int) -> None:
-        """Queue the copy of a filled slot's used bytes into an idle staging buffer."""
+        """Queue the copy of `slots[slot][:used_bytes]` into an idle staging buffer; there must be one (can_submit)."""
         device, staged = self._device, self._idle.popleft()
         stream = device.current_stream() if self._copies is None else self._copies
         self._streams.add(stream)
@@ -105,9 +106,9 @@ class Upload:
         self._submitted.append((slot, staged))
 
     def deliver(self) -> Any:
-        """Queue the kernel for the batch submitted first, on the caller's stream; return its output tensors.
+        """Queue the kernel for the oldest submitted batch, on the caller's stream; return its output tensors.
 
-        Where that fails, as for want of memory, nothing has changed: the next call delivers the same batch.
+        If that raises, out of memory for instance, nothing has changed: the next call delivers the same batch.
         """
         device, stream = self._device, self._device.current_stream()
         slot, staged = self._submitted[0]
@@ -127,7 +128,7 @@ class Upload:
         return outputs
 
     def reclaim(self, *, wait: bool = False) -> list[int]:
-        """Return the slots whose copy is done, oldest first; with `wait`, wait for the oldest."""
+        """Return the indices of slots whose copy is done, oldest first; with `wait`, first wait for the oldest."""
         if wait and self._in_use:
             self._device.synchronize(self._copied[self._in_use[0]])
         free = []
@@ -136,9 +137,9 @@ class Upload:
         return free
 
     def close(self) -> None:
-        """Wait until the memory can be given back, and let go of it. May be called twice."""
-        # whole streams and not events: an exception may have come between a copy and its record, and static outputs
-        # go back to the stream that they were made on while the trainer's steps still read them on another
+        """Wait for everything queued here, and release the memory. May be called twice."""
+        # Whole streams rather than events: an exception may have come between a copy and its record, and static
+        # outputs return to the stream they were made on while the trainer's steps still read them on another.
         for stream in self._streams:
             self._device.record(self._switch, stream)  # E7
             self._device.synchronize(self._switch)  # E7

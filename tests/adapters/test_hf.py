@@ -9,38 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from nanopack import Loader
-
 pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack[hf]'")
 
-from tiny_hf import MARKED, make_core, make_tokenizer, shipped
+from tiny_hf import DATA, MARKED, make_core, make_loader, make_model, make_tokenizer
 
 from nanopack.adapters.hf import Batches, model_inputs
-
-DATA = [*shipped(120), {"text": "Once upon a time."}, {"text": "The end."}]
-
-
-def make_model(attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
-    """Return a tiny Llama with random weights, always the same."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=1001,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        attn_implementation=attention,
-    )
-    return LlamaForCausalLM(config).to(dtype)
-
-
-def make_loader(conversations: Any = DATA, template: str = "hf", **arguments: Any) -> Loader:
-    arguments = {"batch_size": 4, "seq_len": 127, "extras": ("positions",), "num_workers": 0, **arguments}
-    return Loader(conversations, make_tokenizer(MARKED), template=template, device="cpu", **arguments)
 
 
 def loss_of_each(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -93,7 +66,6 @@ def test_static_batches_may_be_kept():
     ("arguments", "error"),
     [
         ({"extras": ()}, r"extras=\(\) lacks \"positions\""),
-        ({"loss_weights": "token"}, "loss_weights='token': the losses of transformers do not support weights"),
         ({"ignore_index": -1}, "ignore_index=-1: transformers ignores -100"),
     ],
     ids=str,
@@ -102,9 +74,17 @@ def test_a_loader_whose_batches_do_not_fit_is_refused(arguments, error):
     with make_loader(**arguments) as loader:
         with pytest.raises(ValueError, match=error):
             Batches(loader)
-        if "ignore_index" not in arguments:
-            with pytest.raises(ValueError, match=r"extras=\(\"positions\",\)|loss_weights=None"):
+        if "extras" in arguments:
+            with pytest.raises(ValueError, match=r"extras=\(\"positions\",\)"):
                 model_inputs(next(loader))
+
+
+def test_weights_that_the_models_own_loss_would_ignore_are_refused():
+    with make_loader(loss_weights="token") as loader:
+        with pytest.raises(ValueError, match=r"loss_weights='token'.*attach"):
+            next(iter(Batches(loader)))
+        with pytest.raises(ValueError, match="weighted_loss"):
+            model_inputs(next(loader))
 
 
 # The losses
@@ -172,6 +152,7 @@ def test_documents_would_see_each_other_otherwise(change):
 # The trainers
 
 
+@pytest.mark.trainers
 def test_accelerate_trains_in_a_loop_of_ones_own():
     accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install 'nanopack[hf]'")
     accelerator = accelerate.Accelerator(cpu=True)
@@ -195,6 +176,7 @@ def assert_learned(losses: list[float]) -> None:
     assert sum(losses[-5:]) / 5 < losses[0] - 0.5
 
 
+@pytest.mark.trainers
 def test_a_run_in_accelerate_goes_on_from_its_checkpoint_as_if_it_had_not_ended(tmp_path):
     accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install 'nanopack[hf]'")
 
@@ -247,6 +229,7 @@ def losses_of(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.trainers
 def test_transformers_trainer_trains_on_the_loaders_batches(tmp_path):
     pytest.importorskip("accelerate", reason="needs accelerate: pip install 'nanopack[hf]'")
     from transformers import Trainer, TrainingArguments
@@ -260,6 +243,7 @@ def test_transformers_trainer_trains_on_the_loaders_batches(tmp_path):
     assert_learned(losses_of(trainer))
 
 
+@pytest.mark.trainers
 def test_its_first_loss_is_that_of_all_targets_of_both_batches(tmp_path):
     pytest.importorskip("accelerate", reason="needs accelerate: pip install 'nanopack[hf]'")
     from transformers import Trainer, TrainingArguments
@@ -276,6 +260,7 @@ def test_its_first_loss_is_that_of_all_targets_of_both_batches(tmp_path):
     assert losses_of(trainer)[0] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.trainers
 def test_trls_sft_trainer_trains_on_the_loaders_batches(tmp_path):
     trl = pytest.importorskip("trl", reason="needs trl: pip install 'nanopack[hf]'")
     datasets = pytest.importorskip("datasets", reason="needs datasets")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanopack import Loader
+from nanopack import Batch, Loader
 
 pytest.importorskip("lightning", reason="needs lightning: pip install 'nanopack[lightning]'")
 
@@ -21,7 +21,10 @@ from lightning_run import Trained, make_loader, make_trainer, saved_every
 
 from nanopack.adapters.lightning import Batches
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(does not have many workers|GPU available|in the `DataLoader`).*")
+pytestmark = [
+    pytest.mark.trainers,
+    pytest.mark.filterwarnings("ignore:.*(does not have many workers|GPU available|in the `DataLoader`).*"),
+]
 
 
 class Stop(Callback):
@@ -117,14 +120,99 @@ def test_half_precision_and_other_loaders_for_validation_are_lightnings_own(tmp_
         def val_dataloader(self) -> Any:
             return torch.utils.data.DataLoader(torch.ones(4), batch_size=2)
 
-    class Validated(Trained):
+    class ValidatedOnTensors(Trained):
         def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
             self.validated = batch
 
-    model = Validated()
+    model = ValidatedOnTensors()
     make_trainer(tmp_path, max_steps=2, precision="bf16-true").fit(model, datamodule=WithValidation(make_loader))
     assert model.seen == expected(2)
     assert torch.equal(model.validated, torch.ones(2, dtype=torch.bfloat16))
+
+
+class Validated(Trained):
+    """Notes the steps of each validation, the sanity check's among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.validations: list[list[int]] = []
+
+    def on_validation_epoch_start(self) -> None:
+        self.validations.append([])
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.validations[-1].append(batch.step)
+        self.log("val_loss", float(batch.num_loss_tokens))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_three_epochs_are_three_passes_each_validated_on_all_of_the_validation_data(num_workers, tmp_path):
+    a_pass = len(expected(10**6, epochs=1))
+    model = Validated()
+    data = Batches(
+        lambda: make_loader(epochs=1, num_workers=num_workers),
+        validation=lambda: make_loader(epochs=1, batch_size=1, num_workers=num_workers),
+    )
+    make_trainer(tmp_path, max_epochs=3, num_sanity_val_steps=2).fit(model, datamodule=data)
+    assert model.seen == expected(10**6, epochs=1) * 3 and a_pass > 5
+    with make_loader(epochs=1, batch_size=1) as loader:
+        all_of_it = [batch.step for batch in loader]
+    assert model.validations == [all_of_it[:2], *[all_of_it] * 3]
+
+
+def test_validation_that_is_limited_sees_the_same_batches_each_time(tmp_path):
+    model = Validated()
+    data = Batches(lambda: make_loader(epochs=1), validation=lambda: make_loader(epochs=1))
+    make_trainer(tmp_path, max_epochs=2, limit_val_batches=3, val_check_interval=4, num_sanity_val_steps=0).fit(
+        model, datamodule=data
+    )
+    assert len(model.validations) > 2 and all(seen == [0, 1, 2] for seen in model.validations)
+
+
+def test_overfit_batches_trains_the_same_batches_in_each_epoch(tmp_path):
+    for loader in ({}, {"epochs": 1}):
+        model = Trained()
+        data = Batches(lambda loader=loader: make_loader(**loader))
+        make_trainer(tmp_path, max_epochs=3, overfit_batches=4).fit(model, datamodule=data)
+        assert [step for step, _ in model.seen] == [0, 1, 2, 3] * 3
+
+
+def test_max_steps_beyond_a_pass_begins_another(tmp_path):
+    model, a_pass = Trained(), expected(10**6, epochs=1)
+    make_trainer(tmp_path, max_steps=len(a_pass) + 3).fit(model, datamodule=Batches(lambda: make_loader(epochs=1)))
+    assert model.seen == [*a_pass, *a_pass[:3]]
+
+
+def test_a_run_resumed_in_its_second_pass_trains_what_an_uninterrupted_one_does(tmp_path):
+    a_pass = len(expected(10**6, epochs=1))
+    for steps in (a_pass, a_pass + 3):
+        folder = tmp_path / str(steps)
+
+        def make() -> Loader:
+            return make_loader(epochs=1, num_workers=1)
+
+        whole, second = Trained(), Trained()
+        make_trainer(folder, saved_every(steps, folder), max_epochs=3).fit(whole, datamodule=Batches(make))
+        make_trainer(folder, max_epochs=3).fit(
+            second, datamodule=Batches(make), ckpt_path=folder / f"step={steps}.ckpt"
+        )
+        assert second.seen == whole.seen[steps:] and len(second.seen) > a_pass
+        assert second.losses == whole.losses[steps:]
+
+
+def test_the_length_is_known_where_the_loaders_is(tmp_path):
+    data = Batches(lambda: make_loader(epochs=1))
+    assert data
+    with pytest.raises(TypeError, match=r"before trainer\.fit"):
+        len(data)
+    trainer = make_trainer(tmp_path, max_epochs=1)
+    trainer.fit(Trained(), datamodule=data)
+    assert trainer.num_training_batches == len(expected(10**6, epochs=1))
+
+
+def test_the_loader_itself_is_refused_with_the_remedy(tmp_path):
+    with make_loader() as loader, pytest.raises(TypeError, match=r"nanopack\.adapters\.lightning"):
+        make_trainer(tmp_path, max_steps=1).fit(Trained(), train_dataloaders=loader)
 
 
 def test_static_batches_are_refused(tmp_path):

@@ -384,7 +384,7 @@ REFUSED = {
     "plot as pdf": (["--plot", "a.pdf"], "'a.pdf' does not end in .png"),
     "no such file": (["nowhere.jsonl"], "nanopack: conversations='nowhere.jsonl' does not exist"),
     "files beside a package": (["a.jsonl", "--sharegpt"], "--sharegpt takes no files, but 'a.jsonl' is given"),
-    "no such tokenizer": (["--tokenizer", "gpt9"], "tokenizer='gpt9' is no bundled name"),
+    "no such tokenizer": (["--tokenizer", "gpt9"], "tokenizer='gpt9' is neither a bundled name"),
 }
 
 

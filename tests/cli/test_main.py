@@ -16,18 +16,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_sets import SHIPPED
 
 import nanopack.upload.executor
 from nanopack import Loader, cli
 from nanopack.cli import commands, options
 from nanopack.config import LoaderConfig
-from nanopack.data import CONVERSATIONS
 from nanopack.packing import BestFit, BestFitCrop, Stream
 
 COMMANDS = ("pack", "verify", "inspect")
 SMALL = ("--batch-size", "4", "--seq-len", "64")
 RANKS = Path(nanopack.__file__).parent / "data" / "chat32k.tiktoken"
-SHIPPED = Path(CONVERSATIONS)
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -397,8 +396,8 @@ REFUSED = {
     "unknown extra": (["pack", "--extras", "positions,x"], "'x' is not known"),
     "rank alone": (["pack", "--rank", "1"], "nanopack: rank=1, but no world_size; pass both"),
     "rank too large": (["pack", "--rank", "2", "--world-size", "2"], "use an int from 0 to 1"),
-    "no such tokenizer": (["pack", "--tokenizer", "gpt9"], "tokenizer='gpt9' is no bundled name"),
-    "tokenizer of tiktoken's": (["pack", "--tokenizer", "gpt2"], "tokenizer='gpt2' is no bundled name"),
+    "no such tokenizer": (["pack", "--tokenizer", "gpt9"], "tokenizer='gpt9' is neither a bundled name"),
+    "tokenizer of tiktoken's": (["pack", "--tokenizer", "gpt2"], "tokenizer='gpt2' is neither a bundled name"),
     "ranks as tokenizer": (["pack", "--tokenizer", str(RANKS)], "no split pattern"),
     "empty tokenizer": (["pack", "--tokenizer", ""], "tokenizer='' is empty"),
     "template without tokens": (["pack", "--template", "chatml"], "lacks special tokens of template='chatml'"),

@@ -18,17 +18,17 @@ EXTRAS += [sorted(name for extras in EXTRAS for name in extras)]
 USUAL, UNUSUAL = 2048, 1001
 WIDE = re.compile(r"STG\.E\.128|(buffer|global)_store_dwordx4")
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is there on Linux only")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux only")
 each_target = pytest.mark.parametrize("target", TARGETS)
 each_width = pytest.mark.parametrize("word_bytes", [2, 4], ids=["16-bit words", "32-bit words"])
-each_extra = pytest.mark.parametrize("extras", EXTRAS, ids=lambda e: "+".join(e) or "no extras")
+few_extras = pytest.mark.parametrize("extras", [EXTRAS[0], EXTRAS[-1]], ids=["no extras", "all extras"])
 
 
-def start(what: str, cache: Path) -> subprocess.Popen[str]:
+def start(cache: Path, *what: str) -> subprocess.Popen[str]:
     """Run compile_pack.py without the interpreter that conftest.py turns on, and with nothing compiled before."""
     env = dict(os.environ, TRITON_CACHE_DIR=str(cache), OMP_NUM_THREADS="1")
     env.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(Path(__file__).parents[1] / "support" / "compile_pack.py"), what]
+    command = [sys.executable, str(Path(__file__).parents[1] / "support" / "compile_pack.py"), *what]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -38,12 +38,15 @@ def answer(process: subprocess.Popen[str]) -> Any:
     return json.loads(out)
 
 
+def compile_for_all(which: str, cache: Path) -> dict[str, list[dict[str, Any]]]:
+    """For each target, what every variant became."""
+    processes = {target: start(cache / target, target, which) for target in TARGETS}
+    return {target: answer(process) for target, process in processes.items()}
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """For each target, what every variant became."""
-    cache = tmp_path_factory.mktemp("triton")
-    processes = {target: start(target, cache / target) for target in TARGETS}
-    return {target: answer(process) for target, process in processes.items()}
+    return compile_for_all("few", tmp_path_factory.mktemp("triton"))
 
 
 def variant(
@@ -53,32 +56,38 @@ def variant(
     return next(f for f in compiled[target] if (f["seq_len"], f["word_bytes"], f["extras"]) == wanted)
 
 
-@each_target
-@each_width
-@each_extra
-def test_in_the_usual_shape_every_output_is_stored_128_bits_at_a_time(compiled, target, word_bytes, extras):
-    found = variant(compiled, target, USUAL, word_bytes, extras)
-    narrow = [op for op in found["stores"] if not WIDE.fullmatch(op)]
-    assert not narrow
+def assert_wide(found: dict[str, Any]) -> None:
+    assert all(map(WIDE.fullmatch, found["stores"])), found["stores"]
     # A thread has 4 columns: one wide store for inputs, two for the int64 of targets, one for each extra.
-    assert sum(found["stores"].values()) == 3 + len(extras)
+    assert sum(found["stores"].values()) == 3 + len(found["extras"])
 
 
 @each_target
 @each_width
-@each_extra
-def test_in_the_usual_shape_nothing_spills_and_there_is_no_stack(compiled, target, word_bytes, extras):
-    found = variant(compiled, target, USUAL, word_bytes, extras)
-    assert (found["stack"], found["spills"]) == (0, [])
+@few_extras
+def test_in_the_usual_shape_every_output_is_stored_128_bits_at_a_time(compiled, target, word_bytes, extras):
+    assert_wide(variant(compiled, target, USUAL, word_bytes, extras))
 
 
 @each_target
 @each_width
-@pytest.mark.parametrize("extras", [EXTRAS[0], EXTRAS[-1]], ids=["no extras", "all extras"])
-def test_in_an_unusual_shape_nothing_spills_and_there_is_no_stack(compiled, target, word_bytes, extras):
-    found = variant(compiled, target, UNUSUAL, word_bytes, extras)
+@few_extras
+@pytest.mark.parametrize("seq_len", [USUAL, UNUSUAL])
+def test_nothing_spills_and_there_is_no_stack(compiled, target, seq_len, word_bytes, extras):
+    found = variant(compiled, target, seq_len, word_bytes, extras)
     assert (found["stack"], found["spills"]) == (0, [])
+
+
+@pytest.mark.slow
+def test_each_extra_alone_is_stored_wide_too_without_spills_or_a_stack(tmp_path):
+    compiled = compile_for_all("all", tmp_path)
+    for target in TARGETS:
+        for word_bytes in (2, 4):
+            for extras in EXTRAS:
+                found = variant(compiled, target, USUAL, word_bytes, extras)
+                assert_wide(found)
+                assert (found["stack"], found["spills"]) == (0, [])
 
 
 def test_a_thousand_batches_compile_once_for_each_width_of_words(tmp_path):
-    assert answer(start("launches", tmp_path)) == [1, 2]
+    assert answer(start(tmp_path, "launches")) == [1, 2]

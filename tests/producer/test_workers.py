@@ -62,8 +62,9 @@ def facts_of(document):
     return document.conversation, words, document.num_tokens, cut, weights, document.dropped, error
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    "method, count", [("fork", 1), ("fork", 3), ("spawn", 1), pytest.param("spawn", 3, marks=pytest.mark.slow)]
+)
 def test_workers_read_what_one_reader_reads_in_the_same_order(started, count, method):
     records = chats(200)
     order = [7 * k % 200 for k in range(400)]

@@ -14,7 +14,7 @@ from typing import Any
 import nanochat_loops
 import numpy as np
 import pytest
-import tiktoken
+from data_sets import byte_tokenizer
 
 from nanopack.batch import Batch, Piece
 from nanopack.errors import ConversationError
@@ -25,12 +25,7 @@ NAMES = ["bos", "user_start", "user_end", "assistant_start", "assistant_end"]
 NAMES += ["python_start", "python_end", "output_start", "output_end", "im_start", "im_end"]
 NAMES += ["start_header_id", "end_header_id", "eot_id", "begin_of_text"]
 # Every byte is a token, so that ids can be read: a is 97.
-TOY = tiktoken.Encoding(
-    "toy",
-    pat_str=r"[\s\S]",
-    mergeable_ranks={bytes([byte]): byte for byte in range(256)},
-    special_tokens={f"<|{name}|>": 256 + i for i, name in enumerate(NAMES)},
-)
+TOY = byte_tokenizer(specials=[f"<|{name}|>" for name in NAMES])
 BOS, USER, USER_END, ASSISTANT, ASSISTANT_END = range(256, 261)
 PYTHON, PYTHON_END, OUTPUT, OUTPUT_END, START, END = range(261, 267)
 HEADER, HEADER_END, EOT = range(267, 270)
@@ -654,9 +649,7 @@ def test_rank_outside_the_world_and_room_for_too_many_pieces_are_refused():
 
 
 def test_tokenizer_without_a_special_token_is_not_taken_for_bad_conversations():
-    bare = tiktoken.Encoding(
-        "bare", pat_str=r"[\s\S]", mergeable_ranks=TOY._mergeable_ranks, special_tokens={"<|bos|>": 256}
-    )
+    bare = byte_tokenizer(specials=["<|bos|>"])
     mixed = [{"text": "a"}, TALK, {"text": "b"}]
     found = batches(mixed, bare, on_error="skip", **ONE)
     assert next(found).targets.tolist() == [[a]]

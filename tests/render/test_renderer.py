@@ -7,6 +7,7 @@ from importlib import resources
 
 import numpy as np
 import pytest
+from data_sets import SHIPPED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -207,7 +208,7 @@ def test_a_llama3_document_is_the_whole_text_of_metas_template_encoded_in_one_go
 
 def test_every_shipped_conversation_is_that_of_the_plain_renderer():
     kinds = set()
-    for line in (DATA / "conversations.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in SHIPPED.read_text(encoding="utf-8").splitlines():
         conversation = check(json.loads(line))
         assert_is_plain(RENDER["nanochat"](conversation), conversation, "nanochat")
         kinds |= {message.role for message in conversation.messages}

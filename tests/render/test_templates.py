@@ -9,6 +9,7 @@ import pickle
 from importlib import resources
 
 import pytest
+from data_sets import SHIPPED
 
 from nanopack import Loader, Template, Turn, verify
 from nanopack.config import LoaderConfig
@@ -32,7 +33,7 @@ def tokenizer_with(special_tokens: list[str]) -> Tokenizer:
 
 def shipped(count: int) -> list[dict]:
     """Shipped conversations whose contents are all strings."""
-    lines = (DATA / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = SHIPPED.read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     plain = [r for r in records if all(isinstance(m["content"], str) for m in r.get("messages", []))]
     return plain[:count]
@@ -193,7 +194,7 @@ def changed(**fields: object) -> Template:
         ({"system": None}, "merge_system=True is not allowed with system=None; give a Turn"),
         ({"system": Turn(end="x")}, "give a Turn that has only before and after"),
         ({"system": Turn(trained=True)}, "give a Turn that has only before and after"),
-        ({"system": Turn(after="<end>")}, "'<end>' in system is inside the user's text and cannot be a special token"),
+        ({"system": Turn(after="<end>")}, "'<end>' in system is inside the user's text, which is encoded as ordinary"),
     ],
     ids=str,
 )

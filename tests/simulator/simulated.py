@@ -153,6 +153,8 @@ class SimulatedDevice:
         self.faults: list[str] = []
         self.calls = 0
         self.waits = 0
+        self.copied = 0
+        """Copies that are done."""
         self.interrupt_at: int | None = None
         self.live_bytes = 0
         self._pool: list[tuple[Block, Any]] = []
@@ -301,6 +303,11 @@ class SimulatedDevice:
         self.moves(stream)
         return stream
 
+    def run_others(self) -> None:
+        """Run all that can run while the caller's stream stands still."""
+        while any(stream.step() for stream in self._streams if stream is not self.current):
+            pass
+
     def new_event(self) -> Event:
         return Event()
 
@@ -321,6 +328,7 @@ class SimulatedDevice:
 
             def copy_half(part: slice = part) -> None:
                 np.copyto(to_bytes[part], source_bytes[part])
+                self.copied += part.stop == source.nbytes
 
             self._queue(stream, "copy", copy_half, reads=[source.block], writes=[to.block])
 

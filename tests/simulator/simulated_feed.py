@@ -15,7 +15,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
-import tiktoken
+from data_sets import byte_tokenizer
 from simulated import RUBBISH_BYTE, Actor, Block, Clock, Fault, SimulatedDevice
 
 from nanopack import Loader, reference
@@ -25,14 +25,8 @@ from nanopack.producer.producer import Producer
 from nanopack.producer.reader import Reader
 from nanopack.ring.facts import BatchFacts
 from nanopack.ring.slot import Slot
-from nanopack.tokenizers.tokenizer import NANOCHAT_SPECIAL_TOKENS
 
-TOKENIZER = tiktoken.Encoding(
-    "bytes",
-    pat_str=r"(?s:.)",
-    mergeable_ranks={bytes([i]): i for i in range(256)},
-    special_tokens={name: 256 + i for i, name in enumerate(NANOCHAT_SPECIAL_TOKENS)},
-)
+TOKENIZER = byte_tokenizer()
 DATA_SETS = 32
 
 

@@ -1,6 +1,7 @@
 """Compile the pack kernel for GPUs that need not be there, and print, as JSON, what came out.
 
-    python compile_pack.py sm_90       registers, stack and memory instructions of each variant on that target
+    python compile_pack.py sm_90 few   registers, stack and memory instructions of each variant on that target;
+                                       few: without extras and with all of them, all: with each extra alone as well
     python compile_pack.py launches    how often a thousand launches compile
 
 A stand-in for Triton's driver lets the launcher itself run, so what is compiled is what would be launched: its
@@ -71,12 +72,15 @@ def compiled() -> list[Any]:
     return list(module._pack.device_caches[0][0].values())
 
 
-def variants(driver: Driver, target: str) -> list[dict[str, Any]]:
+def variants(driver: Driver, target: str, which: str) -> list[dict[str, Any]]:
     """What each variant becomes on one target."""
+    ends = (SINGLES[0], SINGLES[-1])
     driver.target = target
     module._WARP = TARGETS[target].warp_size
-    usual = [(USUAL, word_bytes, extras) for word_bytes in WORD_BYTES for extras in SINGLES]
-    unusual = [(UNUSUAL, word_bytes, extras) for word_bytes in WORD_BYTES for extras in (SINGLES[0], SINGLES[-1])]
+    usual = [
+        (USUAL, word_bytes, extras) for word_bytes in WORD_BYTES for extras in (ends if which == "few" else SINGLES)
+    ]
+    unusual = [(UNUSUAL, word_bytes, extras) for word_bytes in WORD_BYTES for extras in ends]
     facts = []
     for seq_len, word_bytes, extras in usual + unusual:
         launch(word_bytes, seq_len, extras)
@@ -136,4 +140,4 @@ def launches() -> list[int]:
 if __name__ == "__main__":
     stand_in = Driver()
     triton.runtime.driver.set_active(stand_in)
-    print(json.dumps(launches() if sys.argv[1] == "launches" else variants(stand_in, sys.argv[1])))
+    print(json.dumps(launches() if sys.argv[1] == "launches" else variants(stand_in, *sys.argv[1:])))

@@ -1,26 +1,34 @@
-"""What loaders and their reference are tried on: tokenizers of bytes, random data sets, random arguments."""
+"""Inputs for loaders and their reference: byte tokenizers, the shipped conversations, random data and arguments."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import tiktoken
 import torch
 from hypothesis import strategies as st
 
+from nanopack.data import CONVERSATIONS
 from nanopack.packing import packings
 from nanopack.tokenizers.tokenizer import NANOCHAT_SPECIAL_TOKENS
 
 PACKINGS = ["best_fit", "stream", "best_fit_pad", "best_fit_crop", "pad"]
-CHATML = ("<|im_start|>", "<|im_end|>")
+SPECIAL_TOKENS = (*NANOCHAT_SPECIAL_TOKENS, "<|im_start|>", "<|im_end|>")
 
 
-def byte_tokenizer(more_ids: int = 0) -> tiktoken.Encoding:
-    """One token a byte, so that lengths are easy to say; `more_ids` lifts the special ids beyond 16-bit words."""
+SHIPPED = Path(CONVERSATIONS)
+"""The conversations in the package."""
+
+
+def byte_tokenizer(more_ids: int = 0, specials: Sequence[str] = SPECIAL_TOKENS) -> tiktoken.Encoding:
+    """One token per byte, so that lengths are easy to tell. The special tokens' ids start at 256 + more_ids."""
     return tiktoken.Encoding(
         "bytes",
         pat_str=r"(?s:.)",
         mergeable_ranks={bytes([i]): i for i in range(256)},
-        special_tokens={name: 256 + more_ids + i for i, name in enumerate((*NANOCHAT_SPECIAL_TOKENS, *CHATML))},
+        special_tokens={name: 256 + more_ids + i for i, name in enumerate(specials)},
     )
 
 

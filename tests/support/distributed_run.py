@@ -17,25 +17,18 @@ import os
 import sys
 from pathlib import Path
 
-import tiktoken
 import torch
 import torch.distributed as dist
+from data_sets import SHIPPED, byte_tokenizer
 from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import nanopack
-from nanopack.tokenizers.tokenizer import NANOCHAT_SPECIAL_TOKENS
 
 STEPS, SAVE_EVERY, GLOBAL_ROWS, SEQ_LEN = 50, 4, 8, 96
-CONVERSATIONS = Path(nanopack.__file__).parent / "data" / "conversations.jsonl"
-# One token a byte: the model stays tiny.
-BYTES = tiktoken.Encoding(
-    "bytes",
-    pat_str=r"(?s:.)",
-    mergeable_ranks={bytes([i]): i for i in range(256)},
-    special_tokens={name: 256 + i for i, name in enumerate(NANOCHAT_SPECIAL_TOKENS)},
-)
+# One token per byte: the model stays tiny.
+BYTES = byte_tokenizer()
 
 
 class Model(nn.Module):
@@ -131,7 +124,7 @@ def main(folder: Path) -> None:
         dist.init_process_group("gloo")
     rank, world_size = rank_and_world_size()
     (folder / f"pid{rank}").write_text(str(os.getpid()))
-    chats = [json.loads(line) for line in itertools.islice(CONVERSATIONS.open(encoding="utf-8"), 200)]
+    chats = [json.loads(line) for line in itertools.islice(SHIPPED.open(encoding="utf-8"), 200)]
     model = Model()
     optimizer = Adam(model)
     # small, so that documents become old and what a state says of their ages counts

@@ -1,13 +1,16 @@
-"""A data set that does harm at one of its conversations, and what shows how the processes around it end."""
+"""A data set that misbehaves at one of its conversations, and helpers that observe how the processes around it end."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import threading
 import time
 from pathlib import Path
+
+from nanopack import reference
 
 TOKENIZER = "chat32k"
 SMALL = {"batch_size": 1, "seq_len": 8, "packing": "stream", "loss": "all"}
@@ -35,8 +38,32 @@ def raising(error):
     return do
 
 
-def is_gone(pid, within=2.0):
-    """Whether the process ends in time: it is no more, or only waits for its parent to ask how it ended."""
+def expected(count, **arguments):
+    """The reference's first batches of CHATS."""
+    return itertools.islice(reference.batches(CHATS, TOKENIZER, **(SMALL | arguments)), count)
+
+
+def ready(loader):
+    """How many batches wait to be taken."""
+    return loader._feed.qsize()
+
+
+def sent_once_full(loader, prefetch):
+    """How many batches the producer has sent once all slots are full, when it sends no more."""
+    status = loader._feed.ring.status
+    wait_until(lambda: status.sent == status.released + prefetch + 1)
+    return status.sent
+
+
+def wait_until(true, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "the awaited state did not come"
+        time.sleep(0.005)
+
+
+def is_gone(pid, within=10.0):
+    """Whether the process ends in time: it does not exist, or is a zombie that its parent has not reaped."""
     end = time.monotonic() + within
     while time.monotonic() < end:
         try:
@@ -50,7 +77,7 @@ def is_gone(pid, within=2.0):
 
 @contextlib.contextmanager
 def within(seconds):
-    """Fail where the body takes longer; a hang is ended by the alarm."""
+    """Fail if the body takes longer; an alarm ends a hang. Generous limits: they are to find hangs, not slowness."""
 
     def late(*_):
         raise AssertionError(f"not done within {seconds} s")
@@ -65,8 +92,8 @@ def within(seconds):
 
 
 def in_dev_shm():
-    """What lies in shared memory, without the semaphores of other programs' multiprocessing, which come and go."""
-    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.")}
+    """The files in shared memory, but for those that other tests' multiprocessing and DataLoaders make meanwhile."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith(("sem.", "torch_"))}
 
 
 class NotPicklable(Exception):

@@ -1,17 +1,21 @@
-"""Pack slots that lie against memory nobody may touch: a read outside the slot ends this process by SIGSEGV.
+"""Pack slots that lie against forbidden memory: a read outside the slot ends a process by SIGSEGV.
 
-    python guard_pack.py {triton,torch} {after,before} [overrun]
+    python guard_pack.py {triton,torch}    how a process ended in each case, as JSON
 
-`after` puts a slot's last byte before a forbidden page, `before` its first byte behind one. `overrun` makes the
-executor read too far, by one word after or by sixteen before, to show that this ends the process. test_pack.py
-runs all of these.
+`after` puts a slot's last byte before a forbidden page, `before` its first byte after one. `overrun` makes the
+executor read too far, by one word after or by sixteen before, to show that this ends the process. Each case is a fork,
+so that torch and Triton are imported once.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import mmap
+import os
 import sys
+import traceback
+from collections.abc import Callable
 
 import torch
 from nanopack.kernels.pack import pack
@@ -70,15 +74,27 @@ def overrun(executor: str, side: str) -> None:
     LAUNCHERS[executor](words, table, *outputs.values(), bos_id=BOS, ignore_index=IGNORE)
 
 
-def main(executor: str, side: str, *options: str) -> None:
-    if options:
-        overrun(executor, side)
-        return
-    cases = [(t, w, extras) for t in SEQ_LENS for w in WORD_BYTES for extras in SINGLES]
-    for case in cases:
-        pack_beside(executor, side, *case)
-    print("packed", len(cases))
+def pack_all_beside(executor: str, side: str) -> None:
+    for seq_len in SEQ_LENS:
+        for word_bytes in WORD_BYTES:
+            for extras in SINGLES:
+                pack_beside(executor, side, seq_len, word_bytes, extras)
+
+
+def exit_code(run: Callable[[str, str], None], executor: str, side: str) -> int:
+    if (pid := os.fork()) == 0:
+        try:
+            run(executor, side)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    ended = {}
+    for side in ("after", "before"):
+        ended[f"packed {side}"] = exit_code(pack_all_beside, sys.argv[1], side)
+        ended[f"overrun {side}"] = exit_code(overrun, sys.argv[1], side)
+    print(json.dumps(ended))

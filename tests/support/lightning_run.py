@@ -29,7 +29,7 @@ CHATS = [
 
 def make_loader(**arguments: Any) -> Loader:
     arguments = {"seed": 1, "extras": ("positions", "doc_ids"), "device": "cpu", "num_workers": 0, **arguments}
-    return Loader(CHATS, BYTES, 2, 64, **arguments)
+    return Loader(CHATS, BYTES, **{"batch_size": 2, "seq_len": 64, **arguments})
 
 
 class Trained(LightningModule):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from nanopack.tokenizers.tokenizer import load_tokenizer
 
 CHAT32K = load_tokenizer("chat32k").encoding._pat_str
@@ -25,3 +27,10 @@ PATTERNS = {
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
+CONTEXTS = ["a{0}b", "{0}{0} {0}'s", "\n{0}\n1{0}2", "A{0}a {0}\r"]
+# In `make test` each pattern in one context, each context with two patterns.
+PATTERNS_IN_CONTEXT = [
+    pytest.param(pattern, context, marks=[] if (i - j) % 4 == 0 else pytest.mark.slow)
+    for i, pattern in enumerate(sorted(PATTERNS))
+    for j, context in enumerate(CONTEXTS)
+]

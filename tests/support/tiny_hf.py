@@ -1,19 +1,19 @@
-"""A Hugging Face tokenizer made here, of the shipped conversations, and chat templates for it: no network."""
+"""A tokenizer of Hugging Face, chat templates, a tiny Llama and a loader for it, all made here: no network."""
 
 from __future__ import annotations
 
 import functools
 import json
 import sys
-from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from data_sets import SHIPPED
 
 # `python -m pytest` puts the checkout on the path, where transformers takes the folder kernels/ for PyPI's package.
 sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).parents[2]]
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-CONVERSATIONS = resources.files("nanopack") / "data" / "conversations.jsonl"
 
 # A newline behind a block would be taken for the template's own layout.
 HEADER = "<|im_start|>{{ message['role'] }}\n"
@@ -48,7 +48,7 @@ CALLS = (
 
 def shipped(count: int) -> list[dict[str, Any]]:
     """The first shipped conversations whose contents are all strings."""
-    records = [json.loads(line) for line in CONVERSATIONS.read_text(encoding="utf-8").splitlines()]
+    records = [json.loads(line) for line in SHIPPED.read_text(encoding="utf-8").splitlines()]
     return [r for r in records if all(isinstance(m["content"], str) for m in r.get("messages", []))][:count]
 
 
@@ -80,3 +80,38 @@ def make_tokenizer(chat_template: str | None = None, **settings: Any) -> Any:
     tokenizer = PreTrainedTokenizerFast(**{**defaults, **settings})
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+DATA = [*shipped(120), {"text": "Once upon a time."}, {"text": "The end."}]
+
+
+def make_model(attention: str = "sdpa", dtype: Any = None, **settings: Any) -> Any:
+    """Return a tiny Llama with random weights, always the same."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1001,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        attn_implementation=attention,
+        **settings,
+    )
+    return LlamaForCausalLM(config).to(dtype or torch.float32)
+
+
+def arguments_of(**changes: Any) -> dict[str, Any]:
+    """Return what `make_loader` gives to a Loader, and `nanopack.reference.batches` takes too."""
+    return {"batch_size": 4, "seq_len": 127, "extras": ("positions",), "template": "hf", **changes}
+
+
+def make_loader(conversations: Any = DATA, **arguments: Any) -> Any:
+    from nanopack import Loader
+
+    arguments = arguments_of(**{"num_workers": 0, **arguments})
+    return Loader(conversations, make_tokenizer(MARKED), device="cpu", **arguments)

@@ -1,4 +1,4 @@
-"""Promises of nanopack/fast.py."""
+"""Promises of nanopack/tokenizers/splintr.py."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import pickle
 import sys
 import threading
 import unicodedata
-from importlib import resources
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiktoken
+from data_sets import SHIPPED
+from fuzz_texts import TEXTS, fuzz
 from hypothesis import example, given
 from hypothesis import strategies as st
-from split_patterns import PATTERNS
+from split_patterns import PATTERNS, PATTERNS_IN_CONTEXT
 
 import nanopack
 from nanopack import EncoderError, Loader, cli, reference
@@ -29,7 +30,6 @@ from nanopack.verify import compare
 
 pytest.importorskip("splintr", reason="splintr-rs is not installed: pip install nanopack[fast]")
 
-FILE = str(resources.files("nanopack") / "data" / "conversations.jsonl")
 TOKENIZER = load_tokenizer("chat32k")
 FAST = FastTokenizer(TOKENIZER.encoding)
 SMALL = {"batch_size": 4, "seq_len": 64, "epochs": 1}
@@ -48,9 +48,6 @@ def encoding(pattern: str) -> tiktoken.Encoding:
 
 
 TOKENIZERS = {name: FastTokenizer(encoding(pattern)) for name, pattern in PATTERNS.items()}
-PIECES = st.sampled_from(fast.FUZZ_PIECES)
-RUNS = st.builds(lambda piece, times: piece * times, PIECES, st.integers(2, 700))
-TEXTS = st.lists(PIECES | RUNS | st.text(st.characters(), max_size=20), max_size=30).map("".join)
 
 
 class Broken:
@@ -86,13 +83,12 @@ def test_every_text_has_tiktokens_ids_in_every_known_pattern(texts, pattern):
         assert tokenizer.encode(text).tolist() == expected
 
 
-@pytest.mark.parametrize("context", ["a{0}b", "{0}{0} {0}'s", "\n{0}\n1{0}2", "A{0}a {0}\r"])
-@pytest.mark.parametrize("pattern", sorted(PATTERNS))
+@pytest.mark.parametrize("pattern, context", PATTERNS_IN_CONTEXT)
 def test_every_character_has_tiktokens_ids_but_those_that_are_always_left_to_tiktoken(pattern, context):
-    """Those that this Python does not know included: another version of it may."""
+    """Including those that this version of Python does not know, as another may."""
     tokenizer = TOKENIZERS[pattern]
     expected = Tokenizer(tokenizer.encoding)
-    # the planes behind are empty or private
+    # the other planes are unassigned or private
     points = [*range(0xD800), *range(0xE000, 0x34000), *range(0xE0000, 0xE0200), 0xF0000, 0x10FFFF]
     characters = [chr(point) for point in sorted({*points} - {*fast.UNICODE_17, *fast.UNLIKE})]
     for begin in range(0, len(characters), 4096):
@@ -100,34 +96,35 @@ def test_every_character_has_tiktokens_ids_but_those_that_are_always_left_to_tik
         assert tokenizer._core.encode_flat(text) == expected.encode(text).tobytes()
 
 
-def test_characters_in_which_the_encoders_differ_go_to_tiktoken_whatever_python_knows(monkeypatch):
-    monkeypatch.setattr(unicodedata, "category", lambda character: "Lo")
-    table = fast._special_characters.__wrapped__()
+def test_characters_in_which_the_encoders_differ_go_to_tiktoken_whatever_python_knows():
+    table = fast.for_tiktoken(category=lambda character: "Lo")
     assert set(np.flatnonzero(table)) >= {*fast.UNICODE_17, *fast.UNLIKE}
 
 
-def test_the_characters_that_go_to_tiktoken_are_few():
-    assert all(
-        map(
-            fast._is_plain,
-            ("", "naïve", "漢字", "Жизнь", "عربي", "हिन्दी", "😀", "👩‍👩‍👧", "✅", "𝒳", "\ue000", "\U0010ffff"),
-        )
-    )
-    assert not any(
-        map(
-            fast._is_plain,
-            ("\u088f", "\u180e", "aſ\u212a", "\ud800", "\U000e0fff", "\U00050000", "x" * fast.LONG_TEXT),
-        )
-    )
+def encoded_by_splintr(text: str) -> bool:
+    seen: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FAST, "_core", Broken(FAST._core, seen.append))
+        FAST.encode(text)
+    return seen == [text]
+
+
+PLAIN = ["", "naïve", "漢字", "Жизнь", "عربي", "हिन्दी", "😀", "👩‍👩‍👧", "✅", "𝒳", "\ue000", "\U0010ffff"]
+LEFT_TO_TIKTOKEN = ["\u088f", "\u180e", "aſ\u212a", "\ud800", "\U000e0fff", "\U00050000", "x" * fast.LONG_TEXT]
+
+
+def test_splintr_encodes_all_but_few_characters_and_long_texts():
+    assert all(map(encoded_by_splintr, [*PLAIN, "x" * (fast.LONG_TEXT - 1)]))
+    assert not any(map(encoded_by_splintr, LEFT_TO_TIKTOKEN))
 
 
 def test_python_knows_no_unicode_that_the_guard_does_not():
-    """When this fails, add what that version brought to UNICODE_17: the encoders may know of it too, or only one."""
+    """If this fails, add what that version brought to UNICODE_17: perhaps only one of the encoders knows it."""
     assert int(unicodedata.unidata_version.split(".")[0]) <= 17
 
 
 def test_every_text_of_the_shipped_conversations_has_tiktokens_ids():
-    source = open_conversations(FILE)
+    source = open_conversations(SHIPPED)
     for index in range(len(source)):
         for message in check(source[index]).messages:
             parts = [message.content] if isinstance(message.content, str) else [part.text for part in message.content]
@@ -146,7 +143,7 @@ def test_long_runs_have_tiktokens_ids(piece, length):
 @pytest.mark.parametrize("length", [fast.LONG_TEXT - 1, fast.LONG_TEXT])
 def test_the_longest_text_that_splintr_gets_and_the_first_that_it_does_not_have_tiktokens_ids(length):
     text = (" " * (length - 1)) + "a"
-    assert fast._is_plain(text) == (length < fast.LONG_TEXT)
+    assert encoded_by_splintr(text) == (length < fast.LONG_TEXT)
     assert np.array_equal(FAST.encode(text), TOKENIZER.encode(text))
 
 
@@ -202,14 +199,14 @@ def test_a_vocabulary_without_every_byte_is_refused():
         choose_encoder("fast", Tokenizer(few), CHATS)
 
 
-def test_what_splintr_refuses_is_told_with_its_reason(monkeypatch):
+def test_what_splintr_refuses_is_reported_with_its_reason(monkeypatch):
     monkeypatch.setattr(fast, "plain", lambda pattern: "(")
     with pytest.raises(ValueError, match=r"cannot take 'chat32k': splintr-rs says: Regex .*; leave encoder out"):
         choose_encoder("fast", TOKENIZER, CHATS)
 
 
 def test_another_tokenizer_than_tiktokens_is_refused():
-    with pytest.raises(ValueError, match="encoder='fast' is for tiktoken's encodings; 'of HF' is none; leave"):
+    with pytest.raises(ValueError, match="encoder='fast' is for tiktoken's encodings, and 'of HF' is not one; leave"):
         choose_encoder("fast", SimpleNamespace(name="of HF"), CHATS)
 
 
@@ -229,6 +226,13 @@ def test_without_the_package_there_is_an_error_that_names_the_extra(monkeypatch)
 # A wrong id is noticed
 
 
+FUZZ = list(fuzz(TOKENIZER))
+
+
+def test_the_fuzz_texts_have_tiktokens_ids():
+    assert not list(filter(None, map(FAST.difference, FUZZ)))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -239,11 +243,17 @@ def test_without_the_package_there_is_an_error_that_names_the_extra(monkeypatch)
         pytest.param(lambda text: "<|bos|>" in text, id="special-token"),
         pytest.param(lambda text: "\ud800" <= max(text, default="") >= "\U00020000", id="far-planes"),
         pytest.param(lambda text: "漢" in text and "a" in text, id="mixed-scripts"),
-        pytest.param(lambda text: text.startswith("Say 59 "), id="only-in-the-data"),
     ],
 )
-def test_an_encoder_that_is_wrong_is_refused_at_construction(wrong, monkeypatch):
+def test_the_fuzz_texts_would_show_a_wrong_encoder(wrong, monkeypatch):
     break_core(monkeypatch, wrong)
+    broken = FastTokenizer(TOKENIZER.encoding)
+    assert any(map(broken.difference, FUZZ))
+
+
+def test_an_encoder_that_is_wrong_on_the_sample_is_refused_at_construction(monkeypatch):
+    break_core(monkeypatch, lambda text: text.startswith("Say 59 "))
+    monkeypatch.setattr(fast, "SAMPLE_SECONDS", 60)
     with pytest.raises(ValueError, match=r"differs from tiktoken at token \d+ of a text of .* characters, about ['\"]"):
         Loader(CHATS, TOKENIZER, encoder="fast", **SMALL)
 
@@ -275,7 +285,7 @@ def test_ids_that_are_missing_are_a_difference():
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_a_wrong_id_is_noticed_while_running_and_never_skipped(workers, monkeypatch):
-    # at construction only what stands in the sample is seen
+    # construction sees only the sample
     break_core(monkeypatch, lambda text: "number 7" in text)
     chats = [
         [{"role": "user", "content": f"number {i}"}, {"role": "assistant", "content": "Yes."}] for i in range(4000)
@@ -288,7 +298,7 @@ def test_a_wrong_id_is_noticed_while_running_and_never_skipped(workers, monkeypa
         list(loader)
 
 
-def test_one_text_in_a_thousand_is_compared_the_first_of_all_among_them(monkeypatch):
+def test_one_text_in_a_thousand_is_compared_starting_with_the_first(monkeypatch):
     tokenizer, seen = FastTokenizer(TOKENIZER.encoding), []
     monkeypatch.setattr(FastTokenizer, "_compare", lambda self, text, ids: seen.append((text, ids.tolist())))
     texts = iter(str(number) for number in range(5000))
@@ -299,7 +309,7 @@ def test_one_text_in_a_thousand_is_compared_the_first_of_all_among_them(monkeypa
     assert seen == [(str(number), TOKENIZER.encode(str(number)).tolist()) for number in range(0, 5000, 1000)]
 
 
-def test_construction_looks_at_few_conversations_and_at_bad_ones_without_a_word():
+def test_construction_compares_a_small_sample_and_passes_over_bad_conversations(monkeypatch):
     class Counting:
         def __init__(self) -> None:
             self.read: list[int] = []
@@ -311,17 +321,14 @@ def test_construction_looks_at_few_conversations_and_at_bad_ones_without_a_word(
             self.read.append(index)
             return {"text": "a " * 100_000} if index else {"messages": "bad"}
 
+    texts: list[str] = []
+    monkeypatch.setattr(fast, "SAMPLE_SECONDS", 60)
+    monkeypatch.setattr(FastTokenizer, "difference", lambda self, text: texts.append(text))
     source = Counting()
-    texts = list(fast._sample(open_conversations(source)))
+    choose_encoder("fast", TOKENIZER, open_conversations(source))
     assert source.read[:2] == [0, 143] and len(source.read) <= fast.SAMPLE
     assert max(map(len, texts)) == fast.SAMPLE_TEXT
     assert sum(map(len, texts)) <= fast.SAMPLE_CHARACTERS + fast.SAMPLE_TEXT
-
-
-def test_the_fuzz_is_the_same_each_time_and_small():
-    texts = list(fast._fuzz(TOKENIZER))
-    assert texts == list(fast._fuzz(TOKENIZER))
-    assert sum(map(len, texts)) < 250_000
 
 
 # The batches
@@ -336,14 +343,14 @@ def test_the_batches_are_the_reference_packers_which_tiktoken_encodes(workers):
 
 def test_the_shipped_conversations_give_the_same_batches_with_both_encoders():
     with (
-        Loader(FILE, "chat32k", epochs=1, encoder="fast", num_workers=0) as ours,
-        Loader(FILE, "chat32k", epochs=1) as its,
+        Loader(SHIPPED, "chat32k", epochs=1, encoder="fast", num_workers=0) as ours,
+        Loader(SHIPPED, "chat32k", epochs=1) as its,
     ):
         found = compare(its, ours)
     assert found, found.difference
 
 
-def test_a_run_goes_on_with_the_other_encoder():
+def test_a_run_resumes_with_the_other_encoder():
     expected = list(itertools.islice(reference.batches(CHATS, TOKENIZER, **SMALL), 6))
     for before, after in ((None, "fast"), ("fast", None)):
         with Loader(CHATS, TOKENIZER, encoder=before, num_workers=0, **SMALL) as loader:

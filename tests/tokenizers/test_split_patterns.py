@@ -1,25 +1,22 @@
-"""Promises of nanopack/patterns.py, and of the encoding by a pattern that was written anew."""
+"""Promises of nanopack/tokenizers/split_patterns.py, and of encoding by a rewritten pattern."""
 
 from __future__ import annotations
 
 import pytest
 import regex
 import tiktoken
+from fuzz_texts import TEXTS
 from hypothesis import example, given
 from hypothesis import strategies as st
-from split_patterns import O200K, PATTERNS
+from split_patterns import O200K, PATTERNS, PATTERNS_IN_CONTEXT
 
 from nanopack.tokenizers import tokenizer as tokenizers
-from nanopack.tokenizers.splintr import FUZZ_PIECES
 from nanopack.tokenizers.split_patterns import PatternError, grouped, plain
 from nanopack.tokenizers.tokenizer import LONG_TEXT, Tokenizer, load_tokenizer
 from nanopack.verify import verify
 
 O200K_LOWER, O200K_UPPER = (f"{alternative}'d)?" for alternative in O200K.split("'d)?|")[:2])
 RANKS = load_tokenizer("chat32k").encoding._mergeable_ranks
-PIECES = st.sampled_from(FUZZ_PIECES)
-RUNS = st.builds(lambda piece, times: piece * times, PIECES, st.integers(2, 700))
-TEXTS = st.lists(PIECES | RUNS | st.text(st.characters(), max_size=20), max_size=30).map("".join)
 
 
 def tokenizer(pattern: str) -> Tokenizer:
@@ -32,8 +29,8 @@ TOKENIZERS = {name: tokenizer(pattern) for name, pattern in PATTERNS.items()}
 
 @given(TEXTS, st.sampled_from(sorted(PATTERNS)))
 @example("a  b\n\n c \r\n", "cl100k")
-def test_a_pattern_written_anew_splits_every_text_alike(text, pattern):
-    """By another regex engine than tiktoken's, which tells where it splits."""
+def test_a_rewritten_pattern_splits_every_text_alike(text, pattern):
+    """By another regex engine than tiktoken's, one that reports where it splits."""
     expected = regex.findall(PATTERNS[pattern], text)
     assert regex.findall(plain(PATTERNS[pattern]), text) == expected
     assert regex.findall(grouped(PATTERNS[pattern]), text) == expected
@@ -49,10 +46,9 @@ def test_every_text_has_tiktokens_ids_in_every_known_pattern(texts, pattern):
         assert TOKENIZERS[pattern].encode(text).tolist() == expected
 
 
-@pytest.mark.parametrize("context", ["a{0}b", "{0}{0} {0}'s", "\n{0}\n1{0}2", "A{0}a {0}\r"])
-@pytest.mark.parametrize("pattern", sorted(PATTERNS))
+@pytest.mark.parametrize("pattern, context", PATTERNS_IN_CONTEXT)
 def test_every_character_has_tiktokens_ids(pattern, context):
-    # the planes behind are empty or private
+    # the other planes are unassigned or private
     points = [*range(0xD800), *range(0xE000, 0x34000), *range(0xE0000, 0xE0200), 0xF0000, 0x10FFFF]
     for begin in range(0, len(points), 4096):
         text = "".join(context.format(chr(point)) for point in points[begin : begin + 4096])
@@ -91,7 +87,7 @@ def test_what_tiktoken_refuses_is_refused_and_nothing_else(text, pattern, capfd)
 )
 @pytest.mark.parametrize("rest", [[], [r"\s+(?!\S)", r"\s"]], ids=["alone", "before-white-space"])
 def test_alternatives_that_begin_alike_are_not_grouped(alternatives, rest, text):
-    """The regex engine takes out what all of a group begin with, and then finds another match than one by one."""
+    """The regex engine factors out a common beginning of a group, and then finds another match than one by one."""
     pattern = "|".join([*alternatives, *rest])
     each = tokenizer(pattern)
     assert each.encode(text).tolist() == each.encoding.encode_ordinary(text)
@@ -100,21 +96,29 @@ def test_alternatives_that_begin_alike_are_not_grouped(alternatives, rest, text)
 
 
 def test_a_long_text_is_split_by_the_encodings_own_pattern(monkeypatch):
+    # a rewritten pattern that splits differently shows which of the two encoded a text
+    monkeypatch.setattr(tokenizers, "grouped", lambda pattern: pattern.replace(r"|\s+(?!\S)", ""))
     each = tokenizer(PATTERNS["chat32k"])
-    sooner, lengths = each._sooner, []
-    monkeypatch.setattr(each, "_sooner", lambda text, allowed: lengths.append(len(text)) or sooner(text, allowed))
     for length in (LONG_TEXT - 1, LONG_TEXT):
-        each.encode("a" * length)
-        each.encode_batch(["b", "a" * length])
-    assert max(lengths) == LONG_TEXT - 1 and lengths.count(LONG_TEXT - 1) == 2
+        text = "a  b" + "c" * (length - 4)
+        own = length == LONG_TEXT
+        expected = each.encoding.encode_ordinary(text)
+        assert (each.encode(text).tolist() == expected) == own
+        assert (each.encode_batch(["b", text])[0][1:].tolist() == expected) == own
 
 
-def test_a_known_pattern_is_written_anew_and_the_encoding_stays_as_it_was_given():
-    each = TOKENIZERS["cl100k"]
-    assert each._sooner.__self__ is not each.encoding._core_bpe
-    assert each.encoding._pat_str == PATTERNS["cl100k"]
-    other = tokenizer(r"\w+|\W+")
-    assert other._sooner.__self__ is other.encoding._core_bpe
+def test_a_known_pattern_is_rewritten_an_unknown_one_used_as_it_is_and_the_encoding_kept(monkeypatch):
+    used = []
+
+    class Encoding(tiktoken.Encoding):
+        def __init__(self, name, *, pat_str, **rest):
+            used.append(pat_str)
+            super().__init__(name, pat_str=pat_str, **rest)
+
+    monkeypatch.setattr(tiktoken, "Encoding", Encoding)
+    for pattern in (PATTERNS["cl100k"], r"\w+|\W+"):
+        assert tokenizer(pattern).encoding._pat_str == pattern
+    assert used == [PATTERNS["cl100k"], grouped(PATTERNS["cl100k"]), r"\w+|\W+"]
 
 
 @pytest.mark.parametrize("pattern", sorted(PATTERNS))

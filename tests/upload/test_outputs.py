@@ -1,6 +1,8 @@
-"""Memory for the outputs on the host: used again, and never while anybody holds a tensor that has it."""
+"""Host memory for the outputs: reused, but never while a tensor still refers to it."""
 
 from __future__ import annotations
+
+import tracemalloc
 
 import torch
 
@@ -11,7 +13,7 @@ def places(tensors):
     return [tensor.data_ptr() for tensor in tensors]
 
 
-def test_memory_is_used_again_when_nobody_holds_it():
+def test_memory_is_reused_once_no_tensor_refers_to_it():
     memory = HostMemory((4, 8), torch.int64)
     place = memory.empty().data_ptr()
     assert [memory.empty().data_ptr() for _ in range(5)] == [place] * 5
@@ -38,8 +40,14 @@ def test_memory_is_aligned_and_of_the_shape_asked_for():
     assert tensor.data_ptr() % 64 == 0 and tensor.is_contiguous()
 
 
-def test_of_a_heap_of_batches_that_is_let_go_little_is_kept():
-    memory = HostMemory((1, 1), torch.int32)
-    heap = [memory.empty() for _ in range(100)]
-    del heap
-    assert len(memory._idle) == 4 and not memory._out
+def test_of_many_batches_that_are_let_go_at_most_four_stay_allocated():
+    size = 1 << 20
+    memory = HostMemory((size // 4,), torch.int32)
+    tracemalloc.start()
+    try:
+        batches = [memory.empty() for _ in range(50)]
+        assert tracemalloc.get_traced_memory()[0] > 50 * size
+        del batches
+        assert tracemalloc.get_traced_memory()[0] < 5 * size
+    finally:
+        tracemalloc.stop()
