@@ -47,6 +47,7 @@ setup(
     ],
     extras_require={
         "parquet": ["pyarrow>=15"],
+        "zstd": ["zstandard>=0.22"],
         "safetensors": ["safetensors>=0.4"],
         "plot": PLOT,
         "fast": FAST,

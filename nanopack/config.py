@@ -16,7 +16,8 @@ from nanopack.checks import check_bool, check_choice, check_int
 from nanopack.packing.packings import BestFit, Packing
 from nanopack.render.templates import Template
 
-Loss: TypeAlias = Literal["assistant", "all"]
+Loss: TypeAlias = Literal["assistant", "last", "all"]
+FirstAssistant: TypeAlias = Literal["keep", "raise", "drop", "empty_user"]
 LossWeights: TypeAlias = Literal["token", "conversation"]
 Extra: TypeAlias = Literal["positions", "doc_ids", "cu_seqlens"]
 TemplateName: TypeAlias = Literal["nanochat", "chatml", "llama3", "hf"]
@@ -26,6 +27,7 @@ Executor: TypeAlias = Literal["torch", "triton"]
 Encoder: TypeAlias = Literal["fast"]
 
 LOSSES = get_args(Loss)
+FIRST_ASSISTANTS = get_args(FirstAssistant)
 LOSS_WEIGHTS = (None, *get_args(LossWeights))
 EXTRAS: tuple[Extra, ...] = get_args(Extra)
 TEMPLATES = get_args(TemplateName)
@@ -44,6 +46,7 @@ class LoaderConfig:
     seq_len: int = 2048
     packing: Packing = field(default_factory=BestFit)
     template: TemplateName | Template = "nanochat"
+    first_assistant: FirstAssistant = "keep"
     loss: Loss = "assistant"
     loss_weights: LossWeights | None = None
     boundary_loss: bool = True
@@ -76,6 +79,7 @@ class LoaderConfig:
         check_choice("loss_weights", self.loss_weights, LOSS_WEIGHTS)
         if not isinstance(self.template, Template):
             check_choice("template", self.template, TEMPLATES, otherwise=", or a nanopack.Template")
+        check_choice("first_assistant", self.first_assistant, FIRST_ASSISTANTS)
         check_choice("shard", self.shard, SHARDS)
         check_choice("on_error", self.on_error, ON_ERROR)
         check_bool("boundary_loss", self.boundary_loss)

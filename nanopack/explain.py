@@ -15,7 +15,7 @@ from functools import partial
 
 from nanopack.batch import Batch, Piece
 from nanopack.config import LoaderConfig
-from nanopack.conversations.records import Conversation, check
+from nanopack.conversations.records import Conversation, check, choose
 from nanopack.conversations.source import Source
 from nanopack.render.renderer import Document
 from nanopack.tokenizers.tokenizer import AnyTokenizer
@@ -38,8 +38,10 @@ class Token:
     text: str
     trained: bool
     """Whether it is in the loss as a target."""
+    tokenized: bool = False
+    """Whether it came as input_ids."""
     masked: bool = False
-    """Whether it came as input_ids, with a mask."""
+    """Whether it came with a mask."""
 
     def __str__(self) -> str:
         """Text and origin on one line."""
@@ -138,7 +140,7 @@ def _tokens(
     """Return the token in each of these consecutive columns (0 to T) of one row, or None for padding."""
     found: dict[int, Token] = {}
     for piece in pieces:
-        conversation = check(source[piece.conversation])
+        conversation = choose(check(source[piece.conversation]), config.loss, config.first_assistant)
         document, where = render(conversation), source.where(piece.conversation)
         for column in range(max(piece.start, columns[0]), min(piece.start + piece.length, columns[-1] + 1)):
             offset = piece.offset + column - piece.start
@@ -167,7 +169,8 @@ def _token(
         id=token_id,
         text=text_of([token_id], tokenizer),
         trained=bool(config.loss == "all" or document.mask[offset]) and (config.boundary_loss or offset > 0),
-        masked=conversation.tokens is not None,
+        tokenized=conversation.tokens is not None,
+        masked=conversation.tokens is not None and conversation.tokens.mask is not None,
     )
 
 
@@ -181,7 +184,9 @@ def _reason(here: Token | None, target: Token | None, config: LoaderConfig) -> s
     if config.loss == "all":
         return 'loss="all" trains every token'
     if target.masked:
-        return f"its loss_mask {'trains' if target.trained else 'does not train'} it"
+        return f"its mask {'puts it in' if target.trained else 'keeps it out of'} the loss"
+    if target.tokenized:
+        return "it came as input_ids, and no mask keeps it out of the loss"
     if config.template == "hf":
         return f"template 'hf' {'trains' if target.trained else 'does not train'} this token"
     if target.message is None:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
+from nanopack.notes import Notes, Skipped
+
 DROPPED = ("untrained",)
 CUT = ("max_document_tokens", "seq_len", "crop")
 
@@ -53,6 +55,9 @@ class LoaderReport(SourceReport):
 
     slots: SlotCounts
     targets: dict[str, int]
+    skipped: dict[str, Skipped]
+    ignored_keys: dict[str, int]
+    texts_with_special_tokens: int
     balanced: bool
     imbalances: list[str]
 
@@ -181,7 +186,10 @@ class Ledger:
         return wrong
 
     def report(
-        self, packed: Mapping[str, int] | None = None, sources: Mapping[str, Ledger] | None = None
+        self,
+        packed: Mapping[str, int] | None = None,
+        sources: Mapping[str, Ledger] | None = None,
+        notes: Notes | None = None,
     ) -> LedgerReport:
         """Return the counters as nested plain data (JSON-able), with `balanced` and, if it is false, `imbalances`.
 
@@ -198,12 +206,15 @@ class Ledger:
         for name, (counter, count) in counted.items():
             if packed is not None and packed[name] != count:
                 wrong.append(f"{counter}: {count} counted by document, {packed[name]} by the packing")
-        own = self._documents()
+        own, notes = self._documents(), notes or Notes()
         report: LedgerReport = {
             "conversations": own["conversations"],
             "tokens": own["tokens"],
             "slots": {"total": self.slots, "tokens": self.slots_tokens, "padding": self.slots_padding},
             "targets": {"trained": self.targets_trained},
+            "skipped": notes.skipped,
+            "ignored_keys": notes.ignored_keys,
+            "texts_with_special_tokens": notes.texts_with_special_tokens,
             "balanced": not wrong,
             "imbalances": wrong,
         }

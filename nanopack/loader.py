@@ -22,11 +22,23 @@ import torch
 
 from nanopack.batch import Batch, PieceTable
 from nanopack.checks import check_bool, check_int
-from nanopack.config import Encoder, Executor, Extra, LoaderConfig, Loss, LossWeights, OnError, ShardBy, TemplateName
+from nanopack.config import (
+    Encoder,
+    Executor,
+    Extra,
+    FirstAssistant,
+    LoaderConfig,
+    Loss,
+    LossWeights,
+    OnError,
+    ShardBy,
+    TemplateName,
+)
 from nanopack.conversations.records import Conversations, open_conversations
 from nanopack.distributed import agree_on_most, group_to_agree_in, rank_and_world_size
 from nanopack.explain import Explanation, explain
 from nanopack.ledger import Ledger, LedgerReport
+from nanopack.notes import Notes
 from nanopack.packing.packings import Packing, PackingName, as_packing
 from nanopack.passes import NOT_A_DATA_SET, Pass, warn_of_empty_loop, warn_of_same_order
 from nanopack.producer.feed import Feed, Inline
@@ -53,11 +65,12 @@ class Loader:
 
     Args:
         conversations: a data set (any object with `len` and `[int]`: a list, a `datasets.Dataset`, a
-            `nanopack.mixture`), or path(s) or globs of `.jsonl`, `.jsonl.gz`, `.parquet`. A conversation is
-            `{"messages": [{"role", "content"}, ...]}`, a bare list of messages, ShareGPT's `{"conversations": [{"from",
-            "value"}, ...]}`, `{"text": ...}`, or tokens, `{"input_ids": ..., "loss_mask": ...}` (arrays or lists, taken
-            as they are); `"weight"` (a float >= 0) is its own loss weight. Roles: system, user, assistant, and tool
-            where the template has it.
+            `nanopack.mixture`), or path(s), folders or globs of `.jsonl`, `.ndjson`, `.json` (also `.gz`, `.zst`),
+            `.parquet`, `.arrow`. A conversation is `{"messages": [{"role", "content"}, ...]}`, ShareGPT's
+            `{"conversations": [{"from", "value"}, ...]}`, a bare list of messages, `{"prompt", "completion"}`,
+            `{"instruction", "input", "output"}`, `{"text": ...}`, or tokens, `{"input_ids": ...}` with `"labels"` or
+            `"loss_mask"`; `"weight"` (a float >= 0) is its own loss weight. docs/data.md says what every key does; one
+            that matters and cannot be honoured is an error.
         tokenizer: a `tiktoken.Encoding`, a nanochat tokenizer folder or its `tokenizer.pkl`, an object whose `.enc` is
             an `Encoding`, a fast Hugging Face tokenizer, or `"chat32k"`, which ships with nanopack.
         batch_size: rows of a batch, B.
@@ -80,7 +93,11 @@ class Loader:
 
         template: `"nanochat"`, `"chatml"`, `"llama3"`, a `nanopack.Template` of your own, or `"hf"`: the chat template
             of a transformers tokenizer (what {% generation %} marks is in the loss; see `nanopack.render.hf_template`).
-        loss: `"assistant"`: a target is in the loss where the template says so; `"all"`: every token is.
+        first_assistant: what to do with a chat that begins with the assistant, but for a system message: `"keep"` it,
+            if the template can (nanochat cannot); `"raise"`; `"drop"` what comes before the first user message; or put
+            an empty user message there (`"empty_user"`).
+        loss: `"assistant"`: the targets that the template says, but for messages with `weight` 0; `"last"`: of those,
+            the last answer's; `"all"`: every token, whatever masks and weights say.
         loss_weights: None, `"token"` (1.0 for each target in the loss) or `"conversation"` (1 / its targets in the
             loss, so that each conversation counts once); a conversation's own weight multiplies either.
         boundary_loss: False: the first token of a document is never a target.
@@ -138,6 +155,7 @@ class Loader:
         # what the batches are: part of a checkpoint's fingerprint
         packing: PackingName | Packing = "best_fit",
         template: TemplateName | Template = "nanochat",
+        first_assistant: FirstAssistant = "keep",
         loss: Loss = "assistant",
         loss_weights: LossWeights | None = None,
         boundary_loss: bool = True,
@@ -166,6 +184,7 @@ class Loader:
             seq_len=seq_len,
             packing=as_packing(packing),
             template=template,
+            first_assistant=first_assistant,
             loss=loss,
             loss_weights=loss_weights,
             boundary_loss=boundary_loss,
@@ -338,7 +357,8 @@ class Loader:
             name: Ledger.total(Ledger.of(shard["sources"][number]) for shard in shards)
             for number, name in enumerate(self.source.names)
         }
-        return self._ledger().report(packed, sources)
+        notes = Notes.total(Notes.of(shard.get("notes", "")) for shard in shards)
+        return self._ledger().report(packed, sources, notes)
 
     def _ledger(self) -> Ledger:
         return Ledger.total(Ledger.of(shard["ledger"]) for shard in self._state()["lanes"].values())

@@ -13,6 +13,7 @@ A state is plain data (JSON-able):
         packer        the packer's own state and counters
         ledger        counters of the shard, see ledger.py
         sources       the same for each source of a mixture; [] without one
+        notes         what was skipped and ignored, and why, as JSON text; see notes.py
     fingerprint   of data, tokenizer and arguments
 
 Shards are called lanes there because format 1 was written so. The keys do not depend on the progress of the run, and
@@ -49,6 +50,9 @@ def fingerprint(source: Source, tokenizer: AnyTokenizer, config: LoaderConfig) -
         if field.name not in _FREE
     }
     arguments |= {"packing": config.packing.name, **config.packing.options()}
+    # states from before there was a choice still load
+    if config.first_assistant == "keep":
+        del arguments["first_assistant"]
     if config.shard == "row":
         # the global batch is what counts, however many ranks share it
         del arguments["batch_size"], arguments["world_size"]
@@ -85,6 +89,13 @@ def _bytes_of(conversation: Conversation) -> Iterator[bytes]:
         yield b"" if mask is None else mask.tobytes()
     said = [(message.role, message.content) for message in conversation.messages]
     yield repr((said, conversation.text, conversation.weight)).encode("utf-8", "surrogatepass")
+    beside: list[object] = [
+        (index, m.train, m.rest) for index, m in enumerate(conversation.messages) if not m.train or m.rest
+    ]
+    beside += [more for more in (conversation.tools, conversation.template_kwargs) if more]
+    # most conversations have nothing of this, and are as before it was read
+    if beside:
+        yield repr(beside).encode("utf-8", "surrogatepass")
 
 
 def _digest(parts: Iterable[bytes]) -> str:

@@ -34,7 +34,7 @@ def test_an_id_that_the_tokenizer_does_not_use_is_shown_as_itself(make):
         assert [found.input.text for found in told] == ["a", "<299>", "b", "<256>"]
         assert str(told[0]) == (
             "input 'a' (conversation 0, token 0); target '<299>' (conversation 0, token 1): "
-            "trained, its loss_mask trains it"
+            "trained, it came as input_ids, and no mask keeps it out of the loss"
         )
         assert page_data(explain_rows(batch, loader))["texts"] == ["a", "<299>", "b", "<256>"]
 

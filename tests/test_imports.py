@@ -23,6 +23,7 @@ ORDER = [
     "config",
     "mixture",
     "ring",
+    "notes",
     "ledger",
     "producer",
     "kernels",

@@ -469,8 +469,8 @@ def test_a_token_that_came_with_a_mask_is_explained_by_it():
     loader = Loader([{"input_ids": [97, 98, 99], "loss_mask": [1, 0, 1]}], SMALL, 1, 8, packing="pad")
     batch = next(loader)
     assert batch.inputs[0, :3].tolist() == [97, 98, 99] and batch.targets[0, :3].tolist() == [-100, 99, -100]
-    assert loader.explain(batch, 0, 0).reason == "its loss_mask does not train it"
-    assert loader.explain(batch, 0, 1).reason == "its loss_mask trains it"
+    assert loader.explain(batch, 0, 0).reason == "its mask keeps it out of the loss"
+    assert loader.explain(batch, 0, 1).reason == "its mask puts it in the loss"
 
 
 def test_documents_rendered_elsewhere_come_from_parquet_as_arrays(tmp_path):

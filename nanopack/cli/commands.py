@@ -279,7 +279,9 @@ def _measure(loader: Loader) -> Lengths:
                 yield conversation
                 show(count / len(read), f"{count:,} conversations")
 
-        return measure(source, indices(), Renderer(loader.tokenizer, loader.config.template))
+        config = loader.config
+        render = Renderer(loader.tokenizer, config.template, config.loss, config.first_assistant)
+        return measure(source, indices(), render)
 
 
 def _inspection(lengths: Lengths, loader: Loader, packed: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from nanopack.render.renderer import Renderer
 def explain_rows(batch: Batch, loader: Loader) -> list[list[Explanation]]:
     """Return `loader.explain` of every position of the batch, (B, T)."""
     config, source, tokenizer = loader.config, loader.source, loader.tokenizer
-    render = Renderer(tokenizer, config.template)
+    render = Renderer(tokenizer, config.template, config.loss, config.first_assistant)
     return [
         explain_row(batch, row, source=source, tokenizer=tokenizer, render=render, config=config)
         for row in range(config.batch_size)

@@ -6,8 +6,9 @@
     nanopack bench [FILES...]     measure nanopack, the loaders it replaces and the tokenizer alone; takes minutes
     nanopack demo-train           train a small GPT on the conversations that ship with nanopack, in about a minute
 
-FILES are .jsonl, .jsonl.gz or .parquet; the default is the conversations that ship with nanopack. Results go to stdout,
-as one JSON object with --json; progress and errors go to stderr.
+FILES are .jsonl, .ndjson, .json (.gz, .zst), .parquet, .arrow, or folders of these (docs/data.md says what they may
+hold); the default is the conversations that ship with nanopack. Results go to stdout, as one JSON object with --json;
+progress and errors go to stderr.
 
     nanopack pack chats.jsonl --batch-size 8 --seq-len 1024 --save batches.npz
     nanopack verify chats.jsonl --packing stream --max-batches 20
@@ -58,7 +59,7 @@ def _run(argv: Sequence[str] | None) -> int:
         options = parse(argv, __doc__ or "", pack, verify, inspect, bench, demo_train)
     except SystemExit as end:
         return int(end.code or 0)
-    with warnings_on_stderr():
+    with warnings_on_stderr(verbose=getattr(options, "verbose", False)):
         code: int = options.command(options)
     return code
 

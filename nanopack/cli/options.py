@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nanopack import __version__
-from nanopack.config import EXTRAS, LOSS_WEIGHTS, LOSSES, ON_ERROR, SHARDS, TEMPLATES, LoaderConfig
+from nanopack.config import EXTRAS, FIRST_ASSISTANTS, LOSS_WEIGHTS, LOSSES, ON_ERROR, SHARDS, TEMPLATES, LoaderConfig
 from nanopack.packing.packings import PACKINGS, Packing
 from nanopack.tokenizers.splintr import ENCODERS
 
@@ -27,6 +27,7 @@ LISTED_PIECES = 12
 """Pieces that inspect lists unless a row was asked for."""
 
 TOKENIZERS = "a bundled name (chat32k), a nanochat tokenizer folder or its tokenizer.pkl"
+FILES_HELP = "files, folders or globs of .jsonl, .ndjson, .json (.gz, .zst), .parquet, .arrow; see docs/data.md"
 PACKING_HELP = (
     "best_fit: whole documents, hardly any padding; stream: documents end to end, as nanochat midtrains; "
     "best_fit_pad: nanochat's SFT; best_fit_crop: nanochat's pretraining; pad: one document a row"
@@ -66,7 +67,8 @@ def parse(
     def command(run: Command, name: str, what: str) -> Parser:
         one: Parser = commands.add_parser(name, help=what, description=getdoc(run))
         one.set_defaults(command=run)
-        one.add_argument("files", nargs="*", metavar="FILES", help=".jsonl, .jsonl.gz, .parquet, or globs of them")
+        one.add_argument("files", nargs="*", metavar="FILES", help=FILES_HELP)
+        one.add_argument("-v", "--verbose", action="store_true", help="print a line for each skipped conversation")
         one.add_argument("--json", action="store_true", help="print one JSON object to stdout, and nothing else")
         return one
 
@@ -168,6 +170,7 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
     )
     option("max_pieces", "pieces a row for which cu_seqlens has room", "T // 8 + 1", metavar="N", type=int)
     option("template", "chat template", choices=TEMPLATES)
+    option("first_assistant", "what to do with a chat that begins with the assistant", choices=FIRST_ASSISTANTS)
     option("max_document_tokens", "cut documents to this many tokens", metavar="N", type=int)
     option("window", "best_fit...: documents to choose from", _packing_defaults("window"), metavar="N", type=int)
     option("max_age", "best_fit: rows that a document may wait", _packing_defaults("max_age"), metavar="N", type=int)

@@ -58,8 +58,8 @@ def progress(title: str) -> Iterator[Show]:
 
 
 @contextlib.contextmanager
-def warnings_on_stderr() -> Iterator[None]:
-    """Print nanopack's warnings, such as skipped conversations, as lines on stderr."""
+def warnings_on_stderr(*, verbose: bool = False) -> Iterator[None]:
+    """Print nanopack's warnings as lines on stderr; `verbose`: and each conversation that is skipped."""
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -67,7 +67,11 @@ def warnings_on_stderr() -> Iterator[None]:
 
     log, handler = logging.getLogger("nanopack"), Handler()
     log.addHandler(handler)
+    level = log.level
+    # set before there are processes, which inherit it
+    log.setLevel(logging.DEBUG if verbose else level)
     try:
         yield
     finally:
+        log.setLevel(level)
         log.removeHandler(handler)

@@ -1,8 +1,10 @@
 """Records and files in, checked conversations out, in the order in which a rank reads them.
 
-files.py, random_access.py   read record i of .jsonl, .jsonl.gz and .parquet files
 source.py                    the interface of a data set
-records.py                   check a record of any accepted shape -> Conversation
+data_sets.py                 open files, lists and data sets
+files.py, random_access.py   read record i of files of JSON, Parquet and Arrow (json_array.py, arrow.py)
+keys.py                      the table of keys, and what each does
+records.py, tokens.py        check a record of any accepted shape -> Conversation
 order.py                     which conversation a shard (of a rank, or a row) reads when
 """
 

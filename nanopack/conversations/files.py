@@ -1,10 +1,10 @@
 """Read record i of files without reading the records before it.
 
     paths   ->   open_files()   ->   Files[i], the raw record
-                 file_bytes.py       conversations.py finds the paths before and checks the record after
+              random_access.py       data_sets.py finds the paths before, records.py checks the record after
 
-.jsonl, .jsonl.gz and .parquet come in; parsed JSON and Parquet rows go out, whatever they hold. A file of
-lines is scanned once for where they begin; then a record is read as its bytes, or as a row of its row group.
+JSON lines, JSON arrays, Parquet and Arrow come in; parsed JSON and rows go out, whatever they hold. A text file is
+scanned once for where its records begin; then a record is read as its bytes, or as a row of its row group.
 """
 
 from __future__ import annotations
@@ -20,13 +20,29 @@ from typing import Any
 
 import numpy as np
 
-from nanopack.conversations.random_access import GzipBytes, OpenFile, PlainBytes, Recent, Version
+from nanopack.conversations.arrow import ArrowRows, cell_reader, columns_read, row_type
+from nanopack.conversations.json_array import scan_array
+from nanopack.conversations.random_access import GzipBytes, OpenFile, PlainBytes, Recent, Version, ZstdBytes
 from nanopack.conversations.source import Source
 from nanopack.errors import ConversationError
 
-COLUMNS = ("messages", "conversations", "text", "input_ids")
-BESIDE = ("loss_mask", "weight")
-NUMBERS = {"bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
+TEXT_SUFFIXES = tuple(f"{kind}{packed}" for kind in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst"))
+SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow")
+# What `datasets` writes beside the data.
+NOT_DATA = ("dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json")
+# What a file begins with that is something else than its name says.
+KINDS = (
+    (b"\x1f\x8b", "gzip", "name it .gz"),
+    (b"\x28\xb5\x2f\xfd", "zstd", "name it .zst"),
+    (b"version https://git-lfs", "a Git LFS pointer", "fetch the file itself with git lfs pull"),
+    (b"PAR1", "Parquet", "name it .parquet"),
+    (b"ARROW1", "Arrow", "name it .arrow"),
+    (b"PK\x03\x04", "a zip archive", "unpack it"),
+    (b"BZh", "bzip2", "unpack it"),
+    (b"\xfd7zXZ", "xz", "unpack it"),
+    (b"\xff\xfe", "UTF-16", "save it as UTF-8"),
+    (b"\xfe\xff", "UTF-16", "save it as UTF-8"),
+)
 OPEN_FILES = 64
 RECENT_BLOCKS = 4
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -71,25 +87,30 @@ def _blank_lines(chunk: bytes, ends: np.ndarray, open_line_blank: bool) -> list[
     return head + [int(k) + 1 for k in suspects if chunk[ends[k] + 1 : ends[k + 1] + 1].isspace()]
 
 
-def parse_line(raw: bytes) -> object:
-    """Return the JSON value of a line; ConversationError where it is not one."""
+def parse_json(raw: bytes, what: str) -> object:
+    """Return the JSON value of a line or element; ConversationError where it is not one."""
     try:
-        return json.loads(raw.decode().rstrip())
+        # JSON's own white space, and no other
+        return json.loads(raw.decode().strip(" \t\r\n"))
     except UnicodeDecodeError as error:
         byte = raw[error.start]
-        why = f"not UTF-8: byte {byte:#04x} at byte {error.start + 1} of the line; save the file as UTF-8"
+        why = f"not UTF-8: byte {byte:#04x} at byte {error.start + 1} of the {what}; save the file as UTF-8"
     except json.JSONDecodeError as error:
         near = error.doc[max(0, error.pos - 20) : error.pos + 20]
-        why = f"not JSON: {error.msg}, column {error.colno}, near {near!r}; a line must be one JSON value"
+        array = "; a file that is one JSON array must be named .json" if raw[:1] == b"[" and what == "line" else ""
+        why = f"not JSON: {error.msg}, column {error.colno}, near {near!r}; a {what} must be one JSON value{array}"
     except (ValueError, RecursionError) as error:
         why = f"JSON that cannot be read: {error}"
     raise ConversationError(why)
 
 
-class Lines:
-    """The records of a .jsonl or .jsonl.gz file: its lines that are not blank. Memory: 8 bytes a line."""
+Bytes = PlainBytes | GzipBytes | ZstdBytes
 
-    def __init__(self, data: PlainBytes | GzipBytes) -> None:
+
+class Lines:
+    """The records of a file of JSON lines: its lines that are not blank. Memory: 8 bytes a line."""
+
+    def __init__(self, data: Bytes) -> None:
         self._data = data
         self._bounds, self._blank = scan_lines(data.chunks())
 
@@ -98,13 +119,59 @@ class Lines:
 
     def __getitem__(self, row: int) -> object:
         line = self._line(row)
-        return parse_line(self._data.read(self._bounds[line], self._bounds[line + 1]))
+        return parse_json(self._data.read(self._bounds[line], self._bounds[line + 1]), "line")
 
     def where(self, row: int) -> str:
         return f"{self._data.path}:{self._line(row) + 1}"
 
     def _line(self, row: int) -> int:
         return row + bisect_right(self._blank, row)
+
+
+class Elements:
+    """The records of a file that is one JSON array: its elements. Memory: 8 bytes an element."""
+
+    def __init__(self, data: Bytes) -> None:
+        self._data = data
+        try:
+            self._bounds = scan_array(data.chunks())
+        except ValueError as error:
+            what = f"{data.path} is a JSON array, but {error}"
+            raise ValueError(f"{what}; make or copy it again, or name it .jsonl if it is JSON lines") from error
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, row: int) -> object:
+        start, stop = self._bounds[row], self._bounds[row + 1] - 1
+        return parse_json(self._data.read(start, stop) if stop > start else b"", "element")
+
+    def where(self, row: int) -> str:
+        return f"{self._data.path} element {row}"
+
+
+def open_text(data: Bytes) -> Lines | Elements:
+    """Return the records of a file of JSON; ValueError where it is something else.
+
+    A .json file that begins with [ is an array; else it is JSON lines, as `datasets` writes them.
+    """
+    head = next(iter(data.chunks()), b"")
+    refuse_other_kinds(data.path, head)
+    name = data.path.lower().removesuffix(".gz").removesuffix(".zst")
+    begins = head.removeprefix(BYTE_ORDER_MARK).lstrip()[:1]
+    return Elements(data) if name.endswith(".json") and begins == b"[" else Lines(data)
+
+
+def refuse_other_kinds(path: str, head: bytes, own: bytes = b"never") -> None:
+    """Raise ValueError where a file begins as something else than its name says, which begins with `own`."""
+    if head.startswith(own):
+        return
+    for begins, kind, remedy in KINDS:
+        if head.startswith(begins):
+            raise ValueError(f"{path} is {kind}, whatever its name says; {remedy}")
+    # of ASCII text in UTF-16 or UTF-32, every second byte at least
+    if b"\0" in head[:4]:
+        raise ValueError(f"{path} is UTF-16 or UTF-32, not UTF-8; save it as UTF-8")
 
 
 def read_row_group(version: Version, group: int, columns: tuple[str, ...]) -> Any:
@@ -122,27 +189,38 @@ def _parquet(path: str) -> Any:
 
 
 class Rows:
-    """The rows of a Parquet file, as dicts of our columns. Memory: the row group read last in all files."""
+    """The rows of a Parquet file, as dicts of the columns that matter. Memory: the row group read last in all files."""
 
     def __init__(self, version: Version, groups: Recent[Any]) -> None:
         self._version, self._groups = version, groups
-        found, sizes = self._footer(_parquet(version.path))
-        if not set(COLUMNS) & set(found):
-            raise ValueError(
-                f"{version.path} has the columns {', '.join(found)}, but none of {', '.join(COLUMNS)}; "
-                "give the column with the conversations one of these names"
-            )
-        self._columns = tuple(name for name in (*COLUMNS, *BESIDE) if name in found)
+        schema, sizes = self._footer(_parquet(version.path))
+        self._columns = tuple(columns_read(version.path, schema.names))
+        self._types = [schema.field(name).type for name in self._columns]
+        self._names = schema.names
         self._ends = list(accumulate(sizes))
+        self._prepare()
 
-    def _footer(self, parquet: Any) -> tuple[list[str], list[int]]:
-        """Return the names of the columns and the sizes of the row groups."""
+    def _prepare(self) -> None:
+        self._cells = list(map(cell_reader, self._types))
+        self._row = row_type(self._names)
+
+    def __getstate__(self) -> dict[str, object]:
+        # closures and classes made here do not pickle
+        return self.__dict__ | {"_cells": None, "_row": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._prepare()
+
+    def _footer(self, parquet: Any) -> tuple[Any, list[int]]:
+        """Return the schema and the sizes of the row groups."""
         try:
             with OpenFile(self._version) as file, parquet.ParquetFile(file) as groups:
                 sizes = [groups.metadata.row_group(k).num_rows for k in range(groups.num_row_groups)]
-                return groups.schema_arrow.names, sizes
+                return groups.schema_arrow, sizes
         # All of pyarrow's errors are ValueErrors or OSErrors.
         except (ValueError, OSError) as error:
+            refuse_other_kinds(self._version.path, PlainBytes.head(self._version.path), b"PAR1")
             why = f"{self._version.path} cannot be read as Parquet ({error}); make or copy it again"
             raise ValueError(why) from error
 
@@ -153,24 +231,20 @@ class Rows:
         group = bisect_right(self._ends, row)
         table = self._groups.get(self._version, group, self._columns)
         at = row - (self._ends[group - 1] if group else 0)
-        return {name: _value(table.column(name)[at]) for name in self._columns}
+        cells = zip(self._columns, self._cells, strict=True)
+        return self._row({name: read(table.column(name)[at]) for name, read in cells})
 
     def where(self, row: int) -> str:
         return f"{self._version.path} row {row}"
 
 
-def _value(scalar: Any) -> object:
-    """Return a cell as Python has it; ids and masks as an array, for they are long."""
-    numbers = getattr(scalar, "values", None)
-    if numbers is not None and str(numbers.type) in NUMBERS and not numbers.null_count:
-        return numbers.to_numpy(zero_copy_only=False)
-    return scalar.as_py()
+Part = Lines | Elements | Rows | ArrowRows
 
 
 class Files(Source):
     """The records of several files, one file after the other."""
 
-    def __init__(self, parts: Sequence[Lines | Rows]) -> None:
+    def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = parts
         self._ends = list(accumulate(len(part) for part in parts))
 
@@ -186,7 +260,7 @@ class Files(Source):
         part, row = self._find(index)
         return part.where(row)
 
-    def _find(self, index: int) -> tuple[Lines | Rows, int]:
+    def _find(self, index: int) -> tuple[Part, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"conversation {index} of {len(self)}")
         part = bisect_right(self._ends, index)
@@ -194,16 +268,40 @@ class Files(Source):
 
 
 def open_files(paths: Sequence[str]) -> Files:
-    """Return the records of .jsonl, .jsonl.gz and .parquet files; ValueError where a file cannot be read."""
+    """Return the records of files; ValueError where one cannot be read, ImportError where a package is missing."""
     files, groups = Recent(OPEN_FILES, OpenFile), Recent(1, read_row_group)
     blocks = Recent(RECENT_BLOCKS, GzipBytes.inflate)
 
-    def open_one(path: str) -> Lines | Rows:
-        status = os.stat(path)
+    def open_one(path: str) -> Part:
+        status, name = os.stat(path), path.lower()
         version = Version(path, status.st_size, status.st_mtime_ns)
-        if path.lower().endswith(".parquet"):
+        if name.endswith(".parquet"):
             return Rows(version, groups)
+        if name.endswith(".arrow"):
+            return ArrowRows(path)
         raw = PlainBytes(version, files)
-        return Lines(GzipBytes(raw, blocks) if path.lower().endswith(".gz") else raw)
+        if name.endswith((".gz", ".zst")):
+            own = b"\x1f\x8b" if name.endswith(".gz") else b"\x28\xb5\x2f\xfd"
+            refuse_other_kinds(path, PlainBytes.head(path), own)
+        if name.endswith(".gz"):
+            return open_text(GzipBytes(raw, blocks))
+        return open_text(ZstdBytes(raw) if name.endswith(".zst") else raw)
 
     return Files([open_one(path) for path in paths])
+
+
+def files_in(folder: str) -> list[str]:
+    """Return the files of a folder that can be read, sorted; of one that `datasets` saved, those that it lists."""
+    names = sorted(os.listdir(folder))
+    if "dataset_dict.json" in names:
+        splits = " or ".join(repr(os.path.join(folder, name)) for name in names if "." not in name)
+        raise ValueError(f"conversations={folder!r} is a saved DatasetDict; name one of its splits, {splits}")
+    if "state.json" in names and "dataset_info.json" in names:
+        with open(os.path.join(folder, "state.json"), encoding="utf-8") as file:
+            return [os.path.join(folder, data["filename"]) for data in json.load(file)["_data_files"]]
+    known = [name for name in names if name.lower().endswith(SUFFIXES) and name not in NOT_DATA and name[0] not in "._"]
+    files = [path for path in (os.path.join(folder, name) for name in known) if os.path.isfile(path)]
+    if not files:
+        known_suffixes = ", ".join(SUFFIXES)
+        raise ValueError(f"conversations={folder!r} is a folder without files that end in {known_suffixes}; name files")
+    return files

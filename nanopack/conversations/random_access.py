@@ -9,8 +9,10 @@ forked processes and threads may read at the same time. Pickling leaves every op
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -67,6 +69,12 @@ class PlainBytes:
         self.path, self.size = version.path, version.size
         self._version, self._files = version, files
 
+    @staticmethod
+    def head(path: str) -> bytes:
+        """Return the first bytes of a file, which say of what kind it is."""
+        with open(path, "rb") as file:
+            return file.read(64)
+
     def chunks(self) -> Iterator[bytes]:
         for start in range(0, self.size, SCAN_BYTES):
             yield self.read(start, min(start + SCAN_BYTES, self.size))
@@ -78,6 +86,55 @@ class PlainBytes:
         if len(data) < stop - start:
             raise ValueError(f"{self.path} was cut off while in use; open the conversations again")
         return data
+
+
+class ZstdBytes:
+    """The decompressed bytes of a zstd file, read anywhere.
+
+    zstd cannot seek, and its decompressor cannot be copied. So the file is decompressed once in each process that opens
+    it, into a temporary file without a name: that needs the disk space, and no more memory than a chunk.
+    """
+
+    def __init__(self, raw: PlainBytes) -> None:
+        self.path = raw.path
+        self._raw = raw
+        self._unpack()
+
+    def __reduce__(self) -> tuple[type[ZstdBytes], tuple[PlainBytes]]:
+        return ZstdBytes, (self._raw,)
+
+    def _unpack(self) -> None:
+        zstandard = import_zstandard(self.path)
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as this is)
+        frame = None
+        try:
+            for chunk in self._raw.chunks():
+                # a file may be several frames
+                while chunk:
+                    frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+                    self._file.write(frame.decompress(chunk))
+                    chunk, frame = frame.unused_data, None if frame.eof else frame
+        except zstandard.ZstdError as error:
+            raise ValueError(f"{self.path} is damaged ({error}); test it with zstd -t, then copy it again") from error
+        if frame is not None:
+            raise ValueError(f"{self.path} is cut off; test it with zstd -t, then make or copy it again")
+        self._file.flush()
+        self.size = self._file.tell()
+
+    def chunks(self) -> Iterator[bytes]:
+        for start in range(0, self.size, SCAN_BYTES):
+            yield self.read(start, min(start + SCAN_BYTES, self.size))
+
+    def read(self, start: int, stop: int) -> bytes:
+        return os.pread(self._file.fileno(), stop - start, start)
+
+
+def import_zstandard(path: str) -> Any:
+    """Return the package; ImportError that says how to install it."""
+    try:
+        return importlib.import_module("zstandard")
+    except ImportError as error:
+        raise ImportError(f"{path} is zstd, which needs zstandard; pip install nanopack[zstd]") from error
 
 
 class Place(NamedTuple):

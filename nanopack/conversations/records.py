@@ -1,30 +1,43 @@
-"""Open a data set of conversations, and bring each into one shape.
+"""Bring a record of any accepted shape into one: a Conversation.
 
-    files, lists, data sets   ->   open_conversations()[i]   ->   check()   ->   Conversation
-          files.py                    i from Shard                     render.py makes it a document
+    a record, as stored   ->   check()   ->   Conversation   ->   choose()   ->   the renderer makes it a document
+       data_sets.py           keys.py: what each key does           loss="last", first_assistant
 
-No conversation is read before it is asked for, and none is tokenized here. In which order roles may follow
-each other is the chat template's business (render.py).
+Nothing is tokenized here. In which order roles may follow each other is the chat template's business (render/).
 """
 
 from __future__ import annotations
 
-import glob
-import operator
-import os
-import reprlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias
+from typing import Any, NoReturn
 
-import numpy as np
-
-from nanopack.conversations.files import COLUMNS, open_files
+from nanopack.conversations import keys
+from nanopack.conversations.data_sets import Conversations, Dataset, open_conversations
+from nanopack.conversations.files import SUFFIXES
+from nanopack.conversations.keys import RECORD, Row, is_absent
+from nanopack.conversations.messages import (
+    ROLES,
+    SYSTEM_ROLES,
+    Message,
+    Part,
+    as_list,
+    fail,
+    is_object_array,
+    read_dict,
+    read_dicts,
+    read_messages,
+    read_parts,
+    read_text,
+    remedy,
+)
 from nanopack.conversations.source import Source
-from nanopack.errors import ConversationError
+from nanopack.conversations.tokens import Tokens, ready_tokens
+from nanopack.errors import ConversationError, describe, short
 
 __all__ = [
+    "SUFFIXES",
     "Conversation",
     "ConversationError",
     "Conversations",
@@ -32,154 +45,21 @@ __all__ = [
     "Message",
     "Part",
     "Source",
+    "Tokens",
     "check",
+    "choose",
     "open_conversations",
+    "short",
 ]
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-# Llama 3 calls a tool ipython.
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "ipython": "tool"}
-# A function call is what the assistant says, an observation what comes of it.
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", **ROLES}
-SHAREGPT_ROLES |= {"function_call": "assistant", "observation": "tool"}
-PART_TYPES = ("text", "python", "python_output")
 FLOAT32_MAX = 3.4028234663852886e38
 
-
-class Dataset(Protocol):
-    """Any data set: a list, `datasets.Dataset`, torch `Dataset`, nanochat task or `nanopack.mixture`."""
-
-    def __len__(self) -> int:
-        """Return the number of records."""
-
-    def __getitem__(self, index: int, /) -> Any:
-        """Return record `index`, a conversation in one of the accepted shapes, for 0 <= index < len."""
+_NOTED = frozenset(key for key, kind in RECORD.items() if kind == keys.HARMLESS)
+_ONLY_MESSAGES = {"messages"}
 
 
-Conversations: TypeAlias = Dataset | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-"""What `Loader` and `mixture` take: a data set, or path(s) or globs of .jsonl, .jsonl.gz and .parquet files."""
-
-
-class Items(Source):
-    """The records of an object with len and [int]: list, datasets.Dataset, torch Dataset, nanochat task."""
-
-    def __init__(self, items: Any) -> None:
-        self._items = items
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, index: int) -> object:
-        if not 0 <= index < len(self._items):
-            raise IndexError(f"conversation {index} of {len(self._items)}")
-        # nanochat's tasks refuse numpy's integers.
-        return self._items[operator.index(index)]
-
-    def where(self, index: int) -> str:
-        return f"conversation {index}"
-
-
-def open_conversations(conversations: Any) -> Source:
-    """Return the conversations of an object with len and [int], or of one or more paths or globs; a Source as it is.
-
-    Files end in .jsonl, .jsonl.gz or .parquet. A glob gives its files sorted, a list keeps its order. Raises
-    ValueError for what is empty, missing or unreadable, ImportError for a .parquet file without pyarrow.
-    """
-    if isinstance(conversations, (str, os.PathLike)):
-        conversations = [conversations]
-    # by class, not by its methods: a pandas.Series has all of them, and means something else by where()
-    if isinstance(conversations, Source):
-        source = conversations
-    elif isinstance(conversations, (list, tuple)) and any(map(_is_path, conversations)):
-        source = open_files([path for item in conversations for path in find_files(item)])
-    else:
-        _refuse_unusable(conversations)
-        source = Items(conversations)
-    if len(source) == 0:
-        raise ValueError(f"conversations={short(conversations)} holds no conversation; give at least one")
-    return source
-
-
-def find_files(item: Any) -> list[str]:
-    """Return the files that a path or a glob stands for; ValueError where there is none that can be read."""
-    if not _is_path(item):
-        raise ValueError(f"conversations mixes paths with {_value(item)}; give paths or records, not both")
-    path = os.fsdecode(item)
-    # A file whose name looks like a glob is meant itself.
-    literal = os.path.exists(path) or not glob.has_magic(path)
-    paths = [path] if literal else sorted(glob.glob(path, recursive=True))
-    if not paths:
-        raise ValueError(f"conversations={path!r} matches no file; the working directory is {os.getcwd()}")
-    for path in paths:
-        _refuse_unreadable(path)
-    return paths
-
-
-def _is_path(item: object) -> bool:
-    return isinstance(item, (str, os.PathLike))
-
-
-def _is_record(item: object) -> bool:
-    return isinstance(item, (dict, Mapping, list, tuple))
-
-
-def _refuse_unreadable(path: str) -> None:
-    if os.path.isdir(path):
-        why = f"is a directory; name the files in it, such as {os.path.join(path, '*.jsonl')!r}"
-    elif not os.path.exists(path):
-        why = f"does not exist; the working directory is {os.getcwd()}, and a text goes in as {{'text': ...}}"
-    elif not path.lower().endswith(SUFFIXES):
-        why = f"has an unknown suffix; known are {', '.join(SUFFIXES)}"
-    elif not os.path.isfile(path) or not os.access(path, os.R_OK):
-        why = "is not a file that can be read; give a plain file and check its permissions"
-    else:
-        return
-    raise ValueError(f"conversations={short(path, 200)} {why}")
-
-
-def _refuse_unusable(items: Any) -> None:
-    kind = type(items)
-    if isinstance(items, Mapping):
-        why = "is one dict; put a conversation into a list, give one split of a DatasetDict: data['train']"
-    elif isinstance(items, (bytes, bytearray)):
-        why = "is not a path; give it as str"
-    elif isinstance(items, Iterator) or not (hasattr(kind, "__len__") and hasattr(kind, "__getitem__")):
-        why = "has no len() and [int]; give list(...) of it, or files"
-    elif kind.__name__ == "DataFrame":
-        why = "hands out columns; give df.to_dict('records')"
-    elif isinstance(items, (list, tuple)) and items and not any(map(_is_record, items)):
-        why = "holds no records; give dicts such as {'messages': [...]}, or paths"
-    else:
-        return
-    raise ValueError(f"conversations={_value(items)} {why}")
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A stretch of an assistant's message: what it says, runs, or is given back."""
-
-    type: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    role: str
-    content: str | tuple[Part, ...]
-    rest: Mapping[str, Any] | None = None
-    """What else the message holds that is not None, such as tool_calls."""
-
-
-class Tokens(NamedTuple):
-    """A document that is rendered already."""
-
-    ids: np.ndarray
-    """(n,) of any integers; whether the tokenizer has them, render.py checks."""
-    mask: np.ndarray | None
-    """(n,) bool: which are trained; None: all."""
-
-
-@dataclass(frozen=True, slots=True)
+# Not frozen, as Message is not.
+@dataclass(slots=True)
 class Conversation:
     """Messages, or the text of a plain document, or the tokens of one that is rendered already."""
 
@@ -187,113 +67,153 @@ class Conversation:
     text: str | None = None
     weight: float = 1.0
     tokens: Tokens | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    """Definitions of tools, for template="hf"."""
+    template_kwargs: Mapping[str, Any] | None = None
+    """What else the chat template is given, for template="hf"."""
+    ignored_keys: tuple[str, ...] = ()
+    """Keys that nothing reads, sorted: 'mood', 'message.mood' or 'part.mood'."""
 
 
 def check(record: object) -> Conversation:
     """Return the conversation of a record of any accepted shape; ConversationError says what is wrong.
 
-    Shapes: {"messages": [{"role", "content"}, ...]}; that list bare; ShareGPT's {"conversations": [{"from",
-    "value"}, ...]}; {"text": str}; {"input_ids": ints, "loss_mask": bools or 0 and 1}, as arrays or lists, taken as
-    they are; without loss_mask all are trained. A "weight" may stand beside them. Other keys of the record are
-    ignored, those of a message are for template="hf"; a key that is None counts as absent, and so may content beside
-    tool_calls.
+    Shapes: {"messages": [...]} or {"conversations": [...]} of {"role", "content"} or {"from", "value"}; that list bare;
+    {"prompt", "completion"}, strings or lists of messages, of which the completion is in the loss; Alpaca's
+    {"instruction", "input", "output"}; {"text": str}; {"input_ids": ints}, with labels or a loss_mask. keys.py says
+    what other keys do. A key that matters and cannot be honoured is an error.
 
-    >>> check({"conversations": [{"from": "human", "value": "hi"}]})
-    Conversation(messages=(Message(role='user', content='hi', rest=None),), text=None, weight=1.0, tokens=None)
+    >>> check({"conversations": [{"from": "human", "value": "hi"}]}).messages
+    (Message(role='user', content='hi', rest=None, train=True),)
     """
-    if isinstance(record, (list, tuple)):
-        return Conversation(_messages(record, "role", "content", ROLES))
+    if isinstance(record, dict) and record.keys() - _NOTED == _ONLY_MESSAGES and record["messages"] is not None:
+        found = _chat(record["messages"])
+        # a plain dict has no columns besides
+        return found if type(record) is dict else _with_unread(found, record)
+    if isinstance(record, (list, tuple)) or is_object_array(record):
+        return _chat(record)
     if not isinstance(record, (dict, Mapping)):
-        _fail(f"a conversation is a dict or a list of messages, not {_value(record)}{_remedy(record)}")
-    shapes = [key for key in COLUMNS if record.get(key) is not None]
-    if len(shapes) != 1:
-        _fail_shape(record, shapes)
-    weight = _weight(record.get("weight"))
-    if shapes == ["text"]:
-        return Conversation((), _text(record["text"], "text"), weight)
-    if shapes == ["input_ids"]:
-        return Conversation((), None, weight, _tokens(record["input_ids"], record.get("loss_mask")))
-    if shapes == ["messages"]:
-        return Conversation(_messages(record["messages"], "role", "content", ROLES), None, weight)
-    return Conversation(_messages(record["conversations"], "from", "value", SHAREGPT_ROLES), None, weight)
+        fail(f"a conversation is a dict or a list of messages, not {describe(record)}{remedy(record)}")
+    held = {key: value for key, value in record.items() if key not in _NOTED and not _is_missing(key, value)}
+    shape = _shape(record, held)
+    weight = _weight(held.pop("weight", None))
+    if shape == "input_ids":
+        found = Conversation((), None, weight, ready_tokens(held))
+    elif shape == "text":
+        found = Conversation((), read_text(held["text"], "text"), weight)
+    elif shape == "prompt":
+        found = replace(_prompted(held), weight=weight)
+    elif shape == "instruction":
+        found = Conversation(_instructed(held), None, weight)
+    else:
+        found = replace(_chat(held[shape]), weight=weight)
+    beside = {key: value for key, value in held.items() if key not in _READ_BY[shape]}
+    return _with_unread(_with_beside(found, beside, shape) if beside else found, record)
 
 
-def _messages(messages: object, role_key: str, content_key: str, roles: dict[str, str]) -> tuple[Message, ...]:
-    if not isinstance(messages, (list, tuple)):
-        _fail(f"the messages must be a list, not {_value(messages)}{_remedy(messages)}")
-    if not messages:
-        _fail("the list of messages is empty; there must be at least one")
-    checked: list[Message] = []
-    try:
-        for message in messages:
-            checked.append(_message(message, role_key, content_key, roles))
-    except ConversationError as error:
-        raise ConversationError(f"message {len(checked)}: {error}") from None
-    return tuple(checked)
+def _with_unread(found: Conversation, record: Mapping[str, Any]) -> Conversation:
+    unread = record.unread if isinstance(record, Row) else ()
+    return replace(found, ignored_keys=tuple(sorted({*found.ignored_keys, *unread}))) if unread else found
 
 
-def _message(message: object, role_key: str, content_key: str, roles: dict[str, str]) -> Message:
-    if not isinstance(message, (dict, Mapping)):
-        _fail(f"it must be a dict of {role_key!r} and {content_key!r}, not {_value(message)}")
-    role, content = message.get(role_key), message.get(content_key)
-    if not isinstance(role, str) or role not in roles:
-        _fail_role(message, role_key, roles)
-    rest = None
-    if len(message) > 2 or content is None:
-        rest = {k: v for k, v in message.items() if k not in (role_key, content_key) and v is not None}
-        # Who calls a tool need not say anything.
-        content = "" if content is None and rest.get("tool_calls") else content
-    return Message(roles[role], content if isinstance(content, str) else _parts(content, content_key), rest or None)
+# Which keys a shape reads; of kind READ, the others are named as unknown.
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "text": ("text",),
+    "input_ids": ("input_ids", *(key for key, kind in RECORD.items() if kind == keys.MASK)),
+    "prompt": ("prompt", "completion"),
+    "instruction": ("instruction", "input", "output", "history"),
+}
 
 
-def _parts(content: object, key: str) -> tuple[Part, ...]:
-    if not isinstance(content, (list, tuple)):
-        _fail(f"{key} must be a str or a list of parts, not {_value(content)}")
-    parts = []
-    for number, part in enumerate(content):
-        if not isinstance(part, (dict, Mapping)):
-            _fail(f"part {number} of {key} must be a dict of 'type' and 'text', not {_value(part)}")
-        kind = part.get("type")
-        if kind not in PART_TYPES:
-            _fail(f"part {number} of {key}: type is {short(kind)}; allowed are {', '.join(PART_TYPES)}")
-        parts.append(Part(kind, _text(part.get("text"), f"text of part {number}")))
-    return tuple(parts)
+def _is_missing(key: str, value: object) -> bool:
+    """Return whether a key of a record counts as absent: an empty text is a text, and an empty list no messages."""
+    if RECORD.get(key) in (keys.READ, keys.MASK):
+        # pandas writes NaN where a column has nothing
+        return value is None or (isinstance(value, float) and value != value and key != "weight")
+    return is_absent(value)
 
 
-def _text(text: object, name: str) -> str:
-    if not isinstance(text, str):
-        _fail(f"{name} must be a str, not {_value(text)}")
-    return text
+def _shape(record: Mapping[str, object], held: Mapping[str, object]) -> str:
+    """Return the key that says of which shape the record is."""
+    found = [key for key in ("messages", "conversations", "text", "input_ids") if key in held]
+    found += ["prompt"] if "prompt" in held and "completion" in held else []
+    found += ["instruction"] if "instruction" in held and "output" in held else []
+    if len(found) != 1:
+        _fail_shape(record, held, found)
+    return found[0]
 
 
-def _tokens(ids: object, mask: object) -> Tokens:
-    array = _array(ids, "input_ids")
-    if not len(array):
-        _fail("input_ids is empty; a document has at least one token")
-    if array.dtype.kind not in "iu":
-        _fail(f"input_ids must be ints, not {array.dtype}")
-    if mask is None:
-        return Tokens(array, None)
-    trained = _array(mask, "loss_mask")
-    if trained.dtype != bool:
-        if trained.dtype.kind not in "iu" or trained.min(initial=0) < 0 or trained.max(initial=0) > 1:
-            _fail(f"loss_mask must be bools or 0 and 1, not {short(mask)} of {trained.dtype}")
-        trained = trained.astype(bool)
-    if len(trained) != len(array):
-        _fail(f"loss_mask has {len(trained)} entries for {len(array)} input_ids; give one for each")
-    return Tokens(array, trained)
+def _with_beside(found: Conversation, beside: Mapping[str, Any], shape: str) -> Conversation:
+    """Return the conversation with what stands beside it in the record."""
+    ignored = set(found.ignored_keys)
+    for key, value in beside.items():
+        kind = RECORD.get(key)
+        if kind is None or kind == keys.READ:
+            ignored.add(key)
+        elif kind == keys.MASK:
+            fail(f"{key} is about input_ids, and the record has {shape}; remove it, or give input_ids instead")
+        elif kind == keys.REFUSED:
+            fail(f"{key} cannot be honoured: {short(value)}; {_HONOURED.get(key, 'nanopack packs text; remove it')}")
+        elif kind == keys.NOT_IN_LOSS:
+            _check_masked_role(key, value, shape)
+        elif not found.messages:
+            fail(f"{key} belongs to messages, and the record has {shape}; remove it, or give messages instead")
+        elif kind == keys.SYSTEM:
+            if found.messages[0].role in SYSTEM_ROLES:
+                fail(f"the record has {key} and message 0 is the system's already; remove one of them")
+            said = Message("system", value if isinstance(value, str) else read_parts(value, key, ignored))
+            found = replace(found, messages=(said, *found.messages))
+        elif key == "tools":
+            found = replace(found, tools=read_dicts(value, key))
+        else:
+            found = replace(found, template_kwargs=read_dict(value, key))
+    return replace(found, ignored_keys=tuple(sorted(ignored)))
 
 
-def _array(values: object, name: str) -> np.ndarray:
-    if isinstance(values, np.ma.MaskedArray) and values.mask.any():
-        _fail(f"{name} has masked entries: {short(values)}; give .compressed() or .filled(value) of it")
-    try:
-        array = np.asarray(values)
-    except (ValueError, OverflowError, TypeError) as error:
-        _fail(f"{name} is no flat array or list of numbers ({error})")
-    if array.ndim != 1:
-        _fail(f"{name} must be flat, not of shape {array.shape}: {short(values)}")
-    return array
+_HONOURED = {
+    "functions": "give them as tools, in the form of today",
+    **dict.fromkeys(("train", "training", "trainable", "masked"), "give it to each message, or a weight of 0"),
+    **dict.fromkeys(("loss_weight", "loss_weights", "sample_weight"), "name it weight, one number for the record"),
+    **dict.fromkeys(("prompt_mask", "action_mask", "label_mask", "token_weights"), "give a loss_mask or labels"),
+}
+
+
+def _check_masked_role(key: str, value: object, shape: str) -> None:
+    # NeMo names the role that is not in the loss.
+    if shape in ("text", "input_ids") or not isinstance(value, str) or ROLES.get(value.lower()) != "user":
+        fail(f"{key} is {short(value)}; say loss_mask or attention_mask for tokens, weight or train for a message")
+
+
+def _chat(messages: object) -> Conversation:
+    ignored: set[str] = set()
+    checked = read_messages(messages, ignored)
+    return Conversation(checked, ignored_keys=tuple(sorted(ignored)) if ignored else ())
+
+
+def _prompted(held: Mapping[str, Any]) -> Conversation:
+    """Return prompt and completion as messages, of which the completion's are in the loss."""
+    prompt, answer = (
+        _chat([{"role": role, "content": held[key]}] if isinstance(held[key], str) else held[key])
+        for key, role in (("prompt", "user"), ("completion", "assistant"))
+    )
+    asked = tuple(replace(message, train=False) for message in prompt.messages)
+    ignored = sorted({*prompt.ignored_keys, *answer.ignored_keys})
+    return Conversation((*asked, *answer.messages), ignored_keys=tuple(ignored))
+
+
+def _instructed(held: Mapping[str, Any]) -> tuple[Message, ...]:
+    """Return an Alpaca record as messages: instruction and input, a line each, are the user's."""
+    texts = [read_text(held[key], key) for key in ("instruction", "input") if key in held]
+    said = Message("user", "\n".join(text for text in texts if text))
+    history: list[Message] = []
+    pairs = as_list(held.get("history", ()))
+    for pair in map(as_list, pairs if isinstance(pairs, (list, tuple)) else [pairs]):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            fail(f"history must be a list of pairs of strings, not {describe(held['history'])}")
+        history += [Message("user", read_text(pair[0], "history")), Message("assistant", read_text(pair[1], "history"))]
+    return (*history, said, Message("assistant", read_text(held["output"], "output")))
 
 
 def _weight(weight: object) -> float:
@@ -304,45 +224,52 @@ def _weight(weight: object) -> float:
         weight = float(weight)
     # Beyond float32's largest number a weight would reach the loss as infinity; NaN fails every comparison.
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= FLOAT32_MAX:
-        _fail(f"weight must be a number from 0 to {FLOAT32_MAX:.1e} (float32), not {_value(weight)}")
+        missing = "; pandas writes nan for a missing one: give 1.0" if weight != weight else ""
+        fail(f"weight must be a number from 0 to {FLOAT32_MAX:.1e} (float32), not {describe(weight)}{missing}")
     return float(weight)
 
 
-def _fail(why: str) -> NoReturn:
-    raise ConversationError(why)
+def choose(conversation: Conversation, loss: str, first_assistant: str) -> Conversation:
+    """Return the conversation as these arguments of Loader want it; ConversationError where they refuse it.
 
-
-def _fail_shape(record: Mapping[str, object], shapes: Sequence[str]) -> NoReturn:
-    if shapes:
-        _fail(f"the record has {' and '.join(shapes)}; remove all of them but one, or set the others to null")
-    hint = "this is a message, put it into a list" if "role" in record or "from" in record else "rename one"
-    _fail(f"the record has the keys {short(list(record))}, but none of {', '.join(COLUMNS)}; {hint}")
-
-
-def _fail_role(message: Mapping[str, object], key: str, roles: Mapping[str, str]) -> NoReturn:
-    other, shape = ("from", "conversations") if key == "role" else ("role", "messages")
-    if key not in message and other in message:
-        _fail(f"has {other!r} instead of {key!r}; messages with {other!r} belong under {shape!r}")
-    _fail(f"{key} is {short(message.get(key))}; allowed are {', '.join(sorted(roles))}")
-
-
-def _value(value: object) -> str:
-    return f"{short(value)} of type {type(value).__name__}"
-
-
-def _remedy(value: object) -> str:
-    """Return what to do about an array or a table, which a data set of another format hands out instead of lists."""
-    known = type(value).__module__.split(".")[0] in ("numpy", "pandas", "pyarrow", "polars", "torch")
-    return "; give plain lists and dicts: a datasets.Dataset does with .with_format(None)" if known else ""
-
-
-def short(value: object, length: int = 60) -> str:
-    """Return the value as Python writes it, on one line, cut in the middle to about `length` characters.
-
-    >>> short("a" * 1000, 20)
-    "'aaaaaa...aaaaaaaa'"
+    loss="last": of its answers only the last is in the loss. first_assistant: what to do if, but for the system's
+    message, it begins with the assistant's: "keep" it so, "raise", "drop" what comes before the first user's message,
+    or put an empty user's message there ("empty_user").
     """
-    writer = reprlib.Repr()
-    writer.maxlevel, writer.maxstring, writer.maxother = 2, length, length
-    text = " ".join(map(str.strip, writer.repr(value).splitlines()))
-    return text if len(text) <= length else f"{text[: length - 3]}..."
+    messages = conversation.messages
+    if (loss != "last" and first_assistant == "keep") or not messages:
+        return conversation
+    begin = messages[0].role in SYSTEM_ROLES
+    if first_assistant != "keep" and len(messages) > begin and messages[begin].role == "assistant":
+        messages = _begun(messages, begin, first_assistant)
+    if loss == "last":
+        last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=0)
+        messages = tuple(replace(m, train=m.train and i == last) for i, m in enumerate(messages))
+    return replace(conversation, messages=messages)
+
+
+def _begun(messages: tuple[Message, ...], begin: int, how: str) -> tuple[Message, ...]:
+    if how == "raise":
+        fail(
+            f"message {begin}: the conversation begins with the assistant; first_assistant='drop' or 'empty_user' helps"
+        )
+    if how == "empty_user":
+        return (*messages[:begin], Message("user", ""), *messages[begin:])
+    users = [i for i, message in enumerate(messages) if message.role == "user"]
+    if not users:
+        fail("nothing is left after first_assistant='drop': no message is the user's")
+    return (*messages[:begin], *messages[users[0] :])
+
+
+def _fail_shape(record: Mapping[str, object], held: Mapping[str, object], found: Sequence[str]) -> NoReturn:
+    if found:
+        fail(f"the record has {' and '.join(found)}; remove all of them but one, or set the others to null")
+    if "chosen" in held:
+        hint = "a preference; to train on chosen, name it messages, or completion beside a prompt"
+    elif "prompt" in held:
+        hint = "a prompt needs a completion; rename one"
+    elif "role" in record or "from" in record:
+        hint = "this is a message, put it into a list"
+    else:
+        hint = "rename one"
+    fail(f"the record has the keys {short(list(record))}, but none of {', '.join(_READ_BY)}; {hint}")

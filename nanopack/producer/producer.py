@@ -8,6 +8,7 @@ No torch, no GPU.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from functools import partial
 from math import fsum
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanopack.conversations.order import Shard
+from nanopack.notes import Notes
 from nanopack.packing.simulate import simulate
 from nanopack.producer.reader import ReadDocument, Reader, read_in_turn
 from nanopack.producer.shard import ReadAll, ShardPacker, describe_or_raise, pack_state, shards_of
@@ -23,6 +25,8 @@ from nanopack.producer.workers import Workers
 from nanopack.ring.facts import BatchFacts
 from nanopack.ring.ring import FILLING, READING, ProducerStatus
 from nanopack.ring.slot import Slot
+
+log = logging.getLogger("nanopack")
 
 
 class Start(NamedTuple):
@@ -59,8 +63,9 @@ class Producer:
         self._status = status
         self._on_chunk = None if status is None else partial(status.set, READING)
         self._workers = Workers(workers, reader, self._on_chunk) if workers else None
+        told: set[str] = set()
         self._shards = [
-            ShardPacker(shard, reader, self._read_all) for shard in shards_of(self._config, len(reader.source))
+            ShardPacker(shard, reader, self._read_all, told) for shard in shards_of(self._config, len(reader.source))
         ]
         self._step = 0
         self._batches = start.batches
@@ -68,6 +73,7 @@ class Producer:
             self._step = start.state["step"]
             for packer in self._shards:
                 packer.restore(start.state["lanes"][str(packer.shard.number)])
+        self._passes, self._skipped = self._count_passes(), self._notes().num_skipped
 
     def produce(self, slot: Slot) -> BatchFacts | None:
         """Fill the slot with the next batch; at the end of the data return None, and leave the slot as it is.
@@ -77,6 +83,9 @@ class Producer:
         """
         size = self._config.shard_rows
         rows = [packer.next_rows() for packer in self._shards]
+        if (passes := self._count_passes()) > self._passes:
+            self._passes = passes
+            self._report_skipped()
         if not any(rows) and self._step >= self._batches_of_the_longest():
             return None
         if self._status is not None:
@@ -98,6 +107,18 @@ class Producer:
     def state_bytes(self) -> bytes:
         """Return the state after the last call of `produce`, as `state_of` reads it."""
         return pack_state(self._step, self._shards)
+
+    def _count_passes(self) -> int:
+        return min(packer.passes for packer in self._shards)
+
+    def _notes(self) -> Notes:
+        return Notes.total(packer.notes for packer in self._shards)
+
+    def _report_skipped(self) -> None:
+        """Log what was skipped, once a pass and only where there is more of it."""
+        if (notes := self._notes()).num_skipped > self._skipped:
+            self._skipped = notes.num_skipped
+            log.warning("%s", notes.describe_skipped())
 
     def _batches_of_the_longest(self) -> int:
         """Return the number of batches of the rank with most of them. Called when this one has no more."""

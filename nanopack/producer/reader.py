@@ -9,6 +9,7 @@ token. An error is part of what is read, and is reported when its conversation's
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -59,6 +60,10 @@ class ReadDocument:
     """Which source of a mixture it is from."""
     taken: int = 0
     """Tokens of it that are in rows so far."""
+    ignored_keys: tuple[str, ...] = ()
+    """Keys of its record that nothing reads."""
+    special_token: str = ""
+    """A special token of the tokenizer that its plain text spells."""
 
     @cached_property
     def checksum(self) -> bytes:
@@ -83,8 +88,9 @@ class Reader:
         self.tokenizer = tokenizer
         self.config = config
         self.layout = _layout(config, tokenizer.vocab_size)
-        self.render = Renderer(tokenizer, config.template)
+        self.render = Renderer(tokenizer, config.template, config.loss, config.first_assistant)
         self._loss_bit = self.layout.word_dtype.type(self.layout.loss_bit)
+        self._special = re.compile("|".join(map(re.escape, sorted(tokenizer.special_tokens))) or r"(?!)")
 
     def __reduce__(self) -> tuple[type[Reader], tuple[Source, AnyTokenizer, LoaderConfig]]:
         # closures do not pickle
@@ -119,6 +125,9 @@ class Reader:
                 document.error = error
             else:
                 document.own_weight = conversation.weight
+                document.ignored_keys = conversation.ignored_keys
+                if conversation.text is not None and (found := self._special.search(conversation.text)):
+                    document.special_token = found[0]
                 planned.append((document, conversation))
         try:
             rendered = self.render.fill_in(plans)

@@ -24,6 +24,7 @@ from nanopack.conversations.order import Shard
 from nanopack.conversations.source import Source
 from nanopack.errors import NEVER_SKIPPED, ConversationError
 from nanopack.ledger import Ledger
+from nanopack.notes import Notes
 from nanopack.packing.rows import Packer, Row
 from nanopack.producer.reader import ReadDocument, Reader, weigh
 
@@ -61,7 +62,8 @@ def describe_or_raise(document: ReadDocument, source: Source, config: LoaderConf
 class ShardPacker:
     """One shard of the conversations and its packing."""
 
-    def __init__(self, shard: Shard, reader: Reader, read_all: ReadAll) -> None:
+    def __init__(self, shard: Shard, reader: Reader, read_all: ReadAll, told: set[str] | None = None) -> None:
+        """`told` is what the log names once, for all shards together: it grows."""
         self.shard = shard
         self._source = reader.source
         self._config = reader.config
@@ -71,6 +73,8 @@ class ShardPacker:
         """What became of the documents, by source of a mixture."""
         self.positions = Ledger()
         """The positions of the batches, which belong to no source."""
+        self.notes = Notes()
+        self._told: set[str] = set() if told is None else told
         self._num_read = 0
         # conversations that gave no document since the last one that did, and how many reads that took
         self._fruitless: set[int] = set()
@@ -119,6 +123,11 @@ class ShardPacker:
         return self._packer.longest_wait
 
     @property
+    def passes(self) -> int:
+        """Passes over the data that were read to their end."""
+        return self.shard.epoch(self._num_read) - 1
+
+    @property
     def epoch(self) -> int:
         """Pass over the data that the reading has reached, from 1."""
         epoch = self.shard.epoch(self._num_read)
@@ -148,6 +157,7 @@ class ShardPacker:
             "ledger": vars(self.positions),
             "sources": [vars(ledger) for ledger in self.sources],
             "mixed": bool(self._source.names),
+            "notes": vars(self.notes),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -161,6 +171,7 @@ class ShardPacker:
             raise ValueError(f"the state is of {len(sources)} sources, and the data have {len(self.sources)}")
         self.sources = sources
         self.positions = whole.only_positions()
+        self.notes = Notes.of(state.get("notes", ""))
         self._num_read = whole.conversations_read
         if state["packer"].keys() != self._packer.state().keys():
             raise ValueError("the state is of another packing; resume with the packing that the run began with")
@@ -212,11 +223,34 @@ class ShardPacker:
         document.source = self._source.source_of(document.conversation)
         ledger = self.sources[document.source]
         if document.error is not None:
-            log.warning("skipped %s", describe_or_raise(document, self._source, self._config))
+            what = describe_or_raise(document, self._source, self._config)
+            log.debug("skipped %s", what)
+            self.notes.skip(what, self._source.where(document.conversation))
             ledger.skip()
             return False
+        if document.ignored_keys or document.special_token:
+            self._note(document)
         ledger.read(document.num_tokens, document.cut, dropped=document.dropped)
         return not document.dropped
+
+    def _note(self, document: ReadDocument) -> None:
+        """Count what of a record is not read, and name it in the log where it is new."""
+        where, notes = self._source.where(document.conversation), self.notes
+        for key in document.ignored_keys:
+            notes.ignored_keys[key] = notes.ignored_keys.get(key, 0) + 1
+            if key not in self._told:
+                self._told.add(key)
+                log.warning("%s: nothing reads the key %r; it is named once, and counted in the ledger", where, key)
+        if document.special_token:
+            notes.texts_with_special_tokens += 1
+            if "" not in self._told:
+                self._told.add("")
+                log.warning(
+                    "%s: the text spells the special token %r, which stays text; for the token itself give messages or "
+                    "input_ids; it is named once, and counted in the ledger",
+                    where,
+                    document.special_token,
+                )
 
     def _give_up_on_nothing(self, conversation: int) -> None:
         """Raise ValueError where further reading can give no document any more."""
@@ -253,4 +287,5 @@ def state_of(packed: bytes) -> dict[str, Any]:
         shard["ledger"] = Ledger.total(map(Ledger.of, (shard["ledger"], *shard["sources"]))).state()
         if not shard.pop("mixed"):
             shard["sources"] = []
+        shard["notes"] = Notes(**shard["notes"]).dump()
     return {"step": step, "lanes": shards}

@@ -159,6 +159,7 @@ def _send(chunk: Chunk, results: Connection) -> None:
             document.own_weight,
             document.dropped,
             None if document.error is None else Failure.of(document.error),
+            (document.ignored_keys, document.special_token),
         )
         for document in chunk.documents
     ]
@@ -170,8 +171,10 @@ def _receive(results: Connection) -> list[ReadDocument]:
     """Receive the documents of a chunk; their words are views of the message."""
     facts, dtype = results.recv()
     words, documents, begin = np.frombuffer(results.recv_bytes(), dtype), [], 0
-    for conversation, length, num_tokens, cut, weight, own_weight, dropped, failure in facts:
+    for conversation, length, num_tokens, cut, weight, own_weight, dropped, failure, notes in facts:
         own, begin = words[begin : begin + length], begin + length
         error = None if failure is None else _error(failure)
-        documents.append(ReadDocument(conversation, own, num_tokens, cut, weight, own_weight, dropped, error))
+        document = ReadDocument(conversation, own, num_tokens, cut, weight, own_weight, dropped, error)
+        document.ignored_keys, document.special_token = notes
+        documents.append(document)
     return documents

@@ -21,9 +21,10 @@ import torch
 
 from nanopack.batch import Batch, Piece
 from nanopack.errors import ConversationError
-from nanopack.reference.documents import check_ids, conversation, open_records, render
+from nanopack.reference.documents import check_ids, render
 from nanopack.reference.order import Reader
 from nanopack.reference.packing import Document, Rows, Word, pack_rows, pack_stream
+from nanopack.reference.records import choose, conversation, open_records
 from nanopack.render.templates import Template
 from nanopack.tokenizers.tokenizer import load_tokenizer
 
@@ -37,10 +38,11 @@ DEFAULTS: dict[str, dict[str, int]] = {
 }
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "packing": tuple(DEFAULTS),
-    "loss": ("assistant", "all"),
+    "loss": ("assistant", "last", "all"),
     "loss_weights": (None, "token", "conversation"),
     "extras": ("positions", "doc_ids", "cu_seqlens"),
     "template": ("nanochat", "chatml", "llama3", "hf"),
+    "first_assistant": ("keep", "raise", "drop", "empty_user"),
     "shard": ("rank", "row"),
     "on_error": ("raise", "skip"),
 }
@@ -63,6 +65,7 @@ def batches(
     seq_len: int = 2048,
     packing: str | PackingOptions = "best_fit",
     template: str | Template = "nanochat",
+    first_assistant: str = "keep",
     loss: str = "assistant",
     loss_weights: str | None = None,
     boundary_loss: bool = True,
@@ -83,9 +86,8 @@ def batches(
     tokens, and ConversationError for an invalid conversation.
     """
     packing, options = (packing, DEFAULTS.get(packing, {})) if isinstance(packing, str) else _options(packing)
-    chosen = dict(
-        packing=packing, loss=loss, loss_weights=loss_weights, template=template, shard=shard, on_error=on_error
-    )
+    chosen = dict(packing=packing, loss=loss, loss_weights=loss_weights, template=template, shard=shard)
+    chosen |= dict(first_assistant=first_assistant, on_error=on_error)
     for name, value in [*chosen.items(), *(("extras", extra) for extra in extras)]:
         if value not in CHOICES[name] and not isinstance(value, Template):
             raise ValueError(f"{name}={value!r} is not known. Pass one of {CHOICES[name]}.")
@@ -108,17 +110,18 @@ def batches(
     records = open_records(conversations)
     cut = seq_len + 1 if packing in ("best_fit", "best_fit_pad", "pad") else None
     # nanochat's packings keep a document without a token in the loss, and so must we to reproduce its batches.
-    drops = packing in ("best_fit", "pad") and loss == "assistant"
+    drops = packing in ("best_fit", "pad") and loss != "all"
 
     def read(index: int) -> Document | None:
         where, record = records[index]
         try:
-            messages, text, ready, weight = conversation(record())
-            if ready is not None:
-                tokens = check_ids(ready, coder.vocab_size)
+            said = conversation(record())
+            said.messages = choose(said.messages, loss, first_assistant)
+            if said.tokens is not None:
+                tokens = check_ids(said.tokens, coder.vocab_size)
             else:
-                # Checked here, so that a tokenizer that lacks one does not make every conversation a bad one.
-                tokens = [] if messages and lacking else render(messages, text, coder, template)
+                # Asked here, so that a tokenizer that lacks one is not taken for many bad conversations.
+                tokens = [] if said.messages and lacking else render(said, coder, template)
         except MemoryError:
             raise
         except Exception as error:
@@ -132,7 +135,7 @@ def batches(
             tokens = [(id, True) for id, _ in tokens]
         if not boundary_loss:
             tokens[0] = (tokens[0][0], False)
-        document = Document(index, tokens, weight)
+        document = Document(index, tokens, said.weight)
         return None if drops and document.num_loss_tokens == 0 else document
 
     # A lane is a shard of the conversations, packed by itself: one per rank, or one per row of the global batch.

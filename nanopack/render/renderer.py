@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from nanopack.conversations.records import Conversation, Message, Part, Tokens
+from nanopack.conversations.keys import MESSAGE, TEMPLATE
+from nanopack.conversations.messages import SYSTEM_ROLES
+from nanopack.conversations.records import Conversation, Message, Part, Tokens, choose
 from nanopack.errors import ConversationError, TemplateError
 from nanopack.render.hf_template import make_chat_renderer
 from nanopack.render.templates import CHATML, LLAMA3, Template, Turn
@@ -53,9 +55,19 @@ _Planner: TypeAlias = Callable[[Sequence[Message]], Plan]
 class Renderer:
     """Renders conversations, one at a time or many in one go."""
 
-    def __init__(self, tokenizer: AnyTokenizer, template: str | Template) -> None:
-        """Render by `template`: a name, "hf" or a `Template`. ValueError where there is none such."""
+    def __init__(
+        self,
+        tokenizer: AnyTokenizer,
+        template: str | Template,
+        loss: str = "assistant",
+        first_assistant: str = "keep",
+    ) -> None:
+        """Render by `template`: a name, "hf" or a `Template`. ValueError where there is no such template.
+
+        `loss` and `first_assistant` are as in `Loader`; loss="all" masks as "assistant" does.
+        """
         self._tokenizer = tokenizer
+        self._choice = loss, first_assistant
         self._bos = _known(tokenizer.bos_id)
         self._plan_messages: _Planner | None = None
         if template == "hf":
@@ -81,6 +93,7 @@ class Renderer:
 
     def plan(self, conversation: Conversation) -> Plan | Document:
         """Return what `fill_in` makes a document: all but the encoding, which takes longest. Raises as a call does."""
+        conversation = choose(conversation, *self._choice)
         if conversation.tokens is not None:
             return _take_over(conversation.tokens, self._tokenizer)
         if conversation.text is not None:
@@ -90,7 +103,7 @@ class Renderer:
             return Document(*self._encode_chat(conversation.messages), ())
         if not conversation.messages:
             raise ConversationError("there are no messages; a conversation needs at least one")
-        _refuse_tool_calls(conversation.messages)
+        _refuse_unwritten(conversation)
         return self._plan_messages(conversation.messages)
 
     def fill_in(self, plans: Sequence[Plan | Document]) -> list[Document]:
@@ -128,12 +141,17 @@ def _take_over(tokens: Tokens, tokenizer: AnyTokenizer) -> Document:
     return Document(ids.copy(), np.ones(len(ids), bool) if mask is None else mask.copy(), ())
 
 
-def _refuse_tool_calls(messages: Sequence[Message]) -> None:
-    for index, message in enumerate(messages):
-        if message.rest and message.rest.get("tool_calls"):
-            raise ConversationError(
-                f"message {index}: it has tool_calls, which only template='hf' writes; write them into the content"
-            )
+def _refuse_unwritten(conversation: Conversation) -> None:
+    """Raise ConversationError for what only a tokenizer's own chat template can write."""
+    only = "which only template='hf' writes"
+    for name, value in (("tools", conversation.tools), ("chat_template_kwargs", conversation.template_kwargs)):
+        if value is not None:
+            raise ConversationError(f"the record has {name}, {only}; use it, or remove them")
+    for index, message in enumerate(conversation.messages):
+        for key in message.rest or ():
+            if MESSAGE.get(key) == TEMPLATE:
+                what = "them into the content" if key == "tool_calls" else "it into the content, or remove it"
+                raise ConversationError(f"message {index}: it has {key}, {only}; write {what}")
 
 
 def _find(template: str | Template) -> Template:
@@ -218,16 +236,16 @@ def _nanochat(tokenizer: AnyTokenizer) -> _Planner:
                 trained += (False, False, False)
             elif isinstance(turn.content, str):
                 runs += (assistant_start, turn.content, assistant_end)
-                trained += (False, True, True)
+                trained += (False, turn.train, turn.train)
             else:
                 runs.append(assistant_start)
                 trained.append(False)
                 for number, part in enumerate(turn.content):
                     part_runs, part_trained = plan_part(index, number, part)
                     runs += part_runs
-                    trained += part_trained
+                    trained += [in_loss and turn.train for in_loss in part_trained]
                 runs.append(assistant_end)
-                trained.append(True)
+                trained.append(turn.train)
         return Plan(runs, trained, firsts)
 
     return plan_messages
@@ -235,14 +253,15 @@ def _nanochat(tokenizer: AnyTokenizer) -> _Planner:
 
 def _merge_system(messages: Sequence[Message], before: str = "", after: str = "\n\n") -> Sequence[Message]:
     """Put a first system message in front of the user's text, as nanochat does."""
-    if messages[0].role != "system":
+    if messages[0].role not in SYSTEM_ROLES:
         return messages
     system = _string(0, messages[0])
     if len(messages) == 1:
-        raise ConversationError("message 0: role is 'system' and no message follows; a user's must")
+        raise ConversationError(f"message 0: role is {messages[0].role!r} and no message follows; a user's must")
     if messages[1].role != "user":
         raise ConversationError(_wrong_role(messages, 1))
-    return (Message("user", f"{before}{system}{after}{_string(1, messages[1])}"), *messages[2:])
+    both = f"{before}{system}{after}{_string(1, messages[1])}"
+    return (Message("user", both, train=messages[1].train), *messages[2:])
 
 
 def _wrong_role(messages: Sequence[Message], index: int) -> str:
@@ -250,7 +269,7 @@ def _wrong_role(messages: Sequence[Message], index: int) -> str:
     what = f"message {index}: role is {role!r}"
     if role == "tool":
         return f"{what}; template='nanochat' has none: what a tool gave back is a python_output part of the assistant's"
-    if role == "system":
+    if role in SYSTEM_ROLES:
         return f"{what}; only message 0 may be a system message"
     order = "messages must alternate user/assistant after an optional system message"
     if index > 0 and messages[index - 1].role == role:
@@ -259,10 +278,10 @@ def _wrong_role(messages: Sequence[Message], index: int) -> str:
 
 
 def _string(index: int, message: Message) -> str:
-    if isinstance(message.content, str):
-        return message.content
-    what = f"message {index}: content is a list of parts"
-    raise ConversationError(f"{what}; for role {message.role!r} it must be a string")
+    if (text := message.text) is None:
+        what = f"message {index}: content has parts that are not text"
+        raise ConversationError(f"{what}; for role {message.role!r} it must be a string or text parts")
+    return text
 
 
 def _templated(tokenizer: AnyTokenizer, template: Template) -> _Planner:
@@ -288,11 +307,13 @@ def _templated(tokenizer: AnyTokenizer, template: Template) -> _Planner:
         return encode(turn.before), encode(turn.end), encode(turn.after), (False, turn.trained, turn.trained, False)
 
     around = {role: runs_around(turn) for role, turn in template.turns().items() if turn is not merged_system}
+    if "system" in around:
+        around["developer"] = around["system"]
 
     def plan_messages(messages: Sequence[Message]) -> Plan:
         turns = messages
         if template.strip:
-            turns = [Message(m.role, m.content.strip()) if isinstance(m.content, str) else m for m in turns]
+            turns = [m if m.text is None else replace(m, content=m.text.strip()) for m in turns]
         if merged_system:
             turns = _merge_system(turns, merged_system.before, merged_system.after)
         merged = len(messages) - len(turns)
@@ -305,7 +326,7 @@ def _templated(tokenizer: AnyTokenizer, template: Template) -> _Planner:
             firsts.append(len(runs))
             before, end, after, of_turn = around[message.role]
             runs += (before, _string(index, message), end, after)
-            trained += of_turn
+            trained += of_turn if message.train else (False, False, False, False)
         return Plan(runs, trained, firsts)
 
     return plan_messages
@@ -320,7 +341,7 @@ def _unlisted(template: Template, text: str, token: str) -> str:
 
 def _no_such_role(template: Template, index: int, role: str) -> str:
     what = f"message {index}: role is {role!r}"
-    if role == "system" and template.merge_system:
+    if role in SYSTEM_ROLES and template.merge_system:
         return f"{what}; only message 0 may be a system message"
     return f"{what}; template={template.name!r} has {', '.join(template.turns())}"
 

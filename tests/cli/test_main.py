@@ -367,7 +367,9 @@ def test_a_broken_line_can_be_skipped_and_is_counted(run, broken, command):
     code, out, err = run(command, broken, *SMALL, "--on-error", "skip")
     assert code == 0
     assert "1  skipped: invalid\n" in out and row_of(out, "ledger")[1] == "balanced"
-    assert err.startswith(f"nanopack: skipped {broken}:17, ") and err.count("\n") == 1
+    assert err.startswith(f"nanopack: skipped 1 bad conversation: 1 like {broken}:17, ") and err.count("\n") == 1
+    _, _, err = run(command, broken, *SMALL, "--on-error", "skip", "-v")
+    assert err.startswith(f"nanopack: skipped {broken}:17, ") and err.count("\n") == 2
     code, out, err = run(command, broken, *SMALL, "--on-error", "skip", "--json")
     report = json.loads(out)
     assert report.get("packing", {}) and '"skipped": 1' in out and '"balanced": true' in out
@@ -627,7 +629,7 @@ def test_an_error_replaces_the_progress_bar(broken):
 def test_a_warning_does_not_run_into_the_progress_bar(broken):
     code, shown = on_a_terminal("pack", broken, *SMALL, "--on-error", "skip", stdout=subprocess.DEVNULL)
     assert code == 0
-    assert re.search(r"\x1b\[2Knanopack: skipped \S+broken.jsonl:17, [^\r]*\r\n", shown)
+    assert re.search(r"\x1b\[2Knanopack: skipped 1 bad conversation: 1 like \S+broken.jsonl:17, [^\r]*\r\n", shown)
 
 
 def test_ctrl_c_ends_with_130_and_no_traceback():

@@ -209,7 +209,8 @@ def test_parquet_gives_the_known_columns_and_reads_no_others(tmp_path: Path, mon
         {"messages": [{"role": "user", "content": "ho", "name": "x"}], "weight": None, "score": 2},
     ]
     source = open_conversations(write_parquet(tmp_path / "chats.parquet", rows))
-    assert [source[0], source[1]] == [{"messages": r["messages"], "weight": r["weight"]} for r in rows]
+    said = [[{"role": "user", "content": "hi"}], [{"role": "user", "content": "ho", "name": "x"}]]
+    assert [source[0], source[1]] == [{"messages": m, "weight": w} for m, w in zip(said, [0.5, None], strict=True)]
     assert read == [(0, ["messages", "weight"])]
 
 

@@ -181,4 +181,4 @@ def test_the_error_is_part_of_the_public_face():
 def test_what_the_producer_logs_arrives_in_the_trainers_handlers(caplog):
     with caplog.at_level(logging.WARNING, "nanopack"):
         list(Loader([*CHATS[:3], {"text": 1}], TOKENIZER, epochs=1, on_error="skip", **SMALL))
-    assert "skipped conversation 3" in caplog.text
+    assert "skipped 1 bad conversation: 1 like conversation 3" in caplog.text

@@ -547,16 +547,16 @@ BAD = {
     "user twice": [user("x"), user("y")],
     "unknown role": [user("x"), {"role": "tool", "content": "y"}],
     "role is no string": [{"role": 1, "content": "y"}],
-    "role of another shape": [{"role": "human", "content": "x"}],
+    "a judge": [{"role": "judge", "content": "x"}],
     "system alone": [{"role": "system", "content": "x"}],
     "system before the assistant": [{"role": "system", "content": "x"}, assistant("y")],
     "system in the middle": [user("x"), {"role": "system", "content": "y"}],
-    "system in parts": [{"role": "system", "content": [{"type": "text", "text": "x"}]}, user("x")],
-    "user in parts": [user([{"type": "text", "text": "x"}])],
+    "system with code": [{"role": "system", "content": [{"type": "python", "text": "x"}]}, user("x")],
+    "user with code": [user([{"type": "text", "text": "x"}, {"type": "python", "text": "x"}])],
     "unknown part": [user("x"), assistant([{"type": "image", "text": "x"}])],
     "part without text": [user("x"), assistant([{"type": "text"}])],
     "part is a string": [user("x"), assistant(["x"])],
-    "ShareGPT with role": {"conversations": [user("x")]},
+    "role and from": {"conversations": [user("x") | {"from": "human"}]},
     "ShareGPT from nobody": {"conversations": [{"from": "tool", "value": "x"}]},
     "weight below 0": {"text": "x", "weight": -1},
     "weight is not a number": {"text": "x", "weight": float("nan")},
@@ -580,7 +580,7 @@ def test_bad_conversation_is_named_or_skipped(record):
 
 
 def test_parts_and_unknown_roles_are_bad_in_chatml():
-    for messages in ([assistant([{"type": "text", "text": "x"}])], [{"role": "judge", "content": "x"}]):
+    for messages in ([assistant([{"type": "python", "text": "x"}])], [{"role": "judge", "content": "x"}]):
         with pytest.raises(ConversationError, match="message 0"):
             take(1, [messages], template="chatml", batch_size=1, seq_len=9)
 

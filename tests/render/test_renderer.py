@@ -394,11 +394,11 @@ def test_writing_into_a_document_leaves_the_next_one_as_it_is(template):
 # What the templates forbid
 
 S, U, A = (Message(role, f"I am {role}") for role in ("system", "user", "assistant"))
-PARTED = {role: Message(role, (Part("text", "p"),)) for role in ("system", "user", "assistant")}
+PARTED = {role: Message(role, (Part("text", "p"), Part("python", "1"))) for role in ("system", "user", "assistant")}
 SPACES = " " * 1_000_001
 ALTERNATE = "messages must alternate user/assistant after an optional system message"
 NOT_FIRST = f"where the first user message must be; {ALTERNATE}"
-PARTS_OF = "content is a list of parts; for role"
+PARTS_OF = "content has parts that are not text; for role"
 REFUSED = "tiktoken cannot encode this text of 1,000,001 characters"
 FORBIDDEN = {
     "no-messages": ([], "there are no messages; a conversation needs at least one"),
@@ -416,10 +416,10 @@ FORBIDDEN = {
         [U, A, Message("tool", "x")],
         "message 2: role is 'tool'; template='nanochat' has none: what a tool gave back is a python_output part",
     ),
-    "user-with-parts": ([PARTED["user"]], f"message 0: {PARTS_OF} 'user' it must be a string"),
+    "user-with-parts": ([PARTED["user"]], f"message 0: {PARTS_OF} 'user' it must be a string or text parts"),
     "user-with-parts-after-system": ([S, PARTED["user"]], f"message 1: {PARTS_OF} 'user' it must be"),
     "later-user-with-parts": ([S, U, A, PARTED["user"]], f"message 3: {PARTS_OF} 'user' it must be"),
-    "system-with-parts": ([PARTED["system"], U], f"message 0: {PARTS_OF} 'system' it must be a string"),
+    "system-with-parts": ([PARTED["system"], U], f"message 0: {PARTS_OF} 'system' it must be a string or text parts"),
     "unknown-part": (
         [U, Message("assistant", (Part("text", "x"), Part("image", "x")))],
         "message 1: part 1 has type 'image'; it must be text, python or python_output",
@@ -435,7 +435,7 @@ FORBIDDEN = {
         [A, Message("judge", "x")],
         "message 1: role is 'judge'; template='chatml' has system, user, assistant, tool",
     ),
-    "chatml-parts": ([U, PARTED["assistant"]], f"message 1: {PARTS_OF} 'assistant' it must be a string"),
+    "chatml-parts": ([U, PARTED["assistant"]], f"message 1: {PARTS_OF} 'assistant' it must be a string or text parts"),
     "chatml-text-refused": ([U, Message("user", SPACES)], f"message 1: {REFUSED}"),
 }
 

@@ -1,0 +1,141 @@
+"""Open a data set: files, a list, a datasets.Dataset or any object with len and [int].
+
+    paths, objects   ->   open_conversations()   ->   Source[i], the record as it was stored
+                               files.py                      records.py checks it
+
+No record is read before it is asked for. A null field of an Arrow struct counts as absent at every depth: Arrow gives
+every struct of a column the fields of all. A null in JSON or in Python stays.
+"""
+
+from __future__ import annotations
+
+import glob
+import operator
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
+
+from nanopack.conversations.arrow import without_nulls
+from nanopack.conversations.files import SUFFIXES, files_in, open_files
+from nanopack.conversations.source import Source
+from nanopack.errors import describe, short
+
+
+class Dataset(Protocol):
+    """Any data set: a list, `datasets.Dataset`, torch `Dataset`, nanochat task or `nanopack.mixture`."""
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """Return record `index`, a conversation in one of the accepted shapes, for 0 <= index < len."""
+
+
+Conversations: TypeAlias = Dataset | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+"""What `Loader` and `mixture` take: a data set, or path(s), folders or globs of files that end in SUFFIXES."""
+
+
+class Items(Source):
+    """The records of an object with len and [int]: list, datasets.Dataset, torch Dataset, nanochat task."""
+
+    def __init__(self, items: Any) -> None:
+        # A pandas.Series takes its labels for an index, which a shuffle leaves out of order.
+        self._items = items.iloc if type(items).__name__ == "Series" and hasattr(items, "iloc") else items
+        self._length = len(items)
+        self._features = _plain_features(items)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> object:
+        if not 0 <= index < self._length:
+            raise IndexError(f"conversation {index} of {self._length}")
+        # nanochat's tasks refuse numpy's integers.
+        record = self._items[operator.index(index)]
+        return record if self._features is None else without_nulls(record, self._features)
+
+    def where(self, index: int) -> str:
+        return f"conversation {index}"
+
+
+def _plain_features(items: object) -> object:
+    """Return the features of a datasets.Dataset that hands out plain Python, else None."""
+    if type(items).__module__.split(".")[0] != "datasets" or getattr(items, "format", {}).get("type") is not None:
+        return None
+    return getattr(items, "features", None)
+
+
+def open_conversations(conversations: Any) -> Source:
+    """Return the conversations of an object with len and [int], or of one or more paths or globs; a Source as it is.
+
+    Files end in one of SUFFIXES. A glob gives its files sorted, a folder the known files in it, sorted, or the Dataset
+    that was saved there; a list keeps its order. Raises ValueError for what is empty, missing or unreadable,
+    ImportError for a file that needs a package which is not installed.
+    """
+    if isinstance(conversations, (str, os.PathLike)):
+        conversations = [conversations]
+    # by class, not by its methods: a pandas.Series has all of them, and means something else by where()
+    if isinstance(conversations, Source):
+        source = conversations
+    elif isinstance(conversations, (list, tuple)) and any(map(_is_path, conversations)):
+        source = open_files([path for item in conversations for path in find_files(item)])
+    else:
+        _refuse_unusable(conversations)
+        source = Items(conversations)
+    if len(source) == 0:
+        raise ValueError(f"conversations={short(conversations)} holds no conversation; give at least one")
+    return source
+
+
+def find_files(item: Any) -> list[str]:
+    """Return the files that a path, folder or glob stands for; ValueError where there is none that can be read."""
+    if not _is_path(item):
+        raise ValueError(f"conversations mixes paths with {describe(item)}; give paths or records, not both")
+    path = os.fsdecode(item)
+    # A file whose name looks like a glob, or like a home directory, is meant itself.
+    path = path if os.path.exists(path) else os.path.expanduser(path)
+    literal = os.path.exists(path) or not glob.has_magic(path)
+    paths = [path] if literal else sorted(glob.glob(path, recursive=True))
+    if not paths:
+        raise ValueError(f"conversations={path!r} matches no file; the working directory is {os.getcwd()}")
+    paths = [file for path in paths for file in (files_in(path) if os.path.isdir(path) else [path])]
+    for path in paths:
+        _refuse_unreadable(path)
+    return paths
+
+
+def _is_path(item: object) -> bool:
+    return isinstance(item, (str, os.PathLike))
+
+
+def _is_record(item: object) -> bool:
+    return isinstance(item, (dict, Mapping, list, tuple)) or type(item).__name__ == "ndarray"
+
+
+def _refuse_unreadable(path: str) -> None:
+    if not os.path.exists(path):
+        why = f"does not exist; the working directory is {os.getcwd()}, and a text goes in as {{'text': ...}}"
+    elif not path.lower().endswith(SUFFIXES):
+        why = f"has an unknown suffix; known are {', '.join(SUFFIXES)}"
+    elif not os.path.isfile(path) or not os.access(path, os.R_OK):
+        why = "is not a file that can be read; give a plain file and check its permissions"
+    else:
+        return
+    raise ValueError(f"conversations={short(path, 200)} {why}")
+
+
+def _refuse_unusable(items: Any) -> None:
+    kind = type(items)
+    if isinstance(items, Mapping):
+        why = "is one dict; put a conversation into a list, give one split of a DatasetDict: data['train']"
+    elif isinstance(items, (bytes, bytearray)):
+        why = "is not a path; give it as str"
+    elif isinstance(items, Iterator) or not (hasattr(kind, "__len__") and hasattr(kind, "__getitem__")):
+        why = "has no len() and [int]; give list(...) of it, or files"
+    elif kind.__name__ == "DataFrame":
+        why = "hands out columns; give df.to_dict('records')"
+    elif isinstance(items, (list, tuple)) and items and not any(map(_is_record, items)):
+        why = "holds no records; give dicts such as {'messages': [...]}, or paths"
+    else:
+        return
+    raise ValueError(f"conversations={describe(items)} {why}")

@@ -1,0 +1,120 @@
+"""Take a document that was tokenized elsewhere: input_ids and the masks beside them.
+
+record with input_ids   ->   ready_tokens()   ->   Tokens
+                                                  records.py puts them into a Conversation
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nanopack.errors import ConversationError, short
+
+# Keys that say of each token whether it is in the loss; labels says it too.
+LOSS_MASKS = ("loss_mask", "assistant_masks", "assistant_mask", "completion_mask", "response_mask")
+NOT_IN_LOSS = -100
+
+
+class Tokens(NamedTuple):
+    """A document that is rendered already."""
+
+    ids: np.ndarray
+    """(n,) of any integers; whether the tokenizer has them, the renderer checks."""
+    mask: np.ndarray | None
+    """(n,) bool: which are in the loss; None: all."""
+
+
+def ready_tokens(record: Mapping[str, Any]) -> Tokens:
+    """Return the tokens of a record's input_ids, (n,), and which are in the loss; ConversationError where it is wrong.
+
+    labels[i] belongs to input_ids[i]: -100 where it is not in the loss, else the id itself. Tokens whose attention_mask
+    is 0 are removed. Several masks must agree on what stays.
+    """
+    ids = _array(record["input_ids"], "input_ids")
+    if not len(ids):
+        raise ConversationError("input_ids is empty; a document has at least one token")
+    if ids.dtype.kind not in "iu":
+        raise ConversationError(f"input_ids must be ints, not {ids.dtype}")
+    length = len(ids)
+    keep = _bools(record, "attention_mask", length)
+    masks = {key: _bools(record, key, len(ids)) for key in LOSS_MASKS} | {"labels": _of_labels(record, ids)}
+    given: dict[str, Any] = {key: mask for key, mask in masks.items() if mask is not None}
+    if keep is not None and not keep.all():
+        ids, given = ids[keep], {key: mask[keep] for key, mask in given.items()}
+        if not len(ids):
+            raise ConversationError("attention_mask is 0 everywhere: no token is left; remove the record")
+    _refuse_several_documents(record, np.ones(length, bool) if keep is None else keep)
+    if not given:
+        return Tokens(ids, None)
+    first, agreed = next(iter(given.items()))
+    for key, mask in given.items():
+        if not np.array_equal(mask, agreed):
+            where = int(np.flatnonzero(mask != agreed)[0])
+            raise ConversationError(f"{first} and {key} contradict each other at token {where}; remove one of them")
+    return Tokens(ids, agreed)
+
+
+def _bools(record: Mapping[str, Any], key: str, length: int) -> Any:
+    """Return a mask as (n,) bool; None where the record has none."""
+    if record.get(key) is None:
+        return None
+    mask = _array(record[key], key)
+    if len(mask) != length:
+        raise ConversationError(f"{key} has {len(mask)} entries for {length} input_ids; give one for each")
+    if mask.dtype == bool:
+        return mask
+    if mask.dtype.kind not in "iu" or mask.min(initial=0) < 0 or mask.max(initial=0) > 1:
+        raise ConversationError(f"{key} must be bools or 0 and 1, not {short(record[key])} of {mask.dtype}")
+    return mask.astype(bool)
+
+
+def _of_labels(record: Mapping[str, Any], ids: np.ndarray) -> Any:
+    if record.get("labels") is None:
+        return None
+    labels = _array(record["labels"], "labels")
+    if len(labels) != len(ids):
+        raise ConversationError(f"labels has {len(labels)} entries for {len(ids)} input_ids; give one for each")
+    if labels.dtype.kind not in "iu":
+        raise ConversationError(f"labels must be ints, not {labels.dtype}")
+    in_loss = labels != NOT_IN_LOSS
+    wrong = np.flatnonzero(in_loss & (labels != ids))
+    if len(wrong):
+        i = int(wrong[0])
+        raise ConversationError(
+            f"labels[{i}] is {labels[i]}, neither input_ids[{i}], which is {ids[i]}, nor {NOT_IN_LOSS}; "
+            "labels must not be shifted"
+        )
+    return in_loss
+
+
+def _refuse_several_documents(record: Mapping[str, Any], keep: np.ndarray) -> None:
+    """Raise ConversationError where position_ids or seq_lengths say that several documents were packed into one."""
+    if record.get("position_ids") is not None:
+        positions = _array(record["position_ids"], "position_ids")
+        if len(positions) != len(keep):
+            raise ConversationError(f"position_ids has {len(positions)} entries for {len(keep)} input_ids")
+        if positions.dtype.kind not in "iu" or (np.diff(positions[keep].astype(np.int64)) != 1).any():
+            raise ConversationError("position_ids do not count up by 1: the record is packed; give each document alone")
+    if record.get("seq_lengths") is not None and len(_array(record["seq_lengths"], "seq_lengths")) > 1:
+        raise ConversationError("seq_lengths has several lengths: the record is packed; give each document alone")
+
+
+def _array(values: object, name: str) -> np.ndarray:
+    if isinstance(values, np.ma.MaskedArray) and values.mask.any():
+        raise ConversationError(
+            f"{name} has masked entries: {short(values)}; give .compressed() or .filled(value) of it"
+        )
+    # numpy takes True among ints for 1
+    kinds = set(map(type, values)) if isinstance(values, (list, tuple)) else ()
+    if bool in kinds and len(kinds) > 1:
+        raise ConversationError(f"{name} mixes bools with other values: {short(values)}; give numbers of one kind")
+    try:
+        array = np.asarray(values)
+    except (ValueError, OverflowError, TypeError) as error:
+        raise ConversationError(f"{name} is no flat array or list of numbers ({error})") from None
+    if array.ndim != 1:
+        raise ConversationError(f"{name} must be flat, not of shape {array.shape}: {short(values)}")
+    return array

@@ -1,0 +1,145 @@
+"""Every key of a record, message and part does what the table says, or the record is refused, or the key is named."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from containers import CONTAINERS
+from data_sets import SMALL as ENCODING
+from key_oracle import REFUSED, draw_record, meaning
+from outcomes import outcome, reference_outcome
+
+from nanopack.conversations.keys import (
+    HARMLESS,
+    IN_LOSS,
+    MASK,
+    MESSAGE,
+    NOT_IN_LOSS,
+    PART,
+    PASSED,
+    READ,
+    RECORD,
+    SYSTEM,
+    TEMPLATE,
+)
+from nanopack.conversations.keys import REFUSED as NO
+from nanopack.conversations.records import check, open_conversations
+from nanopack.errors import ConversationError
+from nanopack.render.renderer import Renderer
+from nanopack.tokenizers.tokenizer import load_tokenizer
+
+SMALL = load_tokenizer(ENCODING)
+
+U = {"role": "user", "content": "Q"}
+A = {"role": "assistant", "content": "A"}
+
+
+def hold_against_oracle(seed: int, count: int) -> int:
+    draw, refused = random.Random(seed), 0
+    for _ in range(count):
+        record = draw_record(draw)
+        expected = meaning(record)
+        assert outcome(record) == expected, record
+        assert reference_outcome(record) == expected, record
+        refused += expected == REFUSED
+    return refused
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_random_record_means_what_the_table_says_or_is_refused(seed: int) -> None:
+    refused = hold_against_oracle(seed, 700)
+    assert 100 < refused < 600
+
+
+@pytest.mark.slow
+def test_20000_random_records_mean_what_the_table_says_or_are_refused() -> None:
+    hold_against_oracle(2026, 20_000)
+
+
+# Every key of the table, in a record, a message and a part, from Python, JSON, Arrow and Parquet.
+
+PLACES = ["list", "jsonl", "dataset", "parquet", "read-frame"]
+RENDER = {name: Renderer(SMALL, name) for name in ("nanochat", "chatml")}
+
+
+def in_container(record: dict[str, Any], container: str, folder: Path) -> Any:
+    [index] = range(len(source := open_conversations(CONTAINERS[container]([record], folder))))
+    return source[index]
+
+
+def refusal(record: object) -> str:
+    """What is said against the record by check or by a template of ours."""
+    try:
+        for render in RENDER.values():
+            render(check(record))
+    except ConversationError as error:
+        return str(error)
+    return ""
+
+
+def keys_of(table: Any, *kinds: str) -> list[str]:
+    return [key for key, kind in table.items() if kind in kinds]
+
+
+@pytest.mark.parametrize("container", PLACES)
+def test_a_key_of_a_record_that_cannot_be_honoured_is_named(tmp_path: Path, container: str) -> None:
+    for key in keys_of(RECORD, NO, TEMPLATE, MASK):
+        value = {"tools": [{"name": "f"}], "chat_template_kwargs": {"a": 1}}.get(key, [1, 0])
+        assert key in refusal(in_container({"messages": [U, A], key: value}, container, tmp_path)), key
+        assert refusal(in_container({"messages": [U, A], key: None}, container, tmp_path)) == "", key
+
+
+@pytest.mark.parametrize("container", PLACES)
+def test_a_key_of_a_message_that_cannot_be_honoured_is_named_with_the_message(tmp_path: Path, container: str) -> None:
+    for key in keys_of(MESSAGE, NO, TEMPLATE):
+        value = {"tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}.get(key, "R")
+        said = refusal(in_container({"messages": [U, A | {key: value}]}, container, tmp_path))
+        assert said.startswith("message 1: ") and key in said, key
+        assert refusal(in_container({"messages": [U, A | {key: None}]}, container, tmp_path)) == "", key
+
+
+@pytest.mark.parametrize("container", PLACES)
+def test_a_key_of_a_part_that_cannot_be_honoured_is_named(tmp_path: Path, container: str) -> None:
+    for key in keys_of(PART, NO):
+        parts = [{"type": "text", "text": "x", key: "y"}]
+        said = refusal(in_container({"messages": [U | {"content": parts}]}, container, tmp_path))
+        assert said.startswith("message 0: part 0 of content: ") and key in said, key
+
+
+@pytest.mark.parametrize("container", PLACES)
+@pytest.mark.parametrize(("key", "kind"), [item for item in MESSAGE.items() if item[1] in (IN_LOSS, NOT_IN_LOSS)])
+def test_a_key_that_says_whether_a_message_is_learnt_is_obeyed(
+    tmp_path: Path, container: str, key: str, kind: str
+) -> None:
+    for value in (0, 1, False, True, 0.0):
+        record = {"messages": [U, A | {key: value}, U, A]}
+        learnt = bool(value) == (kind == IN_LOSS)
+        found = check(in_container(record, container, tmp_path))
+        assert [message.train for message in found.messages] == [True, learnt, True, True]
+        for render in RENDER.values():
+            document = render(found)
+            assert (SMALL.decode(document.ids[document.mask].tolist()).count("A") == 2) == learnt
+
+
+@pytest.mark.parametrize("container", PLACES)
+def test_harmless_keys_change_nothing_and_unknown_ones_are_named(tmp_path: Path, container: str) -> None:
+    harmless = dict.fromkeys(keys_of(RECORD, HARMLESS), 1) | {"messages": [U, A]}
+    beside = dict.fromkeys(keys_of(MESSAGE, HARMLESS, PASSED), "1")
+    found = check(in_container(harmless | {"messages": [U | beside, A | beside]}, container, tmp_path))
+    assert found.ignored_keys == ()
+    assert [(message.role, message.content) for message in found.messages] == [("user", "Q"), ("assistant", "A")]
+    parts = [{"type": "text", "text": "A", "glow": 1, "id": "7"}]
+    unknown = {"messages": [U, A | {"mood": "good"}, U, A | {"content": parts}], "colour": "red", "prompt": "Q"}
+    if container not in ("dataset", "parquet", "read-frame"):  # Arrow has no lists of strings and dicts
+        found = check(in_container(unknown, container, tmp_path))
+        assert found.ignored_keys == ("colour", "message.mood", "part.glow", "prompt")
+        assert refusal(unknown) == ""
+
+
+def test_the_tables_name_each_kind_once() -> None:
+    assert {*RECORD.values()} == {HARMLESS, READ, MASK, SYSTEM, TEMPLATE, NOT_IN_LOSS, NO}
+    assert {*MESSAGE.values()} == {HARMLESS, READ, IN_LOSS, NOT_IN_LOSS, TEMPLATE, PASSED, NO}
+    assert {*PART.values()} == {HARMLESS, READ, NO}
