@@ -189,9 +189,7 @@ def test_plain_text_needs_no_special_token_but_the_first():
 def test_messages_for_which_the_tokenizer_lacks_tokens_are_refused_and_never_skipped(on_error, workers):
     chat = [{"role": "user", "content": "a"}]
     arguments = {"packing": "pad", "num_workers": workers, "on_error": on_error}
-    says = (
-        r"'bytes' lacks special tokens of template='nanochat': <\|user_start\|>.* Give a tokenizer that has them, "
-    )
+    says = r"'bytes' lacks special tokens of template='nanochat': <\|user_start\|>.* Give a tokenizer that has them, "
     with Loader([{"text": "a"}, chat], GPT2, 1, 8, **arguments) as loader:
         next(loader)
         with pytest.raises(ValueError, match=says):

@@ -311,7 +311,7 @@ def test_states_that_do_not_belong_together_are_not_merged():
     assert "ranks 1 of 2 are in none of the states" in merging(zero)
     assert "steps 2 and 3" in merging(zero, state_after(3, rank=1, world_size=2))
     assert "seq_len was 8, is 9" in merging(zero, state_after(2, rank=1, world_size=2, seq_len=9))
-    assert "state 1: a str is no state" in merging(zero, "x")
+    assert "state 1: a str is not a state" in merging(zero, "x")
     assert merge_states([one, zero])["lanes"].keys() == {"0", "1"}
 
 
