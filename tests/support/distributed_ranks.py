@@ -187,7 +187,8 @@ def save_and_go_on(path, steps, more, rows, asynchronous=False, **arguments):
             saved = dcp.async_save(what, checkpoint_id=path)
         else:
             dcp.save(what, checkpoint_id=path)
-        batches = list(itertools.islice(loader, more))
+        # by next(): iter() after the end would begin another pass
+        batches = [batch for _ in range(more) if (batch := next(loader, None)) is not None]
         if asynchronous:
             saved.result()
         return rows_of(batches), state
