@@ -25,7 +25,7 @@ def test_every_python_block_runs_as_a_flat_script(tmp_path):
         done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, "")
         printed += done.stdout
-    resumed = "goes on at step 10 and gives all: True\none rank goes on at step 1\n"
+    resumed = "resumes at step 10 and gives all: True\none rank resumes at step 1\n"
     for words in ("nothing lost: True", "difference=None", "progress: 0.1\n", resumed):
         assert words in printed
 

@@ -1,4 +1,4 @@
-"""Promises of nanopack/chat_template.py: template="hf" is the tokenizer's own chat template, mask included."""
+"""Promises of nanopack/render/hf_template.py: template="hf" is the tokenizer's own chat template, mask included."""
 
 from __future__ import annotations
 

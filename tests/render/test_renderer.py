@@ -1,4 +1,4 @@
-"""Promises of nanopack/render.py, held against a renderer in plain lists, token by token."""
+"""Promises of nanopack/render/renderer.py, compared with a renderer in plain lists, token by token."""
 
 from __future__ import annotations
 
