@@ -28,7 +28,7 @@ slow: .venv/dev
 
 # accelerate, TRL and Lightning: large to install and slow to run, so not part of `make test`.
 test-trainers: .venv/trainers
-	$(PYTEST) $(PARALLEL) -m trainers
+	$(PYTEST) $(PARALLEL) -m 'trainers and not slow'
 
 lint: .venv/dev
 	$(BIN)/ruff check .
