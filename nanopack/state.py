@@ -33,6 +33,7 @@ import numpy as np
 from nanopack.config import LoaderConfig
 from nanopack.conversations.records import Conversation, check
 from nanopack.conversations.source import Source
+from nanopack.notes import Notes
 from nanopack.packing.packings import PACKINGS
 from nanopack.tokenizers.tokenizer import AnyTokenizer
 
@@ -216,16 +217,17 @@ def _with_new_names(state: Mapping[str, Any]) -> Mapping[str, Any]:
         for name, value in arguments.items()
         if name in meant or name not in _PACKING_OPTIONS
     }
-    shards = {number: _with_new_reasons(its_state) for number, its_state in state["lanes"].items()}
+    shards = {number: _of_today(its_state) for number, its_state in state["lanes"].items()}
     return {**state, "lanes": shards, "fingerprint": {**state["fingerprint"], "arguments": renamed}}
 
 
-def _with_new_reasons(shard: Mapping[str, Any]) -> dict[str, Any]:
+def _of_today(shard: Mapping[str, Any]) -> dict[str, Any]:
     def renamed(ledger: Mapping[str, Any]) -> dict[str, Any]:
         cut = {_RENAMED.get(reason, reason): tokens for reason, tokens in ledger["tokens_cut"].items()}
         return {**ledger, "tokens_cut": cut}
 
-    return {**shard, "ledger": renamed(shard["ledger"]), "sources": [renamed(ledger) for ledger in shard["sources"]]}
+    sources = [renamed(ledger) for ledger in shard["sources"]]
+    return {"notes": Notes().dump(), **shard, "ledger": renamed(shard["ledger"]), "sources": sources}
 
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

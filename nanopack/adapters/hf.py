@@ -115,12 +115,14 @@ class Batches(torch.utils.data.IterableDataset[dict[str, Any]]):
         callback that saves the merged state of all ranks in `trainer_state.json` of each checkpoint, and restores it
         when training resumes. SFTTrainer's `num_tokens` becomes the exact number without padding.
 
-        Raises ValueError where the trainer's loss does not support weights. `train` raises RuntimeError for a
-        checkpoint without a loader's state.
+        Raises ValueError where the trainer's loss does not support weights, or validation would not end. `train` raises
+        RuntimeError for a checkpoint without a loader's state.
         """
         # imported here, because the rest of this file works without transformers
         from nanopack.adapters.hf_trainer import AttachedTrainer
 
+        if validation is not None and validation.loader.config.epochs is None:
+            raise ValueError("the validation loader is endless, and an evaluation takes all of it; pass epochs=1 to it")
         self._trainer = AttachedTrainer(trainer, self)
         if validation is not None:
             validation.restart = True

@@ -178,6 +178,11 @@ def test_every_evaluation_is_over_all_of_the_validation_data(trl, loss_weights, 
     assert len(evaluated) == 4 and evaluated == sorted(evaluated, reverse=True)
 
 
+def test_validation_without_end_is_refused(tmp_path):
+    with make_loader() as loader, pytest.raises(ValueError, match=r"validation loader is endless.*epochs=1"):
+        Batches(loader).attach(make_trainer(tmp_path), validation=Batches(loader))
+
+
 # Resume
 
 
