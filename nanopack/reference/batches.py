@@ -22,9 +22,11 @@ import torch
 from nanopack.batch import Batch, Piece
 from nanopack.errors import ConversationError
 from nanopack.reference.documents import chat_of, check_ids, render
+from nanopack.reference.files import open_records
+from nanopack.reference.messages import choose
 from nanopack.reference.order import Reader
 from nanopack.reference.packing import Document, Rows, Word, pack_rows, pack_stream
-from nanopack.reference.records import choose, conversation, open_records
+from nanopack.reference.records import conversation
 from nanopack.render.templates import Template
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 from nanopack.tokenizers.tokenizer import load_tokenizer

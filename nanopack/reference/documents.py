@@ -13,7 +13,9 @@ from collections.abc import Iterable, Iterator
 
 from nanopack.errors import ConversationError
 from nanopack.reference.chat import Chat
-from nanopack.reference.records import WRITTEN_BY_HF, Record, Said, Tokens
+from nanopack.reference.messages import WRITTEN_BY_HF, Said
+from nanopack.reference.records import Record
+from nanopack.reference.tokens import Tokens
 from nanopack.render.templates import Template
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 from nanopack.tokenizers.tokenizer import AnyTokenizer
