@@ -289,7 +289,7 @@ def test_a_batch_that_an_interrupt_kept_back_does_not_count_as_delivered_and_non
         assert next(loader).step == 0
 
 
-def test_a_copy_ahead_that_fails_is_told_behind_the_batches_before_it(monkeypatch):
+def test_a_copy_ahead_that_fails_is_raised_after_the_batches_before_it(monkeypatch):
     with nanopack.Loader([{"text": "ab"}] * 9, SMALL, 1, 8, packing="pad", num_workers=1) as loader:
         failing_ahead(loader, monkeypatch, memory_is_short)
         assert next(loader).step == 0
@@ -342,9 +342,9 @@ def test_a_document_is_cut_where_it_must_be_and_what_was_cut_is_counted():
         "tokens_emitted",
         "tokens_dropped",
         "tokens_waiting",
-        "slots",
-        "slots_tokens",
-        "slots_padding",
+        "positions",
+        "positions_tokens",
+        "positions_padding",
     ],
 )
 def test_the_ledger_notices_a_counter_that_is_off_by_one(counter):
@@ -392,12 +392,12 @@ def test_explain_names_conversation_message_role_and_text():
     assert text[0].input.text == "<|bos|>" and text[0].input.message is None
     assert [t.input.text for t in text[1:7]] == ["<|user_start|>", "S", "\n", "\n", "q", "<|user_end|>"]
     assert {t.input.role for t in text[1:7]} == {"user"} and text[7].input.role == "assistant"
-    assert text[7].input.text == "<|assistant_start|>" and text[7].trained and text[7].target.text == "<|python_start|>"
-    assert not text[10].trained and text[10].target.text == "<|output_start|>"
-    assert "does not train this part" in text[10].reason
+    assert text[7].input.text == "<|assistant_start|>" and text[7].in_loss and text[7].target.text == "<|python_start|>"
+    assert not text[10].in_loss and text[10].target.text == "<|output_start|>"
+    assert "out of the loss" in text[10].reason
     assert text[20].input is None and "padding" in text[20].reason
     for col in range(24):
-        assert text[col].trained == (batch.targets[0, col].item() != -100)
+        assert text[col].in_loss == (batch.targets[0, col].item() != -100)
 
 
 @given(data=st.data())
@@ -409,9 +409,9 @@ def test_explain_agrees_with_the_tensors_everywhere(data):
     for batch in itertools.islice(loader, 2):
         for row in range(arguments["batch_size"]):
             for col in range(arguments["seq_len"]):
-                told = loader.explain(batch, row, col)
-                assert batch.inputs[row, col] == (256 if told.input is None else told.input.id)
-                expected = told.target.id if told.trained else arguments["ignore_index"]
+                found = loader.explain(batch, row, col)
+                assert batch.inputs[row, col] == (256 if found.input is None else found.input.id)
+                expected = found.target.id if found.in_loss else arguments["ignore_index"]
                 assert batch.targets[row, col] == expected
 
 

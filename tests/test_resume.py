@@ -407,7 +407,7 @@ def test_tokens_are_estimated_by_the_progress_also_when_a_run_goes_on_and_exact_
     next(again)
     batches = list(again)
     assert again.tokens_total == again.ledger()["tokens"]["emitted"]
-    assert again.stats()["tokens_total_estimated"] == again.ledger()["slots"]["tokens"] and batches[-1].last
+    assert again.stats()["tokens_total_estimated"] == again.ledger()["positions"]["tokens"] and batches[-1].last
     assert abs(loader.stats()["tokens_total_estimated"] / again.tokens_total - 1) < 0.2
     assert Loader(CHATS, SMALL, 2, 16).stats()["tokens_total_estimated"] is None
 

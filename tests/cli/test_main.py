@@ -91,17 +91,17 @@ def test_pack_without_arguments_reports_the_shipped_conversations_and_draws_a_ro
     with Loader(SHIPPED, "chat32k", epochs=1) as loader:
         batches = list(loader)
     ledger = loader.ledger()
-    slots = len(batches) * 32 * 2048
+    positions = len(batches) * 32 * 2048
     assert (code, err) == (0, "")
     assert row_of(out, "conversations") == ["conversations", f"{ledger['conversations']['packed']:,}", "packed"]
     assert row_of(out, "tokens")[1] == f"{ledger['tokens']['emitted']:,}"
     assert f"{ledger['tokens']['cut']['seq_len']:,}  cut: documents longer than a row" in out
     assert row_of(out, "batches")[:2] == ["batches", str(len(batches))]
     assert float(row_of(out, "tokens/s")[1].replace(",", "")) > 0
-    assert row_of(out, "padding") == ["padding", f"{1 - sum(b.num_tokens for b in batches) / slots:.1%}"]
-    full = sum(b.num_tokens for b in batches[:-1]) / (slots - 32 * 2048)
+    assert row_of(out, "padding") == ["padding", f"{1 - sum(b.num_tokens for b in batches) / positions:.1%}"]
+    full = sum(b.num_tokens for b in batches[:-1]) / (positions - 32 * 2048)
     assert f"{1 - full:.1%}  without the last batch" in out
-    assert row_of(out, "in the loss")[3] == f"{ledger['targets']['trained'] / sum(b.num_tokens for b in batches):.1%}"
+    assert row_of(out, "in the loss")[3] == f"{ledger['targets']['in_loss'] / sum(b.num_tokens for b in batches):.1%}"
     assert row_of(out, "ledger")[:2] == ["ledger", "balanced"]
     assert re.search(r"\nrow 0  [a-zA-Z.]{71}\n", out)
 
@@ -199,7 +199,7 @@ def test_explain_says_what_the_loader_says(run, chats):
     assert (code, err) == (0, "")
     assert out.splitlines()[0] == "batch 1, row 2, column 30"
     assert str(found.input) in out and str(found.target) in out
-    assert out.splitlines()[-1] == f"{'in the loss' if found.trained else 'not in the loss'}: {found.reason}"
+    assert out.splitlines()[-1] == f"{'in the loss' if found.in_loss else 'not in the loss'}: {found.reason}"
     code, out, _ = run("inspect", chats, *SMALL, "--batch", 1, "--explain", "2,30", "--json")
     assert (code, json.loads(out)) == (0, dataclasses.asdict(found))
 
@@ -208,13 +208,13 @@ def test_pack_as_json_balances(run, chats):
     code, out, err = run("pack", chats, *SMALL, "--json")
     report = json.loads(out)
     assert (code, err, out.count("\n")) == (0, "", 1)
-    conversations, tokens, slots = (report["ledger"][name] for name in ("conversations", "tokens", "slots"))
+    conversations, tokens, positions = (report["ledger"][name] for name in ("conversations", "tokens", "positions"))
     parts = ("packed", "skipped", "waiting")
     dropped = sum(conversations["dropped"].values())
     assert conversations["read"] == 40 == sum(conversations[part] for part in parts) + dropped
     assert tokens["read"] == tokens["emitted"] + sum(tokens["cut"].values()) + tokens["dropped"] + tokens["waiting"]
-    assert slots["total"] == report["batches"] * 4 * 64 == slots["tokens"] + slots["padding"]
-    assert report["padding"] == slots["padding"] / slots["total"]
+    assert positions["total"] == report["batches"] * 4 * 64 == positions["tokens"] + positions["padding"]
+    assert report["padding"] == positions["padding"] / positions["total"]
     assert report["ledger"]["balanced"] is True
 
 
