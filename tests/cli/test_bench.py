@@ -225,7 +225,7 @@ def test_padding_is_that_of_the_loader(packing, shipped):
     assert found["rows"] > 0
     with Loader(shipped.chats, TOKENIZER, packing=packing, num_workers=0, device="cpu") as loader:
         tokens = sum(next(loader).num_tokens for _ in range(found["rows"] // 32))
-    assert found["padding_share"] == 1 - tokens / (found["rows"] * 2048)
+    assert found["padding_fraction"] == 1 - tokens / (found["rows"] * 2048)
 
 
 def test_the_scan_and_ours_choose_alike(shipped, monkeypatch):
@@ -304,8 +304,8 @@ def test_ratios_are_of_the_rounds_of_the_same_run(quick):
         calls = [speed[name] for name in speed if f"alone, {number} proc" in name and "encode" in name]
         bounds[number] = [max(both) for both in zip(*calls, strict=True)]
     to = {
-        "of_1_process_share": bounds[1],
-        "of_2_processes_share": bounds[2],
+        "of_1_process_fraction": bounds[1],
+        "of_2_processes_fraction": bounds[2],
         "to_midtraining_x": speed["nanochat midtraining"],
         "to_sft_x": speed["nanochat SFT"],
     }
@@ -315,7 +315,9 @@ def test_ratios_are_of_the_rounds_of_the_same_run(quick):
     rows = only_table(found, "pretokenized")
     copy = rows[pretokenized.COPY]["numbers"]["tokens_per_s"]["rounds"]
     ours = rows[pretokenized.OURS]["numbers"]
-    assert ours["of_copy_share"]["rounds"] == [a / b for a, b in zip(ours["tokens_per_s"]["rounds"], copy, strict=True)]
+    assert ours["of_copy_fraction"]["rounds"] == [
+        a / b for a, b in zip(ours["tokens_per_s"]["rounds"], copy, strict=True)
+    ]
 
 
 def test_windows_are_rows_numbered_by_them(quick):
