@@ -1,4 +1,4 @@
-"""The loader, held against the reference packer over everything that can be asked of it."""
+"""The loader, compared with the reference packer over all of its arguments."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ def failing_ahead(loader: nanopack.Loader, monkeypatch: pytest.MonkeyPatch, fail
     monkeypatch.setattr(loader._upload, "submit", failing)
 
 
-def test_a_batch_that_an_interrupt_kept_back_does_not_count_as_delivered_and_none_behind_it_comes(monkeypatch):
+def test_a_batch_that_an_interrupt_kept_back_does_not_count_as_delivered_and_none_after_it_comes(monkeypatch):
     with nanopack.Loader([{"text": "ab"}] * 9, SMALL, 1, 8, packing="pad", num_workers=1) as loader:
         before = loader.state_dict()
         failing_ahead(loader, monkeypatch, interrupt)
@@ -452,7 +452,7 @@ def test_verify_says_how_much_it_compared_and_that_it_was_equal():
     assert result and (result.batches, result.tokens, result.difference) == (3, 40, None)
 
 
-def test_verify_tells_of_a_bad_conversation_in_the_loaders_words():
+def test_verify_reports_a_bad_conversation_in_the_loaders_words():
     with pytest.raises(ConversationError, match="messages must alternate user/assistant"):
         nanopack.verify([[{"role": "user", "content": "a"}] * 2], SMALL, batch_size=1, seq_len=8)
 

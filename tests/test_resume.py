@@ -18,7 +18,7 @@ from nanopack import merge_states, reference
 from nanopack.verify import first_difference
 
 Loader = functools.partial(nanopack.Loader, num_workers=0)
-# Beside arguments that decide what a batch is: those that may change when a run goes on.
+# Arguments that do not decide what a batch is: they may change when a run resumes.
 FREE = st.fixed_dictionaries({"prefetch": st.integers(1, 8)})
 
 
@@ -439,7 +439,7 @@ def test_a_state_can_be_saved_though_a_sampled_conversation_cannot_be_read():
     assert first_difference(next(loader), next(again)) is None
 
 
-def test_ready_tokens_are_told_apart_by_all_of_them_and_not_by_the_form_they_come_in():
+def test_ready_tokens_differ_by_all_of_them_and_not_by_the_form_they_come_in():
     def ready(seed, form=np.array):
         body = np.random.default_rng(seed).integers(0, 200, (5, 2000))
         return [{"input_ids": form([1, 2, 3, *row.tolist(), 4, 5])} for row in body]
@@ -449,7 +449,7 @@ def test_ready_tokens_are_told_apart_by_all_of_them_and_not_by_the_form_they_com
     Loader(ready(0, list), SMALL, 2, 8, packing="stream").load_state_dict(state)
 
 
-def test_with_fewer_epochs_than_it_has_behind_it_a_run_ends():
+def test_with_fewer_epochs_than_it_has_finished_a_run_ends():
     arguments = dict(batch_size=1, seq_len=8, rank=0, world_size=2)
     loader = Loader(CHATS, SMALL, epochs=3, **arguments)
     for _ in itertools.islice(loader, 28):
@@ -488,7 +488,7 @@ def test_a_waiting_document_of_the_same_length_is_noticed_too():
 
 
 @pytest.mark.parametrize("missing", ["step", "lanes", "fingerprint"])
-def test_a_damaged_state_is_told_by_what_it_lacks(missing):
+def test_a_damaged_state_is_refused_by_what_it_lacks(missing):
     state = state_after(1)
     del state[missing]
     assert f"the state is damaged: its '{missing}' is None" in refusal(state)

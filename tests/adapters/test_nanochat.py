@@ -136,7 +136,7 @@ def test_batches_and_progress_are_nanochats(name, rank):
 
 @pytest.mark.parametrize("num_iterations", [-1, 0, 5, 1000])
 @pytest.mark.parametrize("name", ["mid", "sft"])
-def test_trained_tells_of_the_batch_before(name, num_iterations):
+def test_trained_reports_the_batch_before(name, num_iterations):
     loader, data, loop, records = LOADERS[name]
     built, trained = Progress(num_iterations), Progress(num_iterations, timing="trained")
     one, other = (
@@ -155,7 +155,7 @@ def test_trained_tells_of_the_batch_before(name, num_iterations):
 
 
 def run(timing: str, accumulated: int, num_iterations: int, texts: int) -> tuple[list[int], list[float]]:
-    """Run a loop such as nanochat's on documents that are told apart by their only word; one fills a batch."""
+    """Run a loop like nanochat's on documents that differ in their only word; one fills a batch."""
     documents = Task([{"text": chr(97 + i)} for i in range(texts)])
     progress = Progress(num_iterations, timing=timing)
     loader = mid_loader(documents, ENCODING, 1, 1, device="cpu", progress=progress)
@@ -185,7 +185,7 @@ def test_with_timing_trained_every_batch_up_to_the_last_is_trained():
 
 
 @pytest.mark.parametrize("name", ["mid", "sft"])
-def test_a_fresh_validation_loader_begins_anew_and_leaves_training_alone(name, producers):
+def test_a_fresh_validation_loader_starts_over_and_leaves_training_alone(name, producers):
     loader, _, loop, _ = LOADERS[name]
     progress = Progress()
     arguments: dict[str, Any] = {"device": "cpu", "rank": 3, "world_size": W}

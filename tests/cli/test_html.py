@@ -20,7 +20,7 @@ CHATS = [
     *[c for c in demo.shipped() if c["source"] == "arithmetic"][:6],
     *demo.shipped()[:20],
     {"messages": [{"role": "user", "content": EVIL}, {"role": "assistant", "content": EVIL}]},
-    {"text": "Plain text, trained as a whole."},
+    {"text": "Plain text, all of it in the loss."},
     {"input_ids": [32759, 5, 6, 7, 8], "loss_mask": [0, 0, 1, 1, 0]},
 ]
 CASES = {

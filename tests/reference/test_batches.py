@@ -1,6 +1,6 @@
 """The reference packer against examples worked out by hand, and against nanochat's three loops.
 
-Everything else in the library is held against the reference, so nothing here is computed by the library.
+Everything else in the library is compared with the reference, so nothing here is computed by the library.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def test_seed_example():
     assert (batch.step, batch.num_tokens, batch.num_loss_tokens, batch.weight_sum) == (0, 8, 8, 8.0)
 
 
-def test_stream_starts_behind_the_last_target_of_the_batch_before():
+def test_stream_starts_after_the_last_target_of_the_batch_before():
     found = take(4, texts("abcdefgh"), packing="stream", batch_size=1, seq_len=2)
     assert inputs(found) == [[[BOS, a]], [[c, d]], [[f, g]], [[BOS, a]]]
     assert targets(found) == [[[a, b]], [[d, e]], [[g, h]], [[a, b]]]
@@ -132,7 +132,7 @@ def test_document_goes_on_counting_in_the_next_row_but_its_positions_restart():
         ("abcde", True, [[d, e], [BOS, BOS]], [[e, NO], [NO, NO]], [[(0, 0, 2, 4)], []]),
         ("abcdefg", False, [[e, f], [g, BOS]], [[f, g], [NO, NO]], [[(0, 0, 3, 5)], [(0, 0, 1, 7)]]),
     ],
-    ids=["one word left", "one word left behind the carried one", "the last word is shared"],
+    ids=["one word left", "one word left after the carried one", "the last word is shared"],
 )
 def test_end_of_a_stream_is_padded(text, overlap, last_inputs, last_targets, last_pieces):
     found = take(None, texts(text), packing=Stream(overlap=overlap), batch_size=2, seq_len=2, epochs=1)
@@ -341,7 +341,7 @@ def test_chatml():
     question = [START, *b"user", NL, u, END, NL]
     answer = [START, *b"assistant", NL, a, END]
     assert batch.inputs.tolist() == [[BOS, *system, *question, *answer]]
-    # Of the 35 tokens the last is a new line that is not trained.
+    # Of the 35 tokens the last is a new line that is not in the loss.
     assert batch.targets.tolist() == [[NO] * 31 + [a, END, NO]]
 
 
@@ -408,7 +408,7 @@ def test_other_shapes_give_the_same_batch(record):
 # loss and weights
 
 
-def test_loss_all_trains_every_token():
+def test_loss_all_puts_every_token_in_the_loss():
     batch = only([TALK], packing="best_fit", batch_size=1, seq_len=6, loss="all")
     assert batch.targets.tolist() == [[USER, u, USER_END, ASSISTANT, a, ASSISTANT_END]]
 
@@ -458,7 +458,7 @@ def test_without_weights_the_sum_counts_targets():
 def test_weight_sum_is_exact():
     two = [{"text": "a", "weight": 2.0**60}, {"text": "b" * 255}]
     batch = only(two, packing="stream", batch_size=1, seq_len=257, loss_weights="token")
-    # Added one by one, each of the 256 ones would vanish beside 2**60.
+    # Added one by one, each of the 256 ones would be lost in 2**60.
     assert batch.weight_sum == 2.0**60 + 256
 
 
@@ -486,13 +486,13 @@ def test_too_many_pieces_is_an_error_that_names_the_argument():
         ("pad", "all", [0], 0.5),
     ],
 )
-def test_document_that_trains_nothing_is_dropped_by_our_own_packings(packing, loss, conversations, progress):
+def test_document_without_a_token_in_the_loss_is_dropped_by_our_own_packings(packing, loss, conversations, progress):
     batch = only([QUESTION, {"text": "a"}], packing=packing, loss=loss, batch_size=1, seq_len=3)
     assert read([batch]) == [conversations]
     assert batch.progress == progress
 
 
-def test_stream_keeps_what_trains_nothing():
+def test_stream_keeps_documents_without_a_token_in_the_loss():
     batch = only([QUESTION], packing="stream", batch_size=1, seq_len=3)
     assert batch.inputs.tolist() == [[BOS, USER, u]]
     assert (batch.num_loss_tokens, batch.weight_sum) == (0, 0.0)
@@ -697,5 +697,5 @@ def test_batches_are_nanochats(name, n, rank):
     ours = batches(dataset, TOY, rank=rank, world_size=3, **size, **arguments)
     theirs = loop(dataset, partial(nanochat_loops.render, TOY), 3, 31, rank, 3, **settings)
     for made, batch in islice(zip(theirs, ours, strict=False), 300):
-        told = (batch.inputs.tolist(), batch.targets.tolist(), batch.progress, batch.last, batch.epoch)
-        assert told == made, f"batch {batch.step}"
+        given = (batch.inputs.tolist(), batch.targets.tolist(), batch.progress, batch.last, batch.epoch)
+        assert given == made, f"batch {batch.step}"
