@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 import nanopack
 from nanopack import ConversationError, reference
 from nanopack.conversations.records import open_conversations
+from nanopack.ledger import Ledger
 from nanopack.packing import BestFitCrop
 from nanopack.verify import compare
 
-# In the caller's thread: tests/test_process.py shows that a process gives the same batches.
+# In the caller's thread: tests/producer/test_process.py shows that a process gives the same batches.
 Loader = functools.partial(nanopack.Loader, num_workers=0)
 
 
@@ -331,6 +332,11 @@ def test_a_document_is_cut_where_it_must_be_and_what_was_cut_is_counted():
     }
 
 
+def ledger_of(loader):
+    [shard] = loader.state_dict()["lanes"].values()
+    return Ledger.of(shard["ledger"])
+
+
 @pytest.mark.parametrize(
     "counter",
     [
@@ -350,7 +356,7 @@ def test_a_document_is_cut_where_it_must_be_and_what_was_cut_is_counted():
 def test_the_ledger_notices_a_counter_that_is_off_by_one(counter):
     loader = Loader([{"text": "abc" * i} for i in range(1, 9)], SMALL, 2, 8, packing=BestFitCrop(window=3))
     next(loader)
-    ledger = loader._ledger()
+    ledger = ledger_of(loader)
     assert ledger.imbalances() == []
     setattr(ledger, counter, getattr(ledger, counter) + 1)
     assert len(ledger.imbalances()) == 1
@@ -361,7 +367,7 @@ def test_the_ledger_notices_a_counter_that_is_off_by_one(counter):
 def test_the_ledger_notices_a_reason_that_is_off_by_one(counter, reason):
     loader = Loader([{"text": "abc"}] * 3, SMALL, 2, 8)
     next(loader)
-    ledger = loader._ledger()
+    ledger = ledger_of(loader)
     getattr(ledger, counter)[reason] += 1
     assert len(ledger.imbalances()) == 1
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import pickle
 
 import numpy as np
 import pytest
@@ -362,7 +361,7 @@ def test_the_sources_of_a_mixture_balance_after_every_batch_and_go_on_counting_w
             loader.load_state_dict(state)
             assert loader.ledger() == ledger
     sources = loader.ledger()["sources"]
-    assert sum(source["conversations"]["read"] for source in sources.values()) == loader._ledger().conversations_read
+    assert sum(source["conversations"]["read"] for source in sources.values()) == ledger["conversations"]["read"]
     assert sources["bad"]["conversations"]["skipped"] == sources["bad"]["conversations"]["read"]
 
 
@@ -374,9 +373,9 @@ def test_the_ledger_notices_a_counter_of_a_source_that_is_off_by_one(source, cou
     loader = Loader(MIXED, SMALL, 2, 8, on_error="skip")
     next(loader)
     assert loader.ledger()["balanced"]
-    step, shards = pickle.loads(loader._prefetcher.state)
-    shards["0"]["sources"][source][counter] += 1
-    loader._prefetcher.state = pickle.dumps((step, shards))
+    state = through_json(loader.state_dict())
+    state["lanes"]["0"]["sources"][source][counter] += 1
+    loader.load_state_dict(state)
     name = MIXED.names[source]
     assert any(line.startswith(name) for line in loader.ledger()["imbalances"])
 
@@ -385,9 +384,9 @@ def test_the_ledger_notices_a_counter_of_a_source_that_is_off_by_one(source, cou
 def test_the_ledger_notices_that_the_packing_has_counted_otherwise(counter, line):
     loader = Loader(CHATS, SMALL, 2, 8)
     next(loader)
-    step, shards = pickle.loads(loader._prefetcher.state)
-    shards["0"]["packer"][counter] += 1
-    loader._prefetcher.state = pickle.dumps((step, shards))
+    state = through_json(loader.state_dict())
+    state["lanes"]["0"]["packer"][counter] += 1
+    loader.load_state_dict(state)
     [wrong] = loader.ledger()["imbalances"]
     assert wrong.startswith(line)
 
