@@ -1,4 +1,4 @@
-"""Promises of nanopack/templates.py, and of batches by each template: they are the reference packer's."""
+"""Promises of nanopack/render/templates.py, and of batches by each template: they are the reference packer's."""
 
 from __future__ import annotations
 

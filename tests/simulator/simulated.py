@@ -1,6 +1,6 @@
 """A device that only exists in tests: it runs what is queued late and in any order, and sees what is not ordered.
 
-    nanopack/upload.py   ->   SimulatedDevice   ->   a Fault: memory touched in no order, or a kernel fed garbage
+    nanopack/upload/upload.py   ->   SimulatedDevice   ->   a Fault: memory touched in no order, or a kernel fed garbage
 
 An ordinary test cannot see a missing wait: on an eager device, or a slow host, all comes right by luck. Here
 
