@@ -205,7 +205,7 @@ def test_a_loader_goes_on_from_a_distributed_checkpoint(ranks, tmp_path, case, s
     arguments = {"rows": 4, "shard": shard, **CASES[case]}
     steps = arguments.pop("steps")
     saved = ranks(2, save_and_continue, tmp_path, steps, 4, **arguments)
-    # before it loads, a loader may have gone on to anywhere
+    # before it loads, a loader may be at any step
     for world_size, in_vain in [(2, 7)] if shard == "rank" else [(2, 7), (1, 0), (4, 2)]:
         loaded = ranks(world_size, load_and_go_on, tmp_path, in_vain, 4, **arguments)
         assert together(loaded) == together(saved)

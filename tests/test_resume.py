@@ -52,7 +52,7 @@ def test_interrupted_any_number_of_times_equals_uninterrupted(packing, data):
         got += itertools.islice(loader, stop - len(got))
         state = through_json(loader.state_dict())
         assert state["step"] == stop
-        # in vain: what is delivered from here on is not part of the state
+        # for nothing: what is delivered from here on is not part of the state
         for _ in itertools.islice(loader, data.draw(st.integers(0, 2))):
             pass
         loader = Loader(conversations, SMALL, **arguments, **data.draw(FREE))

@@ -238,7 +238,7 @@ def test_transformers_trainer_trains_on_the_loaders_batches(tmp_path):
         trainer = Trainer(make_model(), TrainingArguments(**trainer_arguments(tmp_path)))
         trainer.get_train_dataloader = lambda: Batches(loader)
         trainer.train()
-        # Two batches a step, none skipped, none fetched in vain.
+        # Two batches a step, none skipped, none fetched and dropped.
         assert next(loader).step == 40
     assert_learned(losses_of(trainer))
 

@@ -385,7 +385,7 @@ REFUSED = {
     "no such section": (["--only", "padding,z"], "--only: there is no section 'z'; use any of throughput,"),
     "plot as pdf": (["--plot", "a.pdf"], "'a.pdf' does not end in .png"),
     "no such file": (["nowhere.jsonl"], "nanopack: conversations='nowhere.jsonl' does not exist"),
-    "files beside a package": (["a.jsonl", "--sharegpt"], "--sharegpt takes no files, but 'a.jsonl' is given"),
+    "files next to a package": (["a.jsonl", "--sharegpt"], "--sharegpt takes no files, but 'a.jsonl' is given"),
     "no such tokenizer": (["--tokenizer", "gpt9"], "tokenizer='gpt9' is neither a bundled name"),
 }
 

@@ -1,4 +1,4 @@
-"""Train a tiny transformer as one would under torchrun, to be killed and gone on with: see test_distributed.py.
+"""Train a tiny transformer as one would under torchrun, to be killed and resumed: see test_distributed.py.
 
     python -m torch.distributed.run --nproc-per-node=2 tests/support/distributed_run.py FOLDER
     python tests/support/distributed_run.py FOLDER    (one process)
