@@ -101,8 +101,8 @@ class AttachedTrainer(TrainerCallback):
             return self._step.popleft()
         if self._trainer.model.training or self._validated is None:
             raise ValueError(
-                "this batch has no known loss weights: it is not of attached Batches, or its loss was computed before; "
-                "for validation use Batches(loader).attach(trainer, validation=Batches(validation_loader))"
+                "this batch has no known loss weights: it did not come from attached Batches, or its loss was computed "
+                "already; for validation use Batches(loader).attach(trainer, validation=Batches(validation_loader))"
             )
         validated, self._validated = self._validated, None
         return validated.weights, sum_over_ranks([validated.weight_sum], self._device)[0]

@@ -67,7 +67,7 @@ class PackedDataLoader(BaseDataLoader):
         arguments = dict(config.arguments)
         for name, only in {"loss_weights": None, "ignore_index": -100}.items():
             if arguments.get(name, only) != only:
-                raise ValueError(f"{name}={arguments[name]!r}: torchtitan's loss takes {only} only; leave it out")
+                raise ValueError(f"{name}={arguments[name]!r}: torchtitan's loss supports only {only}; leave it out")
         if (config.conversations is None) == (config.dataset_path is None):
             raise ValueError("the config needs either dataset_path or conversations, a function that returns them")
         epochs = arguments.pop("epochs", None)

@@ -53,7 +53,7 @@ class Packer(Protocol):
         """Return each document with tokens still to come, and their number."""
 
     def state(self) -> State:
-        """Return what `held()` leaves out of the packer's state, and the counters: plain numbers and lists, by name."""
+        """Return the rest of the packer's state, which `held()` leaves out, and the counters: plain data, by name."""
 
     def restore(self, state: State, held: Sequence[tuple[Any, int]]) -> None:
         """Restore a saved state: `state()`, and (document, length) of each document of `held()`."""

@@ -54,7 +54,7 @@ CHATS = [
     },
     {"messages": [{"role": "user", "content": "Hi <|bos|>"}, {"role": "assistant", "content": "Hello " * 10}]},
     {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "One two three " * 4}]},
-    {"messages": [{"role": "user", "content": "Go on"}]},
+    {"messages": [{"role": "user", "content": "And then?"}]},
     *[
         {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "so " * (n % 23)}]}
         for n in range(40)

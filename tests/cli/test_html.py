@@ -62,7 +62,7 @@ def as_shown(token):
 
 
 def look_up(data, row, column):
-    """Return what the page shows of a token."""
+    """Return a token as the page shows it."""
     span = next((one for one in data["rows"][row]["spans"] if one[0] <= column < one[1]), None)
     if span is None:
         return None
