@@ -35,7 +35,7 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Each stage alone, then the whole beside what it replaces: minutes, best on a machine that does nothing else.
+# Each stage alone, then the whole next to what it replaces: minutes, best on an otherwise idle machine.
 bench: .venv/dev
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,ops,rounds
 	$(BIN)/nanopack bench --plot bench.png

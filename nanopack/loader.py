@@ -464,7 +464,7 @@ class Loader:
 
     def stats(self) -> StatsReport:
         """Return where time and memory went so far; see `StatsReport` for names and units."""
-        tokens_so_far = None if self.config.epochs is None else self._ledger().slots_tokens
+        tokens_so_far = None if self.config.epochs is None else self._ledger().positions_tokens
         return self._stats.report(self._prefetcher.waited_s, tokens_so_far)
 
     def explain(self, batch: Batch, row: int, col: int) -> Explanation:
