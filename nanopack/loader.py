@@ -244,8 +244,8 @@ class Loader:
             self._release()
         with contextlib.ExitStack() as held:
             held.callback(feed.close)
-            self._device.pin(ring.buffer)
-            held.callback(self._device.unpin, ring.buffer)
+            if self._device.pin(ring.buffer):
+                held.callback(self._device.unpin, ring.buffer)
             slots = [torch.from_numpy(slot.buffer) for slot in ring.slots]
             upload = Upload(self._device, slots, self._make_outputs, self._kernel, static=self._static)
             held.callback(upload.close)
