@@ -1,6 +1,6 @@
 """The slow packer's files: read whole, cut into records of whatever shape.
 
-    conversations   ->   open_records()   ->   where each record stands, and a function that reads it   ->   records.py
+    conversations   ->   open_records()   ->   each record's location, and a function that reads it   ->   records.py
 
 A part of the definition. It shares nothing with the fast path. A broken line fails when its turn comes.
 """
