@@ -13,6 +13,7 @@ import gzip
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,7 @@ ROLES = {
 # Only a tokenizer's own chat template can write these.
 WRITTEN_BY_HF = {
     *("tool_calls", "function_call", "tools", "functions", "tool_plan", "tool_responses", "tool_results"),
+    *("tool_call", "arguments", "thinking_blocks"),
     *("reasoning_content", "reasoning", "reasoning_details", "thinking", "thoughts", "thought", "refusal"),
     *("citations", "images", "image", "videos", "video", "audios", "audio", "documents", "prefix"),
 }
@@ -42,13 +44,26 @@ OF_TOKENS = [*MASKS, "labels", "attention_mask", "position_ids", "seq_lengths"]
 REFUSED_IN_RECORD = [
     *("functions", "images", "image", "videos", "video", "audios", "audio", "documents", "train", "training"),
     *("trainable", "masked", "loss_weight", "loss_weights", "sample_weight", "token_weights"),
-    *("prompt_mask", "action_mask", "label_mask"),
+    *("prompt_mask", "action_mask", "label_mask", "label_ids", "target_ids", "decoder_input_ids"),
+    *("tool_calls", "function_call", "reasoning", "reasoning_content", "thinking", "thought", "thoughts"),
+    *("chain_of_thought", "cot", "enable_thinking", "reasoning_effort"),
 ]
-REFUSED_IN_MESSAGE = ["mask", "loss_mask", "loss_scale", "loss_weight", "train_detail", "training_detail"]
+REFUSED_IN_MESSAGE = [
+    *("mask", "loss_mask", "loss_scale", "loss_weight", "train_detail", "training_detail", "parts", "attachments")
+]
 REFUSED_IN_PART = [
     *("image", "image_url", "images", "audio", "input_audio", "video", "file", "document", "thinking", "reasoning"),
     *("weight", "train", "training", "trainable", "loss", "masked", "mask", "loss_mask"),
 ]
+SYSTEMS = ["system", "system_prompt", "system_message", "system_instruction"]
+MARKS = ["weight", "train", "training", "trainable", "is_trainable", "train_on_turn", "loss", "masked"]
+# Whose other spellings are refused, and what else is known though it looks as if it mattered.
+MATTERS = {
+    "record": {*OF_TOKENS, *REFUSED_IN_RECORD, *SYSTEMS, "tools", "chat_template_kwargs", "mask"},
+    "message": {*WRITTEN_BY_HF, *REFUSED_IN_MESSAGE, *MARKS},
+    "part": {*REFUSED_IN_PART},
+}
+KNOWN = ["weight", "label", "kto_tag", "special_tokens_mask"]
 
 # Reading: where each record stands, and a function that reads it. A broken line errs when its turn comes.
 
@@ -64,8 +79,12 @@ def open_records(conversations: Any) -> list[Stored]:
         # by place, not by label
         conversations = list(conversations)
     read = conversations.__getitem__
-    if type(conversations).__module__.startswith("datasets.") and conversations.format["type"] is None:
-        read = lambda index: _without_nulls(conversations[index], conversations.features)  # noqa: E731
+    whole = conversations
+    # torch's Subset has a dataset, its ConcatDataset several
+    while type(whole).__module__.startswith("torch.utils.data") and {"dataset", "datasets"} & {*vars(whole)}:
+        whole = whole.dataset if hasattr(whole, "dataset") else whole.datasets[0]
+    if type(whole).__module__.startswith("datasets.") and whole.format["type"] != "custom":
+        read = lambda index: _without_nulls(conversations[index], whole.features)  # noqa: E731
     return [(f"conversation {index}", partial(read, index)) for index in range(len(conversations))]
 
 
@@ -229,7 +248,7 @@ def conversation(record: object) -> Record:
     if not isinstance(record, Mapping):
         raise ConversationError(f"it is a {type(record).__name__}; it must be a dict or a list of messages")
     # A Parquet file has every column in every row: what is null is not there. pandas writes it as NaN.
-    held = {key: value for key, value in record.items() if value is not None and not _is_nan(key, value)}
+    held = {key: value for key, value in record.items() if not _is_none(value) and not _is_nan(key, value)}
     shapes = [key for key in ("messages", "conversations", "text", "input_ids") if key in held]
     shapes += ["prompt"] if {"prompt", "completion"} <= {*held} else []
     shapes += ["instruction"] if {"instruction", "output"} <= {*held} else []
@@ -243,7 +262,15 @@ def conversation(record: object) -> Record:
         shape in ("text", "input_ids") or not isinstance(held["mask"], str) or _role(held["mask"]) != "user"
     ):
         raise ConversationError("its mask says nothing that can be honoured")
-    beside = [key for key in ("system", "system_prompt", "tools", "chat_template_kwargs") if not _empty(held.get(key))]
+    if any(held.get(key) is False or repr(held.get(key)) == "np.False_" for key in ("label", "kto_tag")):
+        raise ConversationError("its label says that its answer is not to be learnt")
+    said_before = {"prompt": ["input", "history", "context"], "instruction": ["context"]}.get(shape, [])
+    if any(not _empty(held.get(key)) for key in said_before):
+        raise ConversationError(f"it has one of {said_before}, which its shape does not read")
+    if shape in ("text", "input_ids") and _role(held.get("role")):
+        raise ConversationError("it is a message")
+    _refuse_suspects("record", {key: value for key, value in held.items() if not _empty(value)})
+    beside = [key for key in (*SYSTEMS, "tools", "chat_template_kwargs") if not _empty(held.get(key))]
     if beside and shape in ("text", "input_ids"):
         raise ConversationError(f"its {beside} belong to messages")
     found = Record([], weight=_weight(held.get("weight")))
@@ -261,7 +288,7 @@ def conversation(record: object) -> Record:
     else:
         found.messages = _messages(held[shape])
     for key in beside:
-        if key.startswith("system"):
+        if key in SYSTEMS:
             if found.messages[0].role in ("system", "developer"):
                 raise ConversationError(f"it has a system message and {key}")
             text = held[key] if isinstance(held[key], str) else _parts(held[key])
@@ -271,7 +298,38 @@ def conversation(record: object) -> Record:
         found.template_kwargs = _json(held["chat_template_kwargs"])
         if not isinstance(found.template_kwargs, dict):
             raise ConversationError("its chat_template_kwargs must be a dict")
+        found.template_kwargs = {name: one for name, one in found.template_kwargs.items() if one is not None} or None
     return found
+
+
+def _refuse_suspects(where: str, held: Mapping[Any, Any]) -> None:
+    """Raise ConversationError for a key that is not known, and by its name and value may matter."""
+    for name, value in held.items():
+        if name in MATTERS[where] or (where == "record" and name in KNOWN):
+            continue
+        snake = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(name)).lower()
+        words = {word for word in re.split("[^a-z]+", snake) if word}
+        if "_".join(word for word in re.split("[^a-z]+", snake) if word) in MATTERS[where]:
+            raise ConversationError(f"its {name} is another spelling of a key that matters")
+        media = {"image", "images", "video", "videos", "audio", "audios", "pixel"}
+        loss = {"train", "trained", "training", "trainable", "loss", "mask", "masks", "masked", "weight", "weights"}
+        loss |= {"label", "labels", "learn", "supervised", "ignore", "ignored"}
+        if (words & loss and _says_yes_or_no(value)) or (words & media and not words & loss and value is not False):
+            raise ConversationError(f"its {name} may matter")
+
+
+def _says_yes_or_no(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.lower() in ("true", "false", "yes", "no", "0", "1")
+    if isinstance(value, Real):
+        return 0 <= value <= 1
+    if isinstance(value, (list, tuple)):
+        return isinstance(value[0], Real)
+    return getattr(getattr(value, "dtype", "O"), "kind", "i" if hasattr(value, "dtype") else "O") in "biuf"
+
+
+def _is_none(value: object) -> bool:
+    return value is None or str(type(value)).endswith(".NAType'>")
 
 
 def _is_nan(key: str, value: object) -> bool:
@@ -282,7 +340,9 @@ def _empty(value: object) -> bool:
     """Return whether a value says nothing."""
     if isinstance(value, str):
         return value.strip() in ("[]", "{}", "null", '""') or value == ""
-    return value is None or _is_nan("", value) or (isinstance(value, (list, tuple, Mapping)) and len(value) == 0)
+    if isinstance(value, (list, tuple, Mapping)) or type(value).__name__ == "ndarray":
+        return len(value) == 0
+    return _is_none(value) or str(value) == "NaT" or (isinstance(value, Real) and bool(value != value))
 
 
 def _is_array(value: Any) -> bool:
@@ -291,8 +351,8 @@ def _is_array(value: Any) -> bool:
 
 def _plain(value: Any, of_array: bool = False) -> Any:
     """Return lists and dicts. pandas makes arrays of what came from Arrow, so null means absent in them."""
-    if _is_array(value) or type(value).__name__ == "ndarray":
-        return [_plain(item, True) for item in value.tolist()]
+    if type(value).__module__ in ("numpy", "torch"):
+        return _plain(value.tolist(), True)
     if isinstance(value, (list, tuple)):
         return [_plain(item, of_array) for item in value]
     if isinstance(value, Mapping):
@@ -381,12 +441,13 @@ def _message(index: int, message: Any) -> Said:
     for key, value in held.items():
         if key in ("role", "from", "content", "value") or _empty(value):
             continue
-        if key in ("weight", "train", "training", "trainable", "loss", "masked"):
+        if key in MARKS:
             marks.append(_mark(index, key, value, role) != (key == "masked"))
         elif key in REFUSED_IN_MESSAGE:
             raise ConversationError(f"message {index}: its {key} cannot be honoured")
         elif not (key in WRITTEN_BY_HF and value is False):
             rest[key] = _dicts(value) if key == "tool_calls" else _plain(value)
+            _refuse_suspects("message", {key: value})
     if len({*marks}) > 1:
         raise ConversationError(f"message {index}: it contradicts itself about the loss")
     content = held.get("content", held.get("value"))
@@ -399,7 +460,7 @@ def _message(index: int, message: Any) -> Said:
 def _mark(index: int, key: str, value: Any, role: str) -> bool:
     if (not isinstance(value, Real) and type(value).__name__ not in ("bool", "bool_")) or value not in (0, 1):
         raise ConversationError(f"message {index}: its {key} must be 0 or 1")
-    if value and role != "assistant" and key in ("train", "training", "trainable", "loss"):
+    if value and role != "assistant" and key not in ("weight", "masked"):
         raise ConversationError(f"message {index}: its {key} asks to train what the assistant does not say")
     return bool(value)
 
@@ -417,6 +478,7 @@ def _parts(content: Any) -> list[tuple[str, str]]:
             raise ConversationError("a part is not a text, python or python_output with a text")
         if refused := [key for key in REFUSED_IN_PART if not _empty(part.get(key))]:
             raise ConversationError(f"a part's {refused} cannot be honoured")
+        _refuse_suspects("part", {key: item for key, item in part.items() if not _empty(item)})
         parts.append((kind, part["text"]))
     return parts
 
@@ -459,8 +521,13 @@ def _one_document(held: Mapping[str, Any], kept: list[bool]) -> None:
     positions = [position for position, keep in zip(positions, kept, strict=True) if keep and "position_ids" in held]
     if any(positions[i + 1] - positions[i] != 1 for i in range(len(positions) - 1)):
         raise ConversationError("its position_ids do not count up by 1")
-    if len(_numbers(held.get("seq_lengths", []), "seq_lengths")) > 1:
-        raise ConversationError("it has several seq_lengths")
+    for key, most in (("seq_lengths", 1), ("seq_start_id", 1), ("cu_seqlens", 2)):
+        if len(_numbers(held.get(key, []), key)) > most:
+            raise ConversationError(f"its {key} shows several documents")
+    for key in ("segment_ids", "sequence_ids", "seq_idx", "doc_ids", "document_ids"):
+        segments = _numbers(held.get(key, [0] * len(kept)), key)
+        if len(segments) != len(kept) or len({one for one, keep in zip(segments, kept, strict=True) if keep}) > 1:
+            raise ConversationError(f"its {key} shows several documents")
 
 
 def _numbers(values: Any, name: str) -> list[Any]:

@@ -18,12 +18,14 @@ from nanopack.conversations.keys import (
     MASK,
     MESSAGE,
     NOT_IN_LOSS,
+    PACKED,
     PART,
     PASSED,
     READ,
     RECORD,
     SYSTEM,
     TEMPLATE,
+    WANTED,
 )
 from nanopack.conversations.keys import REFUSED as NO
 from nanopack.conversations.records import check, open_conversations
@@ -140,6 +142,6 @@ def test_harmless_keys_change_nothing_and_unknown_ones_are_named(tmp_path: Path,
 
 
 def test_the_tables_name_each_kind_once() -> None:
-    assert {*RECORD.values()} == {HARMLESS, READ, MASK, SYSTEM, TEMPLATE, NOT_IN_LOSS, NO}
+    assert {*RECORD.values()} == {HARMLESS, READ, MASK, PACKED, SYSTEM, TEMPLATE, NOT_IN_LOSS, WANTED, NO}
     assert {*MESSAGE.values()} == {HARMLESS, READ, IN_LOSS, NOT_IN_LOSS, TEMPLATE, PASSED, NO}
     assert {*PART.values()} == {HARMLESS, READ, NO}
