@@ -89,7 +89,9 @@ def compare_with_witness(loader: Loader, against: str) -> Testimony:
     if against != "axolotl-like" and config.template != "hf":
         raise ValueError(f"against={against!r} compares chat templates; pass template='hf'")
     if config.loss == "all":
-        raise ValueError(f"against={against!r} compares the answers, and loss='all' has every token in the loss; drop it")
+        raise ValueError(
+            f"against={against!r} compares the answers, and loss='all' puts every token in it; leave it out"
+        )
     render = Renderer(tokenizer, config.template, config.loss, config.first_assistant)
 
     def ours(record: object) -> witness.Tokens:

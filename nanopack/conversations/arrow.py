@@ -100,7 +100,9 @@ def _matters(name: str) -> bool:
 
 def row_type(names: Sequence[str]) -> type[Row]:
     """Return the class of the rows of a table with these columns: it names those that nothing reads."""
-    return type("Row", (Row,), {"unread": tuple(sorted(name for name in names if name not in RECORD and not _matters(name)))})
+    return type(
+        "Row", (Row,), {"unread": tuple(sorted(name for name in names if name not in RECORD and not _matters(name)))}
+    )
 
 
 class ArrowRows:

@@ -59,7 +59,7 @@ class Items(Source):
 
 
 def _features_of(items: Any) -> object:
-    """Return the features of a datasets.Dataset, or of those that torch's Subset or ConcatDataset hand on, else None."""
+    """Return the features of a datasets.Dataset, or of what torch's Subset or ConcatDataset hold, else None."""
     if type(items).__module__.startswith("torch.utils.data"):
         found = [_features_of(part) for part in getattr(items, "datasets", None) or [getattr(items, "dataset", None)]]
         return None if None in found else found[0]

@@ -49,7 +49,7 @@ RECORD = _table(
     (HARMLESS, "num_turns turns length token_type_ids special_tokens_mask overflow_to_sample_mapping"),
     (HARMLESS, "parallel_tool_calls"),
     (READ, "messages conversations text input_ids prompt completion instruction input output history weight"),
-    (READ, "context chosen rejected"),
+    (READ, "context chosen rejected role"),
     (MASK, "labels loss_mask assistant_masks assistant_mask completion_mask response_mask attention_mask"),
     (MASK, "position_ids seq_lengths"),
     (PACKED, "cu_seqlens seq_start_id segment_ids sequence_ids seq_idx doc_ids document_ids"),
@@ -75,7 +75,10 @@ MESSAGE = _table(
     (IN_LOSS, "weight train training trainable is_trainable train_on_turn loss"),
     (NOT_IN_LOSS, "masked"),
     (TEMPLATE, "tool_calls tool_call function_call tools functions arguments tool_plan tool_responses tool_results"),
-    (TEMPLATE, "reasoning_content reasoning reasoning_details thinking thinking_blocks thoughts thought refusal citations"),
+    (
+        TEMPLATE,
+        "reasoning_content reasoning reasoning_details thinking thinking_blocks thoughts thought refusal citations",
+    ),
     (TEMPLATE, "images image videos video audios audio documents prefix"),
     (PASSED, "name tool_call_id"),
     # of these one cannot say what true means, or they are about characters
@@ -113,9 +116,7 @@ _YES_NO = {"true", "false", "yes", "no", "0", "1"}
 
 @functools.lru_cache(maxsize=4096)
 def looks_like(key: str, table: str) -> str:
-    """Return what an unknown key of a "record", "message" or "part" may be: a known one that matters, "loss" or "media".
-
-    "" where it looks like none of these.
+    """Return what an unknown key of a "record", "message" or "part" looks like: a known key, "loss", "media" or "".
 
     >>> looks_like("toolCalls", "message"), looks_like("isTrained", "message"), looks_like("mood", "message")
     ('tool_calls', 'loss', '')
@@ -132,7 +133,7 @@ def is_flag(value: Any) -> bool:
     if isinstance(value, str):
         return value.lower() in _YES_NO
     if isinstance(value, Real):
-        return bool(0 <= value <= 1)
+        return 0 <= float(value) <= 1
     if isinstance(value, (list, tuple)):
         return len(value) > 0 and isinstance(value[0], Real)
     # of torch a dtype has no kind, and is numbers

@@ -142,7 +142,9 @@ def _check_unknown(key: str, value: object, of: str) -> None:
     """Raise ConversationError where an unknown key of a message or part looks like one that matters."""
     like = looks_like(key, of)
     if like == "loss" and is_flag(value):
-        fail(f"{key} is not known, and may say what is in the loss: {short(value)}; give the message a weight of 0 or 1")
+        fail(
+            f"{key} is not known, and may say what is in the loss: {short(value)}; give the message a weight of 0 or 1"
+        )
     if like == "media" and value is not False:
         fail(f"{key} is not known, and nanopack packs text: {short(value)}; remove it")
     if like not in ("", "loss", "media"):

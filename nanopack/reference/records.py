@@ -322,7 +322,7 @@ def _says_yes_or_no(value: Any) -> bool:
     if isinstance(value, str):
         return value.lower() in ("true", "false", "yes", "no", "0", "1")
     if isinstance(value, Real):
-        return 0 <= value <= 1
+        return 0 <= float(value) <= 1
     if isinstance(value, (list, tuple)):
         return isinstance(value[0], Real)
     return getattr(getattr(value, "dtype", "O"), "kind", "i" if hasattr(value, "dtype") else "O") in "biuf"
@@ -336,7 +336,7 @@ def _is_nan(key: str, value: object) -> bool:
     return isinstance(value, float) and value != value and key != "weight"
 
 
-def _empty(value: object) -> bool:
+def _empty(value: Any) -> bool:
     """Return whether a value says nothing."""
     if isinstance(value, str):
         return value.strip() in ("[]", "{}", "null", '""') or value == ""

@@ -82,7 +82,11 @@ def _meaning(record: Any) -> Any:
         if not all(isinstance(record.get(key) or "", str) for key in ("instruction", "input", "output")):
             raise Refuse
         lines = [record.get(key) for key in ("instruction", "input") if record.get(key)]
-        before = [(role, text, {}, True) for pair in record.get("history") or [] for role, text in zip(ROLES, pair, strict=True)]
+        before = [
+            (role, text, {}, True)
+            for pair in record.get("history") or []
+            for role, text in zip(ROLES, pair, strict=True)
+        ]
         messages = [*before, ("user", "\n".join(lines), {}, True), ("assistant", record["output"], {}, True)]
     else:
         messages = [message(m) for m in said(record[kind])]
@@ -118,7 +122,8 @@ def listed(value: Any) -> list[dict[str, Any]]:
 
 
 NAMES = {
-    "system": "system", "developer": "developer", "user": "user", "human": "user", "prompter": "user", "assistant": "assistant",
+    "system": "system", "developer": "developer", "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant",
     "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant",
     "function_call": "assistant", "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool",
 }  # fmt: skip
@@ -234,7 +239,9 @@ def draw_message(draw: random.Random) -> Any:
 def draw_part(draw: random.Random) -> Any:
     found = {"type": draw.choice(["text"] * 4 + ["input_text", "python", "image", None]), "text": draw.choice(SAID)}
     if draw.random() < 0.2:
-        found |= draw.choice([{"image_url": "x"}, {"cache_control": {"type": "a"}}, {"mood": 1}, {"text": None}, {"no_loss": True}])
+        found |= draw.choice(
+            [{"image_url": "x"}, {"cache_control": {"type": "a"}}, {"mood": 1}, {"text": None}, {"no_loss": True}]
+        )
     return found
 
 
