@@ -30,7 +30,7 @@ Tokens: TypeAlias = list[tuple[int, bool]]
 
 @dataclass(frozen=True)
 class Testimony:
-    """What a comparison with a witness found; true when conversations were compared, and all of them are equal."""
+    """What a comparison with a witness found; true when tokens are in the loss, and the same in both."""
 
     against: str
     conversations: int
@@ -47,7 +47,7 @@ class Testimony:
     """The first difference: conversation, token, who has it in the loss, and the text around it."""
 
     def __bool__(self) -> bool:
-        return self.difference is None and self.conversations > 0
+        return self.difference is None and self.num_loss_tokens > 0
 
 
 def compare(

@@ -97,7 +97,8 @@ def _ask_witness(options: Namespace) -> int:
     elif found.difference:
         print(f"not what {found.against} has in the loss: {found.difference}")
     elif not equal:
-        print(f"nothing to compare with {found.against}; {counts}")
+        what = f"of {found.tokens:,} tokens none is in the loss" if found.tokens else "there is nothing to compare"
+        print(f"not what {found.against} can confirm: {what}; {counts}")
     else:
         print(f"as {found.against} has it: {found.num_loss_tokens:,} of {found.tokens:,} tokens in the loss; {counts}")
     return 0 if equal else 1
