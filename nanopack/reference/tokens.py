@@ -23,7 +23,7 @@ def read_tokens(held: Mapping[str, Any]) -> Tokens:
     if "labels" in held:
         labels = _numbers(held["labels"], "labels")
         if len(labels) != len(ids) or any(label not in (-100, id) for label, id in zip(labels, ids, strict=True)):
-            raise ConversationError("its labels are neither -100 nor the input_ids at their places")
+            raise ConversationError("its labels are neither -100 nor the input_ids at the same index")
         marks["labels"] = [label != -100 for label in labels]
     kept = [True] * len(ids)
     if "attention_mask" in held:
@@ -31,13 +31,13 @@ def read_tokens(held: Mapping[str, Any]) -> Tokens:
     if any(len(mark) != len(ids) for mark in [kept, *marks.values()]):
         raise ConversationError(f"it has {len(ids)} input_ids and a mask of another length")
     tokens = []
-    for place, id in enumerate(ids):
-        said = {mark[place] for mark in marks.values()} or {True}
+    for index, id in enumerate(ids):
+        said = {mark[index] for mark in marks.values()} or {True}
         if isinstance(id, bool) or not isinstance(id, Integral):
             raise ConversationError(f"input_ids has {id!r}")
-        if kept[place] and len(said) > 1:
-            raise ConversationError(f"its masks contradict each other at token {place}")
-        if kept[place]:
+        if kept[index] and len(said) > 1:
+            raise ConversationError(f"its masks contradict each other at token {index}")
+        if kept[index]:
             tokens.append((int(id), said.pop()))
     if not tokens:
         raise ConversationError("it has no tokens")
