@@ -113,6 +113,8 @@ def batches(
         if not tokens:
             raise ValueError(f"{where}: template={template!r} needs tokens that the tokenizer lacks: {lacking}.")
         tokens = tokens[:max_document_tokens][:cut]
+        if said.weight == 0:
+            tokens = [(id, False) for id, _ in tokens]
         if loss == "all":
             tokens = [(id, True) for id, _ in tokens]
         if not boundary_loss:

@@ -55,8 +55,13 @@ def _one_document(held: Mapping[str, Any], kept: list[bool]) -> None:
     positions = [position for position, keep in zip(positions, kept, strict=True) if keep and "position_ids" in held]
     if any(positions[i + 1] - positions[i] != 1 for i in range(len(positions) - 1)):
         raise ConversationError("its position_ids do not count up by 1")
-    if len(_numbers(held.get("seq_lengths", []), "seq_lengths")) > 1:
-        raise ConversationError("it has several seq_lengths")
+    for key, most in (("seq_lengths", 1), ("seq_start_id", 1), ("cu_seqlens", 2)):
+        if len(_numbers(held.get(key, []), key)) > most:
+            raise ConversationError(f"its {key} shows several documents")
+    for key in ("segment_ids", "sequence_ids", "seq_idx", "doc_ids", "document_ids"):
+        segments = _numbers(held.get(key, [0] * len(kept)), key)
+        if len(segments) != len(kept) or len({one for one, keep in zip(segments, kept, strict=True) if keep}) > 1:
+            raise ConversationError(f"its {key} shows several documents")
 
 
 def _numbers(values: Any, name: str) -> list[Any]:

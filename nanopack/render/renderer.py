@@ -120,7 +120,11 @@ class Renderer:
 
     def plan(self, conversation: Conversation) -> Plan | Document:
         """Return what `fill_in` makes a document: all but the encoding, which takes longest. Raises as a call does."""
-        conversation = choose(conversation, *self._choice)
+        plan = self._plan(choose(conversation, *self._choice))
+        # a weight of 0 means the same with and without loss_weights
+        return plan if conversation.weight else _out_of_loss(plan)
+
+    def _plan(self, conversation: Conversation) -> Plan | Document:
         if conversation.tokens is not None:
             return _take_over(conversation.tokens, self._tokenizer)
         if conversation.text is not None:
@@ -155,6 +159,12 @@ class Renderer:
             starts = tuple([begins[first + run] - begin for run in plan.firsts])
             yield Document(ids[begin:end], mask[begin:end], starts)
             first = last
+
+
+def _out_of_loss(plan: Plan | Document) -> Plan | Document:
+    if isinstance(plan, Plan):
+        return plan._replace(trained=[False] * len(plan.trained))
+    return replace(plan, mask=np.zeros_like(plan.mask))
 
 
 def _take_over(tokens: Tokens, tokenizer: AnyTokenizer) -> Document:
