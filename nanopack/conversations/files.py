@@ -22,9 +22,9 @@ import numpy as np
 
 from nanopack.conversations.arrow import ArrowRows, cell_reader, columns_read, row_type
 from nanopack.conversations.json_array import scan_array
-from nanopack.conversations.random_access import GzipBytes, OpenFile, PlainBytes, Recent, Version, ZstdBytes
+from nanopack.conversations.random_access import GzipBytes, PlainBytes, Recent, Version, ZstdBytes, open_file
 from nanopack.conversations.source import Source
-from nanopack.errors import ConversationError
+from nanopack.errors import ConversationError, StorageError
 
 TEXT_SUFFIXES = tuple(f"{kind}{packed}" for kind in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst"))
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow")
@@ -43,7 +43,6 @@ KINDS = (
     (b"\xff\xfe", "UTF-16", "save it as UTF-8"),
     (b"\xfe\xff", "UTF-16", "save it as UTF-8"),
 )
-OPEN_FILES = 64
 RECENT_BLOCKS = 4
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -177,8 +176,16 @@ def refuse_other_kinds(path: str, head: bytes, own: bytes = b"never") -> None:
 def read_row_group(version: Version, group: int, columns: tuple[str, ...]) -> Any:
     """Return one row group as a pyarrow table."""
     # One thread and a file of its own: nothing of pyarrow's is shared with a forked process.
-    with OpenFile(version) as file, _parquet(version.path).ParquetFile(file, pre_buffer=False) as groups:
-        return groups.read_row_group(group, list(columns), use_threads=False)
+    with open_file(version) as file:
+        try:
+            with _parquet(version.path).ParquetFile(file, pre_buffer=False) as groups:
+                table = groups.read_row_group(group, list(columns), use_threads=False)
+        # All of pyarrow's errors are ValueErrors or OSErrors.
+        except (ValueError, OSError) as error:
+            file.check()
+            raise StorageError(f"{version.path} is damaged in row group {group} ({error}); copy it again") from error
+        file.check()
+        return table
 
 
 def _parquet(path: str) -> Any:
@@ -215,7 +222,7 @@ class Rows:
     def _footer(self, parquet: Any) -> tuple[Any, list[int]]:
         """Return the schema and the sizes of the row groups."""
         try:
-            with OpenFile(self._version) as file, parquet.ParquetFile(file) as groups:
+            with open_file(self._version) as file, parquet.ParquetFile(file) as groups:
                 sizes = [groups.metadata.row_group(k).num_rows for k in range(groups.num_row_groups)]
                 return groups.schema_arrow, sizes
         # All of pyarrow's errors are ValueErrors or OSErrors.
@@ -269,17 +276,16 @@ class Files(Source):
 
 def open_files(paths: Sequence[str]) -> Files:
     """Return the records of files; ValueError where one cannot be read, ImportError where a package is missing."""
-    files, groups = Recent(OPEN_FILES, OpenFile), Recent(1, read_row_group)
+    groups = Recent(1, read_row_group)
     blocks = Recent(RECENT_BLOCKS, GzipBytes.inflate)
 
     def open_one(path: str) -> Part:
-        status, name = os.stat(path), path.lower()
-        version = Version(path, status.st_size, status.st_mtime_ns)
+        version, name = Version.of(path), path.lower()
         if name.endswith(".parquet"):
             return Rows(version, groups)
         if name.endswith(".arrow"):
             return ArrowRows(path)
-        raw = PlainBytes(version, files)
+        raw = PlainBytes(version)
         if name.endswith((".gz", ".zst")):
             own = b"\x1f\x8b" if name.endswith(".gz") else b"\x28\xb5\x2f\xfd"
             refuse_other_kinds(path, PlainBytes.head(path), own)

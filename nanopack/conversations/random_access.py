@@ -9,14 +9,25 @@ forked processes and threads may read at the same time. Pickling leaves every op
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
 import importlib
 import io
 import os
 import tempfile
+import weakref
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import Any, Generic, NamedTuple, TypeVar
+
+from nanopack.errors import StorageError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 Value = TypeVar("Value")
 
@@ -27,17 +38,22 @@ GZIP_READ_BYTES = 16 << 10
 
 
 class Recent(Generic[Value]):
-    """What `make` returned last, by its arguments: open files, decompressed blocks, row groups.
+    """What `make` returned last, by its arguments: decompressed blocks, row groups.
 
-    It pickles empty. lru_cache may be shared by threads, and a fork at any moment leaves it whole.
+    It pickles empty. functools.lru_cache may be shared by threads, and a fork at any moment leaves it whole.
     """
 
     def __init__(self, keep: int, make: Callable[..., Value]) -> None:
         self._arguments = keep, make
-        self.get: Callable[..., Value] = lru_cache(keep)(make)
+        self.get: Callable[..., Value] = functools.lru_cache(keep)(make)
 
     def __reduce__(self) -> tuple[type[Recent[Value]], tuple[int, Callable[..., Value]]]:
         return Recent, self._arguments
+
+
+# Bytes of a file that say whether it is still the same: so many at each of so many places, from its head to its tail.
+CHECKED_BYTES = 4 << 10
+CHECKED_PLACES = 8
 
 
 class Version(NamedTuple):
@@ -46,28 +62,106 @@ class Version(NamedTuple):
     path: str
     size: int
     mtime_ns: int
+    checksum: int
+    """CRC32 of the bytes at CHECKED_PLACES."""
+
+    @classmethod
+    def of(cls, path: str) -> Version:
+        """Return the version of the file that is there now."""
+        with open(path, "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            checksum = _checksum(file.fileno(), status.st_size)
+        return cls(path, status.st_size, status.st_mtime_ns, checksum)
+
+    def check(self, fd: int, known_mtime_ns: int, *, may_grow: bool) -> int:
+        """Return the time at which the open file was last modified; StorageError if its content is another one.
+
+        A file that was only touched, or copied anew, has the same content; with `may_grow`, also one that has more
+        after it. `known_mtime_ns` is the last answer: bytes are compared where it is another one.
+        """
+        status = os.fstat(fd)
+        if status.st_mtime_ns == known_mtime_ns and status.st_size == self.size:
+            return known_mtime_ns
+        if status.st_size < self.size:
+            raise StorageError(f"{self.path} was cut off while in use; open the conversations again")
+        grown = status.st_size > self.size and not may_grow
+        if grown or (status.st_mtime_ns != known_mtime_ns and _checksum(fd, self.size) != self.checksum):
+            raise StorageError(f"{self.path} has changed since it was opened; open the conversations again")
+        return status.st_mtime_ns
+
+
+def _checksum(fd: int, size: int) -> int:
+    last = max(0, size - CHECKED_BYTES)
+    places = sorted({last * k // (CHECKED_PLACES - 1) for k in range(CHECKED_PLACES)})
+    return functools.reduce(lambda crc, at: zlib.crc32(os.pread(fd, CHECKED_BYTES, at)[: size - at], crc), places, 0)
 
 
 class OpenFile(io.FileIO):
-    """A file that is open while anybody holds it; ValueError if it is not that version any more."""
+    """A file that is open while anybody holds it; StorageError if it is not that version any more."""
 
-    def __init__(self, version: Version) -> None:
+    def __init__(self, version: Version, *, may_grow: bool = False) -> None:
         super().__init__(version.path)
-        status = os.fstat(self.fileno())
-        if (status.st_size, status.st_mtime_ns) != (version.size, version.mtime_ns):
-            raise ValueError(f"{version.path} has changed since it was opened; open the conversations again")
+        self._version, self._may_grow, self._mtime_ns = version, may_grow, version.mtime_ns
+        self.check()
+
+    def check(self) -> None:
+        """Raise StorageError if it is not that version any more."""
+        self._mtime_ns = self._version.check(self.fileno(), self._mtime_ns, may_grow=self._may_grow)
 
     def __del__(self) -> None:
         # Closing is left to the last holder, and Python warns of files that are dropped open.
         self.close()
 
 
+def _limit_of_open_files() -> int:
+    # Windows has none to ask for; unlimited is negative
+    limit: int = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else 512
+    return limit if limit >= 0 else 1 << 20
+
+
+def most_open_files() -> int:
+    """Return how many files of conversations may be open in this process: a share of what the system allows."""
+    return max(4, min(256, _limit_of_open_files() // 8))
+
+
+# Whose files are open, of all data sets together, the oldest first.
+_holders: deque[weakref.ref[PlainBytes]] = deque()
+
+
+def open_file(version: Version, *, may_grow: bool = False) -> OpenFile:
+    """Open a file; where too many are open, close those of conversations first, the oldest first."""
+    while True:
+        try:
+            return OpenFile(version, may_grow=may_grow)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            if not _close_oldest():
+                why = f"too many open files, with a limit of {_limit_of_open_files()}; raise it with ulimit -n"
+                raise StorageError(f"{version.path}: {why}") from error
+
+
+def _close_oldest() -> bool:
+    """Close the file that has been open longest; False where there is none."""
+    while _holders:
+        with contextlib.suppress(IndexError):  # another thread took it
+            holder = _holders.popleft()()
+            if holder is not None:
+                holder.file = None
+                return True
+    return False
+
+
 class PlainBytes:
     """The bytes of a file, read anywhere."""
 
-    def __init__(self, version: Version, files: Recent[OpenFile]) -> None:
+    def __init__(self, version: Version) -> None:
         self.path, self.size = version.path, version.size
-        self._version, self._files = version, files
+        self._version = version
+        self.file: OpenFile | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"file": None}
 
     @staticmethod
     def head(path: str) -> bytes:
@@ -80,12 +174,21 @@ class PlainBytes:
             yield self.read(start, min(start + SCAN_BYTES, self.size))
 
     def read(self, start: int, stop: int) -> bytes:
-        # Held to the end: a file that other threads crowd out of `files` closes when nobody holds it.
-        file = self._files.get(self._version)
+        # Held to the end: a file that is closed to make room closes when nobody holds it.
+        file = self.file or self._open()
         data = os.pread(file.fileno(), stop - start, start)
+        # after the read: what came is what was checked
+        file.check()
         if len(data) < stop - start:
-            raise ValueError(f"{self.path} was cut off while in use; open the conversations again")
+            raise StorageError(f"{self.path} was cut off while in use; open the conversations again")
         return data
+
+    def _open(self) -> OpenFile:
+        file = self.file = open_file(self._version, may_grow=True)
+        _holders.append(weakref.ref(self))
+        while len(_holders) > most_open_files():
+            _close_oldest()
+        return file
 
 
 class ZstdBytes:
@@ -115,9 +218,9 @@ class ZstdBytes:
                     self._file.write(frame.decompress(chunk))
                     chunk, frame = frame.unused_data, None if frame.eof else frame
         except zstandard.ZstdError as error:
-            raise ValueError(f"{self.path} is damaged ({error}); test it with zstd -t, then copy it again") from error
+            raise StorageError(f"{self.path} is damaged ({error}); test it with zstd -t, then copy it again") from error
         if frame is not None:
-            raise ValueError(f"{self.path} is cut off; test it with zstd -t, then make or copy it again")
+            raise StorageError(f"{self.path} is cut off; test it with zstd -t, then make or copy it again")
         self._file.flush()
         self.size = self._file.tell()
 
@@ -217,4 +320,4 @@ class GzipBytes:
             if data or piece or member.eof:
                 return piece
             why = f"is cut off in line {lines + 1}"
-        raise ValueError(f"{self.path} {why}; test it with gzip -t, then make or copy it again")
+        raise StorageError(f"{self.path} {why}; test it with gzip -t, then make or copy it again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -23,7 +24,7 @@ from record_files import RECORDS, write_lines, write_parquet
 from nanopack.conversations import files
 from nanopack.conversations import random_access as file_bytes
 from nanopack.conversations.records import open_conversations
-from nanopack.errors import ConversationError
+from nanopack.errors import ConversationError, StorageError
 
 
 @pytest.fixture(params=["chats.jsonl", "chats.jsonl.gz", "chats.parquet"])
@@ -116,7 +117,7 @@ def test_more_files_than_may_be_open_are_read(tmp_path: Path, suffix: str) -> No
         write(tmp_path / f"{number:03}{suffix}", [{"text": str(number)}])
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(map(int, os.listdir("/dev/fd")))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + files.OPEN_FILES + 20, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 20, hard))
     try:
         source = open_conversations(tmp_path / f"*{suffix}")
         order = random.Random(0).sample(range(200), 200)
@@ -250,3 +251,40 @@ def test_a_bad_line_17_says_what_is_wrong_and_harms_no_other_line(tmp_path: Path
     with pytest.raises(ConversationError, match=message):
         source[16]
     assert [source[15], source[17]] == [RECORDS[15], RECORDS[17]]
+
+
+def test_many_data_sets_share_one_budget_of_open_files(tmp_path: Path) -> None:
+    sources = []
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = len(os.listdir("/dev/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 200, hard))
+    try:
+        for number in range(10):
+            paths = [write_lines(tmp_path / f"{number}-{k}.jsonl", [{"text": f"{number} {k}"}]) for k in range(40)]
+            sources.append(open_conversations(paths))
+        for _ in range(2):
+            assert all(source[k] == {"text": f"{n} {k}"} for n, source in enumerate(sources) for k in range(40))
+        assert len(os.listdir("/dev/fd")) - before <= file_bytes.most_open_files() < 60
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_too_many_open_files_of_others_are_an_error_that_names_the_limit(tmp_path: Path) -> None:
+    source = open_conversations(write_lines(tmp_path / "chats.jsonl", [{"text": "a"}]))
+    other = pickle.loads(pickle.dumps(source))
+    del source
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    held = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        with pytest.raises(StorageError, match=r"chats\.jsonl: too many open files, with a limit of 64; .*ulimit -n"):
+            other[0]
+        os.close(held.pop())
+        assert other[0] == {"text": "a"}
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -97,7 +97,7 @@ def test_opening_a_gzip_file_holds_64_kb_a_block_and_the_recent_blocks(
 def test_a_file_crowded_out_while_it_is_read_stays_open_until_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "OPEN_FILES", 1)
+    monkeypatch.setattr(file_bytes, "most_open_files", lambda: 1)
     source = open_conversations([write_lines(tmp_path / f"{k}.jsonl", [{"text": f"{k}"}]) for k in range(2)])
     pread = os.pread
 

@@ -117,8 +117,8 @@ class Stillborn(MemoryError):
         (StopIteration(3), ConversationError, "StopIteration: 3"),
         (GeneratorExit(), ProducerError, "stopped by GeneratorExit"),
         # from a pipe these end the process; from a data set they must not
-        (BrokenPipeError("theirs"), ConversationError, "BrokenPipeError: theirs"),
-        (EOFError("theirs"), ConversationError, "EOFError: theirs"),
+        (BrokenPipeError("theirs"), StorageError, "BrokenPipeError: theirs"),
+        (EOFError("theirs"), StorageError, "EOFError: theirs"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
