@@ -14,7 +14,7 @@ import pytest
 from faulty import CHATS, SMALL, TOKENIZER, Faulty, NotPicklable, expected, is_gone, raising, within
 
 import nanopack
-from nanopack import ConversationError, Loader, reference
+from nanopack import ConversationError, Loader, StorageError, reference
 from nanopack.errors import ProducerError
 from nanopack.tokenizers.tokenizer import Tokenizer
 from nanopack.verify import compare

@@ -151,7 +151,7 @@ def bad(index):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_that_skips_a_hundred_in_a_row_stops(workers):
     data = [*CHATS, *map(bad, range(150)), *CHATS]
-    with within(20), pytest.raises(ConversationError, match="^conversation 139, .* 100 conversations in a row"):
+    with within(20), pytest.raises(ConversationError, match=r"^conversation 139, .* 100 conversations in a row"):
         read_all(data, on_error="skip", num_workers=workers)
     with pytest.raises(ConversationError, match="100 of 140"):
         list(reference.batches(data, TOKENIZER, epochs=1, on_error="skip", **SMALL))
