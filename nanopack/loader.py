@@ -217,6 +217,8 @@ class Loader:
         # only the reader gets the encoder: everything else, users included, sees the tokenizer that was given
         self._reader = Reader(self.source, choose_encoder(encoder, self.tokenizer, self.source), self.config)
         self._reader.check_template()
+        # its sample is read before there is another process that reads
+        self._fingerprint = fingerprint(self.source, self.tokenizer, self.config)
         layout = self._reader.layout
         # ordinary tensors, whatever mode the loader is made in, because they are written to in others
         with torch.inference_mode(False):
@@ -414,10 +416,6 @@ class Loader:
             self.tokenizer = self.tokenizer.at(clock)
             self._reader = Reader(self.source, self.tokenizer, self.config)
             self._fingerprint = fingerprint(self.source, self.tokenizer, self.config)
-
-    @functools.cached_property
-    def _fingerprint(self) -> dict[str, Any]:
-        return fingerprint(self.source, self.tokenizer, self.config)
 
     def __len__(self) -> int:
         """Return the number of batches in all epochs, from the first one on; exact.
