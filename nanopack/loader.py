@@ -213,7 +213,7 @@ class Loader:
         if group is not None and isinstance(self.tokenizer, HuggingFaceTokenizer):
             # The date that a chat template writes is the same on all ranks.
             self.tokenizer = self.tokenizer.at(agree_on_clock(group, self.tokenizer.clock, self.device))
-        self.source = open_conversations(conversations)
+        self.source = open_conversations(conversations, shuffled=seed is not None)
         # only the reader gets the encoder: everything else, users included, sees the tokenizer that was given
         self._reader = Reader(self.source, choose_encoder(encoder, self.tokenizer, self.source), self.config)
         self._reader.check_template()

@@ -24,7 +24,7 @@ class Offsets:
     """The lines of a file, found by their offsets: as it is often written, with one file for all who read."""
 
     def __init__(self, path):
-        self.file = open(path, "rb")
+        self.file = open(path, "rb")  # noqa: SIM115 (as it is often written)
         self.offsets, at = [], 0
         for line in self.file:
             self.offsets.append(at)
