@@ -249,8 +249,8 @@ class Loader:
             self._release()
         with contextlib.ExitStack() as held:
             held.callback(feed.close)
-            self._device.pin(ring.buffer)
-            held.callback(self._device.unpin, ring.buffer)
+            if self._device.pin(ring.buffer):
+                held.callback(self._device.unpin, ring.buffer)
             slots = [torch.from_numpy(slot.buffer) for slot in ring.slots]
             upload = Upload(self._device, slots, self._make_outputs, self._kernel, static=self._static)
             held.callback(upload.close)
@@ -465,7 +465,7 @@ class Loader:
 
     def stats(self) -> StatsReport:
         """Return where time and memory went so far; see `StatsReport` for names and units."""
-        tokens_so_far = None if self.config.epochs is None else self._ledger().slots_tokens
+        tokens_so_far = None if self.config.epochs is None else self._ledger().positions_tokens
         return self._stats.report(self._prefetcher.waited_s, tokens_so_far)
 
     def explain(self, batch: Batch, row: int, col: int) -> Explanation:

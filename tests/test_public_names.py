@@ -34,7 +34,7 @@ FACES = {
     "nanopack.adapters.nanochat": ["Progress", "base_loader", "mid_loader", "sft_loader"],
 }
 
-# The arguments of Loader behind the star, in order, with their defaults.
+# The arguments of Loader after the star, in order, with their defaults.
 BATCHES = dict(
     packing="best_fit", template="nanochat", first_assistant="keep", loss="assistant", loss_weights=None,
     boundary_loss=True, ignore_index=-100, max_document_tokens=None, extras=(), max_pieces=None, seed=None,

@@ -118,10 +118,10 @@ class ShardPacker:
     def count_positions(self, tokens: int, loss_tokens: int) -> None:
         """Count the positions of this shard's rows in a batch: those with tokens, and the targets in the loss."""
         positions = self._config.shard_rows * self._config.seq_len
-        self.positions.slots += positions
-        self.positions.slots_tokens += tokens
-        self.positions.slots_padding += positions - tokens
-        self.positions.targets_trained += loss_tokens
+        self.positions.positions += positions
+        self.positions.positions_tokens += tokens
+        self.positions.positions_padding += positions - tokens
+        self.positions.targets_in_loss += loss_tokens
 
     @property
     def longest_wait(self) -> int:

@@ -22,9 +22,11 @@ import torch
 from nanopack.batch import Batch, Piece
 from nanopack.errors import ConversationError
 from nanopack.reference.documents import chat_of, check_ids, render
+from nanopack.reference.files import open_records
+from nanopack.reference.messages import choose
 from nanopack.reference.order import Reader
 from nanopack.reference.packing import Document, Rows, Word, pack_rows, pack_stream
-from nanopack.reference.records import choose, conversation, open_records
+from nanopack.reference.records import conversation
 from nanopack.render.templates import Template
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 from nanopack.tokenizers.tokenizer import load_tokenizer
@@ -143,27 +145,27 @@ def batches(
         document = Document(index, tokens, said.weight)
         return None if drops and document.num_loss_tokens == 0 else document
 
-    # A lane is a shard of the conversations, packed by itself: one per rank, or one per row of the global batch.
+    # Each shard of the conversations is packed by itself: one per rank, or one per row of the global batch.
     by_row = shard == "row"
-    lanes, lane_rows = (batch_size * world_size, 1) if by_row else (world_size, batch_size)
+    num_shards, shard_rows = (batch_size * world_size, 1) if by_row else (world_size, batch_size)
     own = range(rank * batch_size, (rank + 1) * batch_size) if by_row else [rank]
 
-    def lane(number: int) -> Lane:
-        reader = Reader(len(records), read, number, lanes, epochs, seed)
+    def pack_shard(number: int) -> PackedShard:
+        reader = Reader(len(records), read, number, num_shards, epochs, seed)
         if packing == "stream":
-            return Lane(reader, pack_stream(reader, lane_rows, seq_len, bool(options["overlap"])))
+            return PackedShard(reader, pack_stream(reader, shard_rows, seq_len, bool(options["overlap"])))
         # One document a row is the choice among one.
         window, refill, max_age = options.get("window", 1), options.get("refill", 1), options.get("max_age", math.inf)
-        return Lane(reader, pack_rows(reader, packing, lane_rows, seq_len, window, refill, max_age))
+        return PackedShard(reader, pack_rows(reader, packing, shard_rows, seq_len, window, refill, max_age))
 
     def longest() -> int:
-        """Return the number of batches of the longest lane of all ranks."""
-        return max(sum(1 for _ in lane(number).packed) for number in range(lanes)) if world_size > 1 else 0
+        """The number of batches of the longest shard of all ranks."""
+        return max(sum(1 for _ in pack_shard(number).packed) for number in range(num_shards)) if world_size > 1 else 0
 
     build = partial(_batch, packing, seq_len, loss_weights, extras, max_pieces, coder.bos_id, ignore_index)
     # Lazy: each batch is built, with the progress of its readers, before the next one is packed.
-    packed = _side_by_side([lane(number) for number in own], lane_rows, longest)
-    return (build(step, rows, lanes) for step, (rows, lanes) in enumerate(packed))
+    packed = _side_by_side([pack_shard(number) for number in own], shard_rows, longest)
+    return (build(step, rows, shards) for step, (rows, shards) in enumerate(packed))
 
 
 class PackingOptions(Protocol):
@@ -180,7 +182,7 @@ def _options(packing: PackingOptions) -> tuple[str, dict[str, int]]:
 
 
 @dataclass
-class Lane:
+class PackedShard:
     """A shard of the conversations as it is packed."""
 
     reader: Reader[Document]
@@ -194,24 +196,26 @@ class Lane:
         return self.reader.progress(streams, self.reader.reads if streams else self.placed + self.reader.left_out)
 
 
-def _side_by_side(lanes: list[Lane], lane_rows: int, longest: Callable[[], int]) -> Iterator[tuple[Rows, list[Lane]]]:
-    """Yield the rows of all these lanes, batch by batch, until the longest lane of all ranks is done."""
+def _side_by_side(
+    shards: list[PackedShard], shard_rows: int, longest: Callable[[], int]
+) -> Iterator[tuple[Rows, list[PackedShard]]]:
+    """Yield the rows of all these shards, batch by batch, until the longest shard of all ranks is done."""
     batches = 0
     while True:
         rows: Rows = []
         ended = True
-        for lane in lanes:
-            lane_batch = next(lane.packed, None)
-            if lane_batch is None:
-                rows += [[]] * lane_rows
+        for shard in shards:
+            packed = next(shard.packed, None)
+            if packed is None:
+                rows += [[]] * shard_rows
             else:
-                lane.placed = lane_batch[1]
-                rows += lane_batch[0]
+                shard.placed = packed[1]
+                rows += packed[0]
                 ended = False
         # All ranks must give equally many batches: a rank that is done gives padding.
         if ended and batches >= longest():
             return
-        yield rows, lanes
+        yield rows, shards
         batches += 1
 
 
@@ -220,7 +224,7 @@ def _side_by_side(lanes: list[Lane], lane_rows: int, longest: Callable[[], int])
 
 def _batch(
     packing: str, seq_len: int, loss_weights: str | None, extras: Collection[str],
-    max_pieces: int | None, bos_id: int, ignore_index: int, step: int, rows: Rows, lanes: list[Lane],
+    max_pieces: int | None, bos_id: int, ignore_index: int, step: int, rows: Rows, shards: list[PackedShard],
 ) -> Batch:  # fmt: skip
     inputs, targets, target_weights, positions, doc_ids, starts = [], [], [], [], [], []
     padding = Document(-1, [(bos_id, False)] * (seq_len + 1), 0.0)
@@ -229,8 +233,8 @@ def _batch(
         words = [*row, *padding.words()[len(row) :]]
         pieces = _pieces(words)
         inputs.append([word.id for word in words[:-1]])
-        targets.append([word.id if word.trained else ignore_index for word in words[1:]])
-        target_weights.append([word.document.weigh(loss_weights) if word.trained else 0.0 for word in words[1:]])
+        targets.append([word.id if word.in_loss else ignore_index for word in words[1:]])
+        target_weights.append([word.document.weigh(loss_weights) if word.in_loss else 0.0 for word in words[1:]])
         counted = [(n, i) for n, piece in enumerate(pieces) for i in range(piece.length)][:seq_len]
         positions.append([i for _, i in counted])
         doc_ids.append([-1 if pieces[n].conversation == -1 else n for n, _ in counted])
@@ -241,7 +245,7 @@ def _batch(
         starts = _filled(starts, step, len(rows), seq_len // 8 + 1 if max_pieces is None else max_pieces)
     # Each weight is rounded to float32 once; their sum has no error of its own.
     weighed = torch.tensor(target_weights, dtype=torch.float32)
-    progress, last = zip(*(lane.progress(packing == "stream") for lane in lanes), strict=True)
+    progress, last = zip(*(shard.progress(packing == "stream") for shard in shards), strict=True)
     return Batch(
         inputs=torch.tensor(inputs, dtype=torch.int32),
         targets=torch.tensor(targets, dtype=torch.int64),
@@ -250,13 +254,13 @@ def _batch(
         doc_ids=torch.tensor(doc_ids, dtype=torch.int32) if "doc_ids" in extras else None,
         cu_seqlens=torch.tensor(starts, dtype=torch.int32) if "cu_seqlens" in extras else None,
         step=step,
-        num_loss_tokens=sum(word.trained for row in rows for word in row[1:]),
+        num_loss_tokens=sum(word.in_loss for row in rows for word in row[1:]),
         num_tokens=sum(len(row[:seq_len]) for row in rows),
         weight_sum=math.fsum(weighed.flatten().tolist()),
         max_seqlen=max_seqlen,
         # The end of the last pass does not begin another.
-        epoch=max(lane.reader.epoch_reached for lane in lanes),
-        progress=math.fsum(progress) / len(lanes),
+        epoch=max(shard.reader.epoch_reached for shard in shards),
+        progress=math.fsum(progress) / len(shards),
         last=all(last),
         word_pieces=tuple(tuple(_pieces(row)) for row in rows),
     )
