@@ -167,7 +167,7 @@ def _open(place: str, number: int, item: object) -> tuple[Fraction, str, Source]
     if not _is_weight(weight):
         raise ValueError(f"{place}: weight={short(weight)} is not allowed; give a number above 0, or drop the source")
     try:
-        source = open_conversations(conversations)
+        source = open_conversations(conversations, shuffled=True)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
     # The decimal as written, so that no binary rounding decides how many picks a pass has.
