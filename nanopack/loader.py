@@ -216,6 +216,8 @@ class Loader:
         self.source = open_conversations(conversations, shuffled=seed is not None)
         # only the reader gets the encoder: everything else, users included, sees the tokenizer that was given
         self._reader = Reader(self.source, choose_encoder(encoder, self.tokenizer, self.source), self.config)
+        # a Hugging Face tokenizer sets its encoding up here, once, before processes are forked
+        self._encoder = self._reader.tokenizer.encoder
         self._reader.check_template()
         # its sample is read before there is another process that reads
         self._fingerprint = fingerprint(self.source, self.tokenizer, self.config)
@@ -262,7 +264,7 @@ class Loader:
         self._prefetcher = Prefetcher(self._device, feed, upload, ahead=True)
         self._first_state = state or state_of(initial_state(self._reader))
         self._step = self._first_state["step"]
-        self._stats = Stats(ring_bytes=len(ring.buffer))
+        self._stats = Stats(ring_bytes=len(ring.buffer), encoder=self._encoder)
 
     def _start_producer(self, start: Start) -> tuple[Feed, Ring]:
         if self._workers == 0:

@@ -25,7 +25,8 @@ from nanopack.config import LoaderConfig
 from nanopack.conversations.records import Conversation, check
 from nanopack.conversations.source import Source
 from nanopack.errors import StorageError, TemplateError, is_storage_error
-from nanopack.render.renderer import Document, Plan, Renderer, missing_tokens
+from nanopack.render.document import Document, Plan
+from nanopack.render.renderer import Renderer, missing_tokens
 from nanopack.ring.layout import Layout
 from nanopack.tokenizers.tokenizer import AnyTokenizer
 
@@ -146,7 +147,7 @@ class Reader:
                 document.ignored_keys = conversation.ignored_keys
                 if self.config.loss_weights is None and conversation.weight not in (0, 1):
                     document.ignored_keys += (UNUSED_WEIGHT,)
-                if isinstance(plan, Document) and plan.forgets:
+                if plan.forgets:
                     document.ignored_keys += (EARLIER_THOUGHT,)
                 if conversation.text is not None and (found := self._special.search(conversation.text)):
                     document.special_token = found[0]
