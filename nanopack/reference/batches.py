@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -94,7 +94,7 @@ def batches(
     # nanochat's packings keep a document without a token in the loss, and so must we to reproduce its batches.
     drops = packing in ("best_fit", "pad") and loss != "all"
 
-    def read(index: int) -> Document | None:
+    def read(index: int) -> Document | Literal["skipped"] | None:
         where, record = records[index]
         try:
             said = conversation(record())
@@ -104,11 +104,12 @@ def batches(
             else:
                 # Asked here, so that a tokenizer that lacks one is not taken for many bad conversations.
                 tokens = [] if said.messages and lacking else render(said, coder, template)
-        except MemoryError:
+        except (MemoryError, OSError, EOFError):
+            # What cannot be read is no bad conversation.
             raise
         except Exception as error:
             if on_error == "skip":
-                return None
+                return "skipped"
             raise ConversationError(f'{where}, {error}. Fix it or pass on_error="skip".') from error
         if not tokens:
             raise ValueError(f"{where}: template={template!r} needs tokens that the tokenizer lacks: {lacking}.")

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
+
+from nanopack.errors import ConversationError
 
 Document = TypeVar("Document")
 BITS64 = 2**64 - 1
@@ -20,7 +22,7 @@ class Reader(Generic[Document]):
     """The walk of one rank, or of one row, through N conversations, document by document."""
 
     n: int
-    read: Callable[[int], Document | None]
+    read: Callable[[int], Document | Literal["skipped"] | None]
     rank: int
     world_size: int
     epochs: int | None
@@ -29,6 +31,8 @@ class Reader(Generic[Document]):
     left_out: int = 0
     """Readings without a document: dropped or skipped conversations."""
     epoch: int = 1
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
     def __post_init__(self) -> None:
         if self.n == 0:
@@ -44,8 +48,15 @@ class Reader(Generic[Document]):
         while self.epochs is None or self.rank + self.world_size * self.reads < self.epochs * self.n:
             index = self.advance()
             document = self.read(index)
-            if document is not None:
-                return document
+            if document == "skipped":
+                self.skipped += 1
+                self.skipped_in_a_row += 1
+                if self.skipped_in_a_row == 100 or (self.reads >= 1000 and self.skipped > self.reads / 2):
+                    raise ConversationError(f"{self.skipped} of {self.reads} conversations are bad. Repair the data.")
+            else:
+                self.skipped_in_a_row = 0
+                if document is not None:
+                    return document
             self.left_out += 1
             in_vain += 1
             useless.add(index)
