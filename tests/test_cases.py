@@ -1,6 +1,6 @@
 """What people's data say is what is in the loss: cases from public bug reports, each with variants of its kind.
 
-Each case is told by its right value: the tokens of a document, those in the loss between [[ and ]].
+Each case is stated by its right value: the tokens of a document, those in the loss between [[ and ]].
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def test_w1_masks_that_cannot_be_obeyed_are_refused(masks: dict[str, Any], messa
     refused({"input_ids": IDS, **masks})
 
 
-def test_w1_a_mask_beside_messages_is_refused() -> None:
+def test_w1_a_mask_next_to_messages_is_refused() -> None:
     for key in ("labels", "loss_mask", "attention_mask", "assistant_masks"):
         assert f"{key} is about input_ids" in refused({"messages": [U, A], key: [1, 0]})
         assert f"{key} is about input_ids" in refused({"text": "x", key: [1, 0]})
@@ -126,10 +126,10 @@ def test_w2_to_learn_what_the_user_says_is_refused_and_a_flag_without_effect_is_
         assert shown({"messages": [U | flag, A]}) == chatml("user Q", "assistant A")
 
 
-# W3: what stands beside the conversation
+# W3: what stands next to the conversation
 
 
-def test_w3_a_system_beside_the_conversation_is_its_first_message() -> None:
+def test_w3_a_system_next_to_the_conversation_is_its_first_message() -> None:
     shared = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
     expected = chatml("system Be curt.", "user Q", "assistant A")
     for key in ("system", "system_prompt"):
@@ -161,8 +161,8 @@ def test_w3_template_arguments_are_refused_where_they_cannot_be_used_and_nothing
         assert "chat_template_kwargs" in refused(record)
         assert check(record).template_kwargs == {"enable_thinking": False}
     for nothing in ([], "", "[]", None, {}, "{}", "null", " [] "):
-        beside = {"tools": nothing, "chat_template_kwargs": nothing}
-        assert shown({"messages": [U, A], **beside}) == chatml("user Q", "assistant A")
+        others = {"tools": nothing, "chat_template_kwargs": nothing}
+        assert shown({"messages": [U, A], **others}) == chatml("user Q", "assistant A")
 
 
 @pytest.mark.parametrize("key", ["images", "functions", "train", "sample_weight"])
@@ -388,7 +388,7 @@ def test_an_alpaca_record_is_question_and_answer() -> None:
     assert shown(asked) == chatml("user H", "assistant B", "user Q", "assistant A")
 
 
-def test_a_preference_is_refused_with_a_hint_and_a_prompt_beside_messages_is_named() -> None:
+def test_a_preference_is_refused_with_a_hint_and_a_prompt_next_to_messages_is_named() -> None:
     assert "a preference; to train on chosen" in refused({"prompt": "Q", "chosen": "A", "rejected": "B"})
     assert "a prompt needs a completion" in refused({"prompt": "Q"})
     assert check({"prompt": "Q", "messages": [U, A], "prompt_id": "x"}).ignored_keys == ("prompt",)

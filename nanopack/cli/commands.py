@@ -184,7 +184,7 @@ def _explain(loader: Loader, batch: Batch, options: Namespace) -> int:
         return 0
     print(f"batch {batch.step}, row {row}, column {column}")
     print(f"input   {found.input or 'padding'}\ntarget  {found.target or 'padding'}")
-    print(f"{'in the loss' if found.trained else 'not in the loss'}: {found.reason}")
+    print(f"{'in the loss' if found.in_loss else 'not in the loss'}: {found.reason}")
     return 0
 
 

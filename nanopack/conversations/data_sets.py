@@ -69,8 +69,10 @@ def _features_of(items: Any) -> object:
     return getattr(items, "features", None)
 
 
-def open_conversations(conversations: Any) -> Source:
+def open_conversations(conversations: Any, *, shuffled: bool = False) -> Source:
     """Return the conversations of an object with len and [int], or of one or more paths or globs; a Source as it is.
+
+    `shuffled` says that they will be read in any order.
 
     Files end in one of SUFFIXES. A glob gives its files sorted, a folder the known files in it, sorted, or the Dataset
     that was saved there; a list keeps its order. Raises ValueError for what is empty, missing or unreadable,
@@ -82,7 +84,7 @@ def open_conversations(conversations: Any) -> Source:
     if isinstance(conversations, Source):
         source = conversations
     elif isinstance(conversations, (list, tuple)) and any(map(_is_path, conversations)):
-        source = open_files([path for item in conversations for path in find_files(item)])
+        source = open_files([path for item in conversations for path in find_files(item)], shuffled=shuffled)
     else:
         _refuse_unusable(conversations)
         source = Items(conversations)
@@ -98,14 +100,25 @@ def find_files(item: Any) -> list[str]:
     path = os.fsdecode(item)
     # A file whose name looks like a glob, or like a home directory, is meant itself.
     path = path if os.path.exists(path) else os.path.expanduser(path)
-    literal = os.path.exists(path) or not glob.has_magic(path)
-    paths = [path] if literal else sorted(glob.glob(path, recursive=True))
+    paths = (
+        [path]
+        if os.path.exists(path) or not glob.has_magic(path)
+        else sorted(glob.glob(_pattern(path), recursive=True))
+    )
     if not paths:
         raise ValueError(f"conversations={path!r} matches no file; the working directory is {os.getcwd()}")
     paths = [file for path in paths for file in (files_in(path) if os.path.isdir(path) else [path])]
     for path in paths:
         _refuse_unreadable(path)
     return paths
+
+
+def _pattern(path: str) -> str:
+    """Return a glob in which the folders that exist under just that name, such as run[1], stand for themselves."""
+    folder = os.path.dirname(path)
+    while folder and not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    return glob.escape(folder) + path[len(folder) :]
 
 
 def _is_path(item: object) -> bool:

@@ -1,7 +1,7 @@
 """Render a conversation as a document: its token ids, and a mask of the tokens that the loss counts.
 
-    Conversation       ->   Renderer.plan()   ->   Plan   ->   Renderer.fill_in()   ->   Document
-    conversations.py        one at a time                      many in one go            reading.py cuts it
+    Conversation   ->   Renderer.plan()   ->   Plan   ->   Renderer.fill_in()   ->   Document
+    records.py          one at a time                      many in one go            producer/reader.py cuts it
 
 A template only says which special tokens and which texts follow each other. Every text is encoded on its own, so text
 that looks like a special token stays text. Nothing is cut here: the sequence length does not come in.

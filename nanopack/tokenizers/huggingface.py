@@ -1,6 +1,6 @@
-"""Turn texts into token ids with a fast Hugging Face tokenizer, through the calls that tiktoken's are made of too.
+"""Turn texts into token ids with a fast Hugging Face tokenizer, with the interface that tiktoken's have.
 
-    transformers tokenizer, tokenizers.Tokenizer   ->   HuggingFaceTokenizer   ->   tokenizers.py, chat_template.py
+    transformers tokenizer, tokenizers.Tokenizer   ->   HuggingFaceTokenizer   ->   tokenizer.py, hf_template.py
 
 Works on a copy of the tokenizer's Rust core, outside the GIL, in which text that looks like a special token stays
 text. Nothing of transformers or tokenizers is imported: what is given brings its own code.

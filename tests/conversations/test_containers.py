@@ -15,7 +15,7 @@ from outcomes import outcome, reference_outcome
 
 import nanopack
 from nanopack.conversations.records import check, open_conversations
-from nanopack.reference.records import open_records
+from nanopack.reference.files import open_records
 from nanopack.verify import compare
 
 TEXTS = ["", "Q", "It is 5.", "two\nlines", "é🙂", "\u2028", "\x85", "[]", "{", '"\\"']

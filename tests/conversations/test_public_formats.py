@@ -232,7 +232,7 @@ def test_a_null_of_arrow_is_absent_in_every_form_of_a_dataset(form: str) -> None
     from outcomes import outcome, reference_outcome
     from torch.utils import data
 
-    from nanopack.reference.records import open_records
+    from nanopack.reference.files import open_records
 
     records = [calls(city="Bonn"), calls(n=3, deep={"x": [1.5]}), calls(deep={"y": True})]
     dataset: Any = as_dataset(records, Path())

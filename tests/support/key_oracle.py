@@ -253,7 +253,7 @@ def draw_messages(draw: random.Random) -> Any:
 
 
 def draw_record(draw: random.Random) -> Any:
-    """Return a record: of one shape, with keys beside it, and now and then of two shapes or none."""
+    """Return a record: of one shape, with further keys, and now and then of two shapes or none."""
     record: dict[str, Any] = {}
     for _ in range(draw.choice([1] * 15 + [0, 2])):
         record |= draw_shape(draw)
