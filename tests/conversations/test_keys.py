@@ -35,7 +35,7 @@ from nanopack.conversations.keys import REFUSED as NO
 from nanopack.conversations.messages import ROLES
 from nanopack.conversations.records import check, open_conversations
 from nanopack.errors import ConversationError
-from nanopack.reference.records import open_records
+from nanopack.reference.files import open_records
 from nanopack.render.renderer import Renderer
 from nanopack.tokenizers.tokenizer import load_tokenizer
 
