@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from nanopack.conversations.keys import MESSAGE, TEMPLATE
 from nanopack.conversations.records import Conversation, Message, short
 from nanopack.errors import ConversationError
 from nanopack.render.document import Document, Plan
@@ -93,6 +94,9 @@ class ChatTemplate:
     def _plain(self, index: int, message: Message) -> dict[str, Any]:
         rest = message.rest
         as_text = bool(rest and rest.get("tool_calls")) and self._writer.arguments_as_text
+        for key, value in (rest or {}).items():
+            if value is True and MESSAGE.get(key) == TEMPLATE and not re.search(rf"\b{key}\b", self._writer.sources):
+                raise ConversationError(f"message {index}: the chat template does not read its {key}, True; remove it")
         found = plain(index, message, as_parts=self._writer.as_parts, arguments_as_text=as_text)
         own = message.role == "assistant"
         pattern = self._never_said if own else self._never
