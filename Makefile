@@ -14,7 +14,7 @@ endif
 PYTEST := $(BIN)/python -m pytest
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test slow test-trainers lint bench gpu gpu-tests gpu-memcheck gpu-bench clean
+.PHONY: demo test slow test-trainers lint bench gpu gpu-tests gpu-memcheck gpu-racecheck gpu-bench clean
 
 demo: .venv/run
 	$(BIN)/nanopack pack
@@ -35,28 +35,31 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Each stage alone, then the whole beside what it replaces: minutes, best on a machine that does nothing else.
+# Each stage alone, then the whole next to what it replaces: minutes, best on an otherwise idle machine.
 bench: .venv/dev
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,ops,rounds
 	$(BIN)/nanopack bench --plot bench.png
 
 # What only a GPU can show. Every step runs, also after one that fails; the target fails if any of them did.
 gpu: .venv/gpu
-	$(MAKE) --keep-going gpu-tests gpu-memcheck gpu-bench
+	$(MAKE) --keep-going gpu-tests gpu-memcheck gpu-racecheck gpu-bench
 
 # Each in a process of its own: an illegal access ends CUDA for the whole process.
 gpu-tests: .venv/gpu
 	$(PYTEST) -m gpu
 
 # Uncached, so that each tensor is an allocation of its own and an access beyond its end is seen.
-gpu-memcheck: .venv/gpu
+gpu-memcheck gpu-racecheck: gpu-%: .venv/gpu
 	@if command -v compute-sanitizer; then \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $* --error-exitcode 1 \
 	    $(PYTEST) -m gpu tests/kernels/test_pack.py -k agree; \
-	else echo "gpu-memcheck skipped: compute-sanitizer, which comes with the CUDA toolkit, is not on PATH"; fi
+	else echo "$@ skipped: compute-sanitizer, which comes with the CUDA toolkit, is not on PATH"; fi
 
+# The tables are for reading; the figures go to gpu.json.
 gpu-bench: .venv/gpu
-	$(BIN)/nanopack bench --only gpu
+	$(BIN)/nanopack bench --only gpu > gpu.txt
+	@sed '$$d' gpu.txt
+	@tail -n 1 gpu.txt > gpu.json
 
 .venv/bin/python:
 	$(PYTHON) -m venv $(if $(WHEELS),--system-site-packages) .venv

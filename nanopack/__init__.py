@@ -1,7 +1,7 @@
 """nanopack: chat conversations in, exact packed (B, T) training batches out.
 
 Loader makes batches; `reference.batches` makes the same ones slowly, in plain Python; `verify` compares the two.
-`mixture` combines several data sets into one, each with its share. BestFit, BestFitPad, BestFitCrop, Stream and Pad
+`mixture` combines several data sets into one, each with a share of it. BestFit, BestFitPad, BestFitCrop, Stream and Pad
 are the packings.
 
 `nanopack.mixture` and `nanopack.verify` are functions; they shadow the modules of the same names, whose other names
@@ -9,7 +9,7 @@ are imported as usual: `from nanopack.verify import compare`.
 """
 
 from nanopack.batch import Batch, Flat, Piece
-from nanopack.errors import ConversationError, EncoderError, ProducerError
+from nanopack.errors import ConversationError, EncoderError, ProducerError, StorageError
 from nanopack.explain import Explanation
 from nanopack.loader import Loader
 from nanopack.mixture import Mixture, mixture
@@ -32,6 +32,7 @@ __all__ = [
     "Pad",
     "Piece",
     "ProducerError",
+    "StorageError",
     "Stream",
     "Template",
     "Turn",

@@ -39,10 +39,10 @@ def rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, 
 
 
 def group_to_agree_in(process_group: Any, epochs: int | None, world_size: int) -> Any:
-    """Return the group in which the ranks agree on the number of batches; None where there is none, or no need.
+    """Return the group in which the ranks agree on the number of batches; None if there is no such group, or no need.
 
     That is `process_group`, or torch.distributed's default group if it has `world_size` ranks: a condition that all
-    ranks answer alike, so none waits for the others in vain. Raises ValueError for a group of another size.
+    ranks answer alike, so none waits forever. Raises ValueError for a group of another size.
     """
     if process_group is not None:
         if epochs is None:
@@ -72,7 +72,7 @@ def _initialised() -> bool:
 def agree_on_most(group: Any, count: Callable[[], int], device: torch.device) -> int:
     """Return the greatest number that `count` returns on any rank. All ranks of the group call it.
 
-    Where `count` raises on one of them, that one raises it and the others RuntimeError, instead of waiting in vain.
+    Where `count` raises on one of them, that one raises it and the others RuntimeError, instead of waiting forever.
     """
     own, error = 0, None
     try:
@@ -126,7 +126,7 @@ def sum_over_ranks(numbers: Sequence[float], device: torch.device, process_group
 
 
 def _sending_device(group: Any, device: torch.device) -> torch.device:
-    """Return the device that the group sends from: NCCL a GPU, the current one where `device` is none; else the CPU."""
+    """Return the device that the group sends from: with NCCL `device`, or the current GPU for "cpu"; else the CPU."""
     if torch.distributed.get_backend(group) != "nccl":
         return torch.device("cpu")
     return device if device.type == "cuda" else torch.device("cuda")

@@ -36,7 +36,7 @@ class Token:
     role: str | None
     id: int
     text: str
-    trained: bool
+    in_loss: bool
     """Whether it is in the loss as a target."""
     tokenized: bool = False
     """Whether it came as input_ids."""
@@ -57,12 +57,12 @@ class Explanation:
     """None: padding."""
     target: Token | None
     """The token after it in the row, in the loss or not; None: padding, or the row ends."""
-    trained: bool
+    in_loss: bool
     reason: str
 
     def __str__(self) -> str:
         """The explanation as a sentence."""
-        verdict = "trained" if self.trained else "not trained"
+        verdict = "in the loss" if self.in_loss else "not in the loss"
         return f"input {self.input or 'padding'}; target {self.target or 'padding'}: {verdict}, {self.reason}"
 
 
@@ -125,8 +125,8 @@ def explain_row(
 
 
 def _explained(here: Token | None, following: Token | None, config: LoaderConfig) -> Explanation:
-    trained = following is not None and following.trained
-    return Explanation(here, following, trained, _reason(here, following, config))
+    in_loss = following is not None and following.in_loss
+    return Explanation(here, following, in_loss, _reason(here, following, config))
 
 
 def _tokens(
@@ -168,7 +168,7 @@ def _token(
         role=conversation.messages[message].role if message >= 0 else None,
         id=token_id,
         text=text_of([token_id], tokenizer),
-        trained=bool(config.loss == "all" or document.mask[offset]) and (config.boundary_loss or offset > 0),
+        in_loss=bool(config.loss == "all" or document.mask[offset]) and (config.boundary_loss or offset > 0),
         tokenized=conversation.tokens is not None,
         masked=conversation.tokens is not None and conversation.tokens.mask is not None,
     )
@@ -182,17 +182,17 @@ def _reason(here: Token | None, target: Token | None, config: LoaderConfig) -> s
     if target.offset == 0 and not config.boundary_loss:
         return "the target begins another document, and boundary_loss=False"
     if config.loss == "all":
-        return 'loss="all" trains every token'
+        return 'loss="all" puts every token in the loss'
     if target.masked:
-        return f"its mask {'puts it in' if target.trained else 'keeps it out of'} the loss"
+        return f"its mask {'puts it in' if target.in_loss else 'keeps it out of'} the loss"
     if target.tokenized:
         return "it came as input_ids, and no mask keeps it out of the loss"
     if config.template == "hf":
-        return f"template 'hf' {'trains' if target.trained else 'does not train'} this token"
+        return f"template 'hf' {'puts this token in' if target.in_loss else 'keeps this token out of'} the loss"
     if target.message is None:
-        return "the text is trained as a whole" if target.trained else "the target begins another document"
-    if target.trained:
-        return f"template {config.template_name!r} trains this part of the {target.role}'s message"
+        return "all of a plain text is in the loss" if target.in_loss else "the target begins another document"
+    if target.in_loss:
+        return f"template {config.template_name!r} puts this part of the {target.role}'s message in the loss"
     if target.role == "assistant":
-        return f"template {config.template_name!r} does not train this part of an assistant's message"
-    return f"template {config.template_name!r} trains no {target.role} message"
+        return f"template {config.template_name!r} keeps this part of the assistant's message out of the loss"
+    return f"template {config.template_name!r} keeps what the {target.role} says out of the loss"

@@ -35,7 +35,7 @@ class TokenCounts(TypedDict):
     waiting: int
 
 
-class SlotCounts(TypedDict):
+class PositionCounts(TypedDict):
     """Positions of all batches; `total` is the sum of the others."""
 
     total: int
@@ -53,7 +53,7 @@ class SourceReport(TypedDict):
 class LoaderReport(SourceReport):
     """The part of a ledger that every loader has."""
 
-    slots: SlotCounts
+    positions: PositionCounts
     targets: dict[str, int]
     skipped: dict[str, Skipped]
     ignored_keys: dict[str, int]
@@ -91,12 +91,11 @@ class Ledger:
     tokens_dropped: int = 0
     """Of dropped conversations, after cutting."""
     tokens_waiting: int = 0
-    slots: int = 0
+    positions: int = 0
     """Positions in `inputs`: B * T a batch."""
-    slots_tokens: int = 0
-    slots_padding: int = 0
-    targets_trained: int = 0
-    """Targets in the loss."""
+    positions_tokens: int = 0
+    positions_padding: int = 0
+    targets_in_loss: int = 0
 
     def skip(self) -> None:
         """Count a bad conversation that is skipped."""
@@ -104,7 +103,7 @@ class Ledger:
         self.conversations_skipped += 1
 
     def read(self, tokens: int, cut: Mapping[str, int], *, dropped: bool) -> None:
-        """Count a document of so many tokens, of which `cut` (by reason) are gone; it waits, unless it is dropped."""
+        """Count a document and its tokens, without the `cut` ones (by reason); it waits, unless it is dropped."""
         self.conversations_read += 1
         self.tokens_read += tokens
         for reason, count in cut.items():
@@ -156,11 +155,13 @@ class Ledger:
 
     def only_positions(self) -> Ledger:
         """Return a ledger with the counters of positions alone."""
-        return Ledger(**{name: value for name, value in vars(self).items() if name.startswith(("slots", "targets"))})
+        return Ledger(
+            **{name: value for name, value in vars(self).items() if name.startswith(("positions", "targets"))}
+        )
 
     def without_positions(self) -> Ledger:
         """Return a ledger with the counters of documents alone."""
-        return Ledger(**{name: v for name, v in self.state().items() if not name.startswith(("slots", "targets"))})
+        return Ledger(**{name: v for name, v in self.state().items() if not name.startswith(("positions", "targets"))})
 
     def imbalances(self) -> list[str]:
         """Return in words what does not add up; nothing in a sound ledger."""
@@ -178,11 +179,13 @@ class Ledger:
                 self.tokens_read,
                 self.tokens_emitted + sum(self.tokens_cut.values()) + self.tokens_dropped + self.tokens_waiting,
             ),
-            ("slots", self.slots, self.slots_tokens + self.slots_padding),
+            ("positions", self.positions, self.positions_tokens + self.positions_padding),
         ]
         wrong = [f"{name}: {total} counted, {parts} accounted for" for name, total, parts in sums if total != parts]
-        if self.targets_trained > self.tokens_emitted:
-            wrong.append(f"trained targets: {self.targets_trained}, more than the {self.tokens_emitted} tokens emitted")
+        if self.targets_in_loss > self.tokens_emitted:
+            wrong.append(
+                f"targets in the loss: {self.targets_in_loss}, more than the {self.tokens_emitted} tokens emitted"
+            )
         return wrong
 
     def report(
@@ -210,8 +213,12 @@ class Ledger:
         report: LedgerReport = {
             "conversations": own["conversations"],
             "tokens": own["tokens"],
-            "slots": {"total": self.slots, "tokens": self.slots_tokens, "padding": self.slots_padding},
-            "targets": {"trained": self.targets_trained},
+            "positions": {
+                "total": self.positions,
+                "tokens": self.positions_tokens,
+                "padding": self.positions_padding,
+            },
+            "targets": {"in_loss": self.targets_in_loss},
             "skipped": notes.skipped,
             "ignored_keys": notes.ignored_keys,
             "texts_with_special_tokens": notes.texts_with_special_tokens,

@@ -127,7 +127,9 @@ class Loader:
             process tokenizes as well. n >= 2: the producer packs and n more processes tokenize (n + 1 in all).
         prefetch: batches that the producer makes ahead of time.
         static: every batch is written into the same tensors (for CUDA graphs), valid until the next call.
-        on_error: `"raise"` for a bad conversation, or `"skip"` it (counted and logged).
+        on_error: `"raise"` for a bad conversation, or `"skip"` it (counted and logged). What cannot be read at all (a
+            file that changed or is gone, a store that does not answer) stops the run either way, after a few tries;
+            so do 100 bad conversations in a row, or more than half of the first 1,000 or more that a shard reads.
         process_group: process group (gloo, NCCL) of all ranks. With `epochs`, one all_reduce at construction agrees on
             the number of batches, so all ranks construct their loaders together. None: the default group of
             `torch.distributed` where it has `world_size` ranks; elsewhere a rank that runs out must render every other
@@ -136,6 +138,7 @@ class Loader:
     Raises:
         ValueError: an argument is invalid; the message names it, its value and what is allowed.
         ConversationError: (from `next`) a bad conversation; the message names file, line and message.
+        StorageError: (from `next`) the data could not be read; the message names the file and the cause.
         ImportError: `encoder="fast"` without splintr-rs.
         EncoderError: (from `next`) the fast encoder gave a text other ids than tiktoken.
         ProducerError: (from `next`) the producer process died, or raised something other than an Exception.
@@ -210,12 +213,14 @@ class Loader:
         if group is not None and isinstance(self.tokenizer, HuggingFaceTokenizer):
             # The date that a chat template writes is the same on all ranks.
             self.tokenizer = self.tokenizer.at(agree_on_clock(group, self.tokenizer.clock, self.device))
-        self.source = open_conversations(conversations)
+        self.source = open_conversations(conversations, shuffled=seed is not None)
         # only the reader gets the encoder: everything else, users included, sees the tokenizer that was given
         self._reader = Reader(self.source, choose_encoder(encoder, self.tokenizer, self.source), self.config)
         # a Hugging Face tokenizer sets its encoding up here, once, before processes are forked
         self._encoder = self._reader.tokenizer.encoder
         self._reader.check_template()
+        # its sample is read before there is another process that reads
+        self._fingerprint = fingerprint(self.source, self.tokenizer, self.config)
         layout = self._reader.layout
         # ordinary tensors, whatever mode the loader is made in, because they are written to in others
         with torch.inference_mode(False):
@@ -246,8 +251,8 @@ class Loader:
             self._release()
         with contextlib.ExitStack() as held:
             held.callback(feed.close)
-            self._device.pin(ring.buffer)
-            held.callback(self._device.unpin, ring.buffer)
+            if self._device.pin(ring.buffer):
+                held.callback(self._device.unpin, ring.buffer)
             slots = [torch.from_numpy(slot.buffer) for slot in ring.slots]
             upload = Upload(self._device, slots, self._make_outputs, self._kernel, static=self._static)
             held.callback(upload.close)
@@ -414,10 +419,6 @@ class Loader:
             self._reader = Reader(self.source, self.tokenizer, self.config)
             self._fingerprint = fingerprint(self.source, self.tokenizer, self.config)
 
-    @functools.cached_property
-    def _fingerprint(self) -> dict[str, Any]:
-        return fingerprint(self.source, self.tokenizer, self.config)
-
     def __len__(self) -> int:
         """Return the number of batches in all epochs, from the first one on; exact.
 
@@ -466,7 +467,7 @@ class Loader:
 
     def stats(self) -> StatsReport:
         """Return where time and memory went so far; see `StatsReport` for names and units."""
-        tokens_so_far = None if self.config.epochs is None else self._ledger().slots_tokens
+        tokens_so_far = None if self.config.epochs is None else self._ledger().positions_tokens
         return self._stats.report(self._prefetcher.waited_s, tokens_so_far)
 
     def explain(self, batch: Batch, row: int, col: int) -> Explanation:

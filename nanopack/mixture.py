@@ -1,4 +1,4 @@
-"""Mix several sources of conversations into one, each with its share.
+"""Mix several sources of conversations into one, each with a share of it.
 
     lists, files, data sets, each with a weight   ->   mixture()   ->   Mixture[i], a record of one of them
               records.py opens each                                     Loader takes it as its conversations
@@ -40,7 +40,7 @@ SAMPLE = 512
 # Picks are kept as uint32.
 MAX_PICKS = 2**32
 # A source's two streams of random numbers: where its picks go, and the order of its conversations.
-PLACES, ORDER = 0, 1
+POSITIONS, ORDER = 0, 1
 
 
 class Mixture(Source):
@@ -168,7 +168,7 @@ def _open(place: str, number: int, item: object) -> tuple[Fraction, str, Source]
     if not _is_weight(weight):
         raise ValueError(f"{place}: weight={short(weight)} is not allowed; give a number above 0, or drop the source")
     try:
-        source = open_conversations(conversations)
+        source = open_conversations(conversations, shuffled=True)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
     # The decimal as written, so that no binary rounding decides how many picks a pass has.
@@ -228,22 +228,22 @@ def _count(sizes: Sequence[int], weights: Sequence[Fraction], names: Sequence[st
 def _pick(sizes: Sequence[int], counts: Sequence[int], seed: int) -> np.ndarray:
     """Return the picks of a pass, (sum(counts),) uint32, as `Mixture` takes them.
 
-    Pick k of a source with `count` picks goes to a random place in the k-th of `count` equal stretches of the pass
+    Pick k of a source with `count` picks goes to a random position in the k-th of `count` equal stretches of the pass
     (stratified sampling): a source is never far from its share, and never in step with ranks or rows.
     """
-    places = np.empty(sum(counts), np.float64)
-    picks = np.empty(len(places), np.uint32)
+    positions = np.empty(sum(counts), np.float64)
+    picks = np.empty(len(positions), np.uint32)
     begin = start = 0
     for source, (size, count) in enumerate(zip(sizes, counts, strict=True)):
         end = begin + count
         # A float64 keeps 53 bits; numpy does not promise that its own conversion never changes.
-        within = (_random(seed, source, PLACES, count) >> np.uint64(11)) * 2.0**-53
-        places[begin:end] = (np.arange(count) + within) / count
+        within = (_random(seed, source, POSITIONS, count) >> np.uint64(11)) * 2.0**-53
+        positions[begin:end] = (np.arange(count) + within) / count
         picks[begin:end] = _orders(_random(seed, source, ORDER, -(-count // size) * size), size)[:count]
         picks[begin:end] += np.uint32(start)
         begin, start = end, start + size
-    # Stable, so that equal places have the same order everywhere.
-    return picks[np.argsort(places, kind="stable")]
+    # Stable, so that equal positions have the same order everywhere.
+    return picks[np.argsort(positions, kind="stable")]
 
 
 def _orders(random: np.ndarray, size: int) -> np.ndarray:

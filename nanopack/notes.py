@@ -77,7 +77,7 @@ class Notes:
 
 
 def reason_of(error: str) -> str:
-    """Return what an error has in common with others of its kind: without numbers, and values in quotes.
+    """Return an error's text without numbers and quoted values, so that errors of one kind are equal.
 
     >>> reason_of("message 12: role is 'judge'; allowed are assistant, user")
     'message N: role is ...; allowed are assistant, user'

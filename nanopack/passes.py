@@ -47,7 +47,7 @@ def warn_of_empty_loop() -> None:
 
 
 def warn_of_same_order(seed: int, epochs: int | None) -> None:
-    """Log that a shuffled pass is repeated, and how to shuffle each pass over the data anew."""
+    """Log that a shuffled pass is repeated, and how to get a new order in each pass over the data."""
     log.warning(
         "a new pass begins: it has the same batches in the same order, that of seed=%d; for a new order in each pass "
         "over the data give the loader all of them, epochs= their number instead of %s",

@@ -33,6 +33,7 @@ import numpy as np
 from nanopack.config import LoaderConfig
 from nanopack.conversations.records import Conversation, check
 from nanopack.conversations.source import Source
+from nanopack.errors import NEVER_SKIPPED, is_storage_error
 from nanopack.notes import Notes
 from nanopack.packing.packings import PACKINGS
 from nanopack.tokenizers.tokenizer import AnyTokenizer
@@ -93,10 +94,12 @@ def _sample(source: Source) -> Iterator[bytes]:
     for index in sorted({round(k * (len(source) - 1) / (SAMPLE - 1)) for k in range(SAMPLE)}):
         try:
             yield from _bytes_of(check(source[index]))
-        except MemoryError:
+        except NEVER_SKIPPED:
             raise
         # a bad conversation is part of the data too; what its error says may differ from run to run
-        except Exception:
+        except Exception as error:
+            if is_storage_error(error):
+                raise
             yield b"bad"
 
 
@@ -202,6 +205,10 @@ def _checked(state: Any) -> Mapping[str, Any]:
 
 # Arguments by the names that states before 0.1.0 have for them.
 _RENAMED = {"weights": "loss_weights", "shuffle_seed": "seed", "max_tokens": "max_document_tokens"}
+_RENAMED_COUNTERS = {
+    **{"slots": "positions", "slots_tokens": "positions_tokens", "slots_padding": "positions_padding"},
+    "targets_trained": "targets_in_loss",
+}
 _PACKING_OPTIONS = {"window", "max_age", "refill", "overlap"}
 
 
@@ -224,7 +231,7 @@ def _with_new_names(state: Mapping[str, Any]) -> Mapping[str, Any]:
 def _of_today(shard: Mapping[str, Any]) -> dict[str, Any]:
     def renamed(ledger: Mapping[str, Any]) -> dict[str, Any]:
         cut = {_RENAMED.get(reason, reason): tokens for reason, tokens in ledger["tokens_cut"].items()}
-        return {**ledger, "tokens_cut": cut}
+        return {_RENAMED_COUNTERS.get(name, name): count for name, count in ledger.items()} | {"tokens_cut": cut}
 
     sources = [renamed(ledger) for ledger in shard["sources"]]
     return {"notes": Notes().dump(), **shard, "ledger": renamed(shard["ledger"]), "sources": sources}

@@ -128,7 +128,7 @@ def test_cu_seqlens_are_as_long_in_every_batch_so_that_nothing_compiles_twice():
 
 
 @pytest.mark.parametrize("make", [document_mask, document_mask_mod])
-def test_a_batch_without_doc_ids_is_told_what_to_ask_for(make):
+def test_a_batch_without_doc_ids_is_refused_with_what_to_ask_for(make):
     with pytest.raises(ValueError, match=r'pass extras=\("doc_ids",\) to the Loader'):
         make(None)
 

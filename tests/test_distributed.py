@@ -1,4 +1,4 @@
-"""In real process groups: a killed run goes on bit for bit, on any number of ranks, and no rank waits for ever."""
+"""In real process groups: a killed run resumes bit for bit, on any number of ranks, and no rank waits forever."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from distributed_ranks import (
     Ranks,
     counted_with_a_bad_conversation_of_rank_1,
     dates_of_a_loader,
-    default_share,
+    default_shard,
     gathered_state,
     load_and_go_on,
     logged_without_a_fitting_group,
     rows_of,
-    save_and_go_on,
+    save_and_continue,
     steps_in_common,
     wrong_groups,
 )
@@ -51,7 +51,7 @@ class Run:
         torchrun += [f"--nproc-per-node={world_size}", f"--max-restarts={restarts}", "--monitor-interval=0.05"]
         command = [sys.executable, *(torchrun if world_size else []), SCRIPT, folder]
         settings = {"NANOPACK_TEST_RUN": str(folder), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-        # else ranks that torchrun has started anew find in its store where those that were killed had listened
+        # else ranks that torchrun restarts find in its store the addresses of those that were killed
         settings["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         self.log = folder / f"log of {world_size or 'no torchrun'}"
         with open(self.log, "ab") as log:
@@ -131,7 +131,7 @@ def test_killed_and_resumed_on_other_numbers_of_ranks_losses_and_weights_are_tho
     starts = [line.split() for line in lines if line.startswith("from")]
     assert [world_size for *_, world_size in starts] == ["2", "2", "1", "4"]
     for killed_at, (_, start, *_) in zip(kills, starts[1:], strict=True):
-        assert killed_at - SAVE_EVERY < int(start), "it goes on from the last checkpoint before the kill"
+        assert killed_at - SAVE_EVERY < int(start), "it resumes from the last checkpoint before the kill"
     losses = [line for line in lines if not line.startswith("from")]
     assert set(losses) == set(whole[1:]) and len(whole[1:]) == STEPS
     expected, got = torch.load(tmp_path / "whole" / "weights"), torch.load(folder / "weights")
@@ -148,7 +148,7 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("shard", ["rank", "row"])
 def test_rank_and_world_size_are_those_of_torch_distributed(ranks, shard):
-    answers = ranks(3, default_share, shard=shard)
+    answers = ranks(3, default_shard, shard=shard)
     assert all(same for _, same in answers)
     assert answers[0][0] != answers[1][0] != answers[2][0]
 
@@ -204,8 +204,8 @@ CASES = {
 def test_a_loader_goes_on_from_a_distributed_checkpoint(ranks, tmp_path, case, shard):
     arguments = {"rows": 4, "shard": shard, **CASES[case]}
     steps = arguments.pop("steps")
-    saved = ranks(2, save_and_go_on, tmp_path, steps, 4, **arguments)
-    # before it loads, a loader may have gone on to anywhere
+    saved = ranks(2, save_and_continue, tmp_path, steps, 4, **arguments)
+    # before it loads, a loader may be at any step
     for world_size, in_vain in [(2, 7)] if shard == "rank" else [(2, 7), (1, 0), (4, 2)]:
         loaded = ranks(world_size, load_and_go_on, tmp_path, in_vain, 4, **arguments)
         assert together(loaded) == together(saved)
@@ -218,7 +218,7 @@ def together(answers):
 
 
 def test_a_checkpoint_in_the_background_holds_the_moment_at_which_it_was_begun(ranks, tmp_path):
-    saved = ranks(2, save_and_go_on, tmp_path, 5, 9, rows=4, num_workers=1, asynchronous=True)
+    saved = ranks(2, save_and_continue, tmp_path, 5, 9, rows=4, num_workers=1, asynchronous=True)
     assert together(ranks(2, load_and_go_on, tmp_path, 0, 9, rows=4, num_workers=1)) == together(saved)
 
 
@@ -234,7 +234,7 @@ def test_what_one_rank_saves_is_where_all_of_them_go_on(ranks, shard):
 
 
 def test_a_checkpoint_sharded_by_ranks_is_refused_by_other_ranks(ranks, tmp_path):
-    ranks(2, save_and_go_on, tmp_path, 5, 0, rows=4)
+    ranks(2, save_and_continue, tmp_path, 5, 0, rows=4)
     with pytest.raises(AssertionError, match=r"ValueError: .* world_size was 2, is 1"):
         ranks(1, load_and_go_on, tmp_path, 0, 0, rows=4)
 

@@ -30,16 +30,16 @@ def with_a_gap_of_hugging_face():
 def test_an_id_that_the_tokenizer_does_not_use_is_shown_as_itself(make):
     with Loader([{"input_ids": [97, 299, 98, 256]}], make(), 1, 4, packing="pad", num_workers=0) as loader:
         batch = next(loader)
-        told = [loader.explain(batch, 0, column) for column in range(4)]
-        assert [found.input.text for found in told] == ["a", "<299>", "b", "<256>"]
-        assert str(told[0]) == (
+        shown = [loader.explain(batch, 0, column) for column in range(4)]
+        assert [found.input.text for found in shown] == ["a", "<299>", "b", "<256>"]
+        assert str(shown[0]) == (
             "input 'a' (conversation 0, token 0); target '<299>' (conversation 0, token 1): "
-            "trained, it came as input_ids, and no mask keeps it out of the loss"
+            "in the loss, it came as input_ids, and no mask keeps it out of the loss"
         )
         assert page_data(explain_rows(batch, loader))["texts"] == ["a", "<299>", "b", "<256>"]
 
 
-def test_a_character_of_several_tokens_stays_whole_beside_ids_that_are_not_used():
+def test_a_character_of_several_tokens_stays_whole_between_ids_that_are_not_used():
     tokenizer = load_tokenizer(with_a_gap())
     assert text_of([299, *"é🙂".encode(), 256, 257, *"ü".encode(), 300], tokenizer) == "<299>é🙂<256><257>ü<|bos|>"
     assert text_of([], tokenizer) == ""

@@ -1,4 +1,4 @@
-"""The loader, held against the reference packer over everything that can be asked of it."""
+"""The loader, compared with the reference packer over all of its arguments."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 import nanopack
 from nanopack import ConversationError, reference
 from nanopack.conversations.records import open_conversations
+from nanopack.ledger import Ledger
 from nanopack.packing import BestFitCrop
 from nanopack.verify import compare
 
-# In the caller's thread: tests/test_process.py shows that a process gives the same batches.
+# In the caller's thread: tests/producer/test_process.py shows that a process gives the same batches.
 Loader = functools.partial(nanopack.Loader, num_workers=0)
 
 
@@ -275,7 +276,7 @@ def failing_ahead(loader: nanopack.Loader, monkeypatch: pytest.MonkeyPatch, fail
     monkeypatch.setattr(loader._upload, "submit", failing)
 
 
-def test_a_batch_that_an_interrupt_kept_back_does_not_count_as_delivered_and_none_behind_it_comes(monkeypatch):
+def test_a_batch_that_an_interrupt_kept_back_does_not_count_as_delivered_and_none_after_it_comes(monkeypatch):
     with nanopack.Loader([{"text": "ab"}] * 9, SMALL, 1, 8, packing="pad", num_workers=1) as loader:
         before = loader.state_dict()
         failing_ahead(loader, monkeypatch, interrupt)
@@ -289,7 +290,7 @@ def test_a_batch_that_an_interrupt_kept_back_does_not_count_as_delivered_and_non
         assert next(loader).step == 0
 
 
-def test_a_copy_ahead_that_fails_is_told_behind_the_batches_before_it(monkeypatch):
+def test_a_copy_ahead_that_fails_is_raised_after_the_batches_before_it(monkeypatch):
     with nanopack.Loader([{"text": "ab"}] * 9, SMALL, 1, 8, packing="pad", num_workers=1) as loader:
         failing_ahead(loader, monkeypatch, memory_is_short)
         assert next(loader).step == 0
@@ -331,6 +332,11 @@ def test_a_document_is_cut_where_it_must_be_and_what_was_cut_is_counted():
     }
 
 
+def ledger_of(loader):
+    [shard] = loader.state_dict()["lanes"].values()
+    return Ledger.of(shard["ledger"])
+
+
 @pytest.mark.parametrize(
     "counter",
     [
@@ -342,15 +348,15 @@ def test_a_document_is_cut_where_it_must_be_and_what_was_cut_is_counted():
         "tokens_emitted",
         "tokens_dropped",
         "tokens_waiting",
-        "slots",
-        "slots_tokens",
-        "slots_padding",
+        "positions",
+        "positions_tokens",
+        "positions_padding",
     ],
 )
 def test_the_ledger_notices_a_counter_that_is_off_by_one(counter):
     loader = Loader([{"text": "abc" * i} for i in range(1, 9)], SMALL, 2, 8, packing=BestFitCrop(window=3))
     next(loader)
-    ledger = loader._ledger()
+    ledger = ledger_of(loader)
     assert ledger.imbalances() == []
     setattr(ledger, counter, getattr(ledger, counter) + 1)
     assert len(ledger.imbalances()) == 1
@@ -361,7 +367,7 @@ def test_the_ledger_notices_a_counter_that_is_off_by_one(counter):
 def test_the_ledger_notices_a_reason_that_is_off_by_one(counter, reason):
     loader = Loader([{"text": "abc"}] * 3, SMALL, 2, 8)
     next(loader)
-    ledger = loader._ledger()
+    ledger = ledger_of(loader)
     getattr(ledger, counter)[reason] += 1
     assert len(ledger.imbalances()) == 1
 
@@ -392,12 +398,12 @@ def test_explain_names_conversation_message_role_and_text():
     assert text[0].input.text == "<|bos|>" and text[0].input.message is None
     assert [t.input.text for t in text[1:7]] == ["<|user_start|>", "S", "\n", "\n", "q", "<|user_end|>"]
     assert {t.input.role for t in text[1:7]} == {"user"} and text[7].input.role == "assistant"
-    assert text[7].input.text == "<|assistant_start|>" and text[7].trained and text[7].target.text == "<|python_start|>"
-    assert not text[10].trained and text[10].target.text == "<|output_start|>"
-    assert "does not train this part" in text[10].reason
+    assert text[7].input.text == "<|assistant_start|>" and text[7].in_loss and text[7].target.text == "<|python_start|>"
+    assert not text[10].in_loss and text[10].target.text == "<|output_start|>"
+    assert "out of the loss" in text[10].reason
     assert text[20].input is None and "padding" in text[20].reason
     for col in range(24):
-        assert text[col].trained == (batch.targets[0, col].item() != -100)
+        assert text[col].in_loss == (batch.targets[0, col].item() != -100)
 
 
 @given(data=st.data())
@@ -409,9 +415,9 @@ def test_explain_agrees_with_the_tensors_everywhere(data):
     for batch in itertools.islice(loader, 2):
         for row in range(arguments["batch_size"]):
             for col in range(arguments["seq_len"]):
-                told = loader.explain(batch, row, col)
-                assert batch.inputs[row, col] == (256 if told.input is None else told.input.id)
-                expected = told.target.id if told.trained else arguments["ignore_index"]
+                found = loader.explain(batch, row, col)
+                assert batch.inputs[row, col] == (256 if found.input is None else found.input.id)
+                expected = found.target.id if found.in_loss else arguments["ignore_index"]
                 assert batch.targets[row, col] == expected
 
 
@@ -452,7 +458,7 @@ def test_verify_says_how_much_it_compared_and_that_it_was_equal():
     assert result and (result.batches, result.tokens, result.difference) == (3, 40, None)
 
 
-def test_verify_tells_of_a_bad_conversation_in_the_loaders_words():
+def test_verify_reports_a_bad_conversation_in_the_loaders_words():
     with pytest.raises(ConversationError, match="messages must alternate user/assistant"):
         nanopack.verify([[{"role": "user", "content": "a"}] * 2], SMALL, batch_size=1, seq_len=8)
 

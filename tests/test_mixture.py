@@ -1,4 +1,4 @@
-"""Every conversation comes, in the shares asked for, in an order that the arguments alone decide."""
+"""Every conversation comes, in its share, in an order that only the arguments decide."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Numbers:
 
 
 def texts(n: int, tokens: int) -> list[dict[str, str]]:
-    """n conversations of so many tokens each."""
+    """n conversations of this many tokens each."""
     return [{"text": "x" * (tokens - 1)} for _ in range(n)]
 
 
@@ -356,7 +356,7 @@ def test_a_tokenizer_that_cannot_write_the_template_is_no_fault_of_the_sample() 
 
 
 def chats(folder: Path, seed: int = 0) -> Mixture:
-    """A mixture of a file, a list and a mixture, made anew."""
+    """A new mixture of a file, a list and a mixture."""
     inner = mixture([(texts(5, tokens=7), 1), (texts(3, tokens=12), 2)], seed=9)
     items = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": "!" * n}] for n in range(7)]
     return mixture([("[ab].jsonl", 2), (items, 1), (inner, 1.5)], seed)

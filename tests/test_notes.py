@@ -59,7 +59,7 @@ def test_a_line_for_each_is_logged_at_debug(caplog: pytest.LogCaptureFixture) ->
     assert [line.split(",")[0] for line in said] == ["skipped conversation 1", "skipped conversation 2"]
 
 
-def test_a_second_pass_reports_anew_and_nothing_skipped_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_second_pass_reports_again_and_nothing_skipped_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
     # one document a row, so that little is read ahead
     with nanopack.Loader([GOOD, ROLE], SMALL, epochs=2, num_workers=0, packing="pad", **ARGUMENTS) as loader:
         list(loader)

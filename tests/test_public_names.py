@@ -17,7 +17,7 @@ from nanopack import config, packing
 
 NAMES = {
     *("Batch", "BestFit", "BestFitCrop", "BestFitPad", "ConversationError", "EncoderError", "Explanation", "Flat"),
-    *("Loader", "Mixture", "Pad", "Piece", "ProducerError", "Stream", "Template", "Turn"),
+    *("Loader", "Mixture", "Pad", "Piece", "ProducerError", "StorageError", "Stream", "Template", "Turn"),
     *("merge_states", "mixture", "verify"),
 }
 
@@ -34,7 +34,7 @@ FACES = {
     "nanopack.adapters.nanochat": ["Progress", "base_loader", "mid_loader", "sft_loader"],
 }
 
-# The arguments of Loader behind the star, in order, with their defaults.
+# The arguments of Loader after the star, in order, with their defaults.
 BATCHES = dict(
     packing="best_fit", template="nanochat", first_assistant="keep", loss="assistant", loss_weights=None,
     boundary_loss=True, ignore_index=-100, max_document_tokens=None, extras=(), max_pieces=None, seed=None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import pickle
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from nanopack import merge_states, reference
 from nanopack.verify import first_difference
 
 Loader = functools.partial(nanopack.Loader, num_workers=0)
-# Beside arguments that decide what a batch is: those that may change when a run goes on.
+# Arguments that do not decide what a batch is: they may change when a run resumes.
 FREE = st.fixed_dictionaries({"prefetch": st.integers(1, 8)})
 
 
@@ -53,7 +52,7 @@ def test_interrupted_any_number_of_times_equals_uninterrupted(packing, data):
         got += itertools.islice(loader, stop - len(got))
         state = through_json(loader.state_dict())
         assert state["step"] == stop
-        # in vain: what is delivered from here on is not part of the state
+        # for nothing: what is delivered from here on is not part of the state
         for _ in itertools.islice(loader, data.draw(st.integers(0, 2))):
             pass
         loader = Loader(conversations, SMALL, **arguments, **data.draw(FREE))
@@ -362,7 +361,7 @@ def test_the_sources_of_a_mixture_balance_after_every_batch_and_go_on_counting_w
             loader.load_state_dict(state)
             assert loader.ledger() == ledger
     sources = loader.ledger()["sources"]
-    assert sum(source["conversations"]["read"] for source in sources.values()) == loader._ledger().conversations_read
+    assert sum(source["conversations"]["read"] for source in sources.values()) == ledger["conversations"]["read"]
     assert sources["bad"]["conversations"]["skipped"] == sources["bad"]["conversations"]["read"]
 
 
@@ -374,9 +373,9 @@ def test_the_ledger_notices_a_counter_of_a_source_that_is_off_by_one(source, cou
     loader = Loader(MIXED, SMALL, 2, 8, on_error="skip")
     next(loader)
     assert loader.ledger()["balanced"]
-    step, shards = pickle.loads(loader._prefetcher.state)
-    shards["0"]["sources"][source][counter] += 1
-    loader._prefetcher.state = pickle.dumps((step, shards))
+    state = through_json(loader.state_dict())
+    state["lanes"]["0"]["sources"][source][counter] += 1
+    loader.load_state_dict(state)
     name = MIXED.names[source]
     assert any(line.startswith(name) for line in loader.ledger()["imbalances"])
 
@@ -385,9 +384,9 @@ def test_the_ledger_notices_a_counter_of_a_source_that_is_off_by_one(source, cou
 def test_the_ledger_notices_that_the_packing_has_counted_otherwise(counter, line):
     loader = Loader(CHATS, SMALL, 2, 8)
     next(loader)
-    step, shards = pickle.loads(loader._prefetcher.state)
-    shards["0"]["packer"][counter] += 1
-    loader._prefetcher.state = pickle.dumps((step, shards))
+    state = through_json(loader.state_dict())
+    state["lanes"]["0"]["packer"][counter] += 1
+    loader.load_state_dict(state)
     [wrong] = loader.ledger()["imbalances"]
     assert wrong.startswith(line)
 
@@ -407,7 +406,7 @@ def test_tokens_are_estimated_by_the_progress_also_when_a_run_goes_on_and_exact_
     next(again)
     batches = list(again)
     assert again.tokens_total == again.ledger()["tokens"]["emitted"]
-    assert again.stats()["tokens_total_estimated"] == again.ledger()["slots"]["tokens"] and batches[-1].last
+    assert again.stats()["tokens_total_estimated"] == again.ledger()["positions"]["tokens"] and batches[-1].last
     assert abs(loader.stats()["tokens_total_estimated"] / again.tokens_total - 1) < 0.2
     assert Loader(CHATS, SMALL, 2, 16).stats()["tokens_total_estimated"] is None
 
@@ -439,7 +438,7 @@ def test_a_state_can_be_saved_though_a_sampled_conversation_cannot_be_read():
     assert first_difference(next(loader), next(again)) is None
 
 
-def test_ready_tokens_are_told_apart_by_all_of_them_and_not_by_the_form_they_come_in():
+def test_ready_tokens_differ_by_all_of_them_and_not_by_the_form_they_come_in():
     def ready(seed, form=np.array):
         body = np.random.default_rng(seed).integers(0, 200, (5, 2000))
         return [{"input_ids": form([1, 2, 3, *row.tolist(), 4, 5])} for row in body]
@@ -449,7 +448,7 @@ def test_ready_tokens_are_told_apart_by_all_of_them_and_not_by_the_form_they_com
     Loader(ready(0, list), SMALL, 2, 8, packing="stream").load_state_dict(state)
 
 
-def test_with_fewer_epochs_than_it_has_behind_it_a_run_ends():
+def test_with_fewer_epochs_than_it_has_finished_a_run_ends():
     arguments = dict(batch_size=1, seq_len=8, rank=0, world_size=2)
     loader = Loader(CHATS, SMALL, epochs=3, **arguments)
     for _ in itertools.islice(loader, 28):
@@ -488,7 +487,7 @@ def test_a_waiting_document_of_the_same_length_is_noticed_too():
 
 
 @pytest.mark.parametrize("missing", ["step", "lanes", "fingerprint"])
-def test_a_damaged_state_is_told_by_what_it_lacks(missing):
+def test_a_damaged_state_is_refused_by_what_it_lacks(missing):
     state = state_after(1)
     del state[missing]
     assert f"the state is damaged: its '{missing}' is None" in refusal(state)

@@ -84,7 +84,7 @@ def _inputs(batch: Batch) -> dict[str, Any]:
 
 
 class Batches(torch.utils.data.IterableDataset[dict[str, Any]]):
-    """The batches of a loader as `model_inputs`, in place of a DataLoader.
+    """The batches of a loader as `model_inputs`, instead of a DataLoader.
 
     Each iteration continues where the loader is; where no batch is left it is a new pass over all `epochs`.
 

@@ -78,7 +78,7 @@ class AttachedTrainer(TrainerCallback):
             self._validated = noted
 
     def skipped(self) -> _Skipped:
-        """Return a data set of what the resumed run has trained in this epoch, in name only, and then the batches."""
+        """Return a data set: a placeholder for each batch of this epoch already trained, then the batches."""
         args, steps = self._trainer.args, self._trainer.state.global_step
         a_pass = args.max_steps
         if self.batches.loader.config.epochs is not None:
@@ -101,15 +101,15 @@ class AttachedTrainer(TrainerCallback):
             return self._step.popleft()
         if self._trainer.model.training or self._validated is None:
             raise ValueError(
-                "this batch has no known loss weights: it is not of attached Batches, or its loss was computed before; "
-                "for validation use Batches(loader).attach(trainer, validation=Batches(validation_loader))"
+                "this batch has no known loss weights: it did not come from attached Batches, or its loss was computed "
+                "already; for validation use Batches(loader).attach(trainer, validation=Batches(validation_loader))"
             )
         validated, self._validated = self._validated, None
         return validated.weights, sum_over_ranks([validated.weight_sum], self._device)[0]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Resume where the checkpoint's run stood. Raise RuntimeError where it does not say."""
-        # last, so that whoever else asks for a checkpoint has asked when this one sees it
+        # last, so that it sees the checkpoints that other callbacks ask for
         others = [callback for callback in self._trainer.callback_handler.callbacks if callback is not self]
         self._trainer.callback_handler.callbacks = [*others, self]
         self._fetched.clear()
@@ -136,7 +136,7 @@ class AttachedTrainer(TrainerCallback):
         self._fetched.clear()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Have the checkpoint that may follow say where the loader stands; all ranks do."""
+        """Put the loader's state into the checkpoint that may follow, on all ranks."""
         if self._counts_tokens:
             self._trainer._total_train_tokens = self._num_tokens
             self._trainer._metrics["train"]["num_tokens"] = [self._num_tokens]
@@ -151,7 +151,7 @@ class AttachedTrainer(TrainerCallback):
 
 
 class _Skipped(torch.utils.data.IterableDataset[Any]):
-    """So many times None, for accelerate to skip, and then the batches of a loader that stands after those."""
+    """`count` times None, for accelerate to skip, and then the batches of a loader that stands after those."""
 
     def __init__(self, batches: Batches, count: int) -> None:
         self._batches, self._count = batches, count

@@ -97,7 +97,7 @@ class Batches(LightningDataModule):
         loader = make_loader()
         if loader._static:
             loader.close()
-            raise ValueError("static=True: Lightning fetches a batch before it trains the previous one; leave it out")
+            raise ValueError("static=True: Lightning fetches a batch before it trains the last one; leave it out")
         return loader
 
     @staticmethod

@@ -2,7 +2,7 @@
 
     Config(...)   ->   Trainer: config.dataloader.build(...)   ->   PackedDataLoader   ->   ({input, positions}, labels)
 
-In a function of your config registry, in place of the data loader that is there:
+In a function of your config registry, instead of its data loader:
 
     config = llama3_8b()
     config.dataloader = PackedDataLoader.Config(
@@ -67,7 +67,7 @@ class PackedDataLoader(BaseDataLoader):
         arguments = dict(config.arguments)
         for name, only in {"loss_weights": None, "ignore_index": -100}.items():
             if arguments.get(name, only) != only:
-                raise ValueError(f"{name}={arguments[name]!r}: torchtitan's loss takes {only} only; leave it out")
+                raise ValueError(f"{name}={arguments[name]!r}: torchtitan's loss supports only {only}; leave it out")
         if (config.conversations is None) == (config.dataset_path is None):
             raise ValueError("the config needs either dataset_path or conversations, a function that returns them")
         epochs = arguments.pop("epochs", None)
@@ -89,7 +89,7 @@ class PackedDataLoader(BaseDataLoader):
         return map(_as_torchtitan, self.loader)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where this rank's loader stands; torch.distributed.checkpoint brings those of all ranks together."""
+        """Return the state of this rank's loader; torch.distributed.checkpoint merges those of all ranks."""
         return self.loader.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -37,20 +37,20 @@ def page_data(rows: Sequence[Sequence[Explanation]]) -> dict[str, Any]:
     """Return the data of the page, JSON-able: for each row the numbers of its texts and reasons, and its spans.
 
     A row has T + 1 texts (-1 in padding): the last is only a target. A span is
-    [start, stop, piece, place, message, role, index of its first token in the document].
+    [start, stop, piece, location, message, role, index of its first token in the document].
     """
     # each distinct value and its number
     texts: dict[str, int] = {}
     reasons: dict[tuple[bool, str], int] = {}
-    places: dict[str, int] = {}
+    locations: dict[str, int] = {}
     packed = []
     for row in rows:
         tokens = [explanation.input for explanation in row] + [row[-1].target]
         packed.append(
             {
                 "texts": [-1 if token is None else texts.setdefault(token.text, len(texts)) for token in tokens],
-                "reasons": [reasons.setdefault((one.trained, one.reason), len(reasons)) for one in row],
-                "spans": _spans(tokens, places),
+                "reasons": [reasons.setdefault((one.in_loss, one.reason), len(reasons)) for one in row],
+                "spans": _spans(tokens, locations),
             }
         )
     return {
@@ -58,28 +58,28 @@ def page_data(rows: Sequence[Sequence[Explanation]]) -> dict[str, Any]:
         "colours": COLOURS,
         "texts": list(texts),
         "reasons": list(reasons),
-        "places": list(places),
+        "locations": list(locations),
         "rows": packed,
     }
 
 
-def _spans(tokens: Sequence[Token | None], places: dict[str, int]) -> list[list[Any]]:
+def _spans(tokens: Sequence[Token | None], locations: dict[str, int]) -> list[list[Any]]:
     spans: list[list[Any]] = []
     piece, before = -1, None
     for column, token in enumerate(tokens):
         if token is not None:
-            follows = before is not None and _place(before, 1) == _place(token, 0)
+            follows = before is not None and _origin(before, 1) == _origin(token, 0)
             piece += not follows
             if follows and before is not None and before.message == token.message:
                 spans[-1][1] = column + 1
             else:
-                place = places.setdefault(token.where, len(places))
-                spans.append([column, column + 1, piece, place, token.message, token.role, token.offset])
+                location = locations.setdefault(token.where, len(locations))
+                spans.append([column, column + 1, piece, location, token.message, token.role, token.offset])
         before = token
     return spans
 
 
-def _place(token: Token, later: int) -> tuple[int, int]:
+def _origin(token: Token, later: int) -> tuple[int, int]:
     return token.conversation, token.offset + later
 
 

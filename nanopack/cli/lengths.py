@@ -38,7 +38,7 @@ class Lengths:
 
     conversations: np.ndarray  # index in the data set
     tokens: np.ndarray
-    trained: np.ndarray  # tokens in the loss, by the template
+    in_loss: np.ndarray  # of these, in the loss by the template
 
     def summary(self, row_tokens: int, where: Callable[[int], str]) -> dict[str, Any]:
         """Return the statistics as plain data (JSON-able); None if there is no document."""
@@ -48,7 +48,7 @@ class Lengths:
         return {
             "count": len(self.tokens),
             "tokens": int(self.tokens.sum()),
-            "trained": int(self.trained.sum()),
+            "in_loss": int(self.in_loss.sum()),
             "mean": float(self.tokens.mean()) if some else None,
             "median": p50,
             "p90": p90,
@@ -69,7 +69,7 @@ class Lengths:
         if not found["count"]:
             return rows
         rows += [
-            ("in the loss", f"{found['trained'] / found['tokens']:.1%}", "by the template"),
+            ("in the loss", f"{found['in_loss'] / found['tokens']:.1%}", "by the template"),
             ("mean", f"{found['mean']:,.1f}", "tokens a document"),
             ("median", f"{found['median']:,.0f}", ""),
             ("90%", f"{found['p90']:,.0f}", "or fewer"),
@@ -95,7 +95,7 @@ class Lengths:
 
         A document of which cutting leaves no token in the loss counts here; a loader may drop it.
         """
-        kept = self.tokens[self.trained > 0] if packing.drops_untrained(config.loss) else self.tokens
+        kept = self.tokens[self.in_loss > 0] if packing.drops_untrained(config.loss) else self.tokens
         return simulate(packing, kept.tolist(), config.seq_len).padding
 
 
@@ -130,5 +130,5 @@ def measure(source: Source, indices: Iterable[int], render: Callable[[Conversati
         except Exception:
             continue
         found.append((index, len(document.ids), int(np.count_nonzero(document.mask))))
-    conversations, tokens, trained = np.array(found, np.int64).reshape(-1, 3).T
-    return Lengths(conversations, tokens, trained)
+    conversations, tokens, in_loss = np.array(found, np.int64).reshape(-1, 3).T
+    return Lengths(conversations, tokens, in_loss)

@@ -121,7 +121,7 @@ def _add_inspect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--explain",
         metavar="ROW,COL",
-        type=_place,
+        type=_row_and_column,
         help="report only where this token came from, and why it is in the loss or not",
     )
     parser.add_argument(
@@ -233,7 +233,7 @@ def _from(least: int) -> Any:
     return number
 
 
-def _place(text: str) -> tuple[int, int]:
+def _row_and_column(text: str) -> tuple[int, int]:
     row, comma, column = text.partition(",")
     if not (comma and row.isdecimal() and column.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not ROW,COL, such as 0,17")

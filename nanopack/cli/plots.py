@@ -20,7 +20,7 @@ from nanopack.cli.lengths import Lengths
 from nanopack.config import LoaderConfig
 from nanopack.packing import BestFit, BestFitPad, Pad
 
-# From Okabe and Ito's palette, which colour-blind readers can tell apart: https://jfly.uni-koeln.de/color/
+# From Okabe and Ito's palette, which colour-blind readers can distinguish: https://jfly.uni-koeln.de/color/
 BLUE, VERMILION = "#0072B2", "#D55E00"
 COLOURS = (BLUE, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", VERMILION)
 WINDOWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)

@@ -46,7 +46,7 @@ class Totals:
     seconds: float = 0.0  # waited for batches
     tokens: int = 0  # in `inputs`, without padding
     last_tokens: int = 0  # those of the latest batch
-    trained: int = 0
+    loss_tokens: int = 0
     alone_rows: int = 0  # rows that packing="pad" would need for the same documents
     alone_tokens: int = 0  # and the tokens in them
     ended: bool = False  # whether the latest batch is the last
@@ -60,7 +60,7 @@ class Totals:
         self.tokens += batch.num_tokens
         self.last_tokens = batch.num_tokens
         self.ended = batch.last
-        self.trained += batch.num_loss_tokens
+        self.loss_tokens += batch.num_loss_tokens
         self.alone_rows += len(pieces)
         self.alone_tokens += sum(min(piece.length, columns) for piece in pieces)
 
@@ -80,7 +80,7 @@ class Totals:
             "padding": _padding(self.tokens, self.batches * batch_positions),
             "padding_without_last_batch": _padding(full, (self.batches - 1) * batch_positions),
             "padding_one_a_row": self._padding_one_a_row(),
-            "trained": _fraction(self.trained, self.tokens),
+            "in_loss": _fraction(self.loss_tokens, self.tokens),
             "ledger": ledger,
         }
 
@@ -99,7 +99,7 @@ class Totals:
             ("batches", f"{self.batches:,}", batches),
             *([("tokens/s", f"{report['tokens_per_s'] or 0:,.0f}", "")] if speed else []),
             *_padding_rows(report),
-            ("in the loss", percent(report["trained"]), "of the tokens"),
+            ("in the loss", percent(report["in_loss"]), "of the tokens"),
             *_ledger_rows(ledger),
         ]
 

@@ -51,7 +51,7 @@ def screen() -> dict[str, Any]:
 
 
 def render(drawing: RenderableType, *, colour: bool = False) -> str:
-    """Return what rich makes of a drawing: no line is wrapped, none ends in spaces, no ANSI codes without `colour`."""
+    """Return a drawing as rich prints it, without wrapping or trailing spaces; ANSI codes only with `colour`."""
     system: Any = "256" if colour else None
     console = Console(
         file=io.StringIO(), width=ENDLESS, force_terminal=colour, color_system=system, highlight=False, markup=False,

@@ -3,7 +3,7 @@
     Loader(packing="best_fit")            ->   as_packing()   ->   BestFit()   ->   .build(read, ...)   ->   a Packer
     Loader(packing=BestFit(window=256))                                             shard.py drives it
 
-What a packing does to documents stands here too, so that no other module asks for its name.
+Each also says what it does to documents (cuts, crops, splits, drops), so that no other module compares names.
 """
 
 from __future__ import annotations

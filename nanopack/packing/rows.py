@@ -21,7 +21,7 @@ COUNTERS = ("emitted", "cropped", "packed", "longest_wait")
 
 
 class Run(NamedTuple):
-    """Tokens `offset` to `offset + length` of one document, side by side in one row."""
+    """Tokens `offset` to `offset + length` of one document, in adjacent columns of one row."""
 
     document: Any
     offset: int
@@ -53,7 +53,7 @@ class Packer(Protocol):
         """Return each document with tokens still to come, and their number."""
 
     def state(self) -> State:
-        """Return what besides `held()` decides the rows to come, and the counters: plain numbers and lists, by name."""
+        """Return the rest of the packer's state, which `held()` leaves out, and the counters: plain data, by name."""
 
     def restore(self, state: State, held: Sequence[tuple[Any, int]]) -> None:
         """Restore a saved state: `state()`, and (document, length) of each document of `held()`."""

@@ -36,7 +36,7 @@ class Packed:
 def simulate(
     packing: Packing, lengths: Iterable[int], seq_len: int, *, batch_size: int = 1, to_end: bool = True
 ) -> Packed:
-    """Return what one pass over documents of these lengths, in tokens from 1, comes to.
+    """Pack documents of these lengths (tokens, from 1) in one pass, and return the counts.
 
     With `to_end=False` packing stops when the data end, as if more would follow: rows that only the end leaves half
     empty, and documents still waiting then, do not count.

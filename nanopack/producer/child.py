@@ -13,11 +13,13 @@ import pickle
 import signal
 import sys
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from nanopack.errors import ProducerError
+from nanopack.producer.cursors import own_cursors
 
 if sys.platform == "linux":
     import fcntl
@@ -96,8 +98,12 @@ def widen(pipe: Connection) -> None:
             fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
 
-def leave_parent_behind() -> None:
-    """Drop in a freshly forked process what it inherited from its parent: signal handlers, torch's threads."""
+def leave_parent_behind(positions: Mapping[int, int]) -> None:
+    """Drop in a freshly forked process what it inherited from its parent: signal handlers, torch's threads.
+
+    `positions` are the parent's `cursors()`, which become its own; {} where it is spawned.
+    """
+    own_cursors(positions)
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)

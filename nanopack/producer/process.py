@@ -33,6 +33,7 @@ from typing import Any
 
 from nanopack.errors import ProducerError
 from nanopack.producer.child import START_METHOD, WATCH, Failure, how_it_ended, leave_parent_behind, widen
+from nanopack.producer.cursors import cursors
 from nanopack.producer.feed import End
 from nanopack.producer.producer import Producer, Start
 from nanopack.producer.reader import Reader
@@ -65,7 +66,8 @@ class Process:
         self._trainer = os.getpid()
         self._lock = threading.RLock()
         _open.add(self)
-        arguments = (reader, workers, start, self.ring, messages, alive, self._trainer)
+        positions = cursors() if START_METHOD == "fork" else {}
+        arguments = (reader, workers, start, self.ring, messages, alive, self._trainer, positions)
         self._process: Any = context.Process(target=_serve, args=arguments, name="nanopack producer", daemon=True)
         try:
             widen(messages)
@@ -243,10 +245,11 @@ def _serve(
     messages: Connection,
     alive: Connection,
     trainer: int,
+    positions: dict[int, int],
 ) -> None:
     """Run in the producer process: fill each slot that is free, in order, until the data or the trainer end."""
     try:
-        _settle(messages, alive, trainer)
+        _settle(messages, alive, trainer, positions)
         _produce(Producer(reader, start, workers=workers, status=ring.status), ring, messages, alive)
     except (EOFError, BrokenPipeError):
         pass  # the trainer has closed the loader, or is gone
@@ -276,9 +279,9 @@ def _send(message: tuple[Any, ...] | End | Failure, ring: Ring, messages: Connec
     ring.status.sent += 1
 
 
-def _settle(messages: Connection, alive: Connection, trainer: int) -> None:
+def _settle(messages: Connection, alive: Connection, trainer: int, positions: dict[int, int]) -> None:
     """Give up what a forked process inherits from its parent, and end with it."""
-    leave_parent_behind()
+    leave_parent_behind(positions)
     log.handlers, log.propagate = [_ToTrainer(messages)], False
     threading.Thread(target=_end_with, args=(alive, trainer), daemon=True).start()
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from nanopack.errors import ConversationError, ProducerError
 from nanopack.producer.child import START_METHOD, WATCH, Failure, how_it_ended, leave_parent_behind, widen
+from nanopack.producer.cursors import cursors
 from nanopack.producer.reader import CHUNK, Chunk, ReadDocument, Reader
 
 # Most requests that may wait for a worker: they must fit into its pipe.
@@ -50,11 +51,12 @@ class Workers:
         self._processes: list[Any] = []
         self._requests: list[Connection] = []
         self._results: list[Connection] = []
+        positions = cursors() if START_METHOD == "fork" else {}
         for number in range(count):
             requests, send = context.Pipe(duplex=False)
             receive, results = context.Pipe(duplex=False)
             widen(results)
-            arguments = (reader, requests, results, os.getpid())
+            arguments = (reader, requests, results, os.getpid(), positions)
             process = context.Process(target=_work, args=arguments, name=f"nanopack worker {number}", daemon=True)
             process.start()
             requests.close()
@@ -117,9 +119,9 @@ class Workers:
             raise ProducerError(f"a worker of the producer (pid {process.pid}) {ended}") from error
 
 
-def _work(reader: Reader, requests: Connection, results: Connection, parent: int) -> None:
+def _work(reader: Reader, requests: Connection, results: Connection, parent: int, positions: dict[int, int]) -> None:
     """Run in a worker: read what is asked for, until the parent ends."""
-    leave_parent_behind()
+    leave_parent_behind(positions)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
         while True:

@@ -15,38 +15,29 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import torch
 
 from nanopack.batch import Batch, Piece
 from nanopack.errors import ConversationError
+from nanopack.reference.arguments import (
+    PackingOptions,
+    check_choices,
+    check_counts,
+    check_ranges,
+    packing_and_options,
+)
 from nanopack.reference.documents import chat_of, check_ids, render
+from nanopack.reference.files import open_records
+from nanopack.reference.messages import choose
 from nanopack.reference.order import Reader
 from nanopack.reference.packing import Document, Rows, Word, pack_rows, pack_stream
-from nanopack.reference.records import choose, conversation, open_records
+from nanopack.reference.records import conversation
 from nanopack.render.templates import Template
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 from nanopack.tokenizers.tokenizer import load_tokenizer
 
-# The packings, with their options; window, max_age and refill count documents, rows and documents.
-DEFAULTS: dict[str, dict[str, int]] = {
-    "best_fit": {"window": 64, "max_age": 128, "refill": 1},
-    "stream": {"overlap": False},
-    "best_fit_pad": {"window": 100, "refill": 1},
-    "best_fit_crop": {"window": 1000, "refill": 1},
-    "pad": {},
-}
-CHOICES: dict[str, tuple[str | None, ...]] = {
-    "packing": tuple(DEFAULTS),
-    "loss": ("assistant", "last", "all"),
-    "loss_weights": (None, "token", "conversation"),
-    "extras": ("positions", "doc_ids", "cu_seqlens"),
-    "template": ("nanochat", "chatml", "llama3", "hf"),
-    "first_assistant": ("keep", "raise", "drop", "empty_user"),
-    "shard": ("rank", "row"),
-    "on_error": ("raise", "skip"),
-}
 SPECIAL_TOKENS = {
     "nanochat": [
         *("<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"),
@@ -86,25 +77,12 @@ def batches(
     Raises ValueError for an unknown choice, an impossible number, or messages for which the tokenizer lacks special
     tokens, and ConversationError for an invalid conversation.
     """
-    packing, options = (packing, DEFAULTS.get(packing, {})) if isinstance(packing, str) else _options(packing)
+    packing, options = packing_and_options(packing)
     chosen = dict(packing=packing, loss=loss, loss_weights=loss_weights, template=template, shard=shard)
-    chosen |= dict(first_assistant=first_assistant, on_error=on_error)
-    for name, value in [*chosen.items(), *(("extras", extra) for extra in extras)]:
-        if value not in CHOICES[name] and not isinstance(value, Template):
-            raise ValueError(f"{name}={value!r} is not known. Pass one of {CHOICES[name]}.")
-    counts = dict(batch_size=batch_size, seq_len=seq_len, world_size=world_size)
-    if_given = dict(max_pieces=max_pieces, max_document_tokens=max_document_tokens, epochs=epochs)
-    for name, count in [*counts.items(), *((name, count) for name, count in if_given.items() if count is not None)]:
-        if type(count) is not int or count < 1:
-            raise ValueError(f"{name}={count!r} is impossible. Pass an int from 1.")
-    if type(rank) is not int or not 0 <= rank < world_size:
-        raise ValueError(
-            f"rank={rank!r} of world_size={world_size} is impossible. Pass an int from 0, below world_size."
-        )
-    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**64):
-        raise ValueError(f"seed={seed!r} is impossible. Pass an int from 0, below 2**64, or None.")
-    if max_pieces is not None and max_pieces > seq_len:
-        raise ValueError(f"max_pieces={max_pieces} is more than seq_len={seq_len}. Pass at most that.")
+    check_choices(extras, **chosen, first_assistant=first_assistant, on_error=on_error)
+    check_counts(batch_size=batch_size, seq_len=seq_len, world_size=world_size)
+    check_counts(or_none=True, max_pieces=max_pieces, max_document_tokens=max_document_tokens, epochs=epochs)
+    check_ranges(rank, world_size, seed, max_pieces, seq_len)
     coder = load_tokenizer(tokenizer)
     needed = template.special_tokens if isinstance(template, Template) else SPECIAL_TOKENS[template]
     if isinstance(coder, HuggingFaceTokenizer):
@@ -116,7 +94,7 @@ def batches(
     # nanochat's packings keep a document without a token in the loss, and so must we to reproduce its batches.
     drops = packing in ("best_fit", "pad") and loss != "all"
 
-    def read(index: int) -> Document | None:
+    def read(index: int) -> Document | Literal["skipped"] | None:
         where, record = records[index]
         try:
             said = conversation(record())
@@ -126,15 +104,18 @@ def batches(
             else:
                 # Asked here, so that a tokenizer that lacks one is not taken for many bad conversations.
                 tokens = [] if said.messages and lacking else render(said, coder, template)
-        except MemoryError:
+        except (MemoryError, OSError, EOFError):
+            # What cannot be read is no bad conversation.
             raise
         except Exception as error:
             if on_error == "skip":
-                return None
+                return "skipped"
             raise ConversationError(f'{where}, {error}. Fix it or pass on_error="skip".') from error
         if not tokens:
             raise ValueError(f"{where}: template={template!r} needs tokens that the tokenizer lacks: {lacking}.")
         tokens = tokens[:max_document_tokens][:cut]
+        if said.weight == 0:
+            tokens = [(id, False) for id, _ in tokens]
         if loss == "all":
             tokens = [(id, True) for id, _ in tokens]
         if not boundary_loss:
@@ -142,44 +123,31 @@ def batches(
         document = Document(index, tokens, said.weight)
         return None if drops and document.num_loss_tokens == 0 else document
 
-    # A lane is a shard of the conversations, packed by itself: one per rank, or one per row of the global batch.
+    # Each shard of the conversations is packed by itself: one per rank, or one per row of the global batch.
     by_row = shard == "row"
-    lanes, lane_rows = (batch_size * world_size, 1) if by_row else (world_size, batch_size)
+    num_shards, shard_rows = (batch_size * world_size, 1) if by_row else (world_size, batch_size)
     own = range(rank * batch_size, (rank + 1) * batch_size) if by_row else [rank]
 
-    def lane(number: int) -> Lane:
-        reader = Reader(len(records), read, number, lanes, epochs, seed)
+    def pack_shard(number: int) -> PackedShard:
+        reader = Reader(len(records), read, number, num_shards, epochs, seed)
         if packing == "stream":
-            return Lane(reader, pack_stream(reader, lane_rows, seq_len, bool(options["overlap"])))
+            return PackedShard(reader, pack_stream(reader, shard_rows, seq_len, bool(options["overlap"])))
         # One document a row is the choice among one.
         window, refill, max_age = options.get("window", 1), options.get("refill", 1), options.get("max_age", math.inf)
-        return Lane(reader, pack_rows(reader, packing, lane_rows, seq_len, window, refill, max_age))
+        return PackedShard(reader, pack_rows(reader, packing, shard_rows, seq_len, window, refill, max_age))
 
     def longest() -> int:
-        """Return the number of batches of the longest lane of all ranks."""
-        return max(sum(1 for _ in lane(number).packed) for number in range(lanes)) if world_size > 1 else 0
+        """The number of batches of the longest shard of all ranks."""
+        return max(sum(1 for _ in pack_shard(number).packed) for number in range(num_shards)) if world_size > 1 else 0
 
     build = partial(_batch, packing, seq_len, loss_weights, extras, max_pieces, coder.bos_id, ignore_index)
     # Lazy: each batch is built, with the progress of its readers, before the next one is packed.
-    packed = _side_by_side([lane(number) for number in own], lane_rows, longest)
-    return (build(step, rows, lanes) for step, (rows, lanes) in enumerate(packed))
-
-
-class PackingOptions(Protocol):
-    """A packing object, such as `nanopack.BestFit(window=8)`: its options are its attributes."""
-
-    @property
-    def name(self) -> str:
-        """The name that stands for it with its default options."""
-
-
-def _options(packing: PackingOptions) -> tuple[str, dict[str, int]]:
-    """Return name and options of a packing object; no other code of it is used."""
-    return packing.name, {option: getattr(packing, option) for option in DEFAULTS[packing.name]}
+    packed = _side_by_side([pack_shard(number) for number in own], shard_rows, longest)
+    return (build(step, rows, shards) for step, (rows, shards) in enumerate(packed))
 
 
 @dataclass
-class Lane:
+class PackedShard:
     """A shard of the conversations as it is packed."""
 
     reader: Reader[Document]
@@ -193,24 +161,26 @@ class Lane:
         return self.reader.progress(streams, self.reader.reads if streams else self.placed + self.reader.left_out)
 
 
-def _side_by_side(lanes: list[Lane], lane_rows: int, longest: Callable[[], int]) -> Iterator[tuple[Rows, list[Lane]]]:
-    """Yield the rows of all these lanes, batch by batch, until the longest lane of all ranks is done."""
+def _side_by_side(
+    shards: list[PackedShard], shard_rows: int, longest: Callable[[], int]
+) -> Iterator[tuple[Rows, list[PackedShard]]]:
+    """Yield the rows of all these shards, batch by batch, until the longest shard of all ranks is done."""
     batches = 0
     while True:
         rows: Rows = []
         ended = True
-        for lane in lanes:
-            lane_batch = next(lane.packed, None)
-            if lane_batch is None:
-                rows += [[]] * lane_rows
+        for shard in shards:
+            packed = next(shard.packed, None)
+            if packed is None:
+                rows += [[]] * shard_rows
             else:
-                lane.placed = lane_batch[1]
-                rows += lane_batch[0]
+                shard.placed = packed[1]
+                rows += packed[0]
                 ended = False
         # All ranks must give equally many batches: a rank that is done gives padding.
         if ended and batches >= longest():
             return
-        yield rows, lanes
+        yield rows, shards
         batches += 1
 
 
@@ -219,7 +189,7 @@ def _side_by_side(lanes: list[Lane], lane_rows: int, longest: Callable[[], int])
 
 def _batch(
     packing: str, seq_len: int, loss_weights: str | None, extras: Collection[str],
-    max_pieces: int | None, bos_id: int, ignore_index: int, step: int, rows: Rows, lanes: list[Lane],
+    max_pieces: int | None, bos_id: int, ignore_index: int, step: int, rows: Rows, shards: list[PackedShard],
 ) -> Batch:  # fmt: skip
     inputs, targets, target_weights, positions, doc_ids, starts = [], [], [], [], [], []
     padding = Document(-1, [(bos_id, False)] * (seq_len + 1), 0.0)
@@ -228,8 +198,8 @@ def _batch(
         words = [*row, *padding.words()[len(row) :]]
         pieces = _pieces(words)
         inputs.append([word.id for word in words[:-1]])
-        targets.append([word.id if word.trained else ignore_index for word in words[1:]])
-        target_weights.append([word.document.weigh(loss_weights) if word.trained else 0.0 for word in words[1:]])
+        targets.append([word.id if word.in_loss else ignore_index for word in words[1:]])
+        target_weights.append([word.document.weigh(loss_weights) if word.in_loss else 0.0 for word in words[1:]])
         counted = [(n, i) for n, piece in enumerate(pieces) for i in range(piece.length)][:seq_len]
         positions.append([i for _, i in counted])
         doc_ids.append([-1 if pieces[n].conversation == -1 else n for n, _ in counted])
@@ -240,7 +210,7 @@ def _batch(
         starts = _filled(starts, step, len(rows), seq_len // 8 + 1 if max_pieces is None else max_pieces)
     # Each weight is rounded to float32 once; their sum has no error of its own.
     weighed = torch.tensor(target_weights, dtype=torch.float32)
-    progress, last = zip(*(lane.progress(packing == "stream") for lane in lanes), strict=True)
+    progress, last = zip(*(shard.progress(packing == "stream") for shard in shards), strict=True)
     return Batch(
         inputs=torch.tensor(inputs, dtype=torch.int32),
         targets=torch.tensor(targets, dtype=torch.int64),
@@ -249,13 +219,13 @@ def _batch(
         doc_ids=torch.tensor(doc_ids, dtype=torch.int32) if "doc_ids" in extras else None,
         cu_seqlens=torch.tensor(starts, dtype=torch.int32) if "cu_seqlens" in extras else None,
         step=step,
-        num_loss_tokens=sum(word.trained for row in rows for word in row[1:]),
+        num_loss_tokens=sum(word.in_loss for row in rows for word in row[1:]),
         num_tokens=sum(len(row[:seq_len]) for row in rows),
         weight_sum=math.fsum(weighed.flatten().tolist()),
         max_seqlen=max_seqlen,
         # The end of the last pass does not begin another.
-        epoch=max(lane.reader.epoch_reached for lane in lanes),
-        progress=math.fsum(progress) / len(lanes),
+        epoch=max(shard.reader.epoch_reached for shard in shards),
+        progress=math.fsum(progress) / len(shards),
         last=all(last),
         word_pieces=tuple(tuple(_pieces(row)) for row in rows),
     )

@@ -18,7 +18,7 @@ from typing import Any
 
 from nanopack.errors import ConversationError
 from nanopack.reference.chat_writer import ChatWriter, Said, mend
-from nanopack.reference.records import WRITTEN_BY_HF
+from nanopack.reference.messages import WRITTEN_BY_HF
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 
 # What may be left out once its turn is not the last.

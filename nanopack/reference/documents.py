@@ -13,7 +13,9 @@ from collections.abc import Iterable, Iterator
 
 from nanopack.errors import ConversationError
 from nanopack.reference.chat import Chat
-from nanopack.reference.records import WRITTEN_BY_HF, Record, Said, Tokens
+from nanopack.reference.messages import WRITTEN_BY_HF, Said
+from nanopack.reference.records import Record
+from nanopack.reference.tokens import Tokens
 from nanopack.render.templates import Template
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 from nanopack.tokenizers.tokenizer import AnyTokenizer
@@ -27,8 +29,8 @@ def check_ids(tokens: Tokens, vocab_size: int) -> Tokens:
     return tokens
 
 
-# Rendering: a conversation becomes tokens, (id, trained). A template yields what is encoded in one go:
-# ("special", the special token, trained) or ("text", the text, trained).
+# Rendering: a conversation becomes tokens, (id, in the loss). A template yields what is encoded in one
+# go: ("special", the special token, in the loss) or ("text", the text, in the loss).
 
 Span = tuple[str, str, bool]
 Messages = list[Said]
@@ -49,12 +51,12 @@ def render(record: Record, coder: AnyTokenizer, template: str | Template) -> Tok
         spans = _own(messages, template)
     else:
         spans = {"nanochat": _nanochat, "chatml": _chatml, "llama3": _llama3}[template](messages)
-    # Plain text is trained throughout, the first token included.
+    # Plain text is in the loss throughout, the first token included.
     tokens = [(coder.bos_id, text is not None)]
-    for kind, string, trained in spans:
+    for kind, string, in_loss in spans:
         # Only a template makes special tokens: what looks like one in a message stays text.
         ids = [coder.special_id(string)] if kind == "special" else _encode(string, coder)
-        tokens += [(int(id), trained) for id in ids]
+        tokens += [(int(id), in_loss) for id in ids]
     return tokens
 
 
@@ -153,7 +155,7 @@ def _own(messages: Messages, template: Template) -> Iterator[Span]:
         yield from _marked(turn.after, template.special_tokens, False)
 
 
-def _marked(text: str, special_tokens: tuple[str, ...], trained: bool) -> Iterator[Span]:
+def _marked(text: str, special_tokens: tuple[str, ...], in_loss: bool) -> Iterator[Span]:
     """Yield the special tokens in a template's text, and the texts between them."""
     plain = ""
     while text:
@@ -162,10 +164,10 @@ def _marked(text: str, special_tokens: tuple[str, ...], trained: bool) -> Iterat
         if special is None:
             plain, text = plain + text[0], text[1:]
             continue
-        yield "text", plain, trained
-        yield "special", special, trained
+        yield "text", plain, in_loss
+        yield "special", special, in_loss
         plain, text = "", text[len(special) :]
-    yield "text", plain, trained
+    yield "text", plain, in_loss
 
 
 def _hf(record: Record, coder: AnyTokenizer) -> list[tuple[int, bool]]:

@@ -28,11 +28,11 @@ class Document:
     @cached_property
     def num_loss_tokens(self) -> int:
         """Tokens in the loss."""
-        return sum(trained for _, trained in self.tokens)
+        return sum(in_loss for _, in_loss in self.tokens)
 
     def words(self) -> list[Word]:
         """Return its tokens, each with its origin."""
-        return [Word(id, trained, self, offset) for offset, (id, trained) in enumerate(self.tokens)]
+        return [Word(id, in_loss, self, offset) for offset, (id, in_loss) in enumerate(self.tokens)]
 
     def weigh(self, loss_weights: str | None) -> float:
         """Return the weight of each of its tokens in the loss."""
@@ -45,7 +45,7 @@ class Word(NamedTuple):
     """A token of a document."""
 
     id: int
-    trained: bool
+    in_loss: bool
     document: Document
     offset: int
 

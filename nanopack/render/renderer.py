@@ -1,7 +1,7 @@
 """Render a conversation as a document: its token ids, and a mask of the tokens that the loss counts.
 
-    Conversation       ->   Renderer.plan()   ->   Plan   ->   Renderer.fill_in()   ->   Document
-    conversations.py        one at a time                      many in one go            reading.py cuts it
+    Conversation   ->   Renderer.plan()   ->   Plan   ->   Renderer.fill_in()   ->   Document
+    records.py          one at a time                      many in one go            producer/reader.py cuts it
 
 A template only says which special tokens and which texts follow each other. Every text is encoded on its own, so text
 that looks like a special token stays text. Nothing is cut here: the sequence length does not come in.
@@ -94,7 +94,11 @@ class Renderer:
 
     def plan(self, conversation: Conversation) -> Plan | Document:
         """Return what `fill_in` makes a document: all but the encoding, which takes longest. Raises as a call does."""
-        conversation = choose(conversation, *self._choice)
+        plan = self._plan(choose(conversation, *self._choice))
+        # a weight of 0 means the same with and without loss_weights
+        return plan if conversation.weight else _out_of_loss(plan)
+
+    def _plan(self, conversation: Conversation) -> Plan | Document:
         if conversation.tokens is not None:
             return _take_over(conversation.tokens, self._tokenizer)
         if conversation.text is not None:
@@ -114,6 +118,13 @@ class Renderer:
         """
         filled = encode(self._tokenizer, [plan for plan in plans if isinstance(plan, Plan)])
         return [plan if isinstance(plan, Document) else next(filled) for plan in plans]
+
+
+def _out_of_loss(plan: Plan | Document) -> Plan | Document:
+    if isinstance(plan, Plan):
+        expected = plan.expected and replace(plan.expected, mask=np.zeros_like(plan.expected.mask))
+        return plan._replace(in_loss=[False] * len(plan.in_loss), spans=(), expected=expected)
+    return replace(plan, mask=np.zeros_like(plan.mask))
 
 
 def _take_over(tokens: Tokens, tokenizer: AnyTokenizer) -> Document:

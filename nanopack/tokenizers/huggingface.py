@@ -1,4 +1,4 @@
-"""Turn texts into token ids with a fast Hugging Face tokenizer, through the calls that tiktoken's are made of too.
+"""Turn texts into token ids with a fast Hugging Face tokenizer, with the interface that tiktoken's have.
 
     transformers tokenizer, tokenizers.Tokenizer   ->   HuggingFaceTokenizer   ->   tokenizer.py, render/hf_template.py
                                                         byte_level.py encodes where it can

@@ -10,12 +10,15 @@ streams allow.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+
+log = logging.getLogger("nanopack")
 
 Kernel = Callable[[Any, Any], None]
 
@@ -58,11 +61,12 @@ class Device(Protocol):
         """Whether the current stream is being captured into a graph."""
         ...
 
-    def pin(self, memory: np.ndarray) -> None:
-        """Page-lock host memory, so that copies from it are asynchronous. RuntimeError if the system refuses."""
+    def pin(self, memory: np.ndarray) -> bool:
+        """Page-lock host memory, so that copies from it are asynchronous. False, and a warning, if that is refused."""
+        ...
 
     def unpin(self, memory: np.ndarray) -> None:
-        """Undo pin(), before the memory is released."""
+        """Undo a pin() that returned True, before the memory is released."""
 
     def named(self, what: str) -> AbstractContextManager[None]:
         """Show the block under this name in a profiler."""
@@ -116,23 +120,32 @@ class Cuda(Device):
         with torch.cuda.device(self.device):
             return torch.cuda.is_current_stream_capturing()
 
-    def pin(self, memory: np.ndarray) -> None:
+    def pin(self, memory: np.ndarray) -> bool:
         # The memory may be shared with another process. Flag 1: pinned in every CUDA context.
-        self._check(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 1), "pinning", memory)
+        code = int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 1))
+        if code != 0:
+            log.warning(
+                "%d bytes of host memory cannot be pinned (CUDA error %d): each copy to the device makes the host "
+                "wait; use a smaller prefetch, or raise the limit of locked memory (ulimit -l)",
+                *(memory.nbytes, code),
+            )
+            self._take_error()
+        return code == 0
+
+    def _take_error(self) -> None:
+        """Let an operation fail in place of the caller's next one: CUDA keeps an error until somebody has seen it."""
+        with contextlib.suppress(RuntimeError):
+            self.zeros(1)
 
     def unpin(self, memory: np.ndarray) -> None:
-        self._check(torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data), "unpinning", memory)
+        code = int(torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data))
+        if code != 0:
+            self._take_error()
+            raise RuntimeError(f"unpinning {memory.nbytes} bytes of host memory failed with CUDA error {code}")
 
     def named(self, what: str) -> AbstractContextManager[None]:
         shown: AbstractContextManager[None] = torch.cuda.nvtx.range(what)
         return shown
-
-    def _check(self, code: Any, what: str, memory: np.ndarray) -> None:
-        if int(code) != 0:
-            raise RuntimeError(
-                f"{what} {memory.nbytes} bytes of host memory failed with CUDA error {int(code)}; use a smaller "
-                f"prefetch, or raise the limit of locked memory (ulimit -l)"
-            )
 
 
 def _on_one_thread(work: Callable[..., object], *arguments: Any) -> None:
@@ -188,8 +201,8 @@ class Cpu(Device):
     def capturing(self) -> bool:
         return False
 
-    def pin(self, memory: np.ndarray) -> None:
-        pass
+    def pin(self, memory: np.ndarray) -> bool:
+        return True
 
     def unpin(self, memory: np.ndarray) -> None:
         pass

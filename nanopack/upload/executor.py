@@ -25,7 +25,8 @@ def make_kernel(executor: str | None, device: torch.device, layout: Layout, bos_
     """
     pack = _choose(executor, device)
     word = torch.int16 if layout.word_bytes == 2 else torch.int32
-    if pack is pack_torch:
+    # Not on a GPU: batches that are taken on streams in turn would write to one work space at once.
+    if pack is pack_torch and device.type == "cpu":
         scratch = make_scratch(torch.empty(0, dtype=word, device=device), layout.batch_size, layout.seq_len)
         pack = partial(pack_torch, scratch=scratch)
 

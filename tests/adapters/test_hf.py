@@ -38,7 +38,7 @@ def test_rows_have_a_column_more_and_the_models_own_shift_gives_the_loaders_targ
             assert torch.equal(found["input_ids"][:, :-1], batch.inputs.long())
             assert torch.equal(found["position_ids"][:, :-1], batch.positions.long())
             assert (found["labels"][:, 0] == -100).all()
-            # Where a label is trained the column holds that token: a label is the token it stands under.
+            # Where a label is in the loss the column holds that token: a label is the token it stands under.
             trained = found["labels"] != -100
             assert torch.equal(found["input_ids"][trained], found["labels"][trained])
             assert int(trained.sum()) == batch.num_loss_tokens > 0
@@ -205,7 +205,7 @@ def test_a_run_in_accelerate_goes_on_from_its_checkpoint_as_if_it_had_not_ended(
 
     seen, losses = run(10)
     assert len(seen) == 10 and all(map(math.isfinite, losses))
-    # what comes behind the checkpoint is lost, and trained again
+    # what was trained after the checkpoint is lost, and trained again
     assert run(6, save_after=4) == (seen[:6], losses[:6])
     assert run(6, load=True) == (seen[4:], losses[4:])
 
@@ -238,7 +238,7 @@ def test_transformers_trainer_trains_on_the_loaders_batches(tmp_path):
         trainer = Trainer(make_model(), TrainingArguments(**trainer_arguments(tmp_path)))
         trainer.get_train_dataloader = lambda: Batches(loader)
         trainer.train()
-        # Two batches a step, none skipped, none fetched in vain.
+        # Two batches a step, none skipped, none fetched and dropped.
         assert next(loader).step == 40
     assert_learned(losses_of(trainer))
 

@@ -28,7 +28,7 @@ pytestmark = [
 
 
 class Stop(Callback):
-    """Ends the training behind a number of batches, as a power cut does: nothing is saved."""
+    """Ends the training after a number of batches, as a power cut does: nothing is saved."""
 
     def __init__(self, after: int) -> None:
         self.after = after
@@ -59,7 +59,7 @@ def expected(count: int, **arguments: Any) -> list[tuple[int, list[list[int]]]]:
     ],
     ids=["endless", "endless in epochs of 7", "sized", "a producer process", "to the end of the data"],
 )
-def test_a_run_cut_off_goes_on_from_its_checkpoint_with_the_batch_behind_the_one_trained_last(
+def test_a_run_cut_off_resumes_from_its_checkpoint_with_the_batch_after_the_one_trained_last(
     loader, trainer, tmp_path, recwarn
 ):
     def make() -> Loader:

@@ -88,7 +88,7 @@ LOADERS: dict[str, tuple[Any, Any, Any, Any]] = {
 }
 
 
-def told(progress: Progress) -> tuple[float, bool, int]:
+def shown(progress: Progress) -> tuple[float, bool, int]:
     return progress.approx_progress, progress.last_step, progress.current_epoch
 
 
@@ -125,10 +125,10 @@ def test_batches_and_progress_are_nanochats(name, rank):
     loader, data, loop, records = LOADERS[name]
     progress = Progress()
     ours = loader(data, TOKENIZER, B, T, device="cpu", rank=rank, world_size=W, progress=progress)
-    assert told(progress) == (0.0, False, 1)
+    assert shown(progress) == (0.0, False, 1)
     theirs = loop(records, RENDER, B, T, rank, W)
     for number, (made, (inputs, targets)) in enumerate(islice(zip(theirs, ours, strict=False), BATCHES)):
-        assert (inputs.tolist(), targets.tolist(), *told(progress)) == made, f"batch {number}"
+        assert (inputs.tolist(), targets.tolist(), *shown(progress)) == made, f"batch {number}"
         assert (inputs.dtype, targets.dtype) == (torch.int32, torch.int64)
         assert inputs.is_contiguous() and targets.is_contiguous()
     assert number == BATCHES - 1 and progress.current_epoch > 2
@@ -136,7 +136,7 @@ def test_batches_and_progress_are_nanochats(name, rank):
 
 @pytest.mark.parametrize("num_iterations", [-1, 0, 5, 1000])
 @pytest.mark.parametrize("name", ["mid", "sft"])
-def test_trained_tells_of_the_batch_before(name, num_iterations):
+def test_trained_reports_the_batch_before(name, num_iterations):
     loader, data, loop, records = LOADERS[name]
     built, trained = Progress(num_iterations), Progress(num_iterations, timing="trained")
     one, other = (
@@ -148,14 +148,14 @@ def test_trained_tells_of_the_batch_before(name, num_iterations):
         zip(loop(records, RENDER, B, T, 1, W, num_iterations=num_iterations), one, other, strict=False), 80
     ):
         assert (first[0].tolist(), first[1].tolist()) == (second[0].tolist(), second[1].tolist()) == (x, y)
-        assert told(built) == tuple(values)
-        assert told(trained) == before
+        assert shown(built) == tuple(values)
+        assert shown(trained) == before
         before = tuple(values)
     assert built.last_step and trained.last_step
 
 
 def run(timing: str, accumulated: int, num_iterations: int, texts: int) -> tuple[list[int], list[float]]:
-    """Run a loop such as nanochat's on documents that are told apart by their only word; one fills a batch."""
+    """Run a loop like nanochat's on documents that differ in their only word; one fills a batch."""
     documents = Task([{"text": chr(97 + i)} for i in range(texts)])
     progress = Progress(num_iterations, timing=timing)
     loader = mid_loader(documents, ENCODING, 1, 1, device="cpu", progress=progress)
@@ -185,7 +185,7 @@ def test_with_timing_trained_every_batch_up_to_the_last_is_trained():
 
 
 @pytest.mark.parametrize("name", ["mid", "sft"])
-def test_a_fresh_validation_loader_begins_anew_and_leaves_training_alone(name, producers):
+def test_a_fresh_validation_loader_starts_over_and_leaves_training_alone(name, producers):
     loader, _, loop, _ = LOADERS[name]
     progress = Progress()
     arguments: dict[str, Any] = {"device": "cpu", "rank": 3, "world_size": W}
@@ -196,7 +196,7 @@ def test_a_fresh_validation_loader_begins_anew_and_leaves_training_alone(name, p
         if step % 20 == 0:
             val = loader(VAL, TOKENIZER, B, T, **arguments)
             assert [[inputs.tolist(), targets.tolist()] for inputs, targets in islice(val, 20)] == expected
-        assert (x.tolist(), y.tolist(), *told(progress)) == made, f"batch {step}"
+        assert (x.tolist(), y.tolist(), *shown(progress)) == made, f"batch {step}"
     del val
     assert len(producers()) == 1
 

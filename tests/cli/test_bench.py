@@ -54,7 +54,7 @@ CHATS = [
     },
     {"messages": [{"role": "user", "content": "Hi <|bos|>"}, {"role": "assistant", "content": "Hello " * 10}]},
     {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "One two three " * 4}]},
-    {"messages": [{"role": "user", "content": "Go on"}]},
+    {"messages": [{"role": "user", "content": "And then?"}]},
     *[
         {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "so " * (n % 23)}]}
         for n in range(40)
@@ -225,7 +225,7 @@ def test_padding_is_that_of_the_loader(packing, shipped):
     assert found["rows"] > 0
     with Loader(shipped.chats, TOKENIZER, packing=packing, num_workers=0, device="cpu") as loader:
         tokens = sum(next(loader).num_tokens for _ in range(found["rows"] // 32))
-    assert found["padding_share"] == 1 - tokens / (found["rows"] * 2048)
+    assert found["padding_fraction"] == 1 - tokens / (found["rows"] * 2048)
 
 
 def test_the_scan_and_ours_choose_alike(shipped, monkeypatch):
@@ -304,8 +304,8 @@ def test_ratios_are_of_the_rounds_of_the_same_run(quick):
         calls = [speed[name] for name in speed if f"alone, {number} proc" in name and "encode" in name]
         bounds[number] = [max(both) for both in zip(*calls, strict=True)]
     to = {
-        "of_1_process_share": bounds[1],
-        "of_2_processes_share": bounds[2],
+        "of_1_process_fraction": bounds[1],
+        "of_2_processes_fraction": bounds[2],
         "to_midtraining_x": speed["nanochat midtraining"],
         "to_sft_x": speed["nanochat SFT"],
     }
@@ -315,7 +315,9 @@ def test_ratios_are_of_the_rounds_of_the_same_run(quick):
     rows = only_table(found, "pretokenized")
     copy = rows[pretokenized.COPY]["numbers"]["tokens_per_s"]["rounds"]
     ours = rows[pretokenized.OURS]["numbers"]
-    assert ours["of_copy_share"]["rounds"] == [a / b for a, b in zip(ours["tokens_per_s"]["rounds"], copy, strict=True)]
+    assert ours["of_copy_fraction"]["rounds"] == [
+        a / b for a, b in zip(ours["tokens_per_s"]["rounds"], copy, strict=True)
+    ]
 
 
 def test_windows_are_rows_numbered_by_them(quick):
@@ -383,7 +385,7 @@ REFUSED = {
     "no such section": (["--only", "padding,z"], "--only: there is no section 'z'; use any of throughput,"),
     "plot as pdf": (["--plot", "a.pdf"], "'a.pdf' does not end in .png"),
     "no such file": (["nowhere.jsonl"], "nanopack: conversations='nowhere.jsonl' does not exist"),
-    "files beside a package": (["a.jsonl", "--sharegpt"], "--sharegpt takes no files, but 'a.jsonl' is given"),
+    "files next to a package": (["a.jsonl", "--sharegpt"], "--sharegpt takes no files, but 'a.jsonl' is given"),
     "no such tokenizer": (["--tokenizer", "gpt9"], "tokenizer='gpt9' is neither a bundled name"),
 }
 

@@ -20,7 +20,7 @@ CHATS = [
     *[c for c in demo.shipped() if c["source"] == "arithmetic"][:6],
     *demo.shipped()[:20],
     {"messages": [{"role": "user", "content": EVIL}, {"role": "assistant", "content": EVIL}]},
-    {"text": "Plain text, trained as a whole."},
+    {"text": "Plain text, all of it in the loss."},
     {"input_ids": [32759, 5, 6, 7, 8], "loss_mask": [0, 0, 1, 1, 0]},
 ]
 CASES = {
@@ -34,7 +34,7 @@ CASES = {
 
 @pytest.fixture
 def page(tmp_path):
-    """Return page(**arguments) -> the text of a page of batch 1, the loader's explanations of each of its slots."""
+    """Return page(**arguments) -> the text of a page of batch 1, the loader's explanations of each of its positions."""
 
     def make(**arguments):
         arguments = {"batch_size": 3, "seq_len": 64, "epochs": 1, "num_workers": 0, **arguments}
@@ -54,7 +54,7 @@ def read(text):
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script', text, re.S)[1])
 
 
-def told(token):
+def as_shown(token):
     if token is None:
         return None
     part = "" if token.message is None else f", message {token.message} ({token.role})"
@@ -62,25 +62,25 @@ def told(token):
 
 
 def look_up(data, row, column):
-    """Return what the page shows of a token."""
-    place = next((span for span in data["rows"][row]["spans"] if span[0] <= column < span[1]), None)
-    if place is None:
+    """Return a token as the page shows it."""
+    span = next((one for one in data["rows"][row]["spans"] if one[0] <= column < one[1]), None)
+    if span is None:
         return None
-    start, _, _, where, message, role, offset = place
+    start, _, _, where, message, role, offset = span
     part = "" if message is None else f", message {message} ({role})"
     text = data["texts"][data["rows"][row]["texts"][column]]
-    return {"text": text, "from": f"{data['places'][where]}{part}, token {offset + column - start}"}
+    return {"text": text, "from": f"{data['locations'][where]}{part}, token {offset + column - start}"}
 
 
 @pytest.mark.parametrize("arguments", CASES.values(), ids=CASES)
-def test_it_says_of_every_slot_what_explain_says(page, arguments):
+def test_it_says_of_every_position_what_explain_says(page, arguments):
     text, expected = page(**arguments)
     data = read(text)
     for row, column in ((row, column) for row in range(3) for column in range(64)):
         one = expected[row][column]
         got = look_up(data, row, column), look_up(data, row, column + 1)
-        assert got == (told(one.input), told(one.target)), (row, column)
-        assert data["reasons"][data["rows"][row]["reasons"][column]] == [one.trained, one.reason]
+        assert got == (as_shown(one.input), as_shown(one.target)), (row, column)
+        assert data["reasons"][data["rows"][row]["reasons"][column]] == [one.in_loss, one.reason]
 
 
 @pytest.mark.skipif(not shutil.which("node"), reason="needs node, to run the page's script")
@@ -99,8 +99,8 @@ def test_its_script_says_the_same(page, tmp_path):
             if got[name]:
                 del got[name]["piece"]
         assert got == {
-            **{n: told(getattr(one, n)) for n in ("input", "target")},
-            "trained": one.trained,
+            **{n: as_shown(getattr(one, n)) for n in ("input", "target")},
+            "inLoss": one.in_loss,
             "reason": one.reason,
         }
 
@@ -116,7 +116,7 @@ def test_nothing_in_a_conversation_or_a_file_name_becomes_markup(tmp_path, monke
         assert words not in text
     assert text.count("<script") == text.count("</script") == 2
     data = read(text)
-    assert data["places"] == [f"{path}:1"]
+    assert data["locations"] == [f"{path}:1"]
     assert "".join(data["texts"][number] for number in data["rows"][0]["texts"] if number >= 0).count(EVIL) == 2
 
 

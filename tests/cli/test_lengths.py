@@ -31,7 +31,7 @@ def test_summary_of_eleven_documents():
     assert lengths.summary(95, where) == {
         "count": 11,
         "tokens": 660,
-        "trained": 330,
+        "in_loss": 330,
         "mean": 60.0,
         "median": 60.0,
         "p90": 100.0,
@@ -92,4 +92,4 @@ def test_documents_are_measured_whole_and_bad_ones_left_out():
     # bos, start, "hi", end, start, "yo", end; "yo" and its end are in the loss
     assert found.conversations.tolist() == [2, 0]
     assert found.tokens.tolist() == [7 + len(load_tokenizer("chat32k").encode("yo")) - 1, 3]
-    assert found.trained.tolist() == [len(load_tokenizer("chat32k").encode("yo")) + 1, 3]
+    assert found.in_loss.tolist() == [len(load_tokenizer("chat32k").encode("yo")) + 1, 3]

@@ -24,8 +24,8 @@ def test_the_padding_shown_is_what_the_loader_has(packing):
     conversations = demo.shipped()[:120]
     with Loader(conversations, "chat32k", 1, 64, packing=packing, loss="all", epochs=1) as loader:
         list(loader)
-        slots = loader.ledger()["slots"]
+        positions = loader.ledger()["positions"]
         render = Renderer(loader.tokenizer, "nanochat")
         lengths = measure(loader.source, range(120), render)
         found = lengths.padding(LoaderConfig(seq_len=64, loss="all"), packing)
-    assert found == pytest.approx(slots["padding"] / slots["total"], abs=1e-12)
+    assert found == pytest.approx(positions["padding"] / positions["total"], abs=1e-12)

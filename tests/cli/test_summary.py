@@ -38,7 +38,7 @@ def test_report_adds_batches_up():
     assert (found["batches"], found["tokens"], found["seconds"], found["tokens_per_s"]) == (3, 200, 1.5, 200 / 1.5)
     assert found["padding"] == pytest.approx(1 / 3)
     assert found["padding_without_last_batch"] == pytest.approx(0.2)
-    assert found["trained"] == 0.6
+    assert found["in_loss"] == 0.6
 
 
 def test_padding_without_the_last_batch_is_reported_only_at_the_end_of_the_data():
@@ -59,7 +59,7 @@ def test_packings_that_split_documents_do_not_report_the_padding_of_one_a_row(pa
 
 def test_nothing_delivered_has_no_fractions():
     found = report()
-    assert all(found[name] is None for name in ("padding", "padding_without_last_batch", "trained", "tokens_per_s"))
+    assert all(found[name] is None for name in ("padding", "padding_without_last_batch", "in_loss", "tokens_per_s"))
 
 
 def test_rows_name_every_loss_that_is_not_zero():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nanopack.conversations.json_array import scan_array
 from nanopack.conversations.records import open_conversations
 from nanopack.errors import ConversationError
-from nanopack.reference.records import open_records
+from nanopack.reference.files import open_records
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text('ab"\\[]{},é \n', max_size=8),

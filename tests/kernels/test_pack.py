@@ -102,8 +102,8 @@ EDGES = {
     "largest id of a 16-bit word": (384, [full_row(384, [(0, 1.0)], token=32767)]),
     "row ends at a block's end": (640, [Row([9] * 128, [True] * 128, [(0, 0.5), (127, 0.25)])]),
     "row ends one word into a block": (640, [Row([9] * 129, [True] * 129, [(0, 0.5), (128, 0.25)])]),
-    "nothing trained": (128, [Row([1] * 129, [False] * 129, [(0, 1.0)])]),
-    "trained in column 0 alone, which is no target": (2, [Row([1, 1, 1], [True, False, False], [(0, 1.0)])]),
+    "nothing in the loss": (128, [Row([1] * 129, [False] * 129, [(0, 1.0)])]),
+    "in the loss in column 0 alone, which is no target": (2, [Row([1, 1, 1], [True, False, False], [(0, 1.0)])]),
 }
 
 
@@ -234,7 +234,7 @@ def syncs_raise() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device: nothing else tells what one does")
+on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device: nothing else shows what one does")
 
 
 @pytest.mark.gpu

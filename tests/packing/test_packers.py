@@ -1,4 +1,4 @@
-"""The packings, held against plain scans over lists and against what each of them promises."""
+"""The packings, compared with plain scans over lists and with what each of them promises."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def test_a_simulation_counts_what_the_packer_gives(packing, lengths, B, T, windo
 
 
 def test_a_simulation_that_stops_with_the_data_counts_no_row_that_only_the_end_left_empty():
-    # the document of length 1 never fits beside those of 5, and would wait forever
+    # the document of length 1 never fits next to those of 5, and would wait forever
     endless = simulate(BestFitPad(window=2), [1] + [5] * 6, 4, to_end=False)
     assert (endless.rows, endless.longest_wait_rows, endless.padding) == (6, 6, 0)
     assert simulate(BestFitPad(window=2), [1] + [5] * 6, 4).rows == 7

@@ -152,5 +152,5 @@ def test_an_explanation_names_the_template():
     with Loader([TALK], make_tokenizer(MARKED), 1, 64, template="hf", num_workers=0) as loader:
         batch = next(loader)
         trained = next(col for col, target in enumerate(batch.targets[0].tolist()) if target != -100)
-        assert "trained, template 'hf' trains this token" in str(loader.explain(batch, 0, trained))
-        assert "not trained, template 'hf' does not train this token" in str(loader.explain(batch, 0, 0))
+        assert ": in the loss, template 'hf' puts this token in the loss" in str(loader.explain(batch, 0, trained))
+        assert "not in the loss, template 'hf' keeps this token out of the loss" in str(loader.explain(batch, 0, 0))

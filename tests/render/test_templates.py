@@ -1,4 +1,4 @@
-"""Promises of nanopack/templates.py, and of batches by each template: they are the reference packer's."""
+"""Promises of nanopack/render/templates.py, and of batches by each template: they are the reference packer's."""
 
 from __future__ import annotations
 
@@ -228,8 +228,10 @@ def test_an_explanation_calls_a_template_by_its_name():
         batch = next(loader)
         row = batch.targets[0].tolist()
         trained = next(col for col, target in enumerate(row) if target != -100)
-        assert "template 'gemma' trains this part of the assistant's message" in str(loader.explain(batch, 0, trained))
-        assert "template 'gemma' trains no user message" in str(loader.explain(batch, 0, 1))
+        assert "template 'gemma' puts this part of the assistant's message in the loss" in str(
+            loader.explain(batch, 0, trained)
+        )
+        assert "template 'gemma' keeps what the user says out of the loss" in str(loader.explain(batch, 0, 1))
 
 
 @pytest.mark.parametrize("tokens", [None, 5, {"<|im_end|>"}, "<|im_end|>", (token for token in ["<|im_end|>"])])
@@ -244,5 +246,5 @@ def test_a_turn_of_the_user_that_is_trained_is_explained_as_the_users():
     with Loader([chat], "chat32k", 1, 8, template=template, epochs=1, num_workers=0) as loader:
         batch = next(loader)
         reasons = {loader.explain(batch, 0, column).reason for column in range(8)}
-    assert "template 'both' trains this part of the user's message" in reasons
+    assert "template 'both' puts this part of the user's message in the loss" in reasons
     assert not any("assistant's message" in reason and "not" not in reason for reason in reasons)

@@ -1,10 +1,10 @@
 """A device that only exists in tests: it runs what is queued late and in any order, and sees what is not ordered.
 
-    nanopack/upload.py   ->   SimulatedDevice   ->   a Fault: memory touched in no order, or a kernel fed garbage
+    nanopack/upload/upload.py   ->   SimulatedDevice   ->   a Fault: memory touched in no order, or a kernel fed garbage
 
 An ordinary test cannot see a missing wait: on an eager device, or a slow host, all comes right by luck. Here
 
-1. every actor (host, producer, each stream) carries a vector clock. Each access to a piece of memory is held against
+1. every actor (host, producer, each stream) carries a vector clock. Each access to a piece of memory is checked against
    all earlier ones: where neither's clock knows of the other's and one of them writes, that is a fault, in whatever
    order the two happened to run. Only stream order, record and wait, a query that said yes, synchronize, and the pipe
    between producer and host order anything. Queueing one after another does not, but for what the host did.
@@ -41,7 +41,7 @@ class Fault(AssertionError):
 
 
 class Actor:
-    """Someone who touches memory. His clock says for each actor how many of its doings lie behind his next one."""
+    """Accesses memory. Its vector clock counts, for each actor, the actions that happened before its next one."""
 
     def __init__(self, index: int, name: str) -> None:
         self.index = index
@@ -49,7 +49,7 @@ class Actor:
         self.clock: Clock = [0] * ACTORS
 
     def learn(self, clock: Clock) -> None:
-        """Be behind all that this clock is behind."""
+        """Order the next action after everything that this clock has seen."""
         self.clock = list(map(max, self.clock, clock))
 
     def tick(self) -> Clock:
@@ -143,7 +143,7 @@ class Memory:
 
 
 class SimulatedDevice:
-    """`nanopack.upload.device.Device`, and what the trainer and the producer in a test need beside it."""
+    """`nanopack.upload.device.Device`, and what the trainer and the producer in a test need besides."""
 
     def __init__(self, random: Random, *, clocks: bool = True) -> None:
         """Without `clocks` only wrong data are a fault."""
@@ -334,7 +334,7 @@ class SimulatedDevice:
 
     def launch(self, kernel: Callable[[Any, Any], None], staged: Memory, outputs: Any, stream: Stream) -> None:
         self.pause()
-        assert stream is self.current, "a kernel runs on the current stream, whatever it is told"
+        assert stream is self.current, "a kernel runs on the current stream, whatever stream it is given"
         block, inner = self._outputs[outputs.inputs.data_ptr()]
         slot = staged.block.tensors[0]
 

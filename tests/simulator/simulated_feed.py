@@ -50,7 +50,7 @@ class Data:
 
 @functools.cache
 def data(number: int) -> Data:
-    """Return a small data set; every fourth has a conversation that cannot be used."""
+    """Return a small data set; every fourth has an invalid conversation."""
     random = Random(number)
     batch_size = random.choice((1, 1, 2))
     conversations: list[Any] = [
@@ -118,7 +118,7 @@ class SimulatedFeed:
         ]
 
     def step(self) -> bool:
-        """Go on filling; return False where there is nothing to do."""
+        """Continue filling; return False where there is nothing to do."""
         return next(self._work, False)
 
     def _fill(self) -> Generator[bool, None, None]:

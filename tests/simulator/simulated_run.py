@@ -116,7 +116,7 @@ class Trainer:
         self._device.synchronize(event)
 
     def _look(self, batch: Batch) -> Callable[[], None]:
-        """Return what compares the memory of the batch, as it is by then, with the reference's batch."""
+        """Return a check that compares the batch's memory, when it is called, with the reference's batch."""
         expected = self._expected[batch.step]
         # .data: looks at the memory, and does not keep it
         tensors = {name: tensor.data for name in TENSORS if (tensor := getattr(batch, name)) is not None}
@@ -177,7 +177,7 @@ class Simulation:
         self.loader._prefetcher = Prefetcher(device, self.feed, self.upload, ahead=config.overlap_copy)
 
     def train(self, batches: int) -> bool:
-        """Train on so many batches; return whether the end of the data came before."""
+        """Train on this many batches; return whether the data ended first."""
         trainer, expected = self.trainer, self.data.batches
         while trainer.seen < batches:
             trainer.before()
@@ -223,7 +223,7 @@ class Simulation:
 def run(
     config: Config, seed: int, upload: type[Upload] = Upload, *, batches: int | None = None, **options: Any
 ) -> None:
-    """Run one schedule, of so many batches, or a number left to chance; raise Fault for what must not be."""
+    """Run one schedule of `batches` batches (None: a random number); raise Fault for what must not happen."""
     try:
         simulation = Simulation(config, seed, upload, **options)
         simulation.memory_is_short = simulation.random.choice((0.0, 0.1))

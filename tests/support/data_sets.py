@@ -23,7 +23,7 @@ SHIPPED = Path(CONVERSATIONS)
 
 
 def byte_tokenizer(more_ids: int = 0, specials: Sequence[str] = SPECIAL_TOKENS) -> tiktoken.Encoding:
-    """One token per byte, so that lengths are easy to tell. The special tokens' ids start at 256 + more_ids."""
+    """One token per byte, so that lengths are easy to see. The special tokens' ids start at 256 + more_ids."""
     return tiktoken.Encoding(
         "bytes",
         pat_str=r"(?s:.)",

@@ -88,7 +88,7 @@ MIXED = nanopack.mixture([(CHATS, 2, "chats"), ([{"text": "x" * k} for k in rang
 
 
 def loader_of(rows, conversations=CHATS, **arguments):
-    """A loader of this rank, of so many rows on all ranks together. Which rank it is, torch.distributed knows."""
+    """A loader of this rank, with `rows` rows on all ranks together; torch.distributed knows the rank."""
     arguments = {"seq_len": 16, "num_workers": 0, **arguments}
     world_size = arguments.get("world_size", dist.get_world_size())
     return nanopack.Loader(conversations, BYTES, rows // world_size, **arguments)
@@ -99,12 +99,12 @@ def rows_of(batches):
     return [list(zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True)) for batch in batches]
 
 
-def default_share(**arguments):
-    """What the rank reads by default, and whether it is what it reads when it is told its rank."""
+def default_shard(**arguments):
+    """What the rank reads by default, and whether it reads the same when it is given its rank."""
     own = loader_of(12, **arguments)
-    told = loader_of(12, **arguments, rank=dist.get_rank(), world_size=dist.get_world_size())
+    given = loader_of(12, **arguments, rank=dist.get_rank(), world_size=dist.get_world_size())
     first = rows_of([next(own)])
-    return first, first == rows_of([next(told)]) and own.state_dict() == told.state_dict()
+    return first, first == rows_of([next(given)]) and own.state_dict() == given.state_dict()
 
 
 def steps_in_common(grouping, **arguments):
@@ -147,7 +147,7 @@ def wrong_groups():
 
 
 def logged_without_a_fitting_group(world_size):
-    """The warnings of a loader of so many ranks, and whether it counted its batches when it was made."""
+    """The warnings of a loader with this world size, and whether it counted its batches when it was made."""
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -170,14 +170,14 @@ def counted_with_a_bad_conversation_of_rank_1():
 
 
 def gathered_state(**arguments):
-    """The states of all ranks behind the second batch, as this rank has them, and the batch that comes next."""
+    """The states of all ranks after the second batch, as this rank has them, and the next batch."""
     with loader_of(6, **arguments) as loader:
         next(loader), next(loader)
         state = of_all_ranks(loader.state_dict())
         return state, rows_of([next(loader)])
 
 
-def save_and_go_on(path, steps, more, rows, asynchronous=False, **arguments):
+def save_and_continue(path, steps, more, rows, asynchronous=False, **arguments):
     """Take some steps, save, and return what comes next, and the state that was saved."""
     with loader_of(rows, **arguments) as loader:
         for _ in itertools.islice(loader, steps):
@@ -195,7 +195,7 @@ def save_and_go_on(path, steps, more, rows, asynchronous=False, **arguments):
 
 
 def load_and_go_on(path, in_vain, more, rows, **arguments):
-    """Take some steps in vain, load, and return what comes next, and where the loader stood after loading."""
+    """Take some steps, load a state, and return the next batches, and the loader's state after loading."""
     with loader_of(rows, **arguments) as loader:
         for _ in itertools.islice(loader, in_vain):
             pass

@@ -1,4 +1,4 @@
-"""Train a tiny transformer as one would under torchrun, to be killed and gone on with: see test_distributed.py.
+"""Train a tiny transformer as one would under torchrun, to be killed and resumed: see test_distributed.py.
 
     python -m torch.distributed.run --nproc-per-node=2 tests/support/distributed_run.py FOLDER
     python tests/support/distributed_run.py FOLDER    (one process)
@@ -71,7 +71,7 @@ class Adam:
 
 
 def row_gradient(model, batch, row):
-    """The summed loss of one row, and behind it the gradients of all weights: one vector."""
+    """The summed loss of one row, followed by the gradients of all weights: one vector."""
     model.zero_grad()
     logits = model(batch.inputs[row], batch.positions[row], batch.doc_ids[row])
     loss = cross_entropy(logits, batch.targets[row], reduction="sum")
@@ -80,7 +80,7 @@ def row_gradient(model, batch, row):
 
 
 def of_all_ranks(own):
-    """The ranks' tensors one behind the other: with shard="row", the rows of the global batch in its order."""
+    """The ranks' tensors, concatenated: with shard="row", the rows of the global batch in its order."""
     if not dist.is_initialized():
         return own
     all_of_them = [torch.empty_like(own) for _ in range(dist.get_world_size())]
@@ -89,7 +89,7 @@ def of_all_ranks(own):
 
 
 def train_on(model, optimizer, batch):
-    """Take a step; return the global batch's loss for each trained token, and how many these are."""
+    """Take a step; return the global batch's loss for each target in the loss, and their number."""
     rows = of_all_ranks(torch.stack([row_gradient(model, batch, row) for row in range(len(batch.inputs))]))
     trained = int(of_all_ranks(torch.tensor([batch.num_loss_tokens])).sum())
     total = torch.zeros_like(rows[0])

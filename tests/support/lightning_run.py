@@ -1,4 +1,4 @@
-"""Train a tiny model with Lightning, to be cut off and gone on with: see test_adapters_lightning.py.
+"""Train a tiny model with Lightning, to be cut off and resumed: see tests/adapters/test_lightning.py.
 
     python -m torch.distributed.run --nproc-per-node=2 tests/support/lightning_run.py FOLDER
 

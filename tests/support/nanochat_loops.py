@@ -159,5 +159,5 @@ def base(
                 consumed += world_size
             rows.append(row)
         x, y = [row[:-1] for row in rows], [row[1:] for row in rows]
-        # nanochat's base loader tells no progress; ours tells what it tells of every packing by rows.
+        # nanochat's base loader reports no progress; ours reports it as for every packing by rows.
         yield x, y, consumed / len(dataset), consumed >= len(dataset), epoch

@@ -32,15 +32,15 @@ BOS, IGNORE, POISON = 7, -100, 111
 
 @dataclass(frozen=True)
 class Row:
-    """For each word its id and whether it is trained; for each piece its first column and weight."""
+    """For each word its id and whether it is in the loss; for each piece its first column and weight."""
 
     ids: list[int] = field(default_factory=list)
-    trained: list[bool] = field(default_factory=list)
+    in_loss: list[bool] = field(default_factory=list)
     pieces: list[tuple[int, float]] = field(default_factory=list)
 
 
 def full_row(seq_len: int, pieces: list[tuple[int, float]], token: int = 5) -> Row:
-    """T+1 words, all the same, all trained."""
+    """T+1 words, all the same, all in the loss."""
     return Row([token] * (seq_len + 1), [True] * (seq_len + 1), pieces)
 
 
@@ -52,11 +52,11 @@ def make_rows(seed: int, batch_size: int, seq_len: int, word_bytes: int) -> list
     for _ in range(batch_size):
         length = rng.choice([0, 1, seq_len, seq_len + 1, seq_len + 1, rng.randint(0, seq_len + 1)])
         ids = [rng.choice([0, largest, rng.randint(0, largest)]) for _ in range(length)]
-        trained = [rng.random() < 0.6 for _ in range(length)]
+        in_loss = [rng.random() < 0.6 for _ in range(length)]
         chance = rng.choice([0.0, 0.02, 0.2, 1.0])
         starts = [c for c in range(length) if c == 0 or rng.random() < (0.5 if c == seq_len else chance)]
         pieces = [(c, rng.choice([0.0, 1.0, 1 / 3, 1e-42, 3e38, rng.random()])) for c in starts]
-        rows.append(Row(ids, trained, pieces))
+        rows.append(Row(ids, in_loss, pieces))
     return rows
 
 
@@ -107,7 +107,7 @@ def make_slot(rows: list[Row], seq_len: int, word_bytes: int, extras: frozenset[
     for start, numbers in ints.items():
         data.view(np.int32)[start : start + len(numbers)] = numbers
     for start, row in words.items():
-        word = np.array(row.ids, np.uint32) | np.array(row.trained, np.uint32) << (8 * word_bytes - 1)
+        word = np.array(row.ids, np.uint32) | np.array(row.in_loss, np.uint32) << (8 * word_bytes - 1)
         data.view(f"u{word_bytes}")[start : start + len(row.ids)] = word
     return Slot(torch.from_numpy(data), word_bytes, cu)
 
@@ -145,10 +145,10 @@ def expect(rows: list[Row], seq_len: int) -> dict[str, list[Any]]:
         starts = [start for start, _ in row.pieces]
         ends = [*starts[1:], length]
         owner = [k for k in range(len(starts)) for _ in range(starts[k], ends[k])]
-        trained = [c + 1 < length and row.trained[c + 1] for c in cols]
+        in_loss = [c + 1 < length and row.in_loss[c + 1] for c in cols]
         out["inputs"].append([row.ids[c] if c < length else BOS for c in cols])
-        out["targets"].append([row.ids[c + 1] if trained[c] else IGNORE for c in cols])
-        out["weights"].append([row.pieces[owner[c + 1]][1] if trained[c] else 0.0 for c in cols])
+        out["targets"].append([row.ids[c + 1] if in_loss[c] else IGNORE for c in cols])
+        out["weights"].append([row.pieces[owner[c + 1]][1] if in_loss[c] else 0.0 for c in cols])
         out["positions"].append([c - (starts[owner[c]] if c < length else length) for c in cols])
         out["doc_ids"].append([owner[c] if c < length else -1 for c in cols])
     return out

@@ -15,7 +15,7 @@ sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(_
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
-# A newline behind a block would be taken for the template's own layout.
+# Jinja would drop a newline after a block as the template's own layout.
 HEADER = "<|im_start|>{{ message['role'] }}\n"
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 # ChatML, as most models write it: nothing marked.
@@ -23,7 +23,7 @@ PLAIN = (
     "{% for message in messages %}" + HEADER + "{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}" + PROMPT
 )  # fmt: skip
-# The same, what is trained marked.
+# The same, with the part in the loss marked.
 MARKED = (
     "{% for message in messages %}" + HEADER + "{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
@@ -141,7 +141,7 @@ def make_model(attention: str = "sdpa", dtype: Any = None, **settings: Any) -> A
 
 
 def arguments_of(**changes: Any) -> dict[str, Any]:
-    """Return what `make_loader` gives to a Loader, and `nanopack.reference.batches` takes too."""
+    """Return the arguments that `make_loader` passes to Loader; `nanopack.reference.batches` takes them too."""
     return {"batch_size": 4, "seq_len": 127, "extras": ("positions",), "template": "hf", **changes}
 
 

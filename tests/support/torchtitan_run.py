@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch._utils
 
-# torchtitan asks for an accelerator; torch.cpu has what it calls, when told to
+# torchtitan asks for an accelerator; torch.cpu has what it calls, once it is named here
 torch._utils._get_available_device_type = lambda: "cpu"
 # masks and attention without a compiler: the C++ one takes minutes
 os.environ["TORCHDYNAMO_DISABLE"] = "1"

@@ -1,4 +1,4 @@
-"""Promises of nanopack/huggingface.py: a Hugging Face tokenizer does what a tiktoken one does."""
+"""Promises of nanopack/tokenizers/huggingface.py: a Hugging Face tokenizer does what a tiktoken one does."""
 
 from __future__ import annotations
 

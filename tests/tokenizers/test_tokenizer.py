@@ -1,4 +1,4 @@
-"""Promises of nanopack/tokenizers.py."""
+"""Promises of nanopack/tokenizers/tokenizer.py."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def test_a_run_may_be_closed_after_any_batch(batches):
         run(Config(3, static=seed % 3 == 0, overlap_copy=seed % 5 > 1), seed, batches=batches)
 
 
-def test_batches_that_are_ready_come_before_the_failure_behind_them():
+def test_batches_that_are_ready_come_before_the_failure_after_them():
     for seed in range(DATA_SETS):
         simulation = Simulation(Config(slots=12, prefetch=12), seed, data_set=seed)
         while simulation.feed.step():

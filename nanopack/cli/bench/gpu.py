@@ -104,7 +104,7 @@ def _kernel_rows(data: Data, pace: Pace, device: torch.device, kind: str, settin
                 "device_us": spread,
                 "moved_bytes": moved[name],
                 "speed_gb_s": Spread(tuple(moved[name] / us / 1000 for us in spread.rounds)),
-                **({"of_copy_speed_share": ratio(copied, spread)} if name == "kernel" else {}),
+                **({"of_copy_speed_fraction": ratio(copied, spread)} if name == "kernel" else {}),
             },
         )
         for name, spread in times.items()

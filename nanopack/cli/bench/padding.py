@@ -31,8 +31,8 @@ def pack(packing: Packing, all_lengths: Sequence[int]) -> dict[str, int | float]
     """Return the fractions of padding and of tokens cut, and the longest wait in rows, up to the end of the data."""
     packed = simulate(packing, all_lengths, ROW, batch_size=ROWS, to_end=False)
     return {
-        "padding_share": packed.padding,
-        "cut_share": packed.cut / sum(all_lengths),
+        "padding_fraction": packed.padding,
+        "cut_fraction": packed.cut / sum(all_lengths),
         "rows": packed.rows,
         "longest_wait_rows": packed.longest_wait_rows,
     }
@@ -61,9 +61,9 @@ def _of_window(window: int, all_lengths: Sequence[int], pace: Pace) -> Result:
     return Result(
         str(window),
         {
-            "best_fit_padding_share": found["best_fit"]["padding_share"],
-            "best_fit_pad_padding_share": found["best_fit_pad"]["padding_share"],
-            "best_fit_crop_cut_share": found["best_fit_crop"]["cut_share"],
+            "best_fit_padding_fraction": found["best_fit"]["padding_fraction"],
+            "best_fit_pad_padding_fraction": found["best_fit_pad"]["padding_fraction"],
+            "best_fit_crop_cut_fraction": found["best_fit_crop"]["cut_fraction"],
             "best_fit_wait_rows": found["best_fit"]["longest_wait_rows"],
             "best_fit_pad_wait_rows": found["best_fit_pad"]["longest_wait_rows"],
             "best_fit_crop_wait_rows": found["best_fit_crop"]["longest_wait_rows"],

@@ -37,7 +37,7 @@ class Packed(NamedTuple):
     """Measured once."""
 
     tokens_per_s: float
-    padding_share: float
+    padding_fraction: float
 
 
 @contextlib.contextmanager
@@ -119,8 +119,8 @@ def rows(measured: dict[str, list[Packed]]) -> list[Result]:
             name,
             {
                 "tokens_per_s": speed,
-                "padding_share": Spread(tuple(packed.padding_share for packed in measured[name])),
-                "of_copy_share": ratio(speed, speeds[COPY]),
+                "padding_fraction": Spread(tuple(packed.padding_fraction for packed in measured[name])),
+                "of_copy_fraction": ratio(speed, speeds[COPY]),
                 "to_best_fit_x": ratio(speed, speeds[OURS]),
             },
         )

@@ -4,7 +4,7 @@
                                  as_json()   ->   plain data
                                  draw()      ->   a PNG file, with matplotlib
 
-The name of a number ends in its unit: _x a ratio, _share a fraction of 1, _per_s, _ms, _us, _mb, _rows and so on.
+The name of a number ends in its unit: _x a ratio, _fraction 0 to 1, _per_s, _ms, _us, _mb, _rows and so on.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from nanopack.cli.text import columns
 
 PACKAGES = ("torch", "tiktoken", "numpy")
 PEERS = ("triton", "trl", "grain", "transformers")
-RATIOS = ("_x", "_share")
+RATIOS = ("_x", "_fraction")
 # below this a logarithmic axis of fractions is linear, down to 0
-LEAST_SHARE = 1e-4
+LEAST_FRACTION = 1e-4
 
 
 def machine() -> dict[str, Any]:
-    """Return what the numbers depend on as plain data: date, CPU, cores, GPU, versions."""
+    """Return the conditions of the run as plain data: date, CPU, cores, load, GPU, versions."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -107,14 +107,14 @@ def _cell(name: str, number: Number | None) -> str:
 def _text(name: str, number: float) -> str:
     """Return a number formatted for its unit.
 
-    >>> _text("tokens_per_s", 3_421_000), _text("to_sft_x", 2.345), _text("padding_share", 0.0123), _text("n", 4096)
+    >>> _text("tokens_per_s", 3_421_000), _text("to_sft_x", 2.345), _text("padding_fraction", 0.0123), _text("n", 4096)
     ('3.42 M', '2.35x', '1.23%', '4,096')
     """
     if name.endswith("_per_s"):
         return f"{number / 1e6:,.2f} M"
     if name.endswith("_x"):
         return f"{number:,.2f}x"
-    if name.endswith("_share"):
+    if name.endswith("_fraction"):
         return f"{100 * number:,.2f}%"
     return f"{number:,}" if isinstance(number, int) else f"{number:,.3g}" if abs(number) < 100 else f"{number:,.0f}"
 
@@ -161,7 +161,7 @@ def _draw_bars(axes: Any, table: Table) -> None:
     axes.barh([row.name for row in rows], medians, xerr=[below, above], color=ours, capsize=2)
     # otherwise the smallest bars would not show
     if min(medians) < max(medians) / 100:
-        axes.set_xscale("symlog", linthresh=LEAST_SHARE) if first.endswith("_share") else axes.set_xscale("log")
+        axes.set_xscale("symlog", linthresh=LEAST_FRACTION) if first.endswith("_fraction") else axes.set_xscale("log")
     axes.set_xlabel(first.replace("_per_s", "/s").replace("_", " "), fontsize=8)
 
 
@@ -173,8 +173,8 @@ def _draw_lines(axes: Any, table: Table) -> None:
         medians = [_spread(row.numbers[name]).median for row in rows]
         axes.plot([int(row.name) for row in rows], medians, marker="o", label=_title(name))
     axes.set_xscale("log", base=2)
-    if unit == "share":
-        axes.set_yscale("symlog", linthresh=LEAST_SHARE)
+    if unit == "fraction":
+        axes.set_yscale("symlog", linthresh=LEAST_FRACTION)
         axes.set_ylim(bottom=0)
     else:
         axes.set_yscale("log")

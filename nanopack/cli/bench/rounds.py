@@ -80,7 +80,7 @@ def not_measured(name: str, why: str) -> Result:
 
 
 def in_rounds(contenders: Mapping[str, Measure[T]], pace: Pace, seconds: float | None = None) -> dict[str, list[T]]:
-    """Return what was measured of each contender in each round. Every round starts with another one.
+    """Measure each contender in each round, and return the results by name. Every round starts with another contender.
 
     >>> clock = iter(range(6))
     >>> pace = Pace(rounds=2, seconds=0.1, quick=True, show=lambda label: None)

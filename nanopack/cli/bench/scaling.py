@@ -70,7 +70,7 @@ def _one_pass(data: Data, chats: Sequence[Any], limit_s: float) -> dict[str, Any
             if time.perf_counter() - began > limit_s:
                 break
         elapsed = time.perf_counter() - began
-    return {"tokens_per_s": tokens / elapsed, "conversations": len(chats), "passed_share": progress, **memory}
+    return {"tokens_per_s": tokens / elapsed, "conversations": len(chats), "passed_fraction": progress, **memory}
 
 
 def memory_mb() -> dict[str, float]:

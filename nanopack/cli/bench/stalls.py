@@ -1,7 +1,7 @@
 """How long does the trainer wait for its batches, and what else does it feel of its loader?
 
     a step begins on the device   ->   next(loader) on the host   ->   the host waits for the device
-    a loop of host work alone     ->   the same beside a loader   ->   the ratio of step times
+    a loop of host work alone     ->   the same with a loader     ->   the ratio of step times
 
 The first is the order of nanochat's loop: the next batch is fetched while the device works. Reported are the time in
 `next`, which the host feels, and its excess over the step, which the device feels. The clock plays the device, and the
@@ -133,7 +133,7 @@ def measure(data: Data, pace: Pace) -> list[Table]:
         measures = {name: _waits(contender, drain, step_ms) for name, (contender, drain) in contenders.items()}
         measured = in_rounds(measures, pace)
         tables.append(Table(f"A step of {step_ms} ms", [_result(name, waits) for name, waits in measured.items()]))
-    return [*tables, _beside_host_work(data, pace), _next_when_ready(data, pace)]
+    return [*tables, _with_host_work(data, pace), _next_when_ready(data, pace)]
 
 
 def _result(name: str, waits: Sequence[Waits]) -> Result:
@@ -168,7 +168,7 @@ def packing_thread(data: Data) -> Iterator[Work]:
         thread.join()
 
 
-def _beside_host_work(data: Data, pace: Pace) -> Table:
+def _with_host_work(data: Data, pace: Pace) -> Table:
     contenders: Mapping[str, Contender] = {
         ALONE: lambda: contextlib.nullcontext(lambda: 0),
         "nanopack, num_workers=1": partial(loader, data, num_workers=1),

@@ -97,8 +97,8 @@ def rows(measured: dict[str, Spread]) -> list[Result]:
             name,
             {
                 "tokens_per_s": speed,
-                "of_1_process_share": ratio(speed, bounds[1]),
-                "of_2_processes_share": ratio(speed, bounds[2]),
+                "of_1_process_fraction": ratio(speed, bounds[1]),
+                "of_2_processes_fraction": ratio(speed, bounds[2]),
                 "to_midtraining_x": ratio(speed, measured[MIDTRAINING]),
                 "to_sft_x": ratio(speed, measured[SFT]),
             },

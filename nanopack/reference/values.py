@@ -1,0 +1,117 @@
+"""The slow packer's values: whatever JSON, Python, Arrow, pandas and numpy write, as plain lists, dicts and strings.
+
+A part of the definition. It shares nothing with the fast path but the name of an error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+from nanopack.errors import ConversationError
+
+MEDIA_WORDS = {"image", "images", "video", "videos", "audio", "audios", "pixel"}
+LOSS_WORDS = {
+    *("train", "trained", "training", "trainable", "loss", "mask", "masks", "masked", "weight", "weights"),
+    *("label", "labels", "learn", "supervised", "ignore", "ignored"),
+}
+
+
+def is_nan(key: str, value: object) -> bool:
+    """Whether the value of a key is pandas' NaN, which stands for null."""
+    return isinstance(value, float) and value != value and key != "weight"
+
+
+def is_none(value: object) -> bool:
+    """Whether the value is null, of Python or pandas."""
+    return value is None or str(type(value)).endswith(".NAType'>")
+
+
+def says_nothing(value: Any) -> bool:
+    """Whether a value counts as absent, also as JSON text."""
+    if isinstance(value, str):
+        return value.strip() in ("[]", "{}", "null", '""') or value == ""
+    if isinstance(value, (list, tuple, Mapping)) or type(value).__name__ == "ndarray":
+        return len(value) == 0
+    return is_none(value) or str(value) == "NaT" or (isinstance(value, Real) and bool(value != value))
+
+
+def refuse_suspects(held: Mapping[Any, Any], matters: set[str], known: set[str]) -> None:
+    """Raise ConversationError for a key that is not known, and by its name and value may matter."""
+    for name, value in held.items():
+        if name in known:
+            continue
+        snake = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(name)).lower()
+        words = [word for word in re.split("[^a-z]+", snake) if word]
+        if "_".join(words) in matters:
+            raise ConversationError(f"its {name} is another spelling of a key that matters")
+        loss, media = LOSS_WORDS & {*words}, MEDIA_WORDS & {*words}
+        if (loss and _says_yes_or_no(value)) or (media and not loss and value is not False):
+            raise ConversationError(f"its {name} may matter")
+
+
+def _says_yes_or_no(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.lower() in ("true", "false", "yes", "no", "0", "1")
+    if isinstance(value, Real):
+        return 0 <= float(value) <= 1
+    if isinstance(value, (list, tuple)):
+        return isinstance(value[0], Real)
+    return getattr(getattr(value, "dtype", "O"), "kind", "i" if hasattr(value, "dtype") else "O") in "biuf"
+
+
+def is_object_array(value: Any) -> bool:
+    """Whether it is a numpy array of Python objects, which pandas makes of lists."""
+    return type(value).__module__ == "numpy" and str(getattr(value, "dtype", "")) == "object" and value.ndim == 1
+
+
+def plain(value: Any, of_array: bool = False) -> Any:
+    """Arrays and mappings as lists and dicts. Arrays come from Arrow through pandas: in them null means absent."""
+    if type(value).__module__ in ("numpy", "torch"):
+        return plain(value.tolist(), True)
+    if isinstance(value, (list, tuple)):
+        return [plain(item, of_array) for item in value]
+    if isinstance(value, Mapping):
+        return {key: plain(item, of_array) for key, item in value.items() if not (of_array and item is None)}
+    return value
+
+
+def as_list(value: Any) -> Any:
+    """A list for an object array, or for a dict of lists of one length; anything else as it is."""
+    if is_object_array(value):
+        return plain(value)
+    if isinstance(value, Mapping) and any(key in value for key in ("content", "value", "text")):
+        columns = {key: as_list(column) for key, column in value.items() if column is not None}
+        if all(isinstance(c, (list, tuple)) for c in columns.values()) and len({len(c) for c in columns.values()}) == 1:
+            length = len(next(iter(columns.values())))
+            return [{key: c[i] for key, c in columns.items() if c[i] is not None} for i in range(length)]
+    return value
+
+
+def parse_json(value: Any) -> Any:
+    """What a JSON text holds; any other value as plain lists and dicts."""
+    if not isinstance(value, str):
+        return plain(value)
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ConversationError(f"{value[:40]!r} is not JSON") from error
+
+
+def list_of_dicts(value: Any) -> list[Any]:
+    """Tools or tool calls, of which the list or each item may be JSON text."""
+    items = parse_json(value)
+    items = [parse_json(item) for item in items] if isinstance(items, list) else items
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise ConversationError("its tools or tool_calls must be a list of dicts")
+    return items
+
+
+def string(text: object, name: str) -> str:
+    """The text; ConversationError, with the name of its key, where it is no string."""
+    if not isinstance(text, str):
+        raise ConversationError(f"its {name} must be a string")
+    return text
