@@ -24,6 +24,7 @@ import numpy as np
 
 from nanopack.checks import check_choice, check_int
 from nanopack.config import TemplateName
+from nanopack.conversations.fetch import peek
 from nanopack.conversations.files import Files
 from nanopack.conversations.records import Conversation, check, open_conversations, short
 from nanopack.conversations.source import Source
@@ -56,6 +57,7 @@ class Mixture(Source):
         """Set `picks`, (n,) uint32: conversation numbers, counted through all sources in turn."""
         self.names = tuple(names)
         self._sources = tuple(sources)
+        self.may_draw = any(source.may_draw for source in sources)
         self._starts = list(accumulate((len(source) for source in sources), initial=0))[:-1]
         self._picks = picks
 
@@ -186,7 +188,7 @@ def _mean_length(place: str, source: Source, render: Callable[[Conversation], Do
     lengths, first_error = [], ""
     for index in (number * n // sample for number in range(sample)):
         try:
-            lengths.append(len(render(check(source[index])).ids))
+            lengths.append(len(render(check(peek(source, index, None))).ids))
         except (MemoryError, TemplateError):
             raise
         # A data set may raise anything; Loader too calls a conversation bad for it.

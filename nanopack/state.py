@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from nanopack.config import LoaderConfig
+from nanopack.conversations.fetch import peek, storage_error
 from nanopack.conversations.records import Conversation, check
 from nanopack.conversations.source import Source
 from nanopack.errors import NEVER_SKIPPED, is_storage_error
@@ -63,7 +64,7 @@ def fingerprint(source: Source, tokenizer: AnyTokenizer, config: LoaderConfig) -
     clock = getattr(tokenizer, "clock", None)
     return {
         "conversations": len(source),
-        "sample": _digest([source.picks_digest().encode(), *_sample(source)]),
+        "sample": _digest([source.picks_digest().encode(), *_sample(source, config.seed)]),
         "tokenizer": tokenizer.fingerprint(),
         "arguments": arguments,
         # When the date was that the chat template writes. The tokenizer's digest says whether that date is another.
@@ -89,17 +90,17 @@ def _plain(value: object) -> object:
     return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
 
 
-def _sample(source: Source) -> Iterator[bytes]:
+def _sample(source: Source, seed: int | None) -> Iterator[bytes]:
     """Yield the bytes of evenly spaced conversations, the first and the last among them."""
     for index in sorted({round(k * (len(source) - 1) / (SAMPLE - 1)) for k in range(SAMPLE)}):
         try:
-            yield from _bytes_of(check(source[index]))
+            yield from _bytes_of(check(peek(source, index, seed)))
         except NEVER_SKIPPED:
             raise
         # a bad conversation is part of the data too; what its error says may differ from run to run
         except Exception as error:
             if is_storage_error(error):
-                raise
+                raise storage_error(error, source.where(index)) from error
             yield b"bad"
 
 

@@ -43,6 +43,7 @@ class Items(Source):
         self._items = items.iloc if type(items).__name__ == "Series" and hasattr(items, "iloc") else items
         self._length = len(items)
         self._features = _plain_features(items)
+        self.may_draw = self._features is None and not isinstance(items, (list, tuple))
 
     def __len__(self) -> int:
         return self._length

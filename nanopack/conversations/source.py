@@ -13,6 +13,8 @@ class Source(ABC):
 
     names: tuple[str, ...] = ()
     """Names of the sources that it mixes; none where it is one."""
+    may_draw = False
+    """Whether reading a record runs code that may draw random numbers."""
 
     @abstractmethod
     def __len__(self) -> int: ...
