@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from nanopack.batch import Batch, PieceTable
-from nanopack.checks import check_bool, check_int
+from nanopack.checks import check_bool, check_choice, check_int
 from nanopack.config import (
     Encoder,
     Executor,
@@ -46,6 +46,7 @@ from nanopack.producer.process import Process
 from nanopack.producer.producer import Producer, Start, count_batches, initial_state
 from nanopack.producer.reader import Reader
 from nanopack.producer.shard import state_of
+from nanopack.producer.start import START_METHODS, StartMethod
 from nanopack.render.templates import Template
 from nanopack.ring.facts import BatchFacts
 from nanopack.ring.ring import Ring
@@ -132,13 +133,18 @@ class Loader:
             the number of batches, so all ranks construct their loaders together. None: the default group of
             `torch.distributed` where it has `world_size` ranks; elsewhere a rank that runs out must render every other
             rank's data to find that number: slow.
+        start_method: how the processes are started. `"fork"` takes milliseconds, but a lock of the data set that
+            another thread holds just then stays locked in them for ever. `"spawn"` and `"forkserver"` import the main
+            module first, seconds, which needs the `if __name__ == "__main__":` guard, and pickle the conversations.
+            None: fork on Linux, spawn elsewhere.
 
     Raises:
         ValueError: an argument is invalid; the message names it, its value and what is allowed.
         ConversationError: (from `next`) a bad conversation; the message names file, line and message.
         ImportError: `encoder="fast"` without splintr-rs.
         EncoderError: (from `next`) the fast encoder gave a text other ids than tiktoken.
-        ProducerError: (from `next`) the producer process died, or raised something other than an Exception.
+        ProducerError: the producer process died at its start, or (from `next`) later, or raised something other than an
+            Exception.
 
     >>> with Loader([{"text": "Hello there"}], "chat32k", batch_size=1, seq_len=4, packing="stream") as loader:
     ...     inputs, targets = next(loader)
@@ -178,6 +184,7 @@ class Loader:
         static: bool = False,
         on_error: OnError = "raise",
         process_group: torch.distributed.ProcessGroup | None = None,
+        start_method: StartMethod | None = None,
     ) -> None:
         rank, world_size = rank_and_world_size(rank, world_size)
         self.config = LoaderConfig(
@@ -203,6 +210,7 @@ class Loader:
         check_int("num_workers", num_workers, least=0)
         check_int("prefetch", prefetch, least=1)
         check_bool("static", static)
+        check_choice("start_method", start_method, START_METHODS)
         device_api = open_device(device)
         self.device = device_api.device
         self.tokenizer = load_tokenizer(tokenizer)
@@ -224,7 +232,7 @@ class Loader:
                 fixed = self._make_outputs()
                 self._make_outputs = lambda: fixed
         self._device: Device = device_api
-        self._workers, self._prefetch = num_workers, prefetch
+        self._workers, self._prefetch, self._start_method = num_workers, prefetch, start_method
         self._static = static
         self._owner = os.getpid()
         self._batches: int | None = None
@@ -265,7 +273,7 @@ class Loader:
             return Inline(Producer(self._reader, start), ring), ring
         # one slot more than those that are ready: the one being filled
         helpers = self._workers if self._workers > 1 else 0
-        process = Process(self._reader, self._prefetch + 1, helpers, start)
+        process = Process(self._reader, self._prefetch + 1, helpers, start, self._start_method)
         return process, process.ring
 
     def __iter__(self) -> Iterator[Batch]:

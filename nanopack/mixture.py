@@ -58,6 +58,7 @@ class Mixture(Source):
         self._sources = tuple(sources)
         self._starts = list(accumulate((len(source) for source in sources), initial=0))[:-1]
         self._picks = picks
+        self.runs_foreign_code = any(source.runs_foreign_code for source in sources)
 
     def __len__(self) -> int:
         """Return the number of picks in one pass."""

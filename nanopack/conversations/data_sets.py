@@ -35,6 +35,10 @@ Conversations: TypeAlias = Dataset | str | os.PathLike[str] | Sequence[str | os.
 """What `Loader` and `mixture` take: a data set, or path(s), folders or globs of files that end in SUFFIXES."""
 
 
+# Packages whose data sets take no lock that a thread of theirs could hold at a fork.
+KNOWN_CODE = ("builtins", "datasets", "numpy", "pandas")
+
+
 class Items(Source):
     """The records of an object with len and [int]: list, datasets.Dataset, torch Dataset, nanochat task."""
 
@@ -43,6 +47,7 @@ class Items(Source):
         self._items = items.iloc if type(items).__name__ == "Series" and hasattr(items, "iloc") else items
         self._length = len(items)
         self._features = _plain_features(items)
+        self.runs_foreign_code = type(items).__module__.split(".")[0] not in KNOWN_CODE
 
     def __len__(self) -> int:
         return self._length

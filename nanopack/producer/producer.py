@@ -21,6 +21,7 @@ from nanopack.notes import Notes
 from nanopack.packing.simulate import simulate
 from nanopack.producer.reader import ReadDocument, Reader, read_in_turn
 from nanopack.producer.shard import ReadAll, ShardPacker, describe_or_raise, pack_state, shards_of
+from nanopack.producer.start import DEFAULT_START_METHOD, StartMethod
 from nanopack.producer.workers import Workers
 from nanopack.ring.facts import BatchFacts
 from nanopack.ring.ring import FILLING, READING, ProducerStatus
@@ -50,19 +51,20 @@ class Producer:
         start: Start = FROM_THE_BEGINNING,
         *,
         workers: int = 0,
+        method: StartMethod = DEFAULT_START_METHOD,
         status: ProducerStatus | None = None,
     ) -> None:
         """Raise as `ShardPacker.restore` does.
 
-        With `workers`, that many processes read ahead; with 0, conversations are read here when they are needed. The
-        stage of the work is reported to `status`; without one this is the trainer's own process, where Ctrl-C is
-        raised at once.
+        With `workers`, that many processes, started by `method`, read ahead; with 0, conversations are read here when
+        they are needed. The stage of the work is reported to `status`; without one this is the trainer's own process,
+        where Ctrl-C is raised at once.
         """
         self._config = reader.config
         self._reader = reader
         self._status = status
         self._on_chunk = None if status is None else partial(status.set, READING)
-        self._workers = Workers(workers, reader, self._on_chunk) if workers else None
+        self._workers = Workers(workers, reader, self._on_chunk, method) if workers else None
         told: set[str] = set()
         self._shards = [
             ShardPacker(shard, reader, self._read_all, told) for shard in shards_of(self._config, len(reader.source))
