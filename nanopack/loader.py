@@ -8,20 +8,18 @@ arguments gives the same batches, slowly.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import os
 import threading
 import time
-import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from nanopack.batch import Batch, PieceTable
-from nanopack.checks import check_bool, check_int
+from nanopack.batch import Batch
+from nanopack.checks import check_bool, check_choice, check_int
 from nanopack.config import (
     Encoder,
     Executor,
@@ -37,28 +35,24 @@ from nanopack.config import (
 from nanopack.conversations.records import Conversations, open_conversations
 from nanopack.distributed import agree_on_clock, agree_on_most, group_to_agree_in, rank_and_world_size
 from nanopack.explain import Explanation, explain
-from nanopack.ledger import Ledger, LedgerReport
-from nanopack.notes import Notes
+from nanopack.ledger import Ledger, LedgerReport, report_of
 from nanopack.packing.packings import Packing, PackingName, as_packing
 from nanopack.passes import NOT_A_DATA_SET, Pass, warn_of_empty_loop, warn_of_same_order
-from nanopack.producer.feed import Feed, Inline
-from nanopack.producer.process import Process
-from nanopack.producer.producer import Producer, Start, count_batches, initial_state
+from nanopack.producer.counting import count_batches
+from nanopack.producer.producer import Start, initial_state
 from nanopack.producer.reader import Reader
 from nanopack.producer.shard import state_of
+from nanopack.producer.start import DEFAULT_START_METHOD, START_METHODS, StartMethod
 from nanopack.render.templates import Template
-from nanopack.ring.facts import BatchFacts
-from nanopack.ring.ring import Ring
-from nanopack.state import FORMAT, check_state, clock_of, fingerprint
+from nanopack.stages import Processes, Stages, as_batch, start_producer
+from nanopack.state import FORMAT, batches_of, check_state, clock_of, fingerprint, sample_of
 from nanopack.stats import Stats, StatsReport
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 from nanopack.tokenizers.splintr import choose_encoder
 from nanopack.tokenizers.tokenizer import TokenizerLike, load_tokenizer
 from nanopack.upload.device import Device, open_device
 from nanopack.upload.executor import make_kernel
-from nanopack.upload.outputs import Outputs, outputs_maker
-from nanopack.upload.prefetcher import Prefetcher
-from nanopack.upload.upload import Upload
+from nanopack.upload.outputs import outputs_maker
 
 
 class Loader:
@@ -134,6 +128,10 @@ class Loader:
             the number of batches, so all ranks construct their loaders together. None: the default group of
             `torch.distributed` where it has `world_size` ranks; elsewhere a rank that runs out must render every other
             rank's data to find that number: slow.
+        start_method: how the processes are started. `"fork"` takes milliseconds, but a lock of the data set that
+            another thread holds just then stays locked in them for ever. `"spawn"` and `"forkserver"` import the main
+            module first, seconds, which needs the `if __name__ == "__main__":` guard, and pickle the conversations.
+            None: fork on Linux, spawn elsewhere.
 
     Raises:
         ValueError: an argument is invalid; the message names it, its value and what is allowed.
@@ -141,7 +139,8 @@ class Loader:
         StorageError: (from `next`) the data could not be read; the message names the file and the cause.
         ImportError: `encoder="fast"` without splintr-rs.
         EncoderError: (from `next`) the fast encoder gave a text other ids than tiktoken.
-        ProducerError: (from `next`) the producer process died, or raised something other than an Exception.
+        ProducerError: the producer process died at its start, or (from `next`) later, or raised something other than an
+            Exception.
 
     >>> with Loader([{"text": "Hello there"}], "chat32k", batch_size=1, seq_len=4, packing="stream") as loader:
     ...     inputs, targets = next(loader)
@@ -181,6 +180,7 @@ class Loader:
         static: bool = False,
         on_error: OnError = "raise",
         process_group: torch.distributed.ProcessGroup | None = None,
+        start_method: StartMethod | None = None,
     ) -> None:
         rank, world_size = rank_and_world_size(rank, world_size)
         self.config = LoaderConfig(
@@ -206,6 +206,7 @@ class Loader:
         check_int("num_workers", num_workers, least=0)
         check_int("prefetch", prefetch, least=1)
         check_bool("static", static)
+        check_choice("start_method", start_method, START_METHODS)
         device_api = open_device(device)
         self.device = device_api.device
         self.tokenizer = load_tokenizer(tokenizer)
@@ -217,8 +218,8 @@ class Loader:
         # only the reader gets the encoder: everything else, users included, sees the tokenizer that was given
         self._reader = Reader(self.source, choose_encoder(encoder, self.tokenizer, self.source), self.config)
         self._reader.check_template()
-        # its sample is read before there is another process that reads
-        self._fingerprint = fingerprint(self.source, self.tokenizer, self.config)
+        # read before there is another process that reads
+        self._sample = sample_of(self.source, seed)
         layout = self._reader.layout
         # ordinary tensors, whatever mode the loader is made in, because they are written to in others
         with torch.inference_mode(False):
@@ -229,7 +230,7 @@ class Loader:
                 fixed = self._make_outputs()
                 self._make_outputs = lambda: fixed
         self._device: Device = device_api
-        self._workers, self._prefetch = num_workers, prefetch
+        self._processes = Processes(num_workers, prefetch, start_method)
         self._static = static
         self._owner = os.getpid()
         self._batches: int | None = None
@@ -238,40 +239,20 @@ class Loader:
         self._passes, self._resumed, self._order_is_told = 0, False, False
         if group is not None:
             self._batches = agree_on_most(group, lambda: self._count(all_ranks=False)[0], self.device)
-        self._release: Callable[[], Any] | None = None
+        self._stages: Stages | None = None
         self._start(None)
 
     @torch.inference_mode(False)
     def _start(self, state: dict[str, Any] | None) -> None:
         """Set the stages up, from the beginning or from a state (`check_state`)."""
-        feed, ring = self._start_producer(Start(state, self._batches))
-        if self._release is not None:
-            self._release()
-        with contextlib.ExitStack() as held:
-            held.callback(feed.close)
-            if self._device.pin(ring.buffer):
-                held.callback(self._device.unpin, ring.buffer)
-            slots = [torch.from_numpy(slot.buffer) for slot in ring.slots]
-            upload = Upload(self._device, slots, self._make_outputs, self._kernel, static=self._static)
-            held.callback(upload.close)
-            # a second time, to end first: whatever fails above ends it too
-            held.callback(feed.close)
-            # runs at close(), when the loader is dropped, and at the interpreter's exit
-            self._release = weakref.finalize(self, _close, os.getpid(), held.pop_all())
-        self._feed, self._upload = feed, upload
-        self._prefetcher = Prefetcher(self._device, feed, upload, ahead=True)
+        feed, ring = start_producer(self._reader, Start(state, self._batches), self._processes)
+        if self._stages is not None:
+            self._stages.close()
+        self._stages = Stages(self._device, feed, ring, self._make_outputs, self._kernel, static=self._static)
+        self._feed, self._upload, self._prefetcher = feed, self._stages.upload, self._stages.prefetcher
         self._first_state = state or state_of(initial_state(self._reader))
         self._step = self._first_state["step"]
-        self._stats = Stats(ring_bytes=len(ring.buffer))
-
-    def _start_producer(self, start: Start) -> tuple[Feed, Ring]:
-        if self._workers == 0:
-            ring = Ring(self._reader.layout, slots=1)
-            return Inline(Producer(self._reader, start), ring), ring
-        # one slot more than those that are ready: the one being filled
-        helpers = self._workers if self._workers > 1 else 0
-        process = Process(self._reader, self._prefetch + 1, helpers, start)
-        return process, process.ring
+        self._stats = Stats(ring_bytes=self._stages.ring_bytes)
 
     def __iter__(self) -> Iterator[Batch]:
         """Return an iterator over the rest of the pass, or over a new pass where no batch is left of this one.
@@ -317,8 +298,13 @@ class Loader:
         self._refuse_fork()
         with self._turn, torch.inference_mode(False):
             began = time.perf_counter()
-            outputs, facts = self._prefetcher.next()
-            batch = self._batch(outputs, facts)
+            try:
+                outputs, facts = self._prefetcher.next()
+            except StopIteration:
+                if self._first_state["step"] == 0:
+                    self._batches = self._step
+                raise
+            batch = as_batch(outputs, facts, self._step, self._reader.layout)
             self._step += 1
             self._stats.queued = self._feed.qsize()
             self._stats.count(batch, facts, time.perf_counter() - began)
@@ -327,28 +313,6 @@ class Loader:
     def _refuse_fork(self) -> None:
         if os.getpid() != self._owner:
             raise RuntimeError(f"this loader belongs to process {self._owner}; make one in this process")
-
-    def _batch(self, outputs: Outputs, facts: BatchFacts) -> Batch:
-        cu_seqlens = outputs.cu_seqlens
-        if cu_seqlens is not None:
-            cu_seqlens = cu_seqlens[: (self._reader.layout.max_segments or 0) + 1]
-        return Batch(
-            inputs=outputs.inputs,
-            targets=outputs.targets,
-            weights=outputs.weights,
-            positions=outputs.positions,
-            doc_ids=outputs.doc_ids,
-            cu_seqlens=cu_seqlens,
-            step=self._step,
-            num_loss_tokens=facts.num_loss_tokens,
-            num_tokens=facts.num_tokens,
-            weight_sum=facts.weight_sum,
-            max_seqlen=facts.max_seqlen,
-            epoch=facts.epoch,
-            progress=facts.progress,
-            last=facts.last,
-            word_pieces=PieceTable(facts.pieces, facts.pieces_per_row),
-        )
 
     @property
     def producer_pid(self) -> int | None:
@@ -360,14 +324,7 @@ class Loader:
 
         For a mixture, `sources` has the counts of each source by name.
         """
-        shards = list(self._state()["lanes"].values())
-        packed = {name: sum(shard["packer"][name] for shard in shards) for name in ("packed", "emitted", "cropped")}
-        sources = {
-            name: Ledger.total(Ledger.of(shard["sources"][number]) for shard in shards)
-            for number, name in enumerate(self.source.names)
-        }
-        notes = Notes.total(Notes.of(shard.get("notes", "")) for shard in shards)
-        return self._ledger().report(packed, sources, notes)
+        return report_of(self._state()["lanes"].values(), self.source.names)
 
     def _ledger(self) -> Ledger:
         return Ledger.total(Ledger.of(shard["ledger"]) for shard in self._state()["lanes"].values())
@@ -384,7 +341,8 @@ class Loader:
         `load_state_dict` of a loader with the same arguments resumes from it, with exactly the batches that this one
         would have given next. Prefetched batches are not part of it.
         """
-        return {"format": FORMAT, **self._state(), "fingerprint": copy.deepcopy(self._fingerprint)}
+        own = copy.deepcopy(self._fingerprint)
+        return {"format": FORMAT, **self._state(), "batches": self._batches, "fingerprint": own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, strict: bool = True) -> None:
         """Resume from a state of this rank, or of all ranks (`nanopack.merge_states`); at any time.
@@ -401,12 +359,14 @@ class Loader:
         self._prefetcher.check_open()
         self._refuse_fork()
         with self._turn:
-            before = self.tokenizer, self._reader, self._fingerprint
+            before = self.tokenizer, self._reader, self._fingerprint, self._batches
             self._set_clock(clock_of(state_dict))
             try:
-                self._start(check_state(state_dict, self._fingerprint, self.config, strict=strict))
+                state = check_state(state_dict, self._fingerprint, self.config, strict=strict)
+                self._batches = self._batches or batches_of(state_dict, self._fingerprint)
+                self._start(state)
             except BaseException:
-                self.tokenizer, self._reader, self._fingerprint = before
+                self.tokenizer, self._reader, self._fingerprint, self._batches = before
                 raise
             self._resumed = True
 
@@ -415,14 +375,18 @@ class Loader:
         if isinstance(self.tokenizer, HuggingFaceTokenizer) and clock not in (None, self.tokenizer.clock):
             self.tokenizer = self.tokenizer.at(clock)
             self._reader = Reader(self.source, self.tokenizer, self.config)
-            self._fingerprint = fingerprint(self.source, self.tokenizer, self.config)
+            self._fingerprint = fingerprint(self.source, self._sample, self.tokenizer, self.config)
+
+    @functools.cached_property
+    def _fingerprint(self) -> dict[str, Any]:
+        return fingerprint(self.source, self._sample, self.tokenizer, self.config)
 
     def __len__(self) -> int:
         """Return the number of batches in all epochs, from the first one on; exact.
 
-        The first call renders all the data once, unless the ranks agreed through a process group. `list(loader)` and
-        `tqdm(loader)` ask for it too; `list(iter(loader))` and `tqdm(iter(loader))` do not. Raises TypeError where
-        `epochs` is None.
+        The first call renders all the data once, in as many processes as `num_workers`, unless the ranks agreed through
+        a process group, a pass was finished, or the state that was loaded knows it. `list(loader)` and `tqdm(loader)`
+        ask for it too; `list(iter(loader))` and `tqdm(iter(loader))` do not. Raises TypeError where `epochs` is None.
         """
         if self.config.epochs is None:
             raise TypeError(f"the batches are endless; pass epochs to have a number of them. {NOT_A_DATA_SET}")
@@ -460,7 +424,10 @@ class Loader:
         """Return the batches and tokens of all epochs, see `count_batches`; each is counted once."""
         all_ranks = all_ranks and self.config.world_size > 1
         if all_ranks not in self._counts:
-            self._counts[all_ranks] = count_batches(self._reader, all_ranks=all_ranks)
+            method = self._processes.start_method or DEFAULT_START_METHOD
+            # a process that is not forked takes seconds to start
+            forked = self._processes.num_workers if method == "fork" else 0
+            self._counts[all_ranks] = count_batches(self._reader, all_ranks=all_ranks, forked=forked)
         return self._counts[all_ranks]
 
     def stats(self) -> StatsReport:
@@ -486,8 +453,8 @@ class Loader:
     def close(self) -> None:
         """End the loader: `next` raises from now on. Batches already delivered stay valid. May be called twice."""
         self._prefetcher.close()
-        if self._release is not None:
-            self._release()
+        if self._stages is not None:
+            self._stages.close()
 
     def __enter__(self) -> Loader:
         """Return the loader; leaving the block closes it."""
@@ -495,9 +462,3 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _close(owner: int, held: contextlib.ExitStack) -> None:
-    """Release a loader's resources, but not in a process forked from its owner."""
-    if os.getpid() == owner:
-        held.close()

@@ -57,9 +57,9 @@ class Mixture(Source):
         """Set `picks`, (n,) uint32: conversation numbers, counted through all sources in turn."""
         self.names = tuple(names)
         self._sources = tuple(sources)
-        self.may_draw = any(source.may_draw for source in sources)
         self._starts = list(accumulate((len(source) for source in sources), initial=0))[:-1]
         self._picks = picks
+        self.runs_foreign_code = any(source.runs_foreign_code for source in sources)
 
     def __len__(self) -> int:
         """Return the number of picks in one pass."""

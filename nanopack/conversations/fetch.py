@@ -42,7 +42,7 @@ def fetch(source: Source, index: int, seed: int | None) -> object:
 
 
 def _drawn(source: Source, index: int, seed: int | None) -> object:
-    if source.may_draw:
+    if source.runs_foreign_code:
         digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest()
         _seed(int.from_bytes(digest, "big"))
     return source[index]
@@ -59,7 +59,7 @@ def _seed(number: int) -> None:
 @contextlib.contextmanager
 def random_numbers_kept(source: Source) -> Iterator[None]:
     """Leave the process's random numbers as they were before the block, in which records are fetched."""
-    if not source.may_draw:
+    if not source.runs_foreign_code:
         yield
         return
     torch = sys.modules.get("torch")

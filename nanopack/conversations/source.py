@@ -13,8 +13,8 @@ class Source(ABC):
 
     names: tuple[str, ...] = ()
     """Names of the sources that it mixes; none where it is one."""
-    may_draw = False
-    """Whether reading a record runs code that may draw random numbers."""
+    runs_foreign_code = False
+    """Whether a record is read by code of the user's, which may hold locks and draw random numbers."""
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -19,7 +19,6 @@ import numpy as np
 
 from nanopack.conversations.order import Shard
 from nanopack.packing.simulate import simulate
-from nanopack.producer.child import START_METHOD
 from nanopack.producer.reader import ReadDocument, Reader, read_in_turn
 from nanopack.producer.shard import ReadAll, describe_or_raise, shards_of
 from nanopack.producer.workers import Workers
@@ -33,16 +32,16 @@ Counting = Generator[None, None, tuple[int, int]]
 """Yields between any two conversations; its value are the batches and tokens."""
 
 
-def count_batches(reader: Reader, *, all_ranks: bool, workers: int = 0) -> tuple[int, int]:
+def count_batches(reader: Reader, *, all_ranks: bool, forked: int = 0) -> tuple[int, int]:
     """Return the number of batches in all epochs, from the first one on, and of the tokens packed into them.
 
     They are those of this rank, or with `all_ranks` those of the rank with most batches, and the tokens of all ranks.
-    With `workers`, that many processes are started to read, where that is quick. Raises as `ShardPacker.next_rows`.
+    With `forked`, that many processes are forked to read. Raises as `ShardPacker.next_rows`.
     """
     config = reader.config
-    # a spawned process takes seconds to import all; a daemonic one may start none
-    if workers and START_METHOD == "fork" and not multiprocessing.current_process().daemon:
-        with contextlib.closing(Workers(workers, reader)) as processes:
+    # a daemonic process may start none
+    if forked and not multiprocessing.current_process().daemon:
+        with contextlib.closing(Workers(forked, reader, method="fork")) as processes:
             return finish(counting(reader, partial(processes.read_all, shards=1), all_ranks=all_ranks))
     read_all = partial(read_in_turn, reader, batch_tokens=config.batch_size * config.seq_len, raise_interrupts=True)
     return finish(counting(reader, read_all, all_ranks=all_ranks))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from functools import partial
 from math import fsum
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from nanopack.notes import Notes
 from nanopack.producer.counting import BackgroundCount, counting
 from nanopack.producer.reader import ReadDocument, Reader, read_in_turn
 from nanopack.producer.shard import ShardPacker, pack_state, shards_of
+from nanopack.producer.start import DEFAULT_START_METHOD, StartMethod
 from nanopack.producer.workers import Workers
 from nanopack.ring.facts import BatchFacts
 from nanopack.ring.ring import COUNTING, FILLING, READING, ProducerStatus
@@ -47,20 +47,21 @@ class Producer:
         start: Start = FROM_THE_BEGINNING,
         *,
         workers: int = 0,
+        method: StartMethod = DEFAULT_START_METHOD,
         status: ProducerStatus | None = None,
     ) -> None:
         """Raise as `ShardPacker.restore` does.
 
-        With `workers`, that many processes read ahead; with 0, conversations are read here when they are needed. The
-        stage of the work is reported to `status`; without one this is the trainer's own process, where Ctrl-C is
-        raised at once.
+        With `workers`, that many processes, started by `method`, read ahead; with 0, conversations are read here when
+        they are needed. The stage of the work is reported to `status`; without one this is the trainer's own process,
+        where Ctrl-C is raised at once.
         """
         self._config = reader.config
         self._reader = reader
         self._status = status
         self._reading = READING
         self._on_chunk = None if status is None else self._say_what_is_read
-        self._workers = Workers(workers, reader, self._on_chunk) if workers else None
+        self._workers = Workers(workers, reader, self._on_chunk, method) if workers else None
         told: set[str] = set()
         self._shards = [
             ShardPacker(shard, reader, self._read_all, told) for shard in shards_of(self._config, len(reader.source))
@@ -126,7 +127,7 @@ class Producer:
         return self._count.wait()
 
     def count_on(self) -> bool:
-        """Use idle time to count the batches of all ranks, for the end; return False where there is nothing to count."""
+        """Use idle time to count the batches of all ranks, for the end; return False where none is left."""
         if self._config.epochs is None or self._config.world_size == 1:
             return False
         self._reading = COUNTING
