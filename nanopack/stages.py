@@ -48,7 +48,7 @@ def start_producer(reader: Reader, start: Start, processes: Processes) -> tuple[
 
 
 class Stages:
-    """The stages after the reader. They are released by `close`, when this is dropped, and at the interpreter's exit."""
+    """The stages after the reader, released by `close`, when this is dropped, and at the interpreter's exit."""
 
     def __init__(
         self,

@@ -46,7 +46,7 @@ def _drawn(read: Callable[[int], object], index: int, seed: int | None) -> objec
     before = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     random.seed(number)
     np.random.seed(number % 2**32)
-    torch.random.default_generator.manual_seed(number)
+    torch.default_generator.manual_seed(number)
     try:
         return read(index)
     finally:
@@ -62,7 +62,7 @@ def _files(path: str) -> list[str]:
         found = [path]
     else:
         # So are the folders before the pattern.
-        folder = next(str(folder) for folder in (*Path(path).parents, "") if os.path.exists(folder) or not folder)
+        folder = next((str(folder) for folder in Path(path).parents if folder.exists()), "")
         found = sorted(glob.glob(path.replace(folder, glob.escape(folder), 1), recursive=True))
     if not found:
         raise ValueError(f"conversations={path!r}: no such file. Pass a path or a pattern that matches.")
