@@ -55,7 +55,8 @@ class Writer:
         self._tokenizer = tokenizer
         self.variables = dict(tokenizer.chat.special_tokens_map)
         self._outlines: dict[str, str | None] = {}
-        self.kept = kept_texts(tokenizer.chat_template() + tokenizer.chat_template(tools=True))
+        self.sources = tokenizer.chat_template() + tokenizer.chat_template(tools=True)
+        self.kept = kept_texts(self.sources)
         self._talk: tuple[dict[str, Any], ...] = _TALK
         self.as_parts = self._wants_parts()
         self.controls, self.spoken = self._find_controls()

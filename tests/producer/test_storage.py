@@ -20,7 +20,7 @@ RECORDS = [{"text": f"a b c d e f g {k}"} for k in range(2000)]
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr("nanopack.producer.reader.RETRIES", (0.05, 0.2, 0.2))
+    monkeypatch.setattr("nanopack.conversations.fetch.RETRIES", (0.05, 0.2, 0.2))
 
 
 def read_all(data, **arguments):

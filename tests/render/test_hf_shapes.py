@@ -1,4 +1,4 @@
-"""Promises of hf_shapes.py and hf_watch.py: a template runs once a shape, and never for what depends on the contents."""
+"""A chat template runs once for each shape of a chat, and each time where what it writes depends on the contents."""
 
 from __future__ import annotations
 
