@@ -63,9 +63,9 @@ def scan_array(chunks: Iterable[bytes]) -> array[int]:
 
 
 def _quotes(data: np.ndarray, odd_backslashes: bool) -> tuple[np.ndarray, bool]:
-    """Return where quotes stand that no backslash escapes, and whether the data end in an odd number of backslashes.
+    """Return the positions of unescaped quotes, and whether the data end in an odd number of backslashes.
 
-    `odd_backslashes` says so of what came before.
+    `odd_backslashes`: whether the data before ended so.
     """
     quotes = np.flatnonzero(data == QUOTE)
     slashes = np.flatnonzero(data == BACKSLASH)

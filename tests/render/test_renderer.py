@@ -447,7 +447,7 @@ def test_what_a_template_forbids_is_an_error_that_names_the_message(case):
     with pytest.raises(ConversationError) as caught:
         RENDER["chatml" if case.startswith("chatml") else "nanochat"](Conversation(tuple(messages)))
     assert str(caught.value).startswith(error)
-    # The caller goes on with '. Fix it or pass on_error="skip".'
+    # The caller continues with '. Fix it or pass on_error="skip".'
     assert not str(caught.value).endswith(".")
 
 
