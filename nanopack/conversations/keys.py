@@ -140,6 +140,11 @@ def is_flag(value: Any) -> bool:
     return hasattr(value, "dtype") and getattr(value.dtype, "kind", "i") in "biuf"
 
 
+def bare(value: Any) -> Any:
+    """Return the number that numpy or torch wrap into a scalar, as formatted data sets do; others as they are."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
 def is_absent(value: Any) -> bool:
     """Return whether the value of a key says nothing: null, NaN, "", [] or {}, also within JSON text."""
     if isinstance(value, str):
