@@ -114,7 +114,7 @@ def _one_of(message: Mapping[str, object], name: str, other: str) -> str:
 
 
 def _rest(message: Mapping[str, Any], role: str, ignored: set[str]) -> tuple[dict[str, Any], bool]:
-    """Return what else a message holds, and whether it may be in the loss."""
+    """Return the other keys of a message, and whether it may be in the loss."""
     rest: dict[str, Any] = {}
     flags: dict[str, bool] = {}
     for key, value in ((key, bare(value)) for key, value in message.items()):
@@ -262,6 +262,6 @@ def _fail_role(message: Mapping[str, object], key: str) -> NoReturn:
 
 
 def remedy(value: object) -> str:
-    """Return what to do about an array or a table, which a data set of another format hands out instead of lists."""
+    """Return the remedy for an array or a table, which a data set in another format gives instead of lists."""
     known = type(value).__module__.split(".")[0] in ("numpy", "pandas", "pyarrow", "polars", "torch")
     return "; give plain lists and dicts: a datasets.Dataset does with .with_format(None)" if known else ""

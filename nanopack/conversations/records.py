@@ -111,8 +111,8 @@ def check(record: object) -> Conversation:
         found = Conversation(_instructed(held), None, weight)
     else:
         found = replace(_chat(held[shape]), weight=weight)
-    beside = {key: value for key, value in held.items() if key not in _READ_BY[shape]}
-    return _with_unread(_with_beside(found, beside, shape) if beside else found, record)
+    extras = {key: value for key, value in held.items() if key not in _READ_BY[shape]}
+    return _with_unread(_with_extras(found, extras, shape) if extras else found, record)
 
 
 def _with_unread(found: Conversation, record: Mapping[str, Any]) -> Conversation:
@@ -152,10 +152,10 @@ def _shape(record: Mapping[str, object], held: Mapping[str, object]) -> str:
     return found[0]
 
 
-def _with_beside(found: Conversation, beside: Mapping[str, Any], shape: str) -> Conversation:
-    """Return the conversation with what stands beside it in the record."""
+def _with_extras(found: Conversation, extras: Mapping[str, Any], shape: str) -> Conversation:
+    """Return the conversation with the other keys of its record."""
     ignored = set(found.ignored_keys)
-    for key, value in beside.items():
+    for key, value in extras.items():
         kind = RECORD.get(key)
         if kind in (None, keys.READ, keys.PACKED):
             _check_ignored(key, value, shape)
@@ -301,7 +301,7 @@ def _fail_shape(record: Mapping[str, object], held: Mapping[str, object], found:
     if found:
         fail(f"the record has {' and '.join(found)}; remove all of them but one, or set the others to null")
     if "chosen" in held:
-        hint = "a preference; to train on chosen, name it messages, or completion beside a prompt"
+        hint = "a preference; to train on chosen, name it messages, or completion next to a prompt"
     elif "prompt" in held:
         hint = "a prompt needs a completion; rename one"
     elif "instruction" in held:

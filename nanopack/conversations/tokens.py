@@ -1,4 +1,4 @@
-"""Take a document that was tokenized elsewhere: input_ids and the masks beside them.
+"""Take a document that was tokenized elsewhere: input_ids and their masks.
 
 record with input_ids   ->   ready_tokens()   ->   Tokens
                                                   records.py puts them into a Conversation

@@ -137,7 +137,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "apigen": ({"conversations": [H, G], "tools": json.dumps([TOOL])}, "the record has tools"),
     "nemotron": ({"input": [U], "output": "A", "reasoning": "on"}, "none of messages"),
     "nemotron-renamed": ({"prompt": [U], "completion": "A", "reasoning": "on"}, "reasoning cannot be honoured"),
-    "reasoning-beside": ({"messages": [U, A], "chain_of_thought": "R"}, "chain_of_thought cannot be .* the answer"),
+    "reasoning-of-a-record": (
+        {"messages": [U, A], "chain_of_thought": "R"},
+        "chain_of_thought cannot be .* the answer",
+    ),
     "llava": ({"id": "0", "image": "a.jpg", "conversations": [H, G]}, "image cannot be honoured"),
     "image-path": ({"messages": [U, A], "image_path": "a.jpg"}, "image_path is not known"),
     "messages-as-text": ({"messages": json.dumps([U, A])}, "the messages must be a list, not"),

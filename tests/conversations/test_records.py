@@ -371,7 +371,7 @@ def test_a_bad_record_is_an_error_that_names_message_value_and_remedy(edge: str)
     record, message = BAD_RECORDS[edge]
     with pytest.raises(ConversationError, match=message) as caught:
         check(record)
-    # The caller puts the place before it and a full stop behind it.
+    # The caller puts the place before it and a full stop after it.
     assert not str(caught.value).endswith(".")
     assert len(str(caught.value)) < 250
 
