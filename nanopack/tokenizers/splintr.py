@@ -22,11 +22,13 @@ from typing import Any
 import numpy as np
 import tiktoken
 
+from nanopack.conversations.fetch import peek
 from nanopack.conversations.records import check
 from nanopack.conversations.source import Source
 from nanopack.errors import EncoderError
+from nanopack.tokenizers.byte_level import LONG_TEXT
 from nanopack.tokenizers.split_patterns import PatternError, plain
-from nanopack.tokenizers.tokenizer import LONG_TEXT, AnyTokenizer, Tokenizer
+from nanopack.tokenizers.tokenizer import AnyTokenizer, Tokenizer
 
 ENCODERS = (None, "fast")
 # Every n-th text is compared with tiktoken's ids, starting with the first of each process.
@@ -72,6 +74,8 @@ def choose_encoder(encoder: str | None, tokenizer: AnyTokenizer, source: Source)
 # A subclass: everything but the encoding is unchanged, the fingerprint included.
 class FastTokenizer(Tokenizer):
     """A tiktoken `Encoding` whose texts splintr-rs encodes. Survives pickling and forking."""
+
+    encoder = "splintr-rs"
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         """Raise ImportError without splintr-rs, ValueError if it does not support the encoding."""
@@ -191,7 +195,7 @@ def _sample(source: Source) -> Iterator[str]:
     began, characters = time.perf_counter(), 0
     for index in sorted({round(k * (len(source) - 1) / (SAMPLE - 1)) for k in range(SAMPLE)}):
         try:
-            conversation = check(source[index])
+            conversation = check(peek(source, index, None))
         # reported when it is read for training
         except Exception:
             continue

@@ -49,7 +49,7 @@ FAULTS = {
         "exited with code 7 .reading and tokenizing, from conversation",
     ),
     "SIGKILL": (lambda: os.kill(os.getpid(), signal.SIGKILL), ProducerError, "killed by SIGKILL .*memory runs out"),
-    "SIGTERM": (lambda: os.kill(os.getpid(), signal.SIGTERM), ProducerError, "killed by SIGTERM"),
+    "SIGABRT": (lambda: (faulthandler.disable(), os.abort()), ProducerError, "killed by SIGABRT"),
     # without pytest's own handler, which would print the stack
     "SIGSEGV": (
         lambda: (faulthandler.disable(), os.kill(os.getpid(), signal.SIGSEGV)),
