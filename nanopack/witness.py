@@ -1,7 +1,7 @@
-"""Ask other libraries what is in the loss: a second witness after the reference, which reads records as we do.
+"""Ask other libraries what is in the loss: a second witness, for the reference shares our reading of records.
 
     records, tokenizer   ->   witness()   ->   (id, in the loss) of each record   ->   compare()   ->   Testimony
-                                                                    our own
+                                                                    and our own
 
 "trl" is what TRL's SFTTrainer makes of a record with assistant_only_loss, with the chat template that TRL trains by;
 "transformers" is apply_chat_template(return_assistant_tokens_mask=True) with the tokenizer's own; "axolotl-like" is a

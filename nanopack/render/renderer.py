@@ -281,7 +281,8 @@ def _wrong_role(messages: Sequence[Message], index: int) -> str:
     order = "messages must alternate user/assistant after an optional system message"
     if index > 0 and messages[index - 1].role == role:
         return f"{what} twice in a row; {order}"
-    return f"{what} where the first user message must be; {order}"
+    begins = "; first_assistant='drop' or 'empty_user' helps" if role == "assistant" else ""
+    return f"{what} where the first user message must be; {order}{begins}"
 
 
 def _string(index: int, message: Message) -> str:

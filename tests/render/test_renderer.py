@@ -398,7 +398,7 @@ S, U, A = (Message(role, f"I am {role}") for role in ("system", "user", "assista
 PARTED = {role: Message(role, (Part("text", "p"), Part("python", "1"))) for role in ("system", "user", "assistant")}
 SPACES = " " * 1_000_001
 ALTERNATE = "messages must alternate user/assistant after an optional system message"
-NOT_FIRST = f"where the first user message must be; {ALTERNATE}"
+NOT_FIRST = f"where the first user message must be; {ALTERNATE}; first_assistant='drop' or 'empty_user' helps"
 PARTS_OF = "content has parts that are not text; for role"
 REFUSED = "tiktoken cannot encode this text of 1,000,001 characters"
 FORBIDDEN = {
