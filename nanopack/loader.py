@@ -298,7 +298,8 @@ class Loader:
         """Raise TypeError: a process and its memory cannot be copied or pickled."""
         raise TypeError(
             f"a loader belongs to its process ({self._run.owner}) and is neither copied nor pickled: send the "
-            f"arguments to the other process and make one there, with rank and world_size; state_dict() says where it stands"
+            f"arguments to the other process and make one there, with rank and world_size; state_dict() says where "
+            f"it stands"
         )
 
     def __bool__(self) -> bool:
