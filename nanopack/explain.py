@@ -18,7 +18,7 @@ from nanopack.config import LoaderConfig
 from nanopack.conversations.fetch import peek
 from nanopack.conversations.records import Conversation, check, choose
 from nanopack.conversations.source import Source
-from nanopack.render.renderer import Document
+from nanopack.render.document import Document
 from nanopack.tokenizers.tokenizer import AnyTokenizer
 
 

@@ -29,7 +29,8 @@ from nanopack.conversations.files import Files
 from nanopack.conversations.records import Conversation, check, open_conversations, short
 from nanopack.conversations.source import Source
 from nanopack.errors import TemplateError
-from nanopack.render.renderer import Document, Renderer
+from nanopack.render.document import Document
+from nanopack.render.renderer import Renderer
 from nanopack.render.templates import Template
 from nanopack.tokenizers.tokenizer import TokenizerLike, load_tokenizer
 

@@ -63,6 +63,8 @@ class Run:
         self.source, self.tokenizer, self.config = source, tokenizer, config
         # only the reader gets the encoder: everything else, users included, sees the tokenizer that was given
         self.reader = Reader(source, choose_encoder(encoder, tokenizer, source), config)
+        # a Hugging Face tokenizer sets its encoding up here, once, before processes are forked
+        self._encoder = self.reader.tokenizer.encoder
         self.reader.check_template()
         # read before there is another process that reads
         self._sample = sample_of(source, config.seed)
@@ -100,7 +102,7 @@ class Run:
         self.upload, self.prefetcher = self._stages.upload, self._stages.prefetcher
         self._first_state = state or state_of(initial_state(self.reader))
         self.step = self._first_state["step"]
-        self._stats = Stats(ring_bytes=self._stages.ring_bytes)
+        self._stats = Stats(ring_bytes=self._stages.ring_bytes, encoder=self._encoder)
 
     def next(self) -> Batch:
         """Return the next batch."""

@@ -46,7 +46,7 @@ class Items(Source):
         # A pandas.Series takes its labels for an index, which a shuffle leaves out of order.
         self._items = items.iloc if type(items).__name__ == "Series" and hasattr(items, "iloc") else items
         self._length = len(items)
-        self._features = _plain_features(items)
+        self._features = _features_of(items)
         self.runs_foreign_code = _runs_foreign_code(items)
 
     def __len__(self) -> int:
@@ -73,9 +73,13 @@ def _format_of(items: object) -> object:
     return getattr(items, "format", {}).get("type")
 
 
-def _plain_features(items: object) -> object:
-    """Return the features of a datasets.Dataset that hands out plain Python, else None."""
-    if type(items).__module__.split(".")[0] != "datasets" or _format_of(items) is not None:
+def _features_of(items: Any) -> object:
+    """Return the features of a datasets.Dataset, or of what torch's Subset or ConcatDataset hold, else None."""
+    if type(items).__module__.startswith("torch.utils.data"):
+        found = [_features_of(part) for part in getattr(items, "datasets", None) or [getattr(items, "dataset", None)]]
+        return None if None in found else found[0]
+    # what a transform of the user's hands out has other features
+    if type(items).__module__.split(".")[0] != "datasets" or _format_of(items) == "custom":
         return None
     return getattr(items, "features", None)
 
@@ -161,7 +165,9 @@ def _refuse_unusable(items: Any) -> None:
     elif isinstance(items, Iterator) or not (hasattr(kind, "__len__") and hasattr(kind, "__getitem__")):
         why = "has no len() and [int]; give list(...) of it, or files"
     elif kind.__name__ == "DataFrame":
-        why = "hands out columns; give df.to_dict('records')"
+        why = "hands out columns; give df.to_dict('records'), or df.to_dicts() in polars"
+    elif kind.__module__.startswith("pyarrow"):
+        why = "hands out columns or Arrow's values; give .to_pylist() of it, or the file"
     elif isinstance(items, (list, tuple)) and items and not any(map(_is_record, items)):
         why = "holds no records; give dicts such as {'messages': [...]}, or paths"
     else:

@@ -24,7 +24,8 @@ from nanopack.conversations.fetch import fetch, peek, random_numbers_kept, stora
 from nanopack.conversations.records import Conversation, check
 from nanopack.conversations.source import Source
 from nanopack.errors import StorageError, TemplateError, is_storage_error
-from nanopack.render.renderer import Document, Plan, Renderer, missing_tokens
+from nanopack.render.document import Document, Plan
+from nanopack.render.renderer import Renderer, missing_tokens
 from nanopack.ring.layout import Layout
 from nanopack.tokenizers.tokenizer import AnyTokenizer
 
@@ -33,6 +34,8 @@ CHUNK = 32
 # Most tokens of a chunk where nothing is read ahead and the trainer waits for it.
 CHUNK_TOKENS = 1 << 14
 _NO_WORDS = np.empty(0, np.uint16)
+# What ignored keys call a conversation's own weight where loss_weights is None.
+UNUSED_WEIGHT = "weight (loss_weights is None)"
 # What ignored keys call a thought that a chat template leaves out once the next question was asked.
 EARLIER_THOUGHT = "thought of an earlier turn"
 
@@ -141,7 +144,9 @@ class Reader:
             else:
                 document.own_weight = conversation.weight
                 document.ignored_keys = conversation.ignored_keys
-                if isinstance(plan, Document) and plan.forgets:
+                if self.config.loss_weights is None and conversation.weight not in (0, 1):
+                    document.ignored_keys += (UNUSED_WEIGHT,)
+                if plan.forgets:
                     document.ignored_keys += (EARLIER_THOUGHT,)
                 if conversation.text is not None and (found := self._special.search(conversation.text)):
                     document.special_token = found[0]

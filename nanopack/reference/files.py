@@ -1,6 +1,6 @@
 """The slow packer's files: read whole, cut into records of whatever shape.
 
-    conversations   ->   open_records()   ->   where each record stands, and a function that reads it   ->   records.py
+    conversations   ->   open_records()   ->   each record's location, and a function that reads it   ->   records.py
 
 A part of the definition. It shares nothing with the fast path. A broken line fails when its turn comes.
 """
@@ -35,8 +35,12 @@ def open_records(conversations: Any, seed: int | None = None) -> list[Stored]:
         # by position, not by label
         conversations = list(conversations)
     read = conversations.__getitem__
-    if type(conversations).__module__.startswith("datasets.") and conversations.format["type"] is None:
-        read = lambda index: _without_nulls(conversations[index], conversations.features)  # noqa: E731
+    whole = conversations
+    # torch's Subset has a dataset, its ConcatDataset several
+    while type(whole).__module__.startswith("torch.utils.data") and {"dataset", "datasets"} & {*vars(whole)}:
+        whole = whole.dataset if hasattr(whole, "dataset") else whole.datasets[0]
+    if type(whole).__module__.startswith("datasets.") and whole.format["type"] != "custom":
+        read = lambda index: _without_nulls(conversations[index], whole.features)  # noqa: E731
     return [(f"conversation {index}", partial(_drawn, read, index, seed)) for index in range(len(conversations))]
 
 

@@ -69,7 +69,7 @@ class Reader(Generic[Document]):
 
     def advance(self) -> int:
         """Return the conversation under the cursor, and advance by W."""
-        place, number = self.cursor, (self.rank + self.world_size * self.reads) // self.n
+        index, number = self.cursor, (self.rank + self.world_size * self.reads) // self.n
         self.reads += 1
         self.cursor += self.world_size
         if self.cursor >= self.n:
@@ -79,10 +79,10 @@ class Reader(Generic[Document]):
         # Once is enough, except for W > N.
         self.cursor %= self.n
         if self.seed is None:
-            return place
+            return index
         if number not in self.orders:
             self.orders = {number: shuffled(self.n, self.seed, number)}
-        return self.orders[number][place]
+        return self.orders[number][index]
 
     @property
     def epoch_reached(self) -> int:
@@ -110,16 +110,16 @@ def shuffled(n: int, seed: int, number: int) -> list[int]:
         h += 1
     base = _mix(_mix(seed) ^ number)
     order = []
-    for place in range(n):
+    for index in range(n):
         while True:
-            left, right = divmod(place, 2**h)
+            left, right = divmod(index, 2**h)
             for round_number in range(8):
                 key = _mix((base + round_number * 0x9E3779B97F4A7C15) & BITS64)
                 left, right = right, left ^ _mix((right + key) & BITS64) % 2**h
-            place = left * 2**h + right
-            if place < n:
+            index = left * 2**h + right
+            if index < n:
                 break
-        order.append(place)
+        order.append(index)
     return order
 
 
