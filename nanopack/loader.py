@@ -113,8 +113,8 @@ class Loader:
             so do 100 bad conversations in a row, or more than half of the first 1,000 or more that a shard reads.
         process_group: process group (gloo, NCCL) of all ranks. With `epochs`, one all_reduce at construction agrees on
             the number of batches, so all ranks construct their loaders together. None: the default group of
-            `torch.distributed` where it has `world_size` ranks; elsewhere a rank that runs out must render every other
-            rank's data to find that number: slow.
+            `torch.distributed` where it has `world_size` ranks; elsewhere each producer renders the data of all ranks
+            once, in idle time, to find that number: a rank that runs out before waits for it.
         start_method: how the processes are started. `"fork"` takes milliseconds, but a lock of the data set that
             another thread holds just then stays locked in them for ever. `"spawn"` and `"forkserver"` import the main
             module first, seconds, which needs the `if __name__ == "__main__":` guard, and pickle the conversations.
