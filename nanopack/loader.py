@@ -53,7 +53,7 @@ from nanopack.state import FORMAT, check_state, clock_of, fingerprint
 from nanopack.stats import Stats, StatsReport
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 from nanopack.tokenizers.splintr import choose_encoder
-from nanopack.tokenizers.tokenizer import TokenizerLike, load_tokenizer
+from nanopack.tokenizers.tokenizer import TokenizerLike, for_template, load_tokenizer
 from nanopack.upload.device import Device, open_device
 from nanopack.upload.executor import make_kernel
 from nanopack.upload.outputs import Outputs, outputs_maker
@@ -94,6 +94,7 @@ class Loader:
 
         template: `"nanochat"`, `"chatml"`, `"llama3"`, a `nanopack.Template` of your own, or `"hf"`: the chat template
             of a transformers tokenizer (what {% generation %} marks is in the loss; see `nanopack.render.hf_template`).
+            `"hf-training"`: the one that trl trains by in its place.
         first_assistant: what to do with a chat that begins with the assistant, but for a system message: `"keep"` it,
             if the template can (nanochat cannot); `"raise"`; `"drop"` what comes before the first user message; or put
             an empty user message there (`"empty_user"`).
@@ -208,7 +209,7 @@ class Loader:
         check_bool("static", static)
         device_api = open_device(device)
         self.device = device_api.device
-        self.tokenizer = load_tokenizer(tokenizer)
+        self.tokenizer = for_template(load_tokenizer(tokenizer), template)
         group = group_to_agree_in(process_group, epochs, world_size)
         if group is not None and isinstance(self.tokenizer, HuggingFaceTokenizer):
             # The date that a chat template writes is the same on all ranks.

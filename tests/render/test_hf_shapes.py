@@ -1,4 +1,4 @@
-"""Promises of hf_shapes.py and hf_watch.py: a template runs once a shape, and never for what depends on the contents."""
+"""Promises of hf_shapes.py and hf_watch.py: a template runs once a shape, if its text depends on no content."""
 
 from __future__ import annotations
 
