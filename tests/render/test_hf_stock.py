@@ -188,7 +188,7 @@ def test_hf_training_is_the_template_that_trl_trains_by(name):
     for back in (coder, pickle.loads(pickle.dumps(coder)), coder.with_special(["<think>"]), coder.for_training()):
         assert back.chat.chat_template == source(f"{name}_training")
     assert stock.chat.chat_template == source(name) and stock.fingerprint() != coder.fingerprint()
-    found = verify([TALKS["two turns"]], make_stock(name), template="hf-training", batch_size=1, seq_len=256)
+    found = verify([TALKS["two turns"]], make_stock(name), template="hf-training", batch_size=1, seq_len=4096)
     assert found, found.difference
 
 
