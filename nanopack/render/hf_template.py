@@ -268,7 +268,7 @@ def _training_template(source: str) -> str:
         for path in Path(folder, "chat_templates").glob("*.jinja"):
             trains = path.with_name(f"{path.stem}_training.jinja").exists()
             if trains and path.read_text(encoding="utf-8").strip() == source.strip():
-                return "; trl.chat_template_utils.get_training_chat_template(tokenizer) returns one for this tokenizer"
+                return "; template='hf-training' is the one that trl trains by in its place"
     return ""
 
 

@@ -39,13 +39,13 @@ class Renderer:
         loss: str = "assistant",
         first_assistant: str = "keep",
     ) -> None:
-        """Render by `template`: a name, "hf" or a `Template`. ValueError where there is no such template.
+        """Render by `template`: a name or a `Template`. ValueError where there is no such template.
 
         `loss` and `first_assistant` are as in `Loader`; loss="all" masks as "assistant" does.
         """
         self._choice = loss, first_assistant
         self._plan_messages: _Planner | None = None
-        if template == "hf":
+        if template in ("hf", "hf-training"):
             self._encode_chat = ChatTemplate(tokenizer)
             self._tokenizer = _with_special(tokenizer, self._encode_chat.controls)
             self._bos = _known(tokenizer.bos_id)
@@ -156,7 +156,7 @@ def _find(template: str | Template) -> Template:
     if isinstance(template, Template):
         return template
     if not isinstance(template, str) or template not in _NAMED:
-        names = ", ".join(map(repr, ("nanochat", *_NAMED, "hf")))
+        names = ", ".join(map(repr, ("nanochat", *_NAMED, "hf", "hf-training")))
         raise ValueError(f"template={template!r} is not one of {names}, or a nanopack.Template.")
     return _NAMED[template]
 
@@ -168,7 +168,7 @@ def missing_tokens(tokenizer: AnyTokenizer, template: str | Template) -> list[st
 
 
 def _needed_tokens(template: str | Template) -> Sequence[str]:
-    if template == "hf":
+    if template in ("hf", "hf-training"):
         return ()
     return NANOCHAT_SPECIAL_TOKENS[1:] if template == "nanochat" else _find(template).special_tokens
 
