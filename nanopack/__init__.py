@@ -9,7 +9,7 @@ are imported as usual: `from nanopack.verify import compare`.
 """
 
 from nanopack.batch import Batch, Flat, Piece
-from nanopack.errors import ConversationError, EncoderError, ProducerError
+from nanopack.errors import ConversationError, EncoderError, ProducerError, StorageError
 from nanopack.explain import Explanation
 from nanopack.loader import Loader
 from nanopack.mixture import Mixture, mixture
@@ -32,6 +32,7 @@ __all__ = [
     "Pad",
     "Piece",
     "ProducerError",
+    "StorageError",
     "Stream",
     "Template",
     "Turn",

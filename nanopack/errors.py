@@ -17,12 +17,34 @@ class EncoderError(RuntimeError):
     """The fast encoder's ids differ from tiktoken's: not a conversation's fault, so never skipped."""
 
 
+class StorageError(OSError, ValueError):
+    """Data could not be read: a file that changed, was cut, damaged or deleted, or a store that does not answer.
+
+    No fault of a conversation, so none is skipped for it.
+    """
+
+
 class ProducerError(RuntimeError):
     """A producer process died, or was ended by something other than an `Exception`."""
 
 
-NEVER_SKIPPED = (MemoryError, TemplateError, EncoderError, ProducerError)
+NEVER_SKIPPED = (MemoryError, TemplateError, EncoderError, ProducerError, StorageError)
 """Errors that no conversation causes: on_error="skip" does not skip them."""
+
+
+# Modules of libraries whose errors are about files, archives and databases, and no OSErrors.
+_STORAGE_MODULES = ("zlib", "_lzma", "lzma", "zipfile", "tarfile", "sqlite3", "pyarrow.lib", "lmdb", "zstandard")
+
+
+def is_storage_error(error: BaseException | None) -> bool:
+    """Return whether an error is, or was caused by, one of what the data are stored in rather than of a record."""
+    while error is not None:
+        if isinstance(error, (OSError, EOFError)):
+            return True
+        if isinstance(error, Exception) and type(error).__module__.startswith(_STORAGE_MODULES):
+            return True
+        error = error.__cause__
+    return False
 
 
 def short(value: object, length: int = 60) -> str:

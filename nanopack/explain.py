@@ -17,7 +17,7 @@ from nanopack.batch import Batch, Piece
 from nanopack.config import LoaderConfig
 from nanopack.conversations.records import Conversation, check, choose
 from nanopack.conversations.source import Source
-from nanopack.render.renderer import Document
+from nanopack.render.document import Document
 from nanopack.tokenizers.tokenizer import AnyTokenizer
 
 

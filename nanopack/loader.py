@@ -128,7 +128,9 @@ class Loader:
             process tokenizes as well. n >= 2: the producer packs and n more processes tokenize (n + 1 in all).
         prefetch: batches that the producer makes ahead of time.
         static: every batch is written into the same tensors (for CUDA graphs), valid until the next call.
-        on_error: `"raise"` for a bad conversation, or `"skip"` it (counted and logged).
+        on_error: `"raise"` for a bad conversation, or `"skip"` it (counted and logged). What cannot be read at all (a
+            file that changed or is gone, a store that does not answer) stops the run either way, after a few tries;
+            so do 100 bad conversations in a row, or more than half of the first 1,000 or more that a shard reads.
         process_group: process group (gloo, NCCL) of all ranks. With `epochs`, one all_reduce at construction agrees on
             the number of batches, so all ranks construct their loaders together. None: the default group of
             `torch.distributed` where it has `world_size` ranks; elsewhere a rank that runs out must render every other
@@ -141,6 +143,7 @@ class Loader:
     Raises:
         ValueError: an argument is invalid; the message names it, its value and what is allowed.
         ConversationError: (from `next`) a bad conversation; the message names file, line and message.
+        StorageError: (from `next`) the data could not be read; the message names the file and the cause.
         ImportError: `encoder="fast"` without splintr-rs.
         EncoderError: (from `next`) the fast encoder gave a text other ids than tiktoken.
         ProducerError: the producer process died at its start, or (from `next`) later, or raised something other than an
@@ -218,10 +221,14 @@ class Loader:
         if group is not None and isinstance(self.tokenizer, HuggingFaceTokenizer):
             # The date that a chat template writes is the same on all ranks.
             self.tokenizer = self.tokenizer.at(agree_on_clock(group, self.tokenizer.clock, self.device))
-        self.source = open_conversations(conversations)
+        self.source = open_conversations(conversations, shuffled=seed is not None)
         # only the reader gets the encoder: everything else, users included, sees the tokenizer that was given
         self._reader = Reader(self.source, choose_encoder(encoder, self.tokenizer, self.source), self.config)
+        # a Hugging Face tokenizer sets its encoding up here, once, before processes are forked
+        self._encoder = self._reader.tokenizer.encoder
         self._reader.check_template()
+        # its sample is read before there is another process that reads
+        self._fingerprint = fingerprint(self.source, self.tokenizer, self.config)
         layout = self._reader.layout
         # ordinary tensors, whatever mode the loader is made in, because they are written to in others
         with torch.inference_mode(False):
@@ -265,7 +272,7 @@ class Loader:
         self._prefetcher = Prefetcher(self._device, feed, upload, ahead=True)
         self._first_state = state or state_of(initial_state(self._reader))
         self._step = self._first_state["step"]
-        self._stats = Stats(ring_bytes=len(ring.buffer))
+        self._stats = Stats(ring_bytes=len(ring.buffer), encoder=self._encoder)
 
     def _start_producer(self, start: Start) -> tuple[Feed, Ring]:
         if self._workers == 0:
@@ -419,10 +426,6 @@ class Loader:
             self.tokenizer = self.tokenizer.at(clock)
             self._reader = Reader(self.source, self.tokenizer, self.config)
             self._fingerprint = fingerprint(self.source, self.tokenizer, self.config)
-
-    @functools.cached_property
-    def _fingerprint(self) -> dict[str, Any]:
-        return fingerprint(self.source, self.tokenizer, self.config)
 
     def __len__(self) -> int:
         """Return the number of batches in all epochs, from the first one on; exact.

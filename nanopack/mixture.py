@@ -28,7 +28,8 @@ from nanopack.conversations.files import Files
 from nanopack.conversations.records import Conversation, check, open_conversations, short
 from nanopack.conversations.source import Source
 from nanopack.errors import TemplateError
-from nanopack.render.renderer import Document, Renderer
+from nanopack.render.document import Document
+from nanopack.render.renderer import Renderer
 from nanopack.render.templates import Template
 from nanopack.tokenizers.tokenizer import TokenizerLike, load_tokenizer
 
@@ -168,7 +169,7 @@ def _open(place: str, number: int, item: object) -> tuple[Fraction, str, Source]
     if not _is_weight(weight):
         raise ValueError(f"{place}: weight={short(weight)} is not allowed; give a number above 0, or drop the source")
     try:
-        source = open_conversations(conversations)
+        source = open_conversations(conversations, shuffled=True)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
     # The decimal as written, so that no binary rounding decides how many picks a pass has.

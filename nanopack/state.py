@@ -33,6 +33,7 @@ import numpy as np
 from nanopack.config import LoaderConfig
 from nanopack.conversations.records import Conversation, check
 from nanopack.conversations.source import Source
+from nanopack.errors import NEVER_SKIPPED, is_storage_error
 from nanopack.notes import Notes
 from nanopack.packing.packings import PACKINGS
 from nanopack.tokenizers.tokenizer import AnyTokenizer
@@ -93,10 +94,12 @@ def _sample(source: Source) -> Iterator[bytes]:
     for index in sorted({round(k * (len(source) - 1) / (SAMPLE - 1)) for k in range(SAMPLE)}):
         try:
             yield from _bytes_of(check(source[index]))
-        except MemoryError:
+        except NEVER_SKIPPED:
             raise
         # a bad conversation is part of the data too; what its error says may differ from run to run
-        except Exception:
+        except Exception as error:
+            if is_storage_error(error):
+                raise
             yield b"bad"
 
 

@@ -25,6 +25,8 @@ class StatsReport(TypedDict):
     longest_wait_rows: int  # of a document, for its row
     queue_depth: int  # batches ready when `next` last returned
     ring_bytes: int  # shared memory of the slots
+    encoder: str
+    """What encodes texts: "tiktoken", "splintr-rs", or "tokenizers: " and why tiktoken does not."""
     tokens_total_estimated: int | None
     """Of the whole run: the tokens so far by the progress (`Loader.tokens_total` is exact). None without `epochs`, or
     before the first batch."""
@@ -33,8 +35,8 @@ class StatsReport(TypedDict):
 class Stats:
     """Running totals of one loader since it was made, or since it resumed from a state."""
 
-    def __init__(self, ring_bytes: int) -> None:
-        self._ring_bytes = ring_bytes
+    def __init__(self, ring_bytes: int, encoder: str) -> None:
+        self._ring_bytes, self._encoder = ring_bytes, encoder
         self._began = time.perf_counter()
         self.queued = 0
         self._in_next = 0.0
@@ -69,6 +71,7 @@ class Stats:
             "longest_wait_rows": self._longest_wait,
             "queue_depth": self.queued,
             "ring_bytes": self._ring_bytes,
+            "encoder": self._encoder,
             "tokens_total_estimated": round(tokens_so_far / self._progress)
             if tokens_so_far is not None and self._progress
             else None,

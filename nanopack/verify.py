@@ -26,7 +26,7 @@ DATA_ARGUMENTS = {field.name for field in fields(LoaderConfig)}
 
 @dataclass(frozen=True)
 class Verification:
-    """Result of a comparison; true when the batches are equal in every field."""
+    """Result of a comparison; true when there are batches, and all are equal in every field."""
 
     batches: int
     """Batches that were compared and equal."""
@@ -36,7 +36,7 @@ class Verification:
     """The first difference: batch, field, position, expected and got; None if there is none."""
 
     def __bool__(self) -> bool:
-        return self.difference is None
+        return self.difference is None and self.batches > 0
 
 
 # The arguments are the Loader's own: writing out its names a third time would only let them drift apart.
@@ -88,6 +88,10 @@ def compare_with_witness(loader: Loader, against: str) -> Testimony:
     config, source, tokenizer = loader.config, loader.source, loader.tokenizer
     if against != "axolotl-like" and config.template != "hf":
         raise ValueError(f"against={against!r} compares chat templates; pass template='hf'")
+    if config.loss == "all":
+        raise ValueError(
+            f"against={against!r} compares the answers, and loss='all' puts every token in it; leave it out"
+        )
     render = Renderer(tokenizer, config.template, config.loss, config.first_assistant)
 
     def ours(record: object) -> witness.Tokens:

@@ -10,7 +10,9 @@ labels column beside input_ids. Nothing of our renderer is used here.
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -19,6 +21,7 @@ from typing import Any, TypeAlias
 from nanopack.errors import ConversationError
 
 WITNESSES = ("trl", "transformers", "axolotl-like")
+SHAPES = ("messages", "conversations")
 ROLES = {"human": "user", "gpt": "assistant"}
 
 Tokens: TypeAlias = list[tuple[int, bool]]
@@ -27,7 +30,7 @@ Tokens: TypeAlias = list[tuple[int, bool]]
 
 @dataclass(frozen=True)
 class Testimony:
-    """What a comparison with a witness found; true when all that both could read is equal."""
+    """What a comparison with a witness found; true when tokens are in the loss, and the same in both."""
 
     against: str
     conversations: int
@@ -44,7 +47,7 @@ class Testimony:
     """The first difference: conversation, token, who has it in the loss, and the text around it."""
 
     def __bool__(self) -> bool:
-        return self.difference is None
+        return self.difference is None and self.num_loss_tokens > 0
 
 
 def compare(
@@ -90,10 +93,12 @@ def witness(against: str, tokenizer: Any) -> Callable[[Any], Tokens | None]:
         raise ValueError(f"against={against!r} needs a transformers tokenizer with a chat template; give one")
     chat_template = tokenizer.get_chat_template()
     if against == "trl":
+        if importlib.util.find_spec("trl") is None:
+            raise ImportError("against='trl' asks TRL, which is not installed; pip install trl")
         from trl.chat_template_utils import get_training_chat_template
 
         chat_template = get_training_chat_template(tokenizer) or chat_template
-    elif "{% generation" not in chat_template.replace("{%- ", "{% "):
+    elif not re.search(r"\{%[-+]?\s*generation\b", chat_template):
         raise ValueError(
             "against='transformers' reads {% generation %} marks, and the tokenizer's chat template has none; set one "
             "that has, or use against='trl'"
@@ -113,31 +118,35 @@ def _of_labels(record: Any) -> Tokens | None:
 
 def _of_template(tokenizer: Any, chat_template: str, record: Any) -> Tokens | None:
     """Return what apply_chat_template marks; of a prompt and completion, only what is in the completion."""
-    record = {"messages": record} if isinstance(record, (list, tuple)) else record
-    shape = next((key for key in ("prompt", "messages", "conversations") if record.get(key)), None)
-    prompt = _messages(record.get("prompt")) if shape == "prompt" else []
-    messages = prompt + _messages(record.get("completion")) if shape == "prompt" else _messages(record.get(shape))
-    if not messages:
+    record = record if isinstance(record, Mapping) else {"messages": record}
+    asks = record.get("prompt") is not None and record.get("completion") is not None
+    prompt = _messages(record["prompt"]) if asks else []
+    said = record["completion"] if asks else next((record[k] for k in SHAPES if record.get(k) is not None), None)
+    messages = prompt + _messages(said)
+    if not messages or (asks and not prompt):
         return None
-    tools = record.get("tools") or None
-    how = {
-        "chat_template": chat_template,
-        "tools": json.loads(tools) if isinstance(tools, str) else tools,
-        "return_dict": True,
-        **(record.get("chat_template_kwargs") or {}),
-    }
     try:
+        how = {
+            "chat_template": chat_template,
+            "tools": _parsed(record.get("tools")) or None,
+            "return_dict": True,
+            **(_parsed(record.get("chat_template_kwargs")) or {}),
+        }
         whole = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, **how)
         begin = 0
-        if shape == "prompt":
+        if asks:
             asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **how)["input_ids"]
             pairs = zip_longest(asked, whole["input_ids"])
             begin = next((at for at, (a, b) in enumerate(pairs) if a != b), len(asked))
-    # A template is a program of its own: what it raises can be anything.
+    # A template is a program of its own: what it raises can be anything. So is what stands in a record.
     except Exception:
         return None
     masks = enumerate(zip(whole["input_ids"], whole["assistant_masks"], strict=True))
     return [(id, bool(bit) and at >= begin) for at, (id, bit) in masks]
+
+
+def _parsed(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) and value else value
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:

@@ -12,56 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_sets import SMALL as ENCODING
+from shown import BAD, ROW, SMALL, A, U, chatml, refused, shown
 
 import nanopack
 from nanopack import ConversationError
 from nanopack.conversations.records import check, open_conversations
-from nanopack.tokenizers.tokenizer import load_tokenizer
 
-SMALL = load_tokenizer(ENCODING)
-U = {"role": "user", "content": "Q"}
-A = {"role": "assistant", "content": "A"}
-BAD = {"role": "assistant", "content": "BAD"}
 TEMPLATES = ["nanochat", "chatml"]
-ROW: dict[str, Any] = dict(batch_size=1, seq_len=256, epochs=1, num_workers=0, packing="pad")
-
-
-def shown(record: object, template: str = "chatml", **arguments: Any) -> str:
-    """The document of a record as the loader packs it, [[ ]] around what is in the loss; the reference agrees."""
-    arguments = {**ROW, "template": template, **arguments}
-    assert nanopack.verify([record], SMALL, **arguments)
-    with nanopack.Loader([record], SMALL, **arguments) as loader:
-        [batch] = loader
-    size = batch.num_tokens
-    ids, targets = batch.inputs[0, :size].tolist(), batch.targets[0, : size - 1].tolist()
-    marks = [False, *(target != -100 for target in targets), False]
-    text = ""
-    for place, token in enumerate(ids):
-        text += "[[" if marks[place] and not (place and marks[place - 1]) else ""
-        text += SMALL.decode([token])
-        text += "]]" if marks[place] and not marks[place + 1] else ""
-    return text
-
-
-def chatml(*turns: str) -> str:
-    """A chatml document: 'user Q', 'assistant A', or '!assistant BAD', which is not in the loss."""
-    text = "<|bos|>"
-    for turn in turns:
-        role, said = turn.lstrip("!").split(" ", 1)
-        said = f"{said}<|im_end|>"
-        text += f"<|im_start|>{role}\n" + (f"[[{said}]]" if turn.startswith("assistant") else said) + "\n"
-    return text
-
-
-def refused(record: object, template: str = "chatml", **arguments: Any) -> str:
-    """What both packers say against a record."""
-    with pytest.raises(ConversationError) as ours, nanopack.Loader([record], SMALL, template=template, **ROW) as loader:
-        next(loader)
-    with pytest.raises(ConversationError):
-        next(nanopack.reference.batches([record], SMALL, template=template, batch_size=1, seq_len=256, epochs=1))
-    return str(ours.value)
-
 
 # W1: ready tokens with Hugging Face's names for the mask
 
@@ -105,7 +62,7 @@ def test_w1_a_record_whose_labels_are_all_masked_is_not_in_the_loss() -> None:
         pytest.param({"attention_mask": [0] * 4}, "attention_mask is 0 everywhere", id="all-pads"),
         pytest.param({"attention_mask": [1, 1, 2, 2]}, "attention_mask must be bools or 0 and 1", id="packed"),
         pytest.param({"position_ids": [0, 1, 0, 1]}, "position_ids do not count up by 1", id="packed-positions"),
-        pytest.param({"seq_lengths": [2, 2]}, "seq_lengths has several lengths", id="packed-lengths"),
+        pytest.param({"seq_lengths": [2, 2]}, "seq_lengths shows several documents", id="packed-lengths"),
         pytest.param({"loss_mask": [1] * 4, "labels": [-100, *IDS[1:]]}, "loss_mask and labels contradict", id="two"),
         pytest.param(
             {"assistant_masks": [1, 0, 0, 0], "completion_mask": [1, 1, 0, 0]}, "contradict each other", id="trl"

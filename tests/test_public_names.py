@@ -17,7 +17,7 @@ from nanopack import config, packing
 
 NAMES = {
     *("Batch", "BestFit", "BestFitCrop", "BestFitPad", "ConversationError", "EncoderError", "Explanation", "Flat"),
-    *("Loader", "Mixture", "Pad", "Piece", "ProducerError", "Stream", "Template", "Turn"),
+    *("Loader", "Mixture", "Pad", "Piece", "ProducerError", "StorageError", "Stream", "Template", "Turn"),
     *("merge_states", "mixture", "verify"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from nanopack import verify, witness
@@ -100,3 +101,85 @@ def test_the_command_line_asks_a_witness(tmp_path, capsys):
     assert capsys.readouterr().out == (
         "as axolotl-like has it: 2 of 3 tokens in the loss; conversations: 1, refused: 0, unread: 0\n"
     )
+
+
+def test_nothing_compared_is_not_equal(tmp_path, capsys):
+    for records in ([{"text": "x"}], [[A | {"role": "judge"}]], [{"input_ids": [5, 6]}]):
+        found = verify(records, "chat32k", against="axolotl-like")
+        assert not found
+        assert (found.conversations, found.difference) == (0, None)
+    (tmp_path / "r.jsonl").write_text(json.dumps({"text": "x"}))
+    assert main(["verify", str(tmp_path / "r.jsonl"), "--against", "axolotl-like"]) == 1
+    assert capsys.readouterr().out == (
+        "not what axolotl-like can confirm: there is nothing to compare; conversations: 0, refused: 0, unread: 1\n"
+    )
+    assert not verify([{"text": 3}], "chat32k", on_error="skip", num_workers=0)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [U, A], "tools": "[]", "chat_template_kwargs": "{}"},
+        {"messages": [U, A], "chat_template_kwargs": '{"enable_thinking": false}'},
+        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "tools": ""},
+        {"prompt": "Q", "messages": [U, A]},
+        {"prompt": [U], "completion": [A, U, A]},
+        {"messages": [U | {"content": None}, A]},
+        {"messages": 3},
+        {"messages": {"role": ["user", "assistant"], "content": ["Q", "A"]}},
+        {"prompt": "Q", "completion": "A"},
+        7,
+        None,
+    ],
+    ids=str,
+)
+@needs_trl
+def test_a_witness_reads_or_leaves_any_record_and_never_differs_by_its_form(record):
+    tokenizer = make_stock("qwen3_training")
+    for against in ("trl", "transformers", "axolotl-like"):
+        found = verify([record, [U, A], {**AXOLOTL}], tokenizer, against=against, template="hf")
+        assert found, found.difference
+        assert found.conversations + found.refused + found.unread == 3
+        assert found.conversations == (1 if against == "axolotl-like" else found.conversations) > 0
+
+
+def test_an_array_of_messages_is_left_or_read():
+    messages = np.empty(2, object)
+    messages[:] = [U, A]
+    found = verify([messages, [U, A]], make_tokenizer(MARKED), against="transformers", template="hf")
+    assert found
+    assert found.conversations + found.unread == 2
+
+
+@needs_trl
+@pytest.mark.parametrize(
+    ("record", "difference"),
+    [
+        ({"messages": [U, A], "system": "S"}, "has"),
+        ({"messages": [U, A | {"weight": 0}]}, "is in the loss of trl, not of nanopack"),
+        ({"messages": [U, A], "weight": 0}, "is in the loss of trl, not of nanopack"),
+    ],
+    ids=["system", "message", "record"],
+)
+def test_what_trl_ignores_and_we_obey_is_a_difference(record, difference):
+    found = verify([record], make_stock("qwen3_training"), against="trl", template="hf")
+    assert not found
+    assert difference in found.difference
+
+
+def test_a_wrong_template_a_wrong_label_and_a_wrong_loss_are_not_equal():
+    wrong = (
+        MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+        + "{% generation %}{% endgeneration %}"
+    )
+    assert not verify([[U, A]], make_tokenizer(wrong), against="transformers", template="hf", on_error="skip")
+    assert not verify([[U, A, U, A]], make_tokenizer(MARKED), against="transformers", template="hf", loss="last")
+    assert verify([[U, A]], make_tokenizer(MARKED), against="transformers", template="hf", loss="last")
+    with pytest.raises(ValueError, match=r"loss='all' puts every token in it; leave it out"):
+        verify([[U, A]], make_tokenizer(MARKED), against="transformers", template="hf", loss="all")
+
+
+@needs_trl
+def test_a_template_that_trl_cannot_train_by_is_refused():
+    with pytest.raises(ValueError, match="not training-compatible"):
+        verify([[U, A]], make_tokenizer(PLAIN), against="trl", template="hf")

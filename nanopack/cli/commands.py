@@ -74,7 +74,7 @@ def verify(options: Namespace) -> int:
         got = _deliver(loader, Totals(loader.config), options.max_batches, show)
         found = compare(itertools.islice(expected, options.max_batches), got)
         ledger = loader.ledger()
-    equal = bool(found) and found.batches > 0
+    equal = bool(found)
     if options.json:
         _print_json({"equal": equal, **dataclasses.asdict(found)})
     elif found.difference:
@@ -90,13 +90,16 @@ def _ask_witness(options: Namespace) -> int:
         raise ValueError("--against compares conversations, not batches; leave --max-batches out")
     with _loader(options) as loader:
         found = compare_with_witness(loader, options.against)
-    equal = bool(found) and found.conversations > 0
+    equal = bool(found)
+    counts = f"conversations: {found.conversations:,}, refused: {found.refused:,}, unread: {found.unread:,}"
     if options.json:
         _print_json({"equal": equal, **dataclasses.asdict(found)})
     elif found.difference:
         print(f"not what {found.against} has in the loss: {found.difference}")
+    elif not equal:
+        what = f"of {found.tokens:,} tokens none is in the loss" if found.tokens else "there is nothing to compare"
+        print(f"not what {found.against} can confirm: {what}; {counts}")
     else:
-        counts = f"conversations: {found.conversations:,}, refused: {found.refused:,}, unread: {found.unread:,}"
         print(f"as {found.against} has it: {found.num_loss_tokens:,} of {found.tokens:,} tokens in the loss; {counts}")
     return 0 if equal else 1
 

@@ -17,7 +17,7 @@ from nanopack.config import LoaderConfig
 from nanopack.conversations.records import Conversation, check
 from nanopack.conversations.source import Source
 from nanopack.packing import Packing, simulate
-from nanopack.render.renderer import Document
+from nanopack.render.document import Document
 
 # shorter documents share one bin
 SHORTEST_BIN = 16

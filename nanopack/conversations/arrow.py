@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from nanopack.conversations.keys import HARMLESS, RECORD, SHAPES, Row
+from nanopack.conversations.keys import HARMLESS, RECORD, SHAPES, Row, looks_like
 
 NUMBERS = {"bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
 
@@ -91,12 +91,18 @@ def columns_read(path: str, names: Sequence[str]) -> list[str]:
             f"{path} has the columns {', '.join(names)}, but none of {', '.join(SHAPES)}; "
             "give the column with the conversations one of these names"
         )
-    return [name for name in names if RECORD.get(name, HARMLESS) != HARMLESS]
+    return [name for name in names if _matters(name)]
+
+
+def _matters(name: str) -> bool:
+    return RECORD[name] != HARMLESS if name in RECORD else looks_like(name, "record") != ""
 
 
 def row_type(names: Sequence[str]) -> type[Row]:
     """Return the class of the rows of a table with these columns: it names those that nothing reads."""
-    return type("Row", (Row,), {"unread": tuple(sorted(name for name in names if name not in RECORD))})
+    return type(
+        "Row", (Row,), {"unread": tuple(sorted(name for name in names if name not in RECORD and not _matters(name)))}
+    )
 
 
 class ArrowRows:

@@ -46,7 +46,7 @@ class Items(Source):
         # A pandas.Series takes its labels for an index, which a shuffle leaves out of order.
         self._items = items.iloc if type(items).__name__ == "Series" and hasattr(items, "iloc") else items
         self._length = len(items)
-        self._features = _plain_features(items)
+        self._features = _features_of(items)
         self.runs_foreign_code = type(items).__module__.split(".")[0] not in KNOWN_CODE
 
     def __len__(self) -> int:
@@ -63,15 +63,21 @@ class Items(Source):
         return f"conversation {index}"
 
 
-def _plain_features(items: object) -> object:
-    """Return the features of a datasets.Dataset that hands out plain Python, else None."""
-    if type(items).__module__.split(".")[0] != "datasets" or getattr(items, "format", {}).get("type") is not None:
+def _features_of(items: Any) -> object:
+    """Return the features of a datasets.Dataset, or of what torch's Subset or ConcatDataset hold, else None."""
+    if type(items).__module__.startswith("torch.utils.data"):
+        found = [_features_of(part) for part in getattr(items, "datasets", None) or [getattr(items, "dataset", None)]]
+        return None if None in found else found[0]
+    # what a transform of the user's hands out has other features
+    if type(items).__module__.split(".")[0] != "datasets" or getattr(items, "format", {}).get("type") == "custom":
         return None
     return getattr(items, "features", None)
 
 
-def open_conversations(conversations: Any) -> Source:
+def open_conversations(conversations: Any, *, shuffled: bool = False) -> Source:
     """Return the conversations of an object with len and [int], or of one or more paths or globs; a Source as it is.
+
+    `shuffled` says that they will be read in any order.
 
     Files end in one of SUFFIXES. A glob gives its files sorted, a folder the known files in it, sorted, or the Dataset
     that was saved there; a list keeps its order. Raises ValueError for what is empty, missing or unreadable,
@@ -83,7 +89,7 @@ def open_conversations(conversations: Any) -> Source:
     if isinstance(conversations, Source):
         source = conversations
     elif isinstance(conversations, (list, tuple)) and any(map(_is_path, conversations)):
-        source = open_files([path for item in conversations for path in find_files(item)])
+        source = open_files([path for item in conversations for path in find_files(item)], shuffled=shuffled)
     else:
         _refuse_unusable(conversations)
         source = Items(conversations)
@@ -99,14 +105,25 @@ def find_files(item: Any) -> list[str]:
     path = os.fsdecode(item)
     # A file whose name looks like a glob, or like a home directory, is meant itself.
     path = path if os.path.exists(path) else os.path.expanduser(path)
-    literal = os.path.exists(path) or not glob.has_magic(path)
-    paths = [path] if literal else sorted(glob.glob(path, recursive=True))
+    paths = (
+        [path]
+        if os.path.exists(path) or not glob.has_magic(path)
+        else sorted(glob.glob(_pattern(path), recursive=True))
+    )
     if not paths:
         raise ValueError(f"conversations={path!r} matches no file; the working directory is {os.getcwd()}")
     paths = [file for path in paths for file in (files_in(path) if os.path.isdir(path) else [path])]
     for path in paths:
         _refuse_unreadable(path)
     return paths
+
+
+def _pattern(path: str) -> str:
+    """Return a glob in which the folders that exist under just that name, such as run[1], stand for themselves."""
+    folder = os.path.dirname(path)
+    while folder and not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    return glob.escape(folder) + path[len(folder) :]
 
 
 def _is_path(item: object) -> bool:
@@ -138,7 +155,9 @@ def _refuse_unusable(items: Any) -> None:
     elif isinstance(items, Iterator) or not (hasattr(kind, "__len__") and hasattr(kind, "__getitem__")):
         why = "has no len() and [int]; give list(...) of it, or files"
     elif kind.__name__ == "DataFrame":
-        why = "hands out columns; give df.to_dict('records')"
+        why = "hands out columns; give df.to_dict('records'), or df.to_dicts() in polars"
+    elif kind.__module__.startswith("pyarrow"):
+        why = "hands out columns or Arrow's values; give .to_pylist() of it, or the file"
     elif isinstance(items, (list, tuple)) and items and not any(map(_is_record, items)):
         why = "holds no records; give dicts such as {'messages': [...]}, or paths"
     else:

@@ -9,42 +9,28 @@ scanned once for where its records begin; then a record is read as its bytes, or
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 
-from nanopack.conversations.arrow import ArrowRows, cell_reader, columns_read, row_type
+from nanopack.conversations.arrow import ArrowRows
 from nanopack.conversations.json_array import scan_array
-from nanopack.conversations.random_access import GzipBytes, OpenFile, PlainBytes, Recent, Version, ZstdBytes
+from nanopack.conversations.kinds import refuse_other_kinds
+from nanopack.conversations.parquet import RowGroups, Rows
+from nanopack.conversations.random_access import PlainBytes, Version
 from nanopack.conversations.source import Source
+from nanopack.conversations.unpacked import Scratch, UnpackedBytes
 from nanopack.errors import ConversationError
 
 TEXT_SUFFIXES = tuple(f"{kind}{packed}" for kind in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst"))
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow")
 # What `datasets` writes beside the data.
 NOT_DATA = ("dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json")
-# What a file begins with that is something else than its name says.
-KINDS = (
-    (b"\x1f\x8b", "gzip", "name it .gz"),
-    (b"\x28\xb5\x2f\xfd", "zstd", "name it .zst"),
-    (b"version https://git-lfs", "a Git LFS pointer", "fetch the file itself with git lfs pull"),
-    (b"PAR1", "Parquet", "name it .parquet"),
-    (b"ARROW1", "Arrow", "name it .arrow"),
-    (b"PK\x03\x04", "a zip archive", "unpack it"),
-    (b"BZh", "bzip2", "unpack it"),
-    (b"\xfd7zXZ", "xz", "unpack it"),
-    (b"\xff\xfe", "UTF-16", "save it as UTF-8"),
-    (b"\xfe\xff", "UTF-16", "save it as UTF-8"),
-)
-OPEN_FILES = 64
-RECENT_BLOCKS = 4
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -104,7 +90,7 @@ def parse_json(raw: bytes, what: str) -> object:
     raise ConversationError(why)
 
 
-Bytes = PlainBytes | GzipBytes | ZstdBytes
+Bytes = PlainBytes | UnpackedBytes
 
 
 class Lines:
@@ -162,82 +148,6 @@ def open_text(data: Bytes) -> Lines | Elements:
     return Elements(data) if name.endswith(".json") and begins == b"[" else Lines(data)
 
 
-def refuse_other_kinds(path: str, head: bytes, own: bytes = b"never") -> None:
-    """Raise ValueError where a file begins as something else than its name says, which begins with `own`."""
-    if head.startswith(own):
-        return
-    for begins, kind, remedy in KINDS:
-        if head.startswith(begins):
-            raise ValueError(f"{path} is {kind}, whatever its name says; {remedy}")
-    # of ASCII text in UTF-16 or UTF-32, every second byte at least
-    if b"\0" in head[:4]:
-        raise ValueError(f"{path} is UTF-16 or UTF-32, not UTF-8; save it as UTF-8")
-
-
-def read_row_group(version: Version, group: int, columns: tuple[str, ...]) -> Any:
-    """Return one row group as a pyarrow table."""
-    # One thread and a file of its own: nothing of pyarrow's is shared with a forked process.
-    with OpenFile(version) as file, _parquet(version.path).ParquetFile(file, pre_buffer=False) as groups:
-        return groups.read_row_group(group, list(columns), use_threads=False)
-
-
-def _parquet(path: str) -> Any:
-    try:
-        return importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise ImportError(f"{path} is Parquet, which needs pyarrow; pip install nanopack[parquet]") from error
-
-
-class Rows:
-    """The rows of a Parquet file, as dicts of the columns that matter. Memory: the row group read last in all files."""
-
-    def __init__(self, version: Version, groups: Recent[Any]) -> None:
-        self._version, self._groups = version, groups
-        schema, sizes = self._footer(_parquet(version.path))
-        self._columns = tuple(columns_read(version.path, schema.names))
-        self._types = [schema.field(name).type for name in self._columns]
-        self._names = schema.names
-        self._ends = list(accumulate(sizes))
-        self._prepare()
-
-    def _prepare(self) -> None:
-        self._cells = list(map(cell_reader, self._types))
-        self._row = row_type(self._names)
-
-    def __getstate__(self) -> dict[str, object]:
-        # closures and classes made here do not pickle
-        return self.__dict__ | {"_cells": None, "_row": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._prepare()
-
-    def _footer(self, parquet: Any) -> tuple[Any, list[int]]:
-        """Return the schema and the sizes of the row groups."""
-        try:
-            with OpenFile(self._version) as file, parquet.ParquetFile(file) as groups:
-                sizes = [groups.metadata.row_group(k).num_rows for k in range(groups.num_row_groups)]
-                return groups.schema_arrow, sizes
-        # All of pyarrow's errors are ValueErrors or OSErrors.
-        except (ValueError, OSError) as error:
-            refuse_other_kinds(self._version.path, PlainBytes.head(self._version.path), b"PAR1")
-            why = f"{self._version.path} cannot be read as Parquet ({error}); make or copy it again"
-            raise ValueError(why) from error
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def __getitem__(self, row: int) -> object:
-        group = bisect_right(self._ends, row)
-        table = self._groups.get(self._version, group, self._columns)
-        at = row - (self._ends[group - 1] if group else 0)
-        cells = zip(self._columns, self._cells, strict=True)
-        return self._row({name: read(table.column(name)[at]) for name, read in cells})
-
-    def where(self, row: int) -> str:
-        return f"{self._version.path} row {row}"
-
-
 Part = Lines | Elements | Rows | ArrowRows
 
 
@@ -267,25 +177,25 @@ class Files(Source):
         return self._parts[part], index - (self._ends[part - 1] if part else 0)
 
 
-def open_files(paths: Sequence[str]) -> Files:
-    """Return the records of files; ValueError where one cannot be read, ImportError where a package is missing."""
-    files, groups = Recent(OPEN_FILES, OpenFile), Recent(1, read_row_group)
-    blocks = Recent(RECENT_BLOCKS, GzipBytes.inflate)
+def open_files(paths: Sequence[str], *, shuffled: bool = False) -> Files:
+    """Return the records of files; ValueError where one cannot be read, ImportError where a package is missing.
+
+    With `shuffled` they are to be read in any order: row groups of Parquet are then kept, unpacked, once they are read.
+    """
+    scratch = Scratch()
+    groups = RowGroups(scratch if shuffled else None)
 
     def open_one(path: str) -> Part:
-        status, name = os.stat(path), path.lower()
-        version = Version(path, status.st_size, status.st_mtime_ns)
+        version, name = Version.of(path), path.lower()
         if name.endswith(".parquet"):
             return Rows(version, groups)
         if name.endswith(".arrow"):
             return ArrowRows(path)
-        raw = PlainBytes(version, files)
-        if name.endswith((".gz", ".zst")):
-            own = b"\x1f\x8b" if name.endswith(".gz") else b"\x28\xb5\x2f\xfd"
-            refuse_other_kinds(path, PlainBytes.head(path), own)
-        if name.endswith(".gz"):
-            return open_text(GzipBytes(raw, blocks))
-        return open_text(ZstdBytes(raw) if name.endswith(".zst") else raw)
+        raw = PlainBytes(version)
+        if not name.endswith((".gz", ".zst")):
+            return open_text(raw)
+        refuse_other_kinds(path, PlainBytes.head(path), b"\x1f\x8b" if name.endswith(".gz") else b"\x28\xb5\x2f\xfd")
+        return open_text(UnpackedBytes(raw, scratch))
 
     return Files([open_one(path) for path in paths])
 

@@ -4,20 +4,26 @@
                                               Renderer     refuses what its template cannot write
 
 This table is the only one: a key that is not in it is unknown. Unknown keys are named once in the log and counted in
-the ledger. null, NaN, "", [] and {} count as absent under every key but those of kind READ and MASK.
+the ledger, but those that look like one that matters, by their name and value, are refused: `toolCalls`, `is_trained`.
+null, NaN, "", [] and {} count as absent under every key but those of kind READ and MASK.
 """
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 READ = "read"  # the conversation itself, and its weight
 MASK = "mask"  # which of the input_ids stay, and which are in the loss
+PACKED = "packed"  # beside input_ids, refused where it shows several documents; says nothing elsewhere
 SYSTEM = "system"  # the text of a first system message
 TEMPLATE = "template"  # goes to the chat template with template="hf"; refused elsewhere
 IN_LOSS = "in loss"  # true or 1: as the template says; false or 0: nothing of the message is in the loss
 NOT_IN_LOSS = "not in loss"  # the reverse
+WANTED = "wanted"  # false: the answer is not one to learn, and the record is refused
 PASSED = "passed"  # goes to the chat template with template="hf"; left out elsewhere, where nothing is lost by it
 REFUSED = "refused"  # nothing here can honour it
 HARMLESS = "harmless"  # says nothing that belongs into a batch
@@ -43,29 +49,42 @@ RECORD = _table(
     (HARMLESS, "num_turns turns length token_type_ids special_tokens_mask overflow_to_sample_mapping"),
     (HARMLESS, "parallel_tool_calls"),
     (READ, "messages conversations text input_ids prompt completion instruction input output history weight"),
+    (READ, "context chosen rejected role"),
     (MASK, "labels loss_mask assistant_masks assistant_mask completion_mask response_mask attention_mask"),
     (MASK, "position_ids seq_lengths"),
-    (SYSTEM, "system system_prompt"),
+    (PACKED, "cu_seqlens seq_start_id segment_ids sequence_ids seq_idx doc_ids document_ids"),
+    (SYSTEM, "system system_prompt system_message system_instruction"),
     (TEMPLATE, "tools chat_template_kwargs"),
     # the role whose messages are not in the loss (NeMo)
     (NOT_IN_LOSS, "mask"),
+    # KTO's and LLaMA-Factory's
+    (WANTED, "label kto_tag"),
     (REFUSED, "functions images image videos video audios audio documents"),
     (REFUSED, "train training trainable masked loss_weight loss_weights sample_weight token_weights"),
-    (REFUSED, "prompt_mask action_mask label_mask"),
+    (REFUSED, "prompt_mask action_mask label_mask label_ids target_ids decoder_input_ids"),
+    # these belong into a message
+    (REFUSED, "tool_calls function_call reasoning reasoning_content thinking thought thoughts chain_of_thought cot"),
+    # these belong into chat_template_kwargs
+    (REFUSED, "enable_thinking reasoning_effort"),
 )
 
 MESSAGE = _table(
     (HARMLESS, _NOTES),
     (HARMLESS, "end_turn recipient_id"),
     (READ, "role content from value"),
-    (IN_LOSS, "weight train training trainable loss"),
+    (IN_LOSS, "weight train training trainable is_trainable train_on_turn loss"),
     (NOT_IN_LOSS, "masked"),
-    (TEMPLATE, "tool_calls function_call tools functions tool_plan tool_responses tool_results"),
-    (TEMPLATE, "reasoning_content reasoning reasoning_details thinking thoughts thought refusal citations"),
+    (TEMPLATE, "tool_calls tool_call function_call tools functions arguments tool_plan tool_responses tool_results"),
+    (
+        TEMPLATE,
+        "reasoning_content reasoning reasoning_details thinking thinking_blocks thoughts thought refusal citations",
+    ),
     (TEMPLATE, "images image videos video audios audio documents prefix"),
     (PASSED, "name tool_call_id"),
     # of these one cannot say what true means, or they are about characters
     (REFUSED, "mask loss_mask loss_scale loss_weight train_detail training_detail"),
+    # Gemini's and AI SDK's content
+    (REFUSED, "parts attachments"),
 )
 
 PART = _table(
@@ -86,11 +105,49 @@ class Row(dict[str, Any]):
 # Of those that may come as JSON text, the texts that hold nothing.
 EMPTY_JSON = ("[]", "{}", "null", '""')
 
+# Words in a name that make an unknown key one that may matter, if its value is a flag, or numbers.
+_OF_LOSS = {"train", "trained", "training", "trainable", "loss", "mask", "masks", "masked", "weight", "weights"}
+_OF_LOSS |= {"label", "labels", "learn", "supervised", "ignore", "ignored"}
+# And these, whatever the value.
+_OF_MEDIA = {"image", "images", "video", "videos", "audio", "audios", "pixel"}
+_WORD = re.compile(r"[A-Z]*[a-z]+|[A-Z]+")
+_YES_NO = {"true", "false", "yes", "no", "0", "1"}
 
-def is_absent(value: object) -> bool:
+
+@functools.lru_cache(maxsize=4096)
+def looks_like(key: str, table: str) -> str:
+    """Return what an unknown key of a "record", "message" or "part" looks like: a known key, "loss", "media" or "".
+
+    >>> looks_like("toolCalls", "message"), looks_like("isTrained", "message"), looks_like("mood", "message")
+    ('tool_calls', 'loss', '')
+    """
+    kinds = {"record": RECORD, "message": MESSAGE, "part": PART}[table]
+    words = [word.lower() for word in _WORD.findall(key)]
+    if kinds.get("_".join(words), READ) not in (READ, HARMLESS, PASSED, PACKED, WANTED):
+        return "_".join(words)
+    return "loss" if _OF_LOSS & {*words} else "media" if _OF_MEDIA & {*words} else ""
+
+
+def is_flag(value: Any) -> bool:
+    """Return whether a value may say what is in the loss: yes or no, a number from 0 to 1, or numbers in a row."""
+    if isinstance(value, str):
+        return value.lower() in _YES_NO
+    if isinstance(value, Real):
+        return 0 <= float(value) <= 1
+    if isinstance(value, (list, tuple)):
+        return len(value) > 0 and isinstance(value[0], Real)
+    # of torch a dtype has no kind, and is numbers
+    return hasattr(value, "dtype") and getattr(value.dtype, "kind", "i") in "biuf"
+
+
+def is_absent(value: Any) -> bool:
     """Return whether the value of a key says nothing: null, NaN, "", [] or {}, also within JSON text."""
     if isinstance(value, str):
         return not value or value.strip() in EMPTY_JSON
-    if isinstance(value, float):
-        return value != value
-    return value is None or (isinstance(value, (list, tuple, Mapping)) and not value)
+    if isinstance(value, Real):
+        return bool(value != value)
+    if value is None or isinstance(value, (list, tuple, Mapping)):
+        return not value
+    # an array that pandas made of a list, or what it writes for none
+    kind = type(value).__name__
+    return kind in ("NAType", "NaTType") or (kind == "ndarray" and value.size == 0)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from nanopack.conversations import keys
-from nanopack.conversations.keys import MESSAGE, PART, SHAPES, is_absent
+from nanopack.conversations.keys import MESSAGE, PART, SHAPES, is_absent, is_flag, looks_like
 from nanopack.errors import ConversationError, describe, short
 
 # Llama 3 calls a tool ipython. A function call is what the assistant says, an observation what comes of it.
@@ -122,14 +122,33 @@ def _rest(message: Mapping[str, Any], role: str, ignored: set[str]) -> tuple[dic
         if kind in (keys.IN_LOSS, keys.NOT_IN_LOSS):
             flags[key] = _flag(key, value, role) == (kind == keys.IN_LOSS)
         elif kind == keys.REFUSED:
-            fail(f"{key} cannot be honoured: {short(value)}; say whether the message is in the loss by weight, 0 or 1")
+            content = "give its texts as content, a list of parts {'type': 'text', 'text': ...}"
+            loss = "say whether the message is in the loss by weight, 0 or 1"
+            fail(f"{key} cannot be honoured: {short(value)}; {content if key in _CONTENT else loss}")
         elif kind != keys.TEMPLATE or value is not False:
             rest[key] = read_dicts(value, key) if key == "tool_calls" else _unwrapped(value)
             if kind is None:
+                _check_unknown(str(key), value, "message")
                 ignored.add(f"message.{key}")
     if len(set(flags.values())) > 1:
         fail(f"{' and '.join(flags)} contradict each other; remove all of them but one")
     return rest, all(flags.values())
+
+
+_CONTENT = ("parts", "attachments")
+
+
+def _check_unknown(key: str, value: object, of: str) -> None:
+    """Raise ConversationError where an unknown key of a message or part looks like one that matters."""
+    like = looks_like(key, of)
+    if like == "loss" and is_flag(value):
+        fail(
+            f"{key} is not known, and may say what is in the loss: {short(value)}; give the message a weight of 0 or 1"
+        )
+    if like == "media" and value is not False:
+        fail(f"{key} is not known, and nanopack packs text: {short(value)}; remove it")
+    if like not in ("", "loss", "media"):
+        fail(f"{key} is not known, and looks like {like}; name it so, or remove it")
 
 
 def _flag(key: str, value: object, role: str) -> bool:
@@ -157,6 +176,7 @@ def read_parts(content: object, key: str, ignored: set[str]) -> tuple[Part, ...]
             if PART.get(name) == keys.REFUSED:
                 fail(f"part {number} of {key}: {name} cannot be honoured; remove it")
             if name not in PART:
+                _check_unknown(str(name), part[name], "part")
                 ignored.add(f"part.{name}")
         parts.append(Part(PART_TYPES[kind], read_text(part.get("text"), f"text of part {number}")))
     return tuple(parts)
@@ -188,11 +208,12 @@ def as_list(value: object) -> object:
 
 
 def _unwrapped(value: Any, arrow: bool = False) -> Any:
-    """Return a value as lists and dicts. What pandas wraps into arrays came from Arrow, where null is absent."""
+    """Return a value as lists, dicts and plain scalars; what comes in arrays was in Arrow, where null is absent."""
     if isinstance(value, str):
         return value
-    if isinstance(value, np.ndarray):
-        return [_unwrapped(item, True) for item in value.tolist()]
+    # of numpy or torch, without dimensions too
+    if hasattr(value, "tolist"):
+        return _unwrapped(value.tolist(), True)
     if isinstance(value, (list, tuple)):
         return [_unwrapped(item, arrow) for item in value]
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""Read bytes of a file anywhere, whether it is compressed or not.
+"""Read bytes of a file anywhere, and notice when it has become another file.
 
-    path, Version   ->   PlainBytes, GzipBytes   ->   read(start, stop), chunks()
-                                                      files.py finds lines in them
+    path   ->   Version, PlainBytes   ->   read(start, stop), chunks()
+                                           files.py finds lines in them, unpacked.py decompresses them
 
 What lies in the bytes is not known here. They are read with os.pread: no position is shared and no lock is ours, so
 forked processes and threads may read at the same time. Pickling leaves every open file behind.
@@ -9,35 +9,46 @@ forked processes and threads may read at the same time. Pickling leaves every op
 
 from __future__ import annotations
 
-import importlib
+import contextlib
+import errno
+import functools
 import io
 import os
-import tempfile
+import weakref
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
-from functools import lru_cache
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
+
+from nanopack.errors import StorageError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 Value = TypeVar("Value")
 
 SCAN_BYTES = 256 << 10
-BLOCK_BYTES = 8 << 20
-# Every kept decompressor holds on to what it has not consumed of its last read, so reads are small.
-GZIP_READ_BYTES = 16 << 10
 
 
 class Recent(Generic[Value]):
-    """What `make` returned last, by its arguments: open files, decompressed blocks, row groups.
+    """What `make` returned last, by its arguments: decompressed blocks, row groups.
 
-    It pickles empty. lru_cache may be shared by threads, and a fork at any moment leaves it whole.
+    It pickles empty. functools.lru_cache may be shared by threads, and a fork at any moment leaves it whole.
     """
 
     def __init__(self, keep: int, make: Callable[..., Value]) -> None:
         self._arguments = keep, make
-        self.get: Callable[..., Value] = lru_cache(keep)(make)
+        self.get: Callable[..., Value] = functools.lru_cache(keep)(make)
 
     def __reduce__(self) -> tuple[type[Recent[Value]], tuple[int, Callable[..., Value]]]:
         return Recent, self._arguments
+
+
+# Bytes of a file that say whether it is still the same: so many at each of so many places, from its head to its tail.
+CHECKED_BYTES = 4 << 10
+CHECKED_PLACES = 8
 
 
 class Version(NamedTuple):
@@ -46,28 +57,106 @@ class Version(NamedTuple):
     path: str
     size: int
     mtime_ns: int
+    checksum: int
+    """CRC32 of the bytes at CHECKED_PLACES."""
+
+    @classmethod
+    def of(cls, path: str) -> Version:
+        """Return the version of the file that is there now."""
+        with open(path, "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            checksum = _checksum(file.fileno(), status.st_size)
+        return cls(path, status.st_size, status.st_mtime_ns, checksum)
+
+    def check(self, fd: int, known_mtime_ns: int, *, may_grow: bool) -> int:
+        """Return the time at which the open file was last modified; StorageError if its content is another one.
+
+        A file that was only touched, or copied anew, has the same content; with `may_grow`, also one that has more
+        after it. `known_mtime_ns` is the last answer: bytes are compared where it is another one.
+        """
+        status = os.fstat(fd)
+        if status.st_mtime_ns == known_mtime_ns and status.st_size == self.size:
+            return known_mtime_ns
+        if status.st_size < self.size:
+            raise StorageError(f"{self.path} was cut off while in use; open the conversations again")
+        grown = status.st_size > self.size and not may_grow
+        if grown or (status.st_mtime_ns != known_mtime_ns and _checksum(fd, self.size) != self.checksum):
+            raise StorageError(f"{self.path} has changed since it was opened; open the conversations again")
+        return status.st_mtime_ns
+
+
+def _checksum(fd: int, size: int) -> int:
+    last = max(0, size - CHECKED_BYTES)
+    places = sorted({last * k // (CHECKED_PLACES - 1) for k in range(CHECKED_PLACES)})
+    return functools.reduce(lambda crc, at: zlib.crc32(os.pread(fd, CHECKED_BYTES, at)[: size - at], crc), places, 0)
 
 
 class OpenFile(io.FileIO):
-    """A file that is open while anybody holds it; ValueError if it is not that version any more."""
+    """A file that is open while anybody holds it; StorageError if it is not that version any more."""
 
-    def __init__(self, version: Version) -> None:
+    def __init__(self, version: Version, *, may_grow: bool = False) -> None:
         super().__init__(version.path)
-        status = os.fstat(self.fileno())
-        if (status.st_size, status.st_mtime_ns) != (version.size, version.mtime_ns):
-            raise ValueError(f"{version.path} has changed since it was opened; open the conversations again")
+        self._version, self._may_grow, self._mtime_ns = version, may_grow, version.mtime_ns
+        self.check()
+
+    def check(self) -> None:
+        """Raise StorageError if it is not that version any more."""
+        self._mtime_ns = self._version.check(self.fileno(), self._mtime_ns, may_grow=self._may_grow)
 
     def __del__(self) -> None:
         # Closing is left to the last holder, and Python warns of files that are dropped open.
         self.close()
 
 
+def _limit_of_open_files() -> int:
+    # Windows has none to ask for; unlimited is negative
+    limit: int = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else 512
+    return limit if limit >= 0 else 1 << 20
+
+
+def most_open_files() -> int:
+    """Return how many files of conversations may be open in this process: a share of what the system allows."""
+    return max(4, min(256, _limit_of_open_files() // 8))
+
+
+# Whose files are open, of all data sets together, the oldest first.
+_holders: deque[weakref.ref[PlainBytes]] = deque()
+
+
+def open_file(version: Version, *, may_grow: bool = False) -> OpenFile:
+    """Open a file; where too many are open, close those of conversations first, the oldest first."""
+    while True:
+        try:
+            return OpenFile(version, may_grow=may_grow)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            if not _close_oldest():
+                why = f"too many open files, with a limit of {_limit_of_open_files()}; raise it with ulimit -n"
+                raise StorageError(f"{version.path}: {why}") from error
+
+
+def _close_oldest() -> bool:
+    """Close the file that has been open longest; False where there is none."""
+    while _holders:
+        with contextlib.suppress(IndexError):  # another thread took it
+            holder = _holders.popleft()()
+            if holder is not None:
+                holder.file = None
+                return True
+    return False
+
+
 class PlainBytes:
     """The bytes of a file, read anywhere."""
 
-    def __init__(self, version: Version, files: Recent[OpenFile]) -> None:
+    def __init__(self, version: Version) -> None:
         self.path, self.size = version.path, version.size
-        self._version, self._files = version, files
+        self._version = version
+        self.file: OpenFile | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"file": None}
 
     @staticmethod
     def head(path: str) -> bytes:
@@ -80,141 +169,18 @@ class PlainBytes:
             yield self.read(start, min(start + SCAN_BYTES, self.size))
 
     def read(self, start: int, stop: int) -> bytes:
-        # Held to the end: a file that other threads crowd out of `files` closes when nobody holds it.
-        file = self._files.get(self._version)
+        # Held to the end: a file that is closed to make room closes when nobody holds it.
+        file = self.file or self._open()
         data = os.pread(file.fileno(), stop - start, start)
+        # after the read: what came is what was checked
+        file.check()
         if len(data) < stop - start:
-            raise ValueError(f"{self.path} was cut off while in use; open the conversations again")
+            raise StorageError(f"{self.path} was cut off while in use; open the conversations again")
         return data
 
-
-class ZstdBytes:
-    """The decompressed bytes of a zstd file, read anywhere.
-
-    zstd cannot seek, and its decompressor cannot be copied. So the file is decompressed once in each process that opens
-    it, into a temporary file without a name: that needs the disk space, and no more memory than a chunk.
-    """
-
-    def __init__(self, raw: PlainBytes) -> None:
-        self.path = raw.path
-        self._raw = raw
-        self._unpack()
-
-    def __reduce__(self) -> tuple[type[ZstdBytes], tuple[PlainBytes]]:
-        return ZstdBytes, (self._raw,)
-
-    def _unpack(self) -> None:
-        zstandard = import_zstandard(self.path)
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as this is)
-        frame = None
-        try:
-            for chunk in self._raw.chunks():
-                # a file may be several frames
-                while chunk:
-                    frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-                    self._file.write(frame.decompress(chunk))
-                    chunk, frame = frame.unused_data, None if frame.eof else frame
-        except zstandard.ZstdError as error:
-            raise ValueError(f"{self.path} is damaged ({error}); test it with zstd -t, then copy it again") from error
-        if frame is not None:
-            raise ValueError(f"{self.path} is cut off; test it with zstd -t, then make or copy it again")
-        self._file.flush()
-        self.size = self._file.tell()
-
-    def chunks(self) -> Iterator[bytes]:
-        for start in range(0, self.size, SCAN_BYTES):
-            yield self.read(start, min(start + SCAN_BYTES, self.size))
-
-    def read(self, start: int, stop: int) -> bytes:
-        return os.pread(self._file.fileno(), stop - start, start)
-
-
-def import_zstandard(path: str) -> Any:
-    """Return the package; ImportError that says how to install it."""
-    try:
-        return importlib.import_module("zstandard")
-    except ImportError as error:
-        raise ImportError(f"{path} is zstd, which needs zstandard; pip install nanopack[zstd]") from error
-
-
-class Place(NamedTuple):
-    """Where decompressing can go on."""
-
-    at: int
-    """Next byte of the gzip file."""
-    member: Any
-    """The decompressor as it stands there, to be copied, never advanced; None between two members."""
-    lines: int
-    """Line ends before this place."""
-
-
-class GzipBytes:
-    """The decompressed bytes of a gzip file of one or more members, read anywhere.
-
-    gzip cannot seek. So the decompressor is kept as it stands at every 8 MB of text, and a read decompresses
-    the block of 8 MB (or the two) that it needs. Memory: at most 64 KB for every 8 MB of text, and the 4
-    blocks read last in all files together.
-    """
-
-    def __init__(self, raw: PlainBytes, blocks: Recent[bytes]) -> None:
-        self.path = raw.path
-        self._raw, self._blocks = raw, blocks
-        self._places = {0: Place(0, None, 0)}
-
-    def __getstate__(self) -> dict[str, object]:
-        # Decompressors cannot be pickled; the first read finds its place again.
-        return self.__dict__ | {"_places": {0: self._places[0]}}
-
-    def chunks(self) -> Iterator[bytes]:
-        number = 0
-        while block := self._blocks.get(self, number):
-            yield block
-            number += 1
-
-    def read(self, start: int, stop: int) -> bytes:
-        first, last = start // BLOCK_BYTES, (stop - 1) // BLOCK_BYTES
-        data = b"".join(self._blocks.get(self, number) for number in range(first, last + 1))
-        return data[start - first * BLOCK_BYTES : stop - first * BLOCK_BYTES]
-
-    def inflate(self, number: int) -> bytes:
-        """Return block `number`, empty behind the end, and keep every place on the way to it."""
-        known = number
-        while known not in self._places:
-            known -= 1
-        while True:
-            block, place = self._inflate_at(self._places[known])
-            known += 1
-            self._places.setdefault(known, place)
-            if known > number:
-                return block
-
-    def _inflate_at(self, place: Place) -> tuple[bytes, Place]:
-        at, member, lines = place
-        member = member and member.copy()
-        pieces: list[bytes] = []
-        room = BLOCK_BYTES
-        while room and (member or at < self._raw.size):
-            data = self._raw.read(at, min(at + GZIP_READ_BYTES, self._raw.size))
-            # gzip allows zero bytes behind a member: tapes and archives fill up their blocks with them.
-            if at and not member and data[0] == 0:
-                at += len(data) - len(data.lstrip(b"\0"))
-                continue
-            member = member or zlib.decompressobj(wbits=31)
-            piece = self._decompress(member, data, room, lines)
-            at += len(data) - len(member.unused_data) - len(member.unconsumed_tail)
-            pieces.append(piece)
-            room -= len(piece)
-            lines += piece.count(b"\n")
-            member = None if member.eof else member
-        return b"".join(pieces), Place(at, member, lines)
-
-    def _decompress(self, member: Any, data: bytes, room: int, lines: int) -> bytes:
-        try:
-            piece: bytes = member.decompress(data, room)
-        except zlib.error as error:
-            why = f"is damaged, noticed after line {lines} ({error})"
-        else:
-            if data or piece or member.eof:
-                return piece
-            why = f"is cut off in line {lines + 1}"
-        raise ValueError(f"{self.path} {why}; test it with gzip -t, then make or copy it again")
+    def _open(self) -> OpenFile:
+        file = self.file = open_file(self._version, may_grow=True)
+        _holders.append(weakref.ref(self))
+        while len(_holders) > most_open_files():
+            _close_oldest()
+        return file

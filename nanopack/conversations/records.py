@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from nanopack.conversations import keys
 from nanopack.conversations.data_sets import Conversations, Dataset, open_conversations
 from nanopack.conversations.files import SUFFIXES
-from nanopack.conversations.keys import RECORD, Row, is_absent
+from nanopack.conversations.keys import RECORD, Row, is_absent, is_flag, looks_like
 from nanopack.conversations.messages import (
     ROLES,
     SYSTEM_ROLES,
@@ -121,17 +121,20 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "conversations": ("conversations",),
     "text": ("text",),
-    "input_ids": ("input_ids", *(key for key, kind in RECORD.items() if kind == keys.MASK)),
+    "input_ids": ("input_ids", *(key for key, kind in RECORD.items() if kind in (keys.MASK, keys.PACKED))),
     "prompt": ("prompt", "completion"),
     "instruction": ("instruction", "input", "output", "history"),
 }
+# Which other keys hold what was said before an answer of that shape, so that to ignore them would lose it.
+_ALSO_SAID = {"prompt": ("input", "history", "context"), "instruction": ("context",)}
 
 
 def _is_missing(key: str, value: object) -> bool:
     """Return whether a key of a record counts as absent: an empty text is a text, and an empty list no messages."""
     if RECORD.get(key) in (keys.READ, keys.MASK):
         # pandas writes NaN where a column has nothing
-        return value is None or (isinstance(value, float) and value != value and key != "weight")
+        missing = value is None or type(value).__name__ == "NAType"
+        return missing or (isinstance(value, float) and value != value and key != "weight")
     return is_absent(value)
 
 
@@ -150,14 +153,18 @@ def _with_beside(found: Conversation, beside: Mapping[str, Any], shape: str) -> 
     ignored = set(found.ignored_keys)
     for key, value in beside.items():
         kind = RECORD.get(key)
-        if kind is None or kind == keys.READ:
-            ignored.add(key)
+        if kind in (None, keys.READ, keys.PACKED):
+            _check_ignored(key, value, shape)
+            ignored.add(str(key))
         elif kind == keys.MASK:
             fail(f"{key} is about input_ids, and the record has {shape}; remove it, or give input_ids instead")
         elif kind == keys.REFUSED:
             fail(f"{key} cannot be honoured: {short(value)}; {_HONOURED.get(key, 'nanopack packs text; remove it')}")
         elif kind == keys.NOT_IN_LOSS:
             _check_masked_role(key, value, shape)
+        elif kind == keys.WANTED:
+            if value is False or (type(value).__name__ in ("bool", "bool_") and not value):
+                fail(f"{key} is False: the answer is not one to learn; remove the record, or name the key otherwise")
         elif not found.messages:
             fail(f"{key} belongs to messages, and the record has {shape}; remove it, or give messages instead")
         elif kind == keys.SYSTEM:
@@ -168,15 +175,40 @@ def _with_beside(found: Conversation, beside: Mapping[str, Any], shape: str) -> 
         elif key == "tools":
             found = replace(found, tools=read_dicts(value, key))
         else:
-            found = replace(found, template_kwargs=read_dict(value, key))
+            # pandas writes None where another record's has a key
+            given = {name: one for name, one in read_dict(value, key).items() if one is not None}
+            found = replace(found, template_kwargs=given or None)
     return replace(found, ignored_keys=tuple(sorted(ignored)))
 
 
+def _check_ignored(key: object, value: object, shape: str) -> None:
+    """Raise ConversationError where a key that this shape does not read matters, or looks as if it did."""
+    if key in _ALSO_SAID.get(shape, ()) and not is_absent(value):
+        fail(f"{key} is not read where the record has {shape}: {short(value)}; write it into the {shape}, or remove it")
+    if key == "role" and shape in ("text", "input_ids") and isinstance(value, str) and value.strip().lower() in ROLES:
+        fail(f"the record is one message, of role {short(value)}; give all of a conversation as messages")
+    like = looks_like(str(key), "record") if key not in RECORD else ""
+    if like not in ("", "loss", "media"):
+        fail(f"{key} is not known, and looks like {like}; name it so, or remove it")
+    if (like == "loss" and is_flag(value)) or (like == "media" and value is not False):
+        fail(f"{key} is not known, and may say what is in the loss or shown: {short(value)}; {_REMOVE}")
+
+
+_REMOVE = "nothing here can honour it; remove it"
 _HONOURED = {
     "functions": "give them as tools, in the form of today",
     **dict.fromkeys(("train", "training", "trainable", "masked"), "give it to each message, or a weight of 0"),
     **dict.fromkeys(("loss_weight", "loss_weights", "sample_weight"), "name it weight, one number for the record"),
-    **dict.fromkeys(("prompt_mask", "action_mask", "label_mask", "token_weights"), "give a loss_mask or labels"),
+    **dict.fromkeys(
+        ("prompt_mask", "action_mask", "label_mask", "token_weights", "label_ids", "target_ids", "decoder_input_ids"),
+        "give a loss_mask or labels",
+    ),
+    **dict.fromkeys(
+        ("tool_calls", "function_call", "reasoning", "reasoning_content", "thinking", "thought", "thoughts"),
+        "write it into the message that it belongs to",
+    ),
+    **dict.fromkeys(("chain_of_thought", "cot"), "write it into the answer, or its reasoning_content"),
+    **dict.fromkeys(("enable_thinking", "reasoning_effort"), "write it into chat_template_kwargs"),
 }
 
 
@@ -268,8 +300,11 @@ def _fail_shape(record: Mapping[str, object], held: Mapping[str, object], found:
         hint = "a preference; to train on chosen, name it messages, or completion beside a prompt"
     elif "prompt" in held:
         hint = "a prompt needs a completion; rename one"
+    elif "instruction" in held:
+        hint = "an instruction needs an output, and may have an input; rename response and context to these"
     elif "role" in record or "from" in record:
         hint = "this is a message, put it into a list"
     else:
         hint = "rename one"
-    fail(f"the record has the keys {short(list(record))}, but none of {', '.join(_READ_BY)}; {hint}")
+    whole = "messages, conversations, text, input_ids, prompt with completion, instruction with output"
+    fail(f"the record has the keys {short(list(record))}, but none of {whole}; {hint}")

@@ -16,6 +16,10 @@ from nanopack.errors import ConversationError, short
 # Keys that say of each token whether it is in the loss; labels says it too.
 LOSS_MASKS = ("loss_mask", "assistant_masks", "assistant_mask", "completion_mask", "response_mask")
 NOT_IN_LOSS = -100
+# Keys that show of which documents a record was packed: how many entries one document has, and which document each
+# token is of.
+BOUNDS = {"seq_lengths": 1, "seq_start_id": 1, "cu_seqlens": 2}
+SEGMENTS = ("segment_ids", "sequence_ids", "seq_idx", "doc_ids", "document_ids")
 
 
 class Tokens(NamedTuple):
@@ -91,15 +95,22 @@ def _of_labels(record: Mapping[str, Any], ids: np.ndarray) -> Any:
 
 
 def _refuse_several_documents(record: Mapping[str, Any], keep: np.ndarray) -> None:
-    """Raise ConversationError where position_ids or seq_lengths say that several documents were packed into one."""
+    """Raise ConversationError where position_ids, seq_lengths or the like say that several documents were packed."""
     if record.get("position_ids") is not None:
         positions = _array(record["position_ids"], "position_ids")
         if len(positions) != len(keep):
             raise ConversationError(f"position_ids has {len(positions)} entries for {len(keep)} input_ids")
         if positions.dtype.kind not in "iu" or (np.diff(positions[keep].astype(np.int64)) != 1).any():
             raise ConversationError("position_ids do not count up by 1: the record is packed; give each document alone")
-    if record.get("seq_lengths") is not None and len(_array(record["seq_lengths"], "seq_lengths")) > 1:
-        raise ConversationError("seq_lengths has several lengths: the record is packed; give each document alone")
+    for key, most in BOUNDS.items():
+        if record.get(key) is not None and len(_array(record[key], key)) > most:
+            raise ConversationError(f"{key} shows several documents: the record is packed; give each document alone")
+    for key in SEGMENTS:
+        if record.get(key) is None:
+            continue
+        segments = _array(record[key], key)
+        if len(segments) != len(keep) or len(set(segments[keep].tolist())) > 1:
+            raise ConversationError(f"{key} shows several documents: the record is packed; give each document alone")
 
 
 def _array(values: object, name: str) -> np.ndarray:

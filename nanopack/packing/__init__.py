@@ -10,18 +10,5 @@ from nanopack.packing.packings import BestFit, BestFitCrop, BestFitPad, Packing,
 from nanopack.packing.rows import Packer, Row, Run
 from nanopack.packing.simulate import Packed, simulate
 
-__all__ = [
-    "BestFit",
-    "BestFitCrop",
-    "BestFitPad",
-    "Packed",
-    "Packer",
-    "Packing",
-    "PackingName",
-    "Pad",
-    "Row",
-    "Run",
-    "Stream",
-    "as_packing",
-    "simulate",
-]
+__all__ = ["BestFit", "BestFitCrop", "BestFitPad", "Packed", "Packer", "Packing", "PackingName", "Pad"]
+__all__ += ["Row", "Run", "Stream", "as_packing", "simulate"]

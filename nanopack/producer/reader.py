@@ -9,7 +9,9 @@ token. An error is part of what is read, and is reported when its conversation's
 
 from __future__ import annotations
 
+import logging
 import re
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,16 +24,23 @@ import numpy as np
 from nanopack.config import LoaderConfig
 from nanopack.conversations.records import Conversation, check
 from nanopack.conversations.source import Source
-from nanopack.errors import TemplateError
-from nanopack.render.renderer import Document, Plan, Renderer, missing_tokens
+from nanopack.errors import StorageError, TemplateError, is_storage_error
+from nanopack.render.document import Document, Plan
+from nanopack.render.renderer import Renderer, missing_tokens
 from nanopack.ring.layout import Layout
 from nanopack.tokenizers.tokenizer import AnyTokenizer
 
+log = logging.getLogger("nanopack")
+
+# Seconds to wait before each further try, where a file or a store fails for a moment.
+RETRIES = (0.1, 0.3, 1.0)
 # Conversations of a chunk: enough that its fixed cost is nothing next to the tokenizing.
 CHUNK = 32
 # Most tokens of a chunk where nothing is read ahead and the trainer waits for it.
 CHUNK_TOKENS = 1 << 14
 _NO_WORDS = np.empty(0, np.uint16)
+# What ignored keys call a conversation's own weight where loss_weights is None.
+UNUSED_WEIGHT = "weight (loss_weights is None)"
 # What ignored keys call a thought that a chat template leaves out once the next question was asked.
 EARLIER_THOUGHT = "thought of an earlier turn"
 
@@ -118,18 +127,27 @@ class Reader:
         documents = [ReadDocument(index) for index in indices]
         planned: list[tuple[ReadDocument, Conversation]] = []
         plans: list[Plan | Document] = []
+        unreadable: StorageError | None = None
         for document in documents:
+            # it ends the run at its turn, and each further try would wait
+            if unreadable is not None:
+                document.error = unreadable
+                continue
             try:
-                conversation = check(self.source[document.conversation])
+                conversation = check(self._fetch(document.conversation))
                 plan = self.render.plan(conversation)
                 plans.append(plan)
             # SystemExit in a data set is no Exception, and must not be lost
             except BaseException as error:
                 document.error = error
+                if is_storage_error(error):
+                    document.error = unreadable = storage_error(error, self.source.where(document.conversation))
             else:
                 document.own_weight = conversation.weight
                 document.ignored_keys = conversation.ignored_keys
-                if isinstance(plan, Document) and plan.forgets:
+                if self.config.loss_weights is None and conversation.weight not in (0, 1):
+                    document.ignored_keys += (UNUSED_WEIGHT,)
+                if plan.forgets:
                     document.ignored_keys += (EARLIER_THOUGHT,)
                 if conversation.text is not None and (found := self._special.search(conversation.text)):
                     document.special_token = found[0]
@@ -143,6 +161,19 @@ class Reader:
             rendered = [one for each in planned for one in self._render_alone(*each)]
         sound = [document for document, _ in planned if document.error is None]
         return Chunk(documents, self._prepare(sound, rendered))
+
+    def _fetch(self, index: int) -> object:
+        """Return the record, after a few tries where it cannot be read for a moment."""
+        for delay in RETRIES:
+            try:
+                return self.source[index]
+            except StorageError:
+                raise
+            except OSError as error:
+                where = self.source.where(index)
+                log.warning("%s, %s: %s; trying again in %s s", where, type(error).__name__, error, delay)
+            time.sleep(delay)
+        return self.source[index]
 
     def _render_alone(self, document: ReadDocument, conversation: Conversation) -> list[Document]:
         try:
@@ -180,6 +211,15 @@ class Reader:
             document.dropped = not count and config.drops_untrained
             document.weight = weigh(config, document.own_weight, count)
         return words
+
+
+def storage_error(error: BaseException, where: str) -> StorageError:
+    """Return the error that stops a run because a conversation cannot be read, with its place."""
+    what = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
+    why = "the data could not be read, which is no fault of this conversation: repair them, and resume"
+    named = StorageError(f"{where}, {what} ({why})")
+    named.__cause__ = error
+    return named
 
 
 def _layout(config: LoaderConfig, vocab_size: int) -> Layout:

@@ -30,6 +30,11 @@ from nanopack.producer.reader import ReadDocument, Reader, weigh
 
 log = logging.getLogger("nanopack")
 
+# A run that skips so many conversations of a shard in a row stops: its data are wrong, not a few of its records.
+MOST_SKIPPED_IN_A_ROW = 100
+# So does one that has skipped more than half of those read, once it has read so many.
+JUDGED_AFTER = 1000
+
 ReadAll = Callable[[Iterable[int]], Iterator[ReadDocument]]
 """Reads the conversations of these indices, in this order."""
 
@@ -76,6 +81,7 @@ class ShardPacker:
         self.notes = Notes()
         self._told: set[str] = set() if told is None else told
         self._num_read = 0
+        self._skipped_in_a_row = 0
         # conversations that gave no document since the last one that did, and how many reads that took
         self._fruitless: set[int] = set()
         self._in_vain = 0
@@ -227,11 +233,25 @@ class ShardPacker:
             log.debug("skipped %s", what)
             self.notes.skip(what, self._source.where(document.conversation))
             ledger.skip()
+            self._refuse_to_skip_more(what)
             return False
+        self._skipped_in_a_row = 0
         if document.ignored_keys or document.special_token:
             self._note(document)
         ledger.read(document.num_tokens, document.cut, dropped=document.dropped)
         return not document.dropped
+
+    def _refuse_to_skip_more(self, what: str) -> None:
+        """Raise ConversationError where so much is skipped that hardly anything would be left."""
+        self._skipped_in_a_row += 1
+        skipped = sum(ledger.conversations_skipped for ledger in self.sources)
+        if self._skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+            how = f"{self._skipped_in_a_row} conversations in a row were skipped"
+        elif self._num_read >= JUDGED_AFTER and 2 * skipped > self._num_read:
+            how = f"{skipped} of {self._num_read} conversations were skipped"
+        else:
+            return
+        raise ConversationError(f'{what}. {how}; on_error="skip" is for a few bad ones: repair the data')
 
     def _note(self, document: ReadDocument) -> None:
         """Count what of a record is not read, and name it in the log where it is new."""

@@ -28,6 +28,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from nanopack.errors import ProducerError
 from nanopack.producer.child import FOR_THE_TRAINER, WATCH, Failure, how_it_ended
+from nanopack.producer.cursors import cursors, own_cursors
 
 log = logging.getLogger("nanopack")
 
@@ -52,6 +53,7 @@ class Handover:
         self._pickled: Any = None
         self._here: Connection | None = None
         self._there: Connection | None = None
+        self._positions = cursors() if method == "fork" else {}
         if method != "fork":
             self._here, self._there = multiprocessing.get_context(method).Pipe()
 
@@ -67,7 +69,8 @@ class Handover:
         return Arriving, (self._there,)
 
     def receive(self) -> Any:
-        """Return the contents, in a forked child."""
+        """Return the contents, in a forked child, with positions of its own in the files that it inherits."""
+        own_cursors(self._positions)
         return self._contents
 
     def send(self, process: Any, name: str) -> None:

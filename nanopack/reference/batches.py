@@ -15,12 +15,19 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import torch
 
 from nanopack.batch import Batch, Piece
 from nanopack.errors import ConversationError
+from nanopack.reference.arguments import (
+    PackingOptions,
+    check_choices,
+    check_counts,
+    check_ranges,
+    packing_and_options,
+)
 from nanopack.reference.documents import chat_of, check_ids, render
 from nanopack.reference.files import open_records
 from nanopack.reference.messages import choose
@@ -31,24 +38,6 @@ from nanopack.render.templates import Template
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 from nanopack.tokenizers.tokenizer import load_tokenizer
 
-# The packings, with their options; window, max_age and refill count documents, rows and documents.
-DEFAULTS: dict[str, dict[str, int]] = {
-    "best_fit": {"window": 64, "max_age": 128, "refill": 1},
-    "stream": {"overlap": False},
-    "best_fit_pad": {"window": 100, "refill": 1},
-    "best_fit_crop": {"window": 1000, "refill": 1},
-    "pad": {},
-}
-CHOICES: dict[str, tuple[str | None, ...]] = {
-    "packing": tuple(DEFAULTS),
-    "loss": ("assistant", "last", "all"),
-    "loss_weights": (None, "token", "conversation"),
-    "extras": ("positions", "doc_ids", "cu_seqlens"),
-    "template": ("nanochat", "chatml", "llama3", "hf"),
-    "first_assistant": ("keep", "raise", "drop", "empty_user"),
-    "shard": ("rank", "row"),
-    "on_error": ("raise", "skip"),
-}
 SPECIAL_TOKENS = {
     "nanochat": [
         *("<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"),
@@ -88,25 +77,12 @@ def batches(
     Raises ValueError for an unknown choice, an impossible number, or messages for which the tokenizer lacks special
     tokens, and ConversationError for an invalid conversation.
     """
-    packing, options = (packing, DEFAULTS.get(packing, {})) if isinstance(packing, str) else _options(packing)
+    packing, options = packing_and_options(packing)
     chosen = dict(packing=packing, loss=loss, loss_weights=loss_weights, template=template, shard=shard)
-    chosen |= dict(first_assistant=first_assistant, on_error=on_error)
-    for name, value in [*chosen.items(), *(("extras", extra) for extra in extras)]:
-        if value not in CHOICES[name] and not isinstance(value, Template):
-            raise ValueError(f"{name}={value!r} is not known. Pass one of {CHOICES[name]}.")
-    counts = dict(batch_size=batch_size, seq_len=seq_len, world_size=world_size)
-    if_given = dict(max_pieces=max_pieces, max_document_tokens=max_document_tokens, epochs=epochs)
-    for name, count in [*counts.items(), *((name, count) for name, count in if_given.items() if count is not None)]:
-        if type(count) is not int or count < 1:
-            raise ValueError(f"{name}={count!r} is impossible. Pass an int from 1.")
-    if type(rank) is not int or not 0 <= rank < world_size:
-        raise ValueError(
-            f"rank={rank!r} of world_size={world_size} is impossible. Pass an int from 0, below world_size."
-        )
-    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**64):
-        raise ValueError(f"seed={seed!r} is impossible. Pass an int from 0, below 2**64, or None.")
-    if max_pieces is not None and max_pieces > seq_len:
-        raise ValueError(f"max_pieces={max_pieces} is more than seq_len={seq_len}. Pass at most that.")
+    check_choices(extras, **chosen, first_assistant=first_assistant, on_error=on_error)
+    check_counts(batch_size=batch_size, seq_len=seq_len, world_size=world_size)
+    check_counts(or_none=True, max_pieces=max_pieces, max_document_tokens=max_document_tokens, epochs=epochs)
+    check_ranges(rank, world_size, seed, max_pieces, seq_len)
     coder = load_tokenizer(tokenizer)
     needed = template.special_tokens if isinstance(template, Template) else SPECIAL_TOKENS[template]
     if isinstance(coder, HuggingFaceTokenizer):
@@ -118,7 +94,7 @@ def batches(
     # nanochat's packings keep a document without a token in the loss, and so must we to reproduce its batches.
     drops = packing in ("best_fit", "pad") and loss != "all"
 
-    def read(index: int) -> Document | None:
+    def read(index: int) -> Document | Literal["skipped"] | None:
         where, record = records[index]
         try:
             said = conversation(record())
@@ -128,15 +104,18 @@ def batches(
             else:
                 # Asked here, so that a tokenizer that lacks one is not taken for many bad conversations.
                 tokens = [] if said.messages and lacking else render(said, coder, template)
-        except MemoryError:
+        except (MemoryError, OSError, EOFError):
+            # What cannot be read is no bad conversation.
             raise
         except Exception as error:
             if on_error == "skip":
-                return None
+                return "skipped"
             raise ConversationError(f'{where}, {error}. Fix it or pass on_error="skip".') from error
         if not tokens:
             raise ValueError(f"{where}: template={template!r} needs tokens that the tokenizer lacks: {lacking}.")
         tokens = tokens[:max_document_tokens][:cut]
+        if said.weight == 0:
+            tokens = [(id, False) for id, _ in tokens]
         if loss == "all":
             tokens = [(id, True) for id, _ in tokens]
         if not boundary_loss:
@@ -165,19 +144,6 @@ def batches(
     # Lazy: each batch is built, with the progress of its readers, before the next one is packed.
     packed = _side_by_side([pack_shard(number) for number in own], shard_rows, longest)
     return (build(step, rows, shards) for step, (rows, shards) in enumerate(packed))
-
-
-class PackingOptions(Protocol):
-    """A packing object, such as `nanopack.BestFit(window=8)`: its options are its attributes."""
-
-    @property
-    def name(self) -> str:
-        """The name that stands for it with its default options."""
-
-
-def _options(packing: PackingOptions) -> tuple[str, dict[str, int]]:
-    """Return name and options of a packing object; no other code of it is used."""
-    return packing.name, {option: getattr(packing, option) for option in DEFAULTS[packing.name]}
 
 
 @dataclass

@@ -62,7 +62,7 @@ def render(record: Record, coder: AnyTokenizer, template: str | Template) -> Tok
 
 def _encode(text: str, coder: AnyTokenizer) -> Iterable[int]:
     if isinstance(coder, HuggingFaceTokenizer):
-        return coder.encode(text)
+        return coder.encode_exactly([text])[0]
     try:
         # as tiktoken itself does it, by the encoding's own pattern
         return coder.encoding.encode_ordinary(text)

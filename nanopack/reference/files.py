@@ -30,8 +30,12 @@ def open_records(conversations: Any) -> list[Stored]:
         # by position, not by label
         conversations = list(conversations)
     read = conversations.__getitem__
-    if type(conversations).__module__.startswith("datasets.") and conversations.format["type"] is None:
-        read = lambda index: _without_nulls(conversations[index], conversations.features)  # noqa: E731
+    whole = conversations
+    # torch's Subset has a dataset, its ConcatDataset several
+    while type(whole).__module__.startswith("torch.utils.data") and {"dataset", "datasets"} & {*vars(whole)}:
+        whole = whole.dataset if hasattr(whole, "dataset") else whole.datasets[0]
+    if type(whole).__module__.startswith("datasets.") and whole.format["type"] != "custom":
+        read = lambda index: _without_nulls(conversations[index], whole.features)  # noqa: E731
     return [(f"conversation {index}", partial(read, index)) for index in range(len(conversations))]
 
 

@@ -13,7 +13,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 from nanopack.errors import ConversationError
-from nanopack.reference.values import as_list, list_of_dicts, plain, says_nothing, string
+from nanopack.reference.values import as_list, list_of_dicts, plain, refuse_suspects, says_nothing, string
 
 ROLES = {
     "system": ["system"],
@@ -25,15 +25,20 @@ ROLES = {
 # Only a tokenizer's own chat template can write these.
 WRITTEN_BY_HF = {
     *("tool_calls", "function_call", "tools", "functions", "tool_plan", "tool_responses", "tool_results"),
+    *("tool_call", "arguments", "thinking_blocks"),
     *("reasoning_content", "reasoning", "reasoning_details", "thinking", "thoughts", "thought", "refusal"),
     *("citations", "images", "image", "videos", "video", "audios", "audio", "documents", "prefix"),
 }
 # Nothing can honour these.
-REFUSED_IN_MESSAGE = ["mask", "loss_mask", "loss_scale", "loss_weight", "train_detail", "training_detail"]
+REFUSED_IN_MESSAGE = [
+    *("mask", "loss_mask", "loss_scale", "loss_weight", "train_detail", "training_detail", "parts", "attachments")
+]
 REFUSED_IN_PART = [
     *("image", "image_url", "images", "audio", "input_audio", "video", "file", "document", "thinking", "reasoning"),
     *("weight", "train", "training", "trainable", "loss", "masked", "mask", "loss_mask"),
 ]
+MARKS = ["weight", "train", "training", "trainable", "is_trainable", "train_on_turn", "loss", "masked"]
+MATTERS = {*WRITTEN_BY_HF, *REFUSED_IN_MESSAGE, *MARKS}
 
 
 class Said(NamedTuple):
@@ -97,12 +102,13 @@ def _message(index: int, message: Any) -> Said:
     for key, value in held.items():
         if key in ("role", "from", "content", "value") or says_nothing(value):
             continue
-        if key in ("weight", "train", "training", "trainable", "loss", "masked"):
+        if key in MARKS:
             marks.append(_mark(index, key, value, role) != (key == "masked"))
         elif key in REFUSED_IN_MESSAGE:
             raise ConversationError(f"message {index}: its {key} cannot be honoured")
         elif not (key in WRITTEN_BY_HF and value is False):
             rest[key] = list_of_dicts(value) if key == "tool_calls" else plain(value)
+            refuse_suspects({key: value}, MATTERS, MATTERS)
     if len({*marks}) > 1:
         raise ConversationError(f"message {index}: it contradicts itself about the loss")
     content = held.get("content", held.get("value"))
@@ -115,7 +121,7 @@ def _message(index: int, message: Any) -> Said:
 def _mark(index: int, key: str, value: Any, role: str) -> bool:
     if (not isinstance(value, Real) and type(value).__name__ not in ("bool", "bool_")) or value not in (0, 1):
         raise ConversationError(f"message {index}: its {key} must be 0 or 1")
-    if value and role != "assistant" and key in ("train", "training", "trainable", "loss"):
+    if value and role != "assistant" and key not in ("weight", "masked"):
         raise ConversationError(f"message {index}: its {key} asks to train what the assistant does not say")
     return bool(value)
 
@@ -134,6 +140,8 @@ def read_parts(content: Any) -> list[tuple[str, str]]:
             raise ConversationError("a part is not a text, python or python_output with a text")
         if refused := [key for key in REFUSED_IN_PART if not says_nothing(part.get(key))]:
             raise ConversationError(f"a part's {refused} cannot be honoured")
+        present = {key: item for key, item in part.items() if not says_nothing(item)}
+        refuse_suspects(present, {*REFUSED_IN_PART}, {*REFUSED_IN_PART})
         parts.append((kind, part["text"]))
     return parts
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
+
+from nanopack.errors import ConversationError
 
 Document = TypeVar("Document")
 BITS64 = 2**64 - 1
@@ -20,7 +22,7 @@ class Reader(Generic[Document]):
     """The walk of one rank, or of one row, through N conversations, document by document."""
 
     n: int
-    read: Callable[[int], Document | None]
+    read: Callable[[int], Document | Literal["skipped"] | None]
     rank: int
     world_size: int
     epochs: int | None
@@ -29,6 +31,8 @@ class Reader(Generic[Document]):
     left_out: int = 0
     """Readings without a document: dropped or skipped conversations."""
     epoch: int = 1
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
     def __post_init__(self) -> None:
         if self.n == 0:
@@ -44,8 +48,15 @@ class Reader(Generic[Document]):
         while self.epochs is None or self.rank + self.world_size * self.reads < self.epochs * self.n:
             index = self.advance()
             document = self.read(index)
-            if document is not None:
-                return document
+            if document == "skipped":
+                self.skipped += 1
+                self.skipped_in_a_row += 1
+                if self.skipped_in_a_row == 100 or (self.reads >= 1000 and self.skipped > self.reads / 2):
+                    raise ConversationError(f"{self.skipped} of {self.reads} conversations are bad. Repair the data.")
+            else:
+                self.skipped_in_a_row = 0
+                if document is not None:
+                    return document
             self.left_out += 1
             in_vain += 1
             useless.add(index)
@@ -58,7 +69,7 @@ class Reader(Generic[Document]):
 
     def advance(self) -> int:
         """Return the conversation under the cursor, and advance by W."""
-        place, number = self.cursor, (self.rank + self.world_size * self.reads) // self.n
+        index, number = self.cursor, (self.rank + self.world_size * self.reads) // self.n
         self.reads += 1
         self.cursor += self.world_size
         if self.cursor >= self.n:
@@ -68,10 +79,10 @@ class Reader(Generic[Document]):
         # Once is enough, except for W > N.
         self.cursor %= self.n
         if self.seed is None:
-            return place
+            return index
         if number not in self.orders:
             self.orders = {number: shuffled(self.n, self.seed, number)}
-        return self.orders[number][place]
+        return self.orders[number][index]
 
     @property
     def epoch_reached(self) -> int:
@@ -99,16 +110,16 @@ def shuffled(n: int, seed: int, number: int) -> list[int]:
         h += 1
     base = _mix(_mix(seed) ^ number)
     order = []
-    for place in range(n):
+    for index in range(n):
         while True:
-            left, right = divmod(place, 2**h)
+            left, right = divmod(index, 2**h)
             for round_number in range(8):
                 key = _mix((base + round_number * 0x9E3779B97F4A7C15) & BITS64)
                 left, right = right, left ^ _mix((right + key) & BITS64) % 2**h
-            place = left * 2**h + right
-            if place < n:
+            index = left * 2**h + right
+            if index < n:
                 break
-        order.append(place)
+        order.append(index)
     return order
 
 

@@ -15,15 +15,30 @@ from typing import Any
 from nanopack.errors import ConversationError
 from nanopack.reference.messages import Said, instructed, read_messages, read_parts, role_of
 from nanopack.reference.tokens import OF_TOKENS, Tokens, read_tokens
-from nanopack.reference.values import is_nan, is_object_array, list_of_dicts, parse_json, says_nothing, string
+from nanopack.reference.values import (
+    is_nan,
+    is_none,
+    is_object_array,
+    list_of_dicts,
+    parse_json,
+    refuse_suspects,
+    says_nothing,
+    string,
+)
 
 FLOAT32_MAX = 3.4028234663852886e38
 # Nothing can honour these.
 REFUSED_IN_RECORD = [
     *("functions", "images", "image", "videos", "video", "audios", "audio", "documents", "train", "training"),
     *("trainable", "masked", "loss_weight", "loss_weights", "sample_weight", "token_weights"),
-    *("prompt_mask", "action_mask", "label_mask"),
+    *("prompt_mask", "action_mask", "label_mask", "label_ids", "target_ids", "decoder_input_ids"),
+    *("tool_calls", "function_call", "reasoning", "reasoning_content", "thinking", "thought", "thoughts"),
+    *("chain_of_thought", "cot", "enable_thinking", "reasoning_effort"),
 ]
+SYSTEMS = ["system", "system_prompt", "system_message", "system_instruction"]
+MATTERS = {*OF_TOKENS, *REFUSED_IN_RECORD, *SYSTEMS, "tools", "chat_template_kwargs", "mask"}
+# Known, though they look as if they mattered.
+KNOWN = ["weight", "label", "kto_tag", "special_tokens_mask"]
 
 
 @dataclass
@@ -45,7 +60,7 @@ def conversation(record: object) -> Record:
     if not isinstance(record, Mapping):
         raise ConversationError(f"it is a {type(record).__name__}; it must be a dict or a list of messages")
     # A Parquet file has every column in every row: null means absent. pandas writes it as NaN.
-    held = {key: value for key, value in record.items() if value is not None and not is_nan(key, value)}
+    held = {key: value for key, value in record.items() if not is_none(value) and not is_nan(key, value)}
     shape = _shape(held)
     _refuse(held, shape)
     found = Record(_messages(held, shape), weight=_weight(held.get("weight")))
@@ -59,6 +74,7 @@ def conversation(record: object) -> Record:
         found.template_kwargs = parse_json(held["chat_template_kwargs"])
         if not isinstance(found.template_kwargs, dict):
             raise ConversationError("its chat_template_kwargs must be a dict")
+        found.template_kwargs = {name: one for name, one in found.template_kwargs.items() if one is not None} or None
     return found
 
 
@@ -81,8 +97,17 @@ def _refuse(held: Mapping[str, Any], shape: str) -> None:
         shape in ("text", "input_ids") or not isinstance(held["mask"], str) or role_of(held["mask"]) != "user"
     ):
         raise ConversationError("its mask says nothing that can be honoured")
+    if any(held.get(key) is False or repr(held.get(key)) == "np.False_" for key in ("label", "kto_tag")):
+        raise ConversationError("its label says that its answer is not to be learnt")
+    said_before = {"prompt": ["input", "history", "context"], "instruction": ["context"]}.get(shape, [])
+    if any(not says_nothing(held.get(key)) for key in said_before):
+        raise ConversationError(f"it has one of {said_before}, which its shape does not read")
+    if shape in ("text", "input_ids") and role_of(held.get("role")):
+        raise ConversationError("it is a message")
+    present = {key: value for key, value in held.items() if not says_nothing(value)}
+    refuse_suspects(present, MATTERS, {*MATTERS, *KNOWN})
     if shape in ("text", "input_ids"):
-        for key in ("system", "system_prompt", "tools", "chat_template_kwargs"):
+        for key in (*SYSTEMS, "tools", "chat_template_kwargs"):
             if not says_nothing(held.get(key)):
                 raise ConversationError(f"its {key} belongs to messages")
 
@@ -98,7 +123,7 @@ def _messages(held: Mapping[str, Any], shape: str) -> list[Said]:
         messages = [message._replace(train=False) for message in asked] + answers
     else:
         messages = instructed(held) if shape == "instruction" else read_messages(held[shape])
-    for key in ("system", "system_prompt"):
+    for key in SYSTEMS:
         if not says_nothing(held.get(key)):
             if messages[0].role in ("system", "developer"):
                 raise ConversationError(f"it has a system message and {key}")

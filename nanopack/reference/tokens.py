@@ -23,7 +23,7 @@ def read_tokens(held: Mapping[str, Any]) -> Tokens:
     if "labels" in held:
         labels = _numbers(held["labels"], "labels")
         if len(labels) != len(ids) or any(label not in (-100, id) for label, id in zip(labels, ids, strict=True)):
-            raise ConversationError("its labels are neither -100 nor the input_ids at their places")
+            raise ConversationError("its labels are neither -100 nor the input_ids at the same index")
         marks["labels"] = [label != -100 for label in labels]
     kept = [True] * len(ids)
     if "attention_mask" in held:
@@ -31,13 +31,13 @@ def read_tokens(held: Mapping[str, Any]) -> Tokens:
     if any(len(mark) != len(ids) for mark in [kept, *marks.values()]):
         raise ConversationError(f"it has {len(ids)} input_ids and a mask of another length")
     tokens = []
-    for place, id in enumerate(ids):
-        said = {mark[place] for mark in marks.values()} or {True}
+    for index, id in enumerate(ids):
+        said = {mark[index] for mark in marks.values()} or {True}
         if isinstance(id, bool) or not isinstance(id, Integral):
             raise ConversationError(f"input_ids has {id!r}")
-        if kept[place] and len(said) > 1:
-            raise ConversationError(f"its masks contradict each other at token {place}")
-        if kept[place]:
+        if kept[index] and len(said) > 1:
+            raise ConversationError(f"its masks contradict each other at token {index}")
+        if kept[index]:
             tokens.append((int(id), said.pop()))
     if not tokens:
         raise ConversationError("it has no tokens")
@@ -55,8 +55,13 @@ def _one_document(held: Mapping[str, Any], kept: list[bool]) -> None:
     positions = [position for position, keep in zip(positions, kept, strict=True) if keep and "position_ids" in held]
     if any(positions[i + 1] - positions[i] != 1 for i in range(len(positions) - 1)):
         raise ConversationError("its position_ids do not count up by 1")
-    if len(_numbers(held.get("seq_lengths", []), "seq_lengths")) > 1:
-        raise ConversationError("it has several seq_lengths")
+    for key, most in (("seq_lengths", 1), ("seq_start_id", 1), ("cu_seqlens", 2)):
+        if len(_numbers(held.get(key, []), key)) > most:
+            raise ConversationError(f"its {key} shows several documents")
+    for key in ("segment_ids", "sequence_ids", "seq_idx", "doc_ids", "document_ids"):
+        segments = _numbers(held.get(key, [0] * len(kept)), key)
+        if len(segments) != len(kept) or len({one for one, keep in zip(segments, kept, strict=True) if keep}) > 1:
+            raise ConversationError(f"its {key} shows several documents")
 
 
 def _numbers(values: Any, name: str) -> list[Any]:

@@ -6,10 +6,18 @@ A part of the definition. It shares nothing with the fast path but the name of a
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 from nanopack.errors import ConversationError
+
+MEDIA_WORDS = {"image", "images", "video", "videos", "audio", "audios", "pixel"}
+LOSS_WORDS = {
+    *("train", "trained", "training", "trainable", "loss", "mask", "masks", "masked", "weight", "weights"),
+    *("label", "labels", "learn", "supervised", "ignore", "ignored"),
+}
 
 
 def is_nan(key: str, value: object) -> bool:
@@ -17,11 +25,42 @@ def is_nan(key: str, value: object) -> bool:
     return isinstance(value, float) and value != value and key != "weight"
 
 
-def says_nothing(value: object) -> bool:
+def is_none(value: object) -> bool:
+    """Whether the value is null, of Python or pandas."""
+    return value is None or str(type(value)).endswith(".NAType'>")
+
+
+def says_nothing(value: Any) -> bool:
     """Whether a value counts as absent, also as JSON text."""
     if isinstance(value, str):
         return value.strip() in ("[]", "{}", "null", '""') or value == ""
-    return value is None or is_nan("", value) or (isinstance(value, (list, tuple, Mapping)) and len(value) == 0)
+    if isinstance(value, (list, tuple, Mapping)) or type(value).__name__ == "ndarray":
+        return len(value) == 0
+    return is_none(value) or str(value) == "NaT" or (isinstance(value, Real) and bool(value != value))
+
+
+def refuse_suspects(held: Mapping[Any, Any], matters: set[str], known: set[str]) -> None:
+    """Raise ConversationError for a key that is not known, and by its name and value may matter."""
+    for name, value in held.items():
+        if name in known:
+            continue
+        snake = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(name)).lower()
+        words = [word for word in re.split("[^a-z]+", snake) if word]
+        if "_".join(words) in matters:
+            raise ConversationError(f"its {name} is another spelling of a key that matters")
+        loss, media = LOSS_WORDS & {*words}, MEDIA_WORDS & {*words}
+        if (loss and _says_yes_or_no(value)) or (media and not loss and value is not False):
+            raise ConversationError(f"its {name} may matter")
+
+
+def _says_yes_or_no(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.lower() in ("true", "false", "yes", "no", "0", "1")
+    if isinstance(value, Real):
+        return 0 <= float(value) <= 1
+    if isinstance(value, (list, tuple)):
+        return isinstance(value[0], Real)
+    return getattr(getattr(value, "dtype", "O"), "kind", "i" if hasattr(value, "dtype") else "O") in "biuf"
 
 
 def is_object_array(value: Any) -> bool:
@@ -31,8 +70,8 @@ def is_object_array(value: Any) -> bool:
 
 def plain(value: Any, of_array: bool = False) -> Any:
     """Arrays and mappings as lists and dicts. Arrays come from Arrow through pandas: in them null means absent."""
-    if is_object_array(value) or type(value).__name__ == "ndarray":
-        return [plain(item, True) for item in value.tolist()]
+    if type(value).__module__ in ("numpy", "torch"):
+        return plain(value.tolist(), True)
     if isinstance(value, (list, tuple)):
         return [plain(item, of_array) for item in value]
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
 """Render messages by the chat template that a Hugging Face tokenizer carries: template="hf".
 
-    Conversation   ->   ChatTemplate()   ->   ids and mask
-                                              renderer.py makes a document of them
+    Conversation   ->   ChatTemplate()   ->   Plan, or the Document where the tokenizer must encode it whole
+                                              document.py encodes the plan
 
 The ids are those of `apply_chat_template`; no bos is added to what the template writes. What is in the loss is what
 the template marks with {% generation %}; where it marks nothing, the answers are found in its text (hf_spans.py).
@@ -21,11 +21,13 @@ import numpy as np
 
 from nanopack.conversations.records import Conversation, Message, short
 from nanopack.errors import ConversationError
+from nanopack.render.document import Document, Plan
 from nanopack.render.hf_messages import mended, plain, strings
 from nanopack.render.hf_outline import Leaf, Place, forms, locate, markers, marks, outline
+from nanopack.render.hf_runs import plan_of
 from nanopack.render.hf_spans import Answers, Span
 from nanopack.render.hf_writer import Writer, any_of, thinks
-from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
+from nanopack.tokenizers.huggingface import SPOT_CHECK, HuggingFaceTokenizer
 
 REMEDY = "give the tokenizer a chat_template with {% generation %} around what is in the loss, or use nanopack.Template"
 
@@ -43,6 +45,8 @@ class ChatTemplate:
             )
         assert isinstance(tokenizer, HuggingFaceTokenizer)
         self._tokenizer = tokenizer
+        self._rendered = 0
+        self._has_blank_tokens = any(token != token.strip() for token in tokenizer.added_tokens)
         self._writer = Writer(tokenizer)
         self.controls = self._writer.controls
         self._marker = markers(self._writer.sources)
@@ -51,14 +55,30 @@ class ChatTemplate:
         ends = [token for token in self.controls if not thinks(token)]
         self._answers = Answers(ends, tokenizer.stop_tokens, self._writer.prompt(), self._remedy)
 
-    def __call__(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray, bool]:
-        """Return ids, (n,) uint32, mask, (n,) bool, and whether thoughts of earlier turns are left out."""
+    def __call__(self, conversation: Conversation) -> Plan | Document:
+        """Return what becomes a document, or it; ConversationError as the class says."""
         messages = [self._plain(index, message) for index, message in enumerate(conversation.messages)]
         tools, given = self._checked_tools(conversation)
         text, marked = self._writer.text(messages, tools, given)
         if not text:
             raise ConversationError("the tokenizer's chat template writes nothing for it")
         spans, forgets = self._spans(conversation, messages, tools, given, text, marked)
+        if not self._can_cut(text):
+            return self._encoded_whole(text, spans, forgets)
+        expected = self._encoded_whole(text, spans, forgets) if self._rendered % SPOT_CHECK == 0 else None
+        self._rendered += 1
+        return plan_of(text, sorted(spans), self._tokenizer.cut(text))._replace(forgets=forgets, expected=expected)
+
+    def _can_cut(self, text: str) -> bool:
+        """Return whether the text may be encoded between added tokens, and bytes say what is in the loss."""
+        encoding = self._tokenizer.byte_level
+        if encoding is None or not encoding.is_normal(text):
+            return False
+        # Offsets may leave out blanks, but one in front of the whole text, and those of added tokens.
+        return encoding.leading is None or not (text[0] == " " or self._has_blank_tokens)
+
+    def _encoded_whole(self, text: str, spans: Sequence[Span], forgets: bool) -> Document:
+        """Return the document by the tokenizer's own ids, and its offsets."""
         ids, characters = self._tokenizer.encode_whole(text)
         if not ids:
             raise ConversationError("the tokenizer's chat template writes nothing for it")
@@ -66,7 +86,7 @@ class ChatTemplate:
         mask = np.zeros(len(ids), bool)
         for begin, end in spans:
             mask |= (ends > begin) & (begins < end)
-        return np.array(ids, np.uint32), mask, forgets
+        return Document(np.array(ids, np.uint32), mask, (), forgets)
 
     # What the template is given
 

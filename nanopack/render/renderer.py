@@ -10,9 +10,9 @@ that looks like a special token stays text. Nothing is cut here: the sequence le
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TypeAlias
 
 import numpy as np
 
@@ -20,37 +20,11 @@ from nanopack.conversations.keys import MESSAGE, TEMPLATE
 from nanopack.conversations.messages import SYSTEM_ROLES
 from nanopack.conversations.records import Conversation, Message, Part, Tokens, choose
 from nanopack.errors import ConversationError, TemplateError
+from nanopack.render.document import Document, Plan, encode
 from nanopack.render.hf_template import ChatTemplate
 from nanopack.render.templates import CHATML, LLAMA3, Template, Turn
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 from nanopack.tokenizers.tokenizer import NANOCHAT_SPECIAL_TOKENS, AnyTokenizer
-
-
-@dataclass(frozen=True, eq=False)
-class Document:
-    """A rendered conversation. Its first token is the beginning of sequence."""
-
-    ids: np.ndarray
-    """(n,) uint32, or of other integers where it was rendered elsewhere: token ids."""
-    mask: np.ndarray
-    """(n,) bool: True where the token is trained."""
-    starts: tuple[int, ...]
-    """Index of the token that each message begins with, one per message; none for plain text and with
-    template="hf". A system message that was merged begins where the user's does."""
-    forgets: bool = False
-    """Whether the chat template left out thoughts of earlier turns."""
-
-
-class Plan(NamedTuple):
-    """A document before encoding: runs that follow each other."""
-
-    runs: list[str | bytes]
-    """Texts to encode, and ids that are known already, as bytes of uint32."""
-    trained: list[bool]
-    """Of each run, whether its tokens are trained."""
-    firsts: list[int]
-    """For each message, the run that it begins with."""
-
 
 _Planner: TypeAlias = Callable[[Sequence[Message]], Plan]
 
@@ -120,15 +94,18 @@ class Renderer:
 
     def plan(self, conversation: Conversation) -> Plan | Document:
         """Return what `fill_in` makes a document: all but the encoding, which takes longest. Raises as a call does."""
-        conversation = choose(conversation, *self._choice)
+        plan = self._plan(choose(conversation, *self._choice))
+        # a weight of 0 means the same with and without loss_weights
+        return plan if conversation.weight else _out_of_loss(plan)
+
+    def _plan(self, conversation: Conversation) -> Plan | Document:
         if conversation.tokens is not None:
             return _take_over(conversation.tokens, self._tokenizer)
         if conversation.text is not None:
             return Plan([self._bos, conversation.text], [True, True], [])
         if self._plan_messages is None:
             # Where in it each message begins the tokenizer's own template does not tell.
-            ids, mask, forgets = self._encode_chat(conversation)
-            return Document(ids, mask, (), forgets)
+            return self._encode_chat(conversation)
         if not conversation.messages:
             raise ConversationError("there are no messages; a conversation needs at least one")
         _refuse_unwritten(conversation)
@@ -139,22 +116,15 @@ class Renderer:
 
         ValueError where the tokenizer refuses a text. It does not say which.
         """
-        filled = self._encode([plan for plan in plans if isinstance(plan, Plan)])
+        filled = encode(self._tokenizer, [plan for plan in plans if isinstance(plan, Plan)])
         return [plan if isinstance(plan, Document) else next(filled) for plan in plans]
 
-    def _encode(self, plans: Sequence[Plan]) -> Iterator[Document]:
-        if not plans:
-            return
-        ids, offsets = self._tokenizer.encode_batch([run for plan in plans for run in plan.runs])
-        trained = [trained for plan in plans for trained in plan.trained]
-        mask = np.array(trained, bool).repeat(np.diff(offsets))
-        begins, first = offsets.tolist(), 0
-        for plan in plans:
-            last = first + len(plan.runs)
-            begin, end = begins[first], begins[last]
-            starts = tuple([begins[first + run] - begin for run in plan.firsts])
-            yield Document(ids[begin:end], mask[begin:end], starts)
-            first = last
+
+def _out_of_loss(plan: Plan | Document) -> Plan | Document:
+    if isinstance(plan, Plan):
+        expected = plan.expected and replace(plan.expected, mask=np.zeros_like(plan.expected.mask))
+        return plan._replace(in_loss=[False] * len(plan.in_loss), spans=(), expected=expected)
+    return replace(plan, mask=np.zeros_like(plan.mask))
 
 
 def _take_over(tokens: Tokens, tokenizer: AnyTokenizer) -> Document:
@@ -331,7 +301,7 @@ def _templated(tokenizer: AnyTokenizer, template: Template) -> _Planner:
         # Blanks and the brackets of a thought are added tokens that a model's own text may hold.
         unlisted |= {t for t in tokenizer.added_tokens if t.strip() and "think" not in t.lower()}
 
-    def encode(text: str) -> bytes:
+    def known_ids(text: str) -> bytes:
         pieces = [piece for piece in special.split(text) if piece]
         for piece in pieces:
             for token in () if piece in tokens else unlisted:
@@ -345,7 +315,12 @@ def _templated(tokenizer: AnyTokenizer, template: Template) -> _Planner:
 
     def runs_around(turn: Turn) -> tuple[bytes, bytes, bytes, tuple[bool, ...]]:
         """What stands before the content, what behind, and what of the four is trained."""
-        return encode(turn.before), encode(turn.end), encode(turn.after), (False, turn.trained, turn.trained, False)
+        return (
+            known_ids(turn.before),
+            known_ids(turn.end),
+            known_ids(turn.after),
+            (False, turn.trained, turn.trained, False),
+        )
 
     around = {role: runs_around(turn) for role, turn in template.turns().items() if turn is not merged_system}
     if "system" in around:

@@ -1,9 +1,11 @@
 """Turn texts into token ids with a fast Hugging Face tokenizer, with the interface that tiktoken's have.
 
-    transformers tokenizer, tokenizers.Tokenizer   ->   HuggingFaceTokenizer   ->   tokenizer.py, hf_template.py
+    transformers tokenizer, tokenizers.Tokenizer   ->   HuggingFaceTokenizer   ->   tokenizer.py, render/hf_template.py
+                                                        byte_level.py encodes where it can
 
-Works on a copy of the tokenizer's Rust core, outside the GIL, in which text that looks like a special token stays
-text. Nothing of transformers or tokenizers is imported: what is given brings its own code.
+Text that looks like a special token stays text. A byte-level BPE is encoded by tiktoken, and one text in a thousand is
+compared with the tokenizer's own ids; any other is encoded by its Rust core. Nothing of transformers or tokenizers is
+imported: what is given brings its own code.
 """
 
 from __future__ import annotations
@@ -14,13 +16,19 @@ import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from datetime import datetime
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
+from nanopack.errors import EncoderError
+from nanopack.tokenizers.added_tokens import AddedTokens, Found
+from nanopack.tokenizers.buffers import as_buffer, joined
+from nanopack.tokenizers.byte_level import ByteLevel, NotByteLevel, describe_difference
+
 # What a beginning of sequence may be called where the tokenizer does not say which it is.
 BOS_TOKENS = ("<|bos|>", "<|begin_of_text|>", "<|endoftext|>", "<s>")
+# Every n-th text is compared with the tokenizer's own ids, starting with the first of each process.
+SPOT_CHECK = 1000
 # A chat template asks for today's date so.
 _CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
@@ -28,6 +36,49 @@ _CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 def is_hugging_face(tokenizer: object) -> bool:
     """Return whether this is an object of transformers or tokenizers."""
     return any(cls.__module__.split(".")[0] in ("transformers", "tokenizers") for cls in type(tokenizer).__mro__)
+
+
+class Core:
+    """The Rust core of a tokenizer as it was given, and what is made of it, once for all that share it."""
+
+    def __init__(self, given: Any) -> None:
+        self.given = given
+        self._size = given.get_vocab_size(with_added_tokens=True)
+        self.settings: str = given.to_str()
+        if not self._is_plain():
+            copy = type(given).from_str(self.settings)
+            copy.no_truncation()
+            copy.no_padding()
+            self.settings = copy.to_str()
+
+    def _is_plain(self) -> bool:
+        given = self.given
+        as_it_was = given.get_vocab_size(with_added_tokens=True) == self._size
+        return bool(as_it_was and not (given.truncation or given.padding or given.encode_special_tokens))
+
+    def plain(self) -> Any:
+        """Return a core without truncation and padding that finds special tokens: the given one, while it is so.
+
+        A copy takes a second to make. Whoever gave it may make it cut at any time.
+        """
+        return self.given if self._is_plain() else self._copy
+
+    @cached_property
+    def _copy(self) -> Any:
+        return type(self.given).from_str(self.settings)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of texts, special tokens found in them."""
+        return [found.ids for found in self.plain().encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    @cached_property
+    def byte_level(self) -> ByteLevel | NotByteLevel:
+        """Its encoding by tiktoken, or why there is none."""
+        size = max(self.given.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        try:
+            return ByteLevel(self.plain(), self.settings, size, self.encode)
+        except NotByteLevel as error:
+            return error
 
 
 class HuggingFaceTokenizer:
@@ -49,45 +100,70 @@ class HuggingFaceTokenizer:
     clock: str | None
     """The moment, in ISO format, whose date the chat template writes; None where it writes none."""
 
-    def __init__(self, tokenizer: Any, *, special: Sequence[str] = (), clock: str | None = None) -> None:
-        """Copy the core of `tokenizer`. ValueError where it has none (a slow one), or no beginning of sequence.
+    def __init__(
+        self, tokenizer: Any, *, special: Sequence[str] = (), clock: str | None = None, core: Core | None = None
+    ) -> None:
+        """Take `tokenizer`. ValueError where it has no fast core (a slow one), or no beginning of sequence.
 
         `special`: added tokens that count as special though they are not marked so. `clock`: now, if not given.
+        `core`: its core, if known.
         """
         self._given, self._special = tokenizer, tuple(special)
-        core = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        given = getattr(tokenizer, "backend_tokenizer", tokenizer)
         self.name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        self.chat = None if core is tokenizer else tokenizer
-        if not hasattr(core, "encode_batch_fast"):
+        self.chat = None if given is tokenizer else tokenizer
+        if not hasattr(given, "encode_batch_fast"):
             raise ValueError(
                 f"tokenizer {self.name!r} is a Hugging Face tokenizer without a fast core; give a "
                 "transformers.PreTrainedTokenizerFast or a tokenizers.Tokenizer (tokenizers>=0.20)."
             )
-        # A copy: the switch below, truncation and padding belong to whoever gave it.
-        self._core = type(core).from_str(_flagged(core.to_str(), special))
-        self._core.encode_special_tokens = True
-        self._core.no_truncation()
-        self._core.no_padding()
-        added = self._core.get_added_tokens_decoder()
+        self.core = core or Core(given)
+        added = given.get_added_tokens_decoder()
         self.added_tokens = {token.content: number for number, token in added.items()}
-        self._special_ids: Mapping[str, int] = {t.content: number for number, t in added.items() if t.special}
-        self.vocab_size = max(self._core.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self._special_ids: Mapping[str, int] = {
+            t.content: number for number, t in added.items() if t.special or t.content in special
+        }
+        self._added, self._not_special = AddedTokens(added), AddedTokens(added, self._special_ids.keys())
+        self.vocab_size = max(given.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_id = self._find_bos(getattr(tokenizer, "bos_token_id", None))
         dated = "strftime_now" in str(getattr(self.chat, "chat_template", None))
         self.clock = (clock or datetime.now().isoformat(timespec="seconds")) if dated else None
+        self._encoded = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what was given: the core would forget that special tokens are text."""
         return _remade, (self._given, self._special, self.clock)
 
+    @cached_property
+    def byte_level(self) -> ByteLevel | None:
+        """What encodes texts in place of the tokenizer; None where only the tokenizer itself can."""
+        found = self.core.byte_level
+        # Its tokens that stand in a word only would have to be looked for in the words.
+        return found if isinstance(found, ByteLevel) and not self._added.single_words else None
+
+    @property
+    def encoder(self) -> str:
+        """What encodes texts: "tiktoken", or "tokenizers" and why."""
+        if self.byte_level:
+            return "tiktoken"
+        why = self.core.byte_level
+        return f"tokenizers: {why if isinstance(why, NotByteLevel) else 'it has added tokens of single_word=True'}"
+
+    @cached_property
+    def _core(self) -> Any:
+        """A copy of the core in which special tokens are text."""
+        copy = type(self.core.given).from_str(_flagged(self.core.settings, self._special))
+        copy.encode_special_tokens = True
+        return copy
+
     def with_special(self, tokens: Iterable[str]) -> HuggingFaceTokenizer:
         """Return one to which these of its added tokens are special: texts that look like them stay text."""
         more = [token for token in tokens if token in self.added_tokens and token not in self._special_ids]
-        return _remade(self._given, (*self._special, *more), self.clock) if more else self
+        return _remade(self._given, (*self._special, *more), self.clock, self.core) if more else self
 
     def at(self, clock: str | None) -> HuggingFaceTokenizer:
         """Return one whose chat template writes the date of this moment, in ISO format."""
-        return self if clock in (None, self.clock) else _remade(self._given, self._special, clock)
+        return self if clock in (None, self.clock) else _remade(self._given, self._special, clock, self.core)
 
     def chat_template(self, *, tools: bool = False) -> str:
         """Return the chat template's source, with the date of `clock` in place of today's.
@@ -128,14 +204,12 @@ class HuggingFaceTokenizer:
 
         The characters of a token are those from its first to before its second number.
         """
-        encoding = self._whole.encode(text, add_special_tokens=False)
+        encoding = self.core.plain().encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
-    @cached_property
-    def _whole(self) -> Any:
-        core = type(self._core).from_str(self._core.to_str())
-        core.encode_special_tokens = False
-        return core
+    def cut(self, text: str) -> list[Found]:
+        """Return the added tokens, special or not, that the tokenizer finds in `text`."""
+        return self._added.cut(text)
 
     def _find_bos(self, own: int | None) -> int:
         if own is not None:
@@ -151,7 +225,8 @@ class HuggingFaceTokenizer:
     def fingerprint(self) -> str:
         """Return a digest of all that decides which ids a text or a conversation has."""
         # What a tokenizer holds besides, such as its name or the length that it was made for, decides nothing here.
-        parts: tuple[Any, ...] = (self._core.to_str(), self.bos_id, getattr(self.chat, "chat_template", None))
+        settings = self._core.to_str() if self._special else self.core.settings
+        parts: tuple[Any, ...] = (settings, self.bos_id, getattr(self.chat, "chat_template", None))
         if self.clock:
             parts += (self.chat_template(), self.chat_template(tools=True))
         if self.chat is not None and len(self.stop_tokens) > 1:
@@ -186,34 +261,81 @@ class HuggingFaceTokenizer:
         The ids of text i are `ids[offsets[i] : offsets[i + 1]]`: what `encode` gives for it alone. Ids that are known
         already may stand among the texts, as bytes of uint32s.
         """
-        to_encode = [text for text in texts if isinstance(text, str)]
-        try:
-            encodings = self._core.encode_batch_fast(to_encode, add_special_tokens=False)
-        except TypeError:
-            # That is how it refuses a lone surrogate. The same mending as in tiktoken's encode_ordinary.
-            mended = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in to_encode]
-            encodings = self._core.encode_batch_fast(mended, add_special_tokens=False)
-        encoded = iter([np.array(encoding.ids, np.uint32) for encoding in encodings])
-        arrays = [np.frombuffer(text, np.uint32) if isinstance(text, bytes) else next(encoded) for text in texts]
-        offsets = np.fromiter(accumulate(map(len, arrays), initial=0), np.int64, len(arrays) + 1)
-        return (np.concatenate(arrays) if arrays else np.empty(0, np.uint32)), offsets
+        if self.byte_level is None:
+            buffers = self._encode_each(texts)
+            return joined(buffers)
+        ids, offsets = self._encode_fast(self.byte_level, texts)
+        places = [place for place, text in enumerate(texts) if isinstance(text, str)]
+        for place in places[-self._encoded % SPOT_CHECK :: SPOT_CHECK]:
+            text = _mended(str(texts[place]))
+            exact, got = self.encode_exactly([text])[0], ids[offsets[place] : offsets[place + 1]].tolist()
+            if difference := describe_difference(text, exact, got):
+                raise EncoderError(difference)
+        self._encoded += len(places)
+        return ids, offsets
+
+    def encode_exactly(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of texts as the tokenizer's own core has them, special tokens being text."""
+        mended = [_mended(text) for text in texts]
+        # The copy takes a second to make, and most texts need none.
+        if not self._special_ids or not any(self._added.within(text) for text in mended):
+            return self.core.encode(mended)
+        return [found.ids for found in self._core.encode_batch_fast(mended, add_special_tokens=False)]
+
+    def _encode_each(self, texts: Sequence[str | bytes]) -> list[bytes]:
+        exact = iter(self.encode_exactly([text for text in texts if isinstance(text, str)]))
+        return [text if isinstance(text, bytes) else as_buffer(next(exact)) for text in texts]
+
+    def _encode_fast(self, fast: ByteLevel, texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
+        if not fast.takes([text for text in texts if isinstance(text, str)]):
+            left = [text if isinstance(text, bytes) or fast.takes([text]) else (text,) for text in texts]
+            texts = [self._encode_each(text)[0] if isinstance(text, tuple) else text for text in left]
+        pieces: list[str | bytes] = []
+        ends = [0]
+        for text in texts:
+            if isinstance(text, bytes) or not self._not_special.within(text):
+                pieces.append(text)
+            else:
+                pieces += self._cut_at_tokens(text)
+            ends.append(len(pieces))
+        encoded = iter(fast.encode_each([piece for piece in pieces if isinstance(piece, str)]))
+        ids, offsets = joined([piece if isinstance(piece, bytes) else next(encoded) for piece in pieces])
+        return ids, offsets if len(pieces) == len(texts) else offsets[ends]
+
+    def _cut_at_tokens(self, text: str) -> list[str | bytes]:
+        """Return the text in pieces, with the ids of the added tokens in it that are not special."""
+        pieces: list[str | bytes] = []
+        done = 0
+        for token in self._not_special.cut(text):
+            pieces += (text[done : token.begin], as_buffer([token.id]))
+            done = token.end
+        return [*pieces, text[done:]]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of `ids`: special tokens by their names, U+FFFD for broken UTF-8."""
         numbers = np.asarray(ids).tolist()
-        size, token_of = self.vocab_size, self._core.id_to_token
+        size, token_of = self.vocab_size, self.core.given.id_to_token
         # An id that is not used would vanish from the text.
         if not all(isinstance(n, int) and 0 <= n < size and token_of(n) is not None for n in numbers):
             raise ValueError(
                 f"tokenizer {self.name!r} cannot decode these ids; give a flat sequence of its ids, "
                 f"from 0 to {size - 1}."
             )
-        text: str = self._core.decode(numbers, skip_special_tokens=False)
+        text: str = self.core.given.decode(numbers, skip_special_tokens=False)
         return text
 
 
-def _remade(given: Any, special: Sequence[str], clock: str | None) -> HuggingFaceTokenizer:
-    return HuggingFaceTokenizer(given, special=special, clock=clock)
+def _remade(given: Any, special: Sequence[str], clock: str | None, core: Core | None = None) -> HuggingFaceTokenizer:
+    return HuggingFaceTokenizer(given, special=special, clock=clock, core=core)
+
+
+def _mended(text: str) -> str:
+    """Return the text with U+FFFD for lone surrogates, as tiktoken's encode_ordinary has it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _flagged(core: str, special: Sequence[str]) -> str:

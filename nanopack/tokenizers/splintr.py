@@ -25,8 +25,9 @@ import tiktoken
 from nanopack.conversations.records import check
 from nanopack.conversations.source import Source
 from nanopack.errors import EncoderError
+from nanopack.tokenizers.byte_level import LONG_TEXT
 from nanopack.tokenizers.split_patterns import PatternError, plain
-from nanopack.tokenizers.tokenizer import LONG_TEXT, AnyTokenizer, Tokenizer
+from nanopack.tokenizers.tokenizer import AnyTokenizer, Tokenizer
 
 ENCODERS = (None, "fast")
 # Every n-th text is compared with tiktoken's ids, starting with the first of each process.
@@ -72,6 +73,8 @@ def choose_encoder(encoder: str | None, tokenizer: AnyTokenizer, source: Source)
 # A subclass: everything but the encoding is unchanged, the fingerprint included.
 class FastTokenizer(Tokenizer):
     """A tiktoken `Encoding` whose texts splintr-rs encodes. Survives pickling and forking."""
+
+    encoder = "splintr-rs"
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         """Raise ImportError without splintr-rs, ValueError if it does not support the encoding."""

@@ -19,13 +19,14 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence, Set
 from importlib import resources
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import tiktoken
 
+from nanopack.tokenizers.buffers import joined
+from nanopack.tokenizers.byte_level import LONG_TEXT
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer, is_hugging_face
 from nanopack.tokenizers.rank_files import first_line, is_panic, new_encoding, read_pickle, read_ranks
 from nanopack.tokenizers.split_patterns import grouped
@@ -54,9 +55,6 @@ _ACCEPTED = (
     "tokenizer, a nanochat tokenizer, its folder or its tokenizer.pkl, or what nanopack.tokenizers.from_ranks returns"
 )
 _NOTHING: frozenset[str] = frozenset()
-# Texts of this many characters or more are split by the encoding's own pattern: the engine refuses some very long
-# texts, a million spaces for instance, and which ones depends on how the pattern is written.
-LONG_TEXT = 250_000
 
 
 class Tokenizer:
@@ -66,6 +64,8 @@ class Tokenizer:
     encoding: tiktoken.Encoding
     vocab_size: int
     """The largest id, special tokens included, plus 1. Some ids below may be unused."""
+    encoder: str = "tiktoken"
+    """What encodes texts."""
     bos_id: int
     """Id of the first of `<|bos|>`, `<|begin_of_text|>` (Llama 3) and `<|endoftext|>` that the encoding has."""
 
@@ -129,7 +129,7 @@ class Tokenizer:
         >>> offsets.tolist()
         [0, 1, 1, 2, 4]
         """
-        return _joined(self._encode_each(texts))
+        return joined(self._encode_each(texts))
 
     def _encode_each(self, texts: Sequence[str | bytes]) -> list[Any]:
         """Return one buffer of uint32s per text."""
@@ -169,14 +169,6 @@ class Tokenizer:
                 f"tokenizer {self.name!r} cannot decode these ids ({error}); "
                 f"give a flat sequence of its ids, from 0 to {self.vocab_size - 1}."
             ) from error
-
-
-def _joined(buffers: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the concatenated uint32s of all buffers, (n,), and offsets, (len(buffers) + 1,) int64."""
-    # only `nbytes` of a memoryview of tiktoken's buffer is right: its shape is not
-    sizes = [len(buffer) if isinstance(buffer, bytes) else memoryview(buffer).nbytes for buffer in buffers]
-    ends_bytes = np.fromiter(accumulate(sizes, initial=0), np.int64, len(buffers) + 1)
-    return np.frombuffer(b"".join(buffers), np.uint32), ends_bytes // 4
 
 
 def _core_encode(encoding: tiktoken.Encoding) -> Callable[[str, frozenset[str]], Any]:

@@ -145,8 +145,9 @@ def test_one_batch_is_counted_as_one(run, tmp_path):
 
 
 @pytest.mark.parametrize(("argv", "says"), REFUSED.values(), ids=REFUSED)
-def test_bad_input_gives_one_line_and_exit_code_2(run, argv, says, monkeypatch):
+def test_bad_input_gives_one_line_and_exit_code_2(run, argv, says, monkeypatch, tmp_path):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.chdir(tmp_path)
     assert says in refusal(run(*argv))
 
 

@@ -30,7 +30,8 @@ def draw_message(draw: random.Random, parts: bool) -> dict[str, Any]:
         message["weight"] = draw.randrange(2)
     if draw.random() < 0.2:
         arguments = draw.choice([{"city": "Bonn"}, {"amount": 3}, {"deep": {"a": 1.5}}, {"deep": {"b": ["x"]}}])
-        message["tool_calls"] = [{"type": "function", "function": {"name": "f", "arguments": arguments}}]
+        calls = [{"type": "function", "function": {"name": "f", "arguments": arguments}}]
+        message["tool_calls"] = draw.choice([calls, calls * 2, []])
     if draw.random() < 0.1:
         message["name"] = "n"
     return message
@@ -57,6 +58,12 @@ def draw_records(seed: int, parts: bool | None = None, weighed: bool | None = No
             record["system"] = draw.choice(TEXTS)
         elif kind < 0.5:
             record["mood"] = "good"
+        elif kind < 0.6:
+            record["tools"] = draw.choice([[], [{"name": "f", "parameters": draw.choice([{"a": 1}, {"b": "x"}])}]])
+        elif kind < 0.7:
+            record["chat_template_kwargs"] = draw.choice([{"a": True}, {"b": "x"}, {"a": False, "b": "y"}])
+        elif kind < 0.75:
+            record["label"] = draw.random() < 0.5
         if weighed:
             record["weight"] = draw.choice([0.5, 1.0, 2.0])
         records.append(record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -20,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from record_files import RECORDS, write_lines, write_parquet
 
-from nanopack.conversations import files
+from nanopack.conversations import files, parquet, unpacked
 from nanopack.conversations import random_access as file_bytes
 from nanopack.conversations.records import open_conversations
-from nanopack.errors import ConversationError
+from nanopack.errors import ConversationError, StorageError
 
 
 @pytest.fixture(params=["chats.jsonl", "chats.jsonl.gz", "chats.parquet"])
@@ -72,7 +73,7 @@ def write_line_file(folder: str, number: int, file: dict[str, Any]) -> list[tupl
 @given(
     drawn=st.lists(line_files, min_size=1, max_size=3),
     chunk=st.integers(3, 60),
-    block=st.integers(3, 60),
+    block=st.integers(1, 60),
     order=st.randoms(use_true_random=False),
 )
 def test_every_record_is_read_back_in_any_order_and_knows_its_line(
@@ -85,7 +86,7 @@ def test_every_record_is_read_back_in_any_order_and_knows_its_line(
     folder = str(tmp_path_factory.mktemp("files"))
     expected = [pair for number, file in enumerate(drawn) for pair in write_line_file(folder, number, file)]
     paths = sorted(os.path.join(folder, name) for name in os.listdir(folder))
-    with patch.multiple(file_bytes, SCAN_BYTES=chunk, BLOCK_BYTES=block, GZIP_READ_BYTES=5):
+    with patch.object(file_bytes, "SCAN_BYTES", chunk), patch.object(unpacked, "READ_BYTES", block):
         source = files.open_files(paths)
         assert len(source) == len(expected)
         for index in order.sample(range(len(expected)), len(expected)):
@@ -116,7 +117,7 @@ def test_more_files_than_may_be_open_are_read(tmp_path: Path, suffix: str) -> No
         write(tmp_path / f"{number:03}{suffix}", [{"text": str(number)}])
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(map(int, os.listdir("/dev/fd")))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + files.OPEN_FILES + 20, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 20, hard))
     try:
         source = open_conversations(tmp_path / f"*{suffix}")
         order = random.Random(0).sample(range(200), 200)
@@ -144,8 +145,7 @@ def test_a_forked_process_and_its_parent_read_at_the_same_time(path: Path) -> No
     assert right
 
 
-def test_threads_read_at_the_same_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_bytes, "BLOCK_BYTES", 500)
+def test_threads_read_at_the_same_time(path: Path) -> None:
     source = open_conversations([path] * 3)
     wrong: list[int] = []
 
@@ -170,23 +170,23 @@ def test_a_source_pickles_after_reading_and_reads_on(path: Path) -> None:
 
 
 def test_a_file_changed_since_opening_is_an_error_and_not_another_record(path: Path) -> None:
-    source = pickle.loads(pickle.dumps(open_conversations(path)))
+    pickled = pickle.dumps(open_conversations(path))
     path.write_bytes(b"x" + path.read_bytes())
     with pytest.raises(ValueError, match=r"chats\..* has changed since it was opened; open the conv"):
-        source[0]
+        pickle.loads(pickled)[0]
 
 
 def note_row_groups(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[str]]]:
     """Return a list that grows by number and columns of every row group read."""
     read: list[tuple[int, list[str]]] = []
-    inner = files.read_row_group
+    inner = parquet.read_row_group
 
     def noted(version: file_bytes.Version, group: int, columns: tuple[str, ...]) -> object:
         table = inner(version, group, columns)
         read.append((group, table.column_names))
         return table
 
-    monkeypatch.setattr(files, "read_row_group", noted)
+    monkeypatch.setattr(parquet, "read_row_group", noted)
     return read
 
 
@@ -250,3 +250,51 @@ def test_a_bad_line_17_says_what_is_wrong_and_harms_no_other_line(tmp_path: Path
     with pytest.raises(ConversationError, match=message):
         source[16]
     assert [source[15], source[17]] == [RECORDS[15], RECORDS[17]]
+
+
+def test_many_data_sets_share_one_budget_of_open_files(tmp_path: Path) -> None:
+    sources = []
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = len(os.listdir("/dev/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 200, hard))
+    try:
+        for number in range(10):
+            paths = [write_lines(tmp_path / f"{number}-{k}.jsonl", [{"text": f"{number} {k}"}]) for k in range(40)]
+            sources.append(open_conversations(paths))
+        for _ in range(2):
+            assert all(source[k] == {"text": f"{n} {k}"} for n, source in enumerate(sources) for k in range(40))
+        assert len(os.listdir("/dev/fd")) - before <= file_bytes.most_open_files() < 60
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_too_many_open_files_of_others_are_an_error_that_names_the_limit(tmp_path: Path) -> None:
+    source = open_conversations(write_lines(tmp_path / "chats.jsonl", [{"text": "a"}]))
+    other = pickle.loads(pickle.dumps(source))
+    del source
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    held = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        with pytest.raises(StorageError, match=r"chats\.jsonl: too many open files, with a limit of 64; .*ulimit -n"):
+            other[0]
+        os.close(held.pop())
+        assert other[0] == {"text": "a"}
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_folder_whose_name_looks_like_a_glob_is_meant_itself(tmp_path: Path, shuffled: bool) -> None:
+    for folder in ("run[1]", "run1", "run[2]/a*"):
+        (tmp_path / folder).mkdir(parents=True)
+        write_lines(tmp_path / folder / "chats.jsonl", [{"text": folder}])
+    assert open_conversations(tmp_path / "run[1]/*.jsonl", shuffled=shuffled)[0] == {"text": "run[1]"}
+    assert open_conversations(tmp_path / "run[2]/a*/*.jsonl", shuffled=shuffled)[0] == {"text": "run[2]/a*"}
+    # where there is no such folder it is a glob
+    assert open_conversations(tmp_path / "run[12]/*.jsonl", shuffled=shuffled)[0] == {"text": "run1"}

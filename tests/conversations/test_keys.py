@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,26 @@ from data_sets import SMALL as ENCODING
 from key_oracle import REFUSED, draw_record, meaning
 from outcomes import outcome, reference_outcome
 
+from nanopack.cli.options import FILES_HELP
+from nanopack.config import FIRST_ASSISTANTS, LOSSES
+from nanopack.conversations.files import SUFFIXES
 from nanopack.conversations.keys import (
     HARMLESS,
     IN_LOSS,
     MASK,
     MESSAGE,
     NOT_IN_LOSS,
+    PACKED,
     PART,
     PASSED,
     READ,
     RECORD,
     SYSTEM,
     TEMPLATE,
+    WANTED,
 )
 from nanopack.conversations.keys import REFUSED as NO
+from nanopack.conversations.messages import ROLES
 from nanopack.conversations.records import check, open_conversations
 from nanopack.errors import ConversationError
 from nanopack.render.renderer import Renderer
@@ -140,6 +147,61 @@ def test_harmless_keys_change_nothing_and_unknown_ones_are_named(tmp_path: Path,
 
 
 def test_the_tables_name_each_kind_once() -> None:
-    assert {*RECORD.values()} == {HARMLESS, READ, MASK, SYSTEM, TEMPLATE, NOT_IN_LOSS, NO}
+    assert {*RECORD.values()} == {HARMLESS, READ, MASK, PACKED, SYSTEM, TEMPLATE, NOT_IN_LOSS, WANTED, NO}
     assert {*MESSAGE.values()} == {HARMLESS, READ, IN_LOSS, NOT_IN_LOSS, TEMPLATE, PASSED, NO}
     assert {*PART.values()} == {HARMLESS, READ, NO}
+
+
+# docs/data.md: one table
+
+DOCS = Path(__file__).parents[2] / "docs" / "data.md"
+TABLES = {"record": RECORD, "message": MESSAGE, "part": PART}
+# Words that a row of the kind has.
+SAYS = {
+    HARMLESS: "harmless",
+    MASK: "in the loss where|token is removed|several documents",
+    PACKED: "several documents",
+    SYSTEM: "a first system message",
+    TEMPLATE: 'go to the chat template with `template="hf"`',
+    IN_LOSS: "nothing of the message is in the loss",
+    NOT_IN_LOSS: "the reverse|refused, but for NeMo",
+    WANTED: "`false` is refused",
+    PASSED: 'go to the chat template with `template="hf"`; harmless',
+    NO: "refused",
+}
+
+
+def documented(table: str) -> dict[str, str]:
+    """What docs/data.md says of each key."""
+    text = DOCS.read_text(encoding="utf-8").split(f"| key of a {table} | does |\n", 1)[1].split("\n\n")[0]
+    rows = [line.strip("| ").split(" | ", 1) for line in text.splitlines()[1:]]
+    return {key: does for names, does in rows for key in re.findall("`([a-z_]+)`", names)}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_the_page_says_of_every_key_what_the_table_says(table: str) -> None:
+    kinds, said = TABLES[table], documented(table)
+    assert not {*said} - {*kinds}
+    # the shapes have a table of their own, and notes are too many
+    own = {key for key, kind in kinds.items() if kind not in (HARMLESS, PASSED, READ)}
+    assert not own - {*said}
+    for key, does in said.items():
+        assert re.search(SAYS.get(kinds[key], ""), does), key
+
+
+def test_the_page_has_every_shape_role_and_suffix() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    for key in (*keys_of(RECORD, READ), *keys_of(MESSAGE, READ), *keys_of(PART, READ)):
+        assert re.search(f'[`"]{key}[`"]', text), key
+    for suffix in SUFFIXES:
+        assert f"`{suffix.removesuffix('.gz').removesuffix('.zst')}`" in text
+    for role in ("human", "gpt", "chatgpt", "bing", "bard", "model", "bot", "function_call", "observation", "function"):
+        assert role in ROLES and role in text
+    for key in ("ignored_keys", *LOSSES, *FIRST_ASSISTANTS):
+        assert key in text
+
+
+def test_the_help_of_the_command_line_names_every_kind_of_file() -> None:
+    said = set(re.findall(r"\.[a-z]+", FILES_HELP))
+    assert said >= {*SUFFIXES} - {s for s in SUFFIXES if s.count(".") > 1}
+    assert {".gz", ".zst"} <= said and "docs/data.md" in FILES_HELP

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import pickle
 import random
 import tracemalloc
 from collections.abc import Callable
@@ -14,8 +13,8 @@ from pathlib import Path
 import pytest
 from record_files import RECORDS, write_lines
 
-from nanopack.conversations import files
 from nanopack.conversations import random_access as file_bytes
+from nanopack.conversations import unpacked
 from nanopack.conversations.records import open_conversations
 
 
@@ -32,32 +31,6 @@ def test_reading_a_record_reads_its_bytes_and_no_others(tmp_path: Path, monkeypa
     assert source[150] == RECORDS[150]
     before = sum(len(json.dumps(record, ensure_ascii=False).encode()) + 1 for record in RECORDS[:150])
     assert reads == [(len(json.dumps(RECORDS[150], ensure_ascii=False).encode()) + 1, before)]
-
-
-def test_reading_a_gzip_file_decompresses_one_block_at_random_and_each_once_in_sequence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    noise = random.Random(0)
-    records = [{"text": noise.randbytes(500).hex()} for _ in range(400)]
-    path = write_lines(tmp_path / "chats.jsonl.gz", records)
-    monkeypatch.setattr(file_bytes, "BLOCK_BYTES", 20_000)
-    monkeypatch.setattr(file_bytes, "GZIP_READ_BYTES", 1_000)
-    source = open_conversations(path)
-    done = [0]
-    decompress = file_bytes.GzipBytes._decompress
-
-    def counted(self: file_bytes.GzipBytes, *arguments: object) -> bytes:
-        piece = decompress(self, *arguments)  # type: ignore[arg-type]
-        done[0] += len(piece)
-        return piece
-
-    monkeypatch.setattr(file_bytes.GzipBytes, "_decompress", counted)
-    assert source[200] == records[200]
-    assert 0 < done[0] <= 2 * 20_000
-    source = pickle.loads(pickle.dumps(source))
-    done[0] = 0
-    assert [source[k] for k in range(len(records))] == records
-    assert done[0] == sum(len(json.dumps(record)) + 1 for record in records)
 
 
 def peak_bytes(path: Path) -> tuple[int, int, int]:
@@ -78,26 +51,20 @@ def test_opening_a_jsonl_file_holds_8_bytes_a_line_and_a_few_chunks(tmp_path: Pa
     assert peak < held + 4 * file_bytes.SCAN_BYTES
 
 
-def test_opening_a_gzip_file_holds_64_kb_a_block_and_the_recent_blocks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(file_bytes, "BLOCK_BYTES", 1 << 20)
+def test_opening_a_gzip_file_holds_8_bytes_a_line_and_a_few_chunks(tmp_path: Path) -> None:
     noise = random.Random(0)
     lines = [b'{"text": "%s"}\n' % noise.randbytes(1_000).hex().encode() for _ in range(20_000)]
     path = tmp_path / "chats.jsonl.gz"
     path.write_bytes(gzip.compress(b"".join(lines), 1))
     _, held, peak = peak_bytes(path)
-    blocks = sum(map(len, lines)) / file_bytes.BLOCK_BYTES
-    index = 8 * len(lines) * 9 / 8 + 50_000
-    assert held < 64 * 1024 * (blocks + 1) + files.RECENT_BLOCKS * file_bytes.BLOCK_BYTES + index
-    # Beside the recent blocks: the new one in pieces and joined, and what the scan makes of it.
-    assert peak < held + 5 * file_bytes.BLOCK_BYTES
+    assert held < 8 * len(lines) * 9 / 8 + 50_000
+    assert peak < held + 4 * file_bytes.SCAN_BYTES
 
 
 def test_a_file_crowded_out_while_it_is_read_stays_open_until_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "OPEN_FILES", 1)
+    monkeypatch.setattr(file_bytes, "most_open_files", lambda: 1)
     source = open_conversations([write_lines(tmp_path / f"{k}.jsonl", [{"text": f"{k}"}]) for k in range(2)])
     pread = os.pread
 
@@ -127,7 +94,7 @@ def test_a_file_cut_off_while_in_use_is_an_error(tmp_path: Path) -> None:
         pytest.param(lambda data: data[:5], r"is cut off in line 1;", id="header-cut"),
         pytest.param(lambda data: data[:-8] + b"\0" * 8, r"noticed after line 200 .*incorrect data", id="crc"),
         pytest.param(lambda data: b"plain" + data, r"noticed after line 0 .*incorrect header", id="no-gzip"),
-        pytest.param(lambda data: data + b"more", r"noticed after line 200 .*header", id="garbage-behind"),
+        pytest.param(lambda data: data + b"more", r"noticed after line 200 .*header", id="garbage-after"),
         pytest.param(lambda data: data[:400] + b"\xff" * 9 + data[409:], r"is damaged", id="bytes-changed"),
     ],
 )
@@ -135,16 +102,16 @@ def test_a_damaged_gzip_file_is_an_error_that_names_file_and_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, break_it: Callable[[bytes], bytes], message: str
 ) -> None:
     # A byte at a time, so that all lines before the damage have come out.
-    monkeypatch.setattr(file_bytes, "GZIP_READ_BYTES", 1)
+    monkeypatch.setattr(unpacked, "READ_BYTES", 1)
     path = write_lines(tmp_path / "chats.jsonl.gz", RECORDS)
     path.write_bytes(break_it(path.read_bytes()))
     with pytest.raises(ValueError, match=rf"chats\.jsonl\.gz.*{message}"):
         open_conversations(path)
 
 
-def test_zero_bytes_behind_a_gzip_member_are_no_damage(tmp_path: Path) -> None:
+def test_zero_bytes_after_a_gzip_member_are_no_damage(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "chats.jsonl.gz", RECORDS)
-    path.write_bytes(path.read_bytes() + b"\0" * 40_000 + gzip.compress(b'{"text": "behind"}') + b"\0")
+    path.write_bytes(path.read_bytes() + b"\0" * 40_000 + gzip.compress(b'{"text": "after"}') + b"\0")
     source = open_conversations(path)
     assert len(source) == 201
-    assert source[200] == {"text": "behind"}
+    assert source[200] == {"text": "after"}

@@ -13,7 +13,7 @@ import pytest
 from faulty import CHATS, FAULTS, SMALL, TOKENIZER, Faulty, Hard, expected, is_gone, raising, within
 
 import nanopack
-from nanopack import ConversationError, Loader, reference
+from nanopack import ConversationError, Loader, StorageError, reference
 from nanopack.errors import ProducerError
 from nanopack.tokenizers.tokenizer import Tokenizer
 from nanopack.verify import compare
@@ -93,8 +93,8 @@ class Stillborn(MemoryError):
         (StopIteration(3), ConversationError, "StopIteration: 3"),
         (GeneratorExit(), ProducerError, "stopped by GeneratorExit"),
         # from a pipe these end the process; from a data set they must not
-        (BrokenPipeError("theirs"), ConversationError, "BrokenPipeError: theirs"),
-        (EOFError("theirs"), ConversationError, "EOFError: theirs"),
+        (BrokenPipeError("theirs"), StorageError, "BrokenPipeError: theirs"),
+        (EOFError("theirs"), StorageError, "EOFError: theirs"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )

@@ -7,7 +7,8 @@ import pytest
 
 from nanopack import ConversationError, Loader, verify
 from nanopack.conversations.records import check
-from nanopack.render.renderer import Document, Renderer
+from nanopack.render.document import Document
+from nanopack.render.renderer import Renderer
 from nanopack.tokenizers.tokenizer import load_tokenizer
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack[hf]'")

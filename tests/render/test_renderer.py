@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from nanopack.conversations.records import Conversation, Message, Part, check
 from nanopack.errors import ConversationError, TemplateError
-from nanopack.render.renderer import Document, Renderer
+from nanopack.render.document import Document
+from nanopack.render.renderer import Renderer
 from nanopack.tokenizers.tokenizer import Tokenizer, from_ranks, load_tokenizer
 
 DATA = resources.files("nanopack") / "data"

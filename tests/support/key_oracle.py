@@ -12,6 +12,7 @@ import random
 from typing import Any
 
 REFUSED = "refused"
+ROLES = ("user", "assistant")
 
 
 class Refuse(Exception):
@@ -45,9 +46,21 @@ def _meaning(record: Any) -> Any:
     weight = 1.0 if record.get("weight") is None else record["weight"]
     if isinstance(weight, (bool, str)) or not 0 <= weight < 3.5e38:
         raise Refuse
-    for key in ("images", "audio", "functions", "train", "sample_weight"):
+    for key in ("images", "audio", "functions", "train", "sample_weight", "reasoning"):
         if not nothing(record.get(key)):
             raise Refuse
+    # other spellings, and unknown names that speak of the loss or of pictures
+    for key in ("Labels", "systemPrompt", "Tools", "image_path"):
+        if not nothing(record.get(key)) and record[key] is not False:
+            raise Refuse
+    if record.get("trainTurn") in (0, 1, "true", [0, 1]) or record.get("label") is False:
+        raise Refuse
+    if kind in ("prompt", "instruction") and not nothing(record.get("context")):
+        raise Refuse
+    if kind == "prompt" and not (nothing(record.get("input")) and nothing(record.get("history"))):
+        raise Refuse
+    if kind in ("text", "input_ids") and record.get("role") in NAMES:
+        raise Refuse
     if record.get("mask") and (kind in ("text", "input_ids") or record["mask"] not in ("User", "user", "human")):
         raise Refuse
     about_tokens = {"labels", "loss_mask", "assistant_masks", "completion_mask", "attention_mask", "position_ids"}
@@ -69,7 +82,12 @@ def _meaning(record: Any) -> Any:
         if not all(isinstance(record.get(key) or "", str) for key in ("instruction", "input", "output")):
             raise Refuse
         lines = [record.get(key) for key in ("instruction", "input") if record.get(key)]
-        messages = [("user", "\n".join(lines), {}, True), ("assistant", record["output"], {}, True)]
+        before = [
+            (role, text, {}, True)
+            for pair in record.get("history") or []
+            for role, text in zip(ROLES, pair, strict=True)
+        ]
+        messages = [*before, ("user", "\n".join(lines), {}, True), ("assistant", record["output"], {}, True)]
     else:
         messages = [message(m) for m in said(record[kind])]
     if not nothing(record.get("system")):
@@ -104,7 +122,8 @@ def listed(value: Any) -> list[dict[str, Any]]:
 
 
 NAMES = {
-    "system": "system", "developer": "developer", "user": "user", "human": "user", "assistant": "assistant",
+    "system": "system", "developer": "developer", "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant",
     "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant",
     "function_call": "assistant", "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool",
 }  # fmt: skip
@@ -131,6 +150,10 @@ def message(one: Any) -> tuple[str, Any, dict[str, Any], bool]:
             loss.add(bool(has[key]) != (key == "masked"))
     if len(loss) > 1 or not nothing(has.get("loss_mask")):
         raise Refuse
+    if not nothing(has.get("toolCalls")) or not nothing(has.get("parts")):
+        raise Refuse
+    if has.get("no_loss") in (True, False, "yes", 0.5) and has["no_loss"] is not None:
+        raise Refuse
     known = ("role", "from", "content", "value", "weight", "train", "loss", "masked", "loss_mask")
     rest = {key: value for key, value in has.items() if key not in known and not nothing(value)}
     if "tool_calls" in rest:
@@ -149,7 +172,7 @@ def parts(content: Any) -> list[tuple[str, str]]:
         kinds = {"text": "text", "input_text": "text", "python": "python", "python_output": "python_output"}
         if not isinstance(part, dict) or part.get("type") not in kinds or not isinstance(part.get("text"), str):
             raise Refuse
-        if not nothing(part.get("image_url")):
+        if not nothing(part.get("image_url")) or part.get("no_loss") in (True, False):
             raise Refuse
         found.append((kinds[part["type"]], part["text"]))
     return found
@@ -202,6 +225,9 @@ def draw_message(draw: random.Random) -> Any:
         "name": ["add", None],
         "id": ["m1", 7],
         "mood": ["good", None, ""],
+        "toolCalls": [CALLS, [], None],
+        "parts": [[{"text": "x"}], [], None],
+        "no_loss": [True, False, None, "yes", "maybe", 0.5, 3],
         "content": [None, "again"],
         "from": [None, "gpt"],
     }
@@ -213,7 +239,9 @@ def draw_message(draw: random.Random) -> Any:
 def draw_part(draw: random.Random) -> Any:
     found = {"type": draw.choice(["text"] * 4 + ["input_text", "python", "image", None]), "text": draw.choice(SAID)}
     if draw.random() < 0.2:
-        found |= draw.choice([{"image_url": "x"}, {"cache_control": {"type": "a"}}, {"mood": 1}, {"text": None}])
+        found |= draw.choice(
+            [{"image_url": "x"}, {"cache_control": {"type": "a"}}, {"mood": 1}, {"text": None}, {"no_loss": True}]
+        )
     return found
 
 
@@ -239,6 +267,16 @@ def draw_record(draw: random.Random) -> Any:
         "score": [0.5],
         "mood": ["good"],
         "prompt": ["Q"],
+        "label": [True, False, None, 3, "spam"],
+        "reasoning": ["R", "", None],
+        "context": ["C", "", None],
+        "history": [[["H", "B"]], []],
+        "role": ["user", "prompter", "judge", None],
+        "trainTurn": [0, 1, "true", "no idea", [0, 1], 7, None],
+        "systemPrompt": ["S", "", None],
+        "Labels": [[1], [], None],
+        "Tools": [CALLS, "[]"],
+        "image_path": ["x.png", "", False],
     }
     for key in draw.sample(list(extras), draw.choice([0, 0, 0, 1, 1, 2])):
         record[key] = draw.choice(extras[key])

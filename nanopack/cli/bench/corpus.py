@@ -18,7 +18,8 @@ import numpy as np
 
 from nanopack.conversations.records import Conversation, check, open_conversations
 from nanopack.errors import ConversationError
-from nanopack.render.renderer import Document, Renderer
+from nanopack.render.document import Document
+from nanopack.render.renderer import Renderer
 from nanopack.tokenizers.tokenizer import AnyTokenizer, Tokenizer
 
 ROWS, ROW = 32, 2048

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from nanopack.cli.bench.corpus import ROW, ROWS
-from nanopack.render.renderer import Document
+from nanopack.render.document import Document
 
 PackedWork = Callable[[], tuple[int, int]]
 """Does one unit of work; returns its tokens, and the positions that they take with their padding."""

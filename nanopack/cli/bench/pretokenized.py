@@ -24,7 +24,7 @@ from nanopack.cli.bench.other_packers import NotHereError, PackedContender, Pack
 from nanopack.cli.bench.rounds import Measure, Pace, Result, Spread, Table, in_rounds, not_measured, ratio
 from nanopack.loader import Loader
 from nanopack.packing.packings import PACKINGS
-from nanopack.render.renderer import Document
+from nanopack.render.document import Document
 
 TOKENS, QUICK_TOKENS = 4_000_000, 300_000
 COPY = "a copy of the same bytes"

@@ -1,0 +1,116 @@
+"""What a rendered conversation is, before and after its texts are encoded.
+
+renderer.py, hf_template.py   ->   Plan   ->   encode()   ->   Document
+                                                                producer/reader.py cuts it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from nanopack.errors import EncoderError
+from nanopack.tokenizers.byte_level import ByteLevel
+from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
+from nanopack.tokenizers.tokenizer import AnyTokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """A rendered conversation. Its first token is the beginning of sequence."""
+
+    ids: np.ndarray
+    """(n,) uint32, or of other integers where it was rendered elsewhere: token ids."""
+    mask: np.ndarray
+    """(n,) bool: True where the token is in the loss."""
+    starts: tuple[int, ...]
+    """Index of the token that each message begins with, one per message; none for plain text and with
+    template="hf". A system message that was merged begins where the user's does."""
+    forgets: bool = False
+    """Whether the chat template left out thoughts of earlier turns."""
+
+
+class Plan(NamedTuple):
+    """A document before encoding: runs that follow each other."""
+
+    runs: list[str | bytes]
+    """Texts to encode, and ids that are known already, as bytes of uint32."""
+    in_loss: list[bool]
+    """Of each run, whether its tokens are in the loss."""
+    firsts: list[int]
+    """For each message, the run that it begins with."""
+    spans: Sequence[tuple[int, int, int]] = ()
+    """Run, and from which to before which of its bytes it is in the loss: any token that has one of them."""
+    forgets: bool = False
+    """Whether the chat template left out thoughts of earlier turns."""
+    expected: Document | None = None
+    """What must come out, where it was rendered in another way too, to compare the two."""
+
+
+def encode(tokenizer: AnyTokenizer, plans: Sequence[Plan]) -> Iterator[Document]:
+    """Yield the document of each plan, as views of arrays that they share; raise as the tokenizer does.
+
+    EncoderError where one is not what is expected.
+    """
+    if not plans:
+        return
+    ids, offsets = tokenizer.encode_batch([run for plan in plans for run in plan.runs])
+    mask = np.array([in_loss for plan in plans for in_loss in plan.in_loss], bool).repeat(np.diff(offsets))
+    _mark_spans(tokenizer, plans, ids, offsets, mask)
+    begins, first = offsets.tolist(), 0
+    for plan in plans:
+        last = first + len(plan.runs)
+        begin, end = begins[first], begins[last]
+        starts = tuple([begins[first + run] - begin for run in plan.firsts])
+        document = Document(ids[begin:end], mask[begin:end], starts, plan.forgets)
+        if plan.expected is not None:
+            _compare(document, plan.expected)
+        yield document
+        first = last
+
+
+def _mark_spans(
+    tokenizer: AnyTokenizer, plans: Sequence[Plan], ids: np.ndarray, offsets: np.ndarray, mask: np.ndarray
+) -> None:
+    """Put tokens into the loss that stand in a plan's spans."""
+    firsts = np.cumsum([0, *(len(plan.runs) for plan in plans)]).tolist()
+    spans = [
+        (first + run, *bytes_of) for first, plan in zip(firsts, plans, strict=False) for run, *bytes_of in plan.spans
+    ]
+    if not spans:
+        return
+    assert isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.byte_level
+    begins, ends, before = _bytes_of_tokens(tokenizer.byte_level, ids)
+    runs, first_bytes, last_bytes = np.array(spans, np.int64).T
+    base = before[offsets[runs]]
+    first = np.maximum(np.searchsorted(ends, base + first_bytes, "right"), offsets[runs])
+    last = np.minimum(np.searchsorted(begins, base + last_bytes, "left"), offsets[runs + 1])
+    for one, other in zip(first.tolist(), last.tolist(), strict=True):
+        mask[one:other] = True
+
+
+def _bytes_of_tokens(encoding: ByteLevel, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return from which to before which byte each token stands, as offsets say it, and the bytes before each."""
+    before = np.concatenate([[0], np.cumsum(encoding.num_bytes[ids])])
+    begins, ends = before[:-1], before[1:]
+    if encoding.leading is None or encoding.trailing is None:
+        return begins, ends, before
+    begins = np.minimum(begins + encoding.leading[ids], ends)
+    return begins, np.maximum(ends - encoding.trailing[ids], begins), before
+
+
+def _compare(found: Document, expected: Document) -> None:
+    if np.array_equal(found.ids, expected.ids) and np.array_equal(found.mask, expected.mask):
+        return
+    both = min(len(found.ids), len(expected.ids))
+    unlike = (found.ids[:both] != expected.ids[:both]) | (found.mask[:both] != expected.mask[:both])
+    at = int(np.argmax(np.append(unlike, True)))
+    here = slice(at, at + 6)
+    raise EncoderError(
+        f"a conversation that was encoded by tiktoken differs from the chat template's own at token {at}: expected "
+        f"{expected.ids[here].tolist()} with {expected.mask[here].tolist()} in the loss, got "
+        f"{found.ids[here].tolist()} with {found.mask[here].tolist()}"
+    )

@@ -1,0 +1,318 @@
+"""Encode with tiktoken what a Hugging Face tokenizer splits and merges by bytes: the same ids, several times as fast.
+
+    the core of a tokenizer, as JSON   ->   ByteLevel()   ->   ids of texts without added tokens, and their bytes
+                                                               huggingface.py keeps the added tokens
+
+Byte-level BPE is one algorithm with two tables: tiktoken's ranks are the order in which merges make their tokens.
+Taken is what provably gives the same ids, and NotByteLevel says why anything else is not. The two are compared at
+construction; characters that they split differently, such as those of a newer Unicode, are left to Hugging Face.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from itertools import groupby, pairwise
+from typing import Any, Literal, TypeAlias, cast, get_args
+
+import numpy as np
+import tiktoken
+
+from nanopack.tokenizers.rank_files import is_panic
+from nanopack.tokenizers.split_patterns import PatternError, grouped, of_pre_tokenizer
+
+# tiktoken's regex engine refuses some longer texts, a million spaces for instance; which depends on how a pattern is
+# written.
+LONG_TEXT = 250_000
+NormalForm: TypeAlias = Literal["NFC", "NFD", "NFKC", "NFKD"]
+# Tokens whose merges are tried out at construction: all of a small vocabulary, some of a large one.
+TRIED_TOKENS = 3000
+# In what a character stands when it is first met: between letters, digits, blanks and marks, and after an apostrophe.
+_CONTEXTS = "a{0}b A{0}Ba 1{0}1  {0}  .{0}.\n{0}\n'{0} x'l{0} {0}{0}'s "
+_UNKNOWN, _ALIKE, _UNLIKE = range(3)
+# How a byte is written in a vocabulary: as itself where it prints, else as one of the characters from 256 on.
+_PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTE_OF = {point: point for point in _PRINTED}
+_BYTE_OF |= {0x100 + number: byte for number, byte in enumerate(sorted(set(range(256)) - set(_PRINTED)))}
+# Neither is in a vocabulary that is written in bytes.
+_SEPARATOR, _QUOTE = "\ue000", "\ue001"
+# Characters below 256 that stand for no byte become one that is none either.
+_TO_BYTES = {**dict.fromkeys(range(256), "\ue002"), **{point: chr(byte) for point, byte in _BYTE_OF.items()}}
+_TO_BYTES[0x20] = _SEPARATOR
+_FROM_BYTE = {byte: chr(point) for point, byte in _BYTE_OF.items()}
+# UTF-8 has no such byte, and so no token either but itself.
+_SPARE = 0xFF
+_MERGE = re.compile(r'"([^"]*)","([^"]*)"')
+_NOTHING: frozenset[str] = frozenset()
+
+# What two encoders may differ on: contractions, runs, digits, scripts, marks, white space.
+_WORDS = (
+    *(
+        "a",
+        "The",
+        "HELLO",
+        "don't",
+        "I'LL",
+        "we've",
+        "'s",
+        "it's5",
+        "é",
+        "e\u0301",
+        "ß",
+        "ǅ",
+        "ʰ",
+        "漢字",
+        "かな",
+        "ー゠",
+    ),
+    *(
+        "한글",
+        "Жизнь",
+        "ελλ",
+        "عربي",
+        "हिन्दी",
+        "ไทย",
+        "😀",
+        "👩\u200d👩",
+        "🇩🇪",
+        "1",
+        "22",
+        "12345",
+        "½",
+        "Ⅷ",
+        "٣",
+        "3a",
+    ),
+    *("!", "...", "://", "\\", "{}", "=>", "—", "、", "()", "/\n#", "-\r\n.", "#a", "\0", "\x7f", "\ue000", "\u200d"),
+)
+_BLANKS = (" ", "  ", "   ", "\n", "\n\n", "\r", "\r\n", "\t", " \n", "\n ", "\v", "\x1c", "\x85", "\xa0", "\u3000")
+
+
+class NotByteLevel(ValueError):
+    """Why a tokenizer cannot be encoded this way."""
+
+
+class ByteLevel:
+    """The split, the ranks and the ids of one tokenizer. Special and other added tokens are not its business."""
+
+    num_bytes: np.ndarray
+    """(vocab_size,) int64: bytes of the text of each token; 0 for added tokens and unused ids."""
+    leading: np.ndarray | None
+    """(vocab_size,) int64: blanks that a token begins with, where offsets leave them out; else None."""
+    trailing: np.ndarray | None
+
+    def __init__(
+        self, core: Any, settings: str, vocab_size: int, encode_exactly: Callable[[Sequence[str]], list[list[int]]]
+    ) -> None:
+        """Take the settings, a tokenizer.json; NotByteLevel where its ids might differ.
+
+        `encode_exactly` gives the ids of texts as the tokenizer itself has them.
+        """
+        self._encode_exactly = encode_exactly
+        head, model, products = _parse(settings)
+        self.form = _normal_form(head["normalizer"])
+        try:
+            pattern = of_pre_tokenizer(head["pre_tokenizer"] or {"type": "none", "add_prefix_space": True})
+        except PatternError as error:
+            raise NotByteLevel(str(error)) from None
+        tokens = _bytes_of(core.get_vocab(with_added_tokens=False))
+        ranks, self._ids = _rank(tokens, products, model.get("ignore_merges", False))
+        found = _encoding(pattern, ranks)
+        lost = _unreachable(found, ranks)
+        self._try_merges(core, [token for token in ranks if len(token) > 1 and token not in lost])
+        if lost and model.get("ignore_merges", False):
+            _refuse_other_splits(lost, ranks, set(products))
+        elif lost:
+            found = _encoding(pattern, {token: rank for token, rank in ranks.items() if token not in lost})
+        self._encode = found._core_bpe.encode_to_tiktoken_buffer
+        self._describe_tokens(tokens, vocab_size, head["post_processor"])
+        self._states: np.ndarray = np.zeros(0x110000, np.int8)
+        # Lone surrogates are mended elsewhere.
+        self._states[0xD800:0xE000] = _UNLIKE
+        if difference := next(filter(None, map(self.difference, _fuzz())), None):
+            raise NotByteLevel(difference)
+
+    def _describe_tokens(self, tokens: dict[bytes, int], vocab_size: int, post: Any) -> None:
+        numbers = np.fromiter(tokens.values(), np.int64, len(tokens))
+
+        def table(count: Callable[[bytes], int]) -> np.ndarray:
+            found = np.zeros(vocab_size, np.int64)
+            found[numbers] = np.fromiter(map(count, tokens), np.int64, len(tokens))
+            return found
+
+        self.num_bytes = table(len)
+        trims = _trims_offsets(post)
+        self.leading = table(lambda token: len(token) - len(token.lstrip(b" "))) if trims else None
+        self.trailing = table(lambda token: len(token) - len(token.rstrip(b" "))) if trims else None
+
+    def takes(self, texts: Sequence[str]) -> bool:
+        """Return whether all of the texts may be encoded here."""
+        doubtful = [text for text in texts if not text.isascii()]
+        if max(map(len, texts), default=0) >= LONG_TEXT or not all(map(self.is_normal, doubtful)):
+            return False
+        points = np.frombuffer("".join(doubtful).encode("utf-32-le", "surrogatepass"), np.uint32)
+        states = self._states[points]
+        if doubtful and not states.all():
+            self._meet(np.unique(points[states == _UNKNOWN]))
+            states = self._states[points]
+        return not (states == _UNLIKE).any()
+
+    def is_normal(self, text: str) -> bool:
+        """Return whether the tokenizer's normalizer would leave the text as it is."""
+        return self.form is None or text.isascii() or unicodedata.is_normalized(self.form, text)
+
+    def encode_each(self, texts: Sequence[str]) -> list[Any]:
+        """Return a buffer of ids, uint32, of each text; all of them must be taken."""
+        try:
+            buffers = [self._encode(text, _NOTHING) for text in texts]
+        except BaseException as error:
+            if not (isinstance(error, ValueError) or is_panic(error)):
+                raise
+            # tiktoken refuses one of them; Hugging Face refuses none
+            return [np.array(ids, np.uint32).tobytes() for ids in self._encode_exactly(texts)]
+        if self._ids is None:
+            return buffers
+        return [self._ids[np.frombuffer(buffer, np.uint32)].tobytes() for buffer in buffers]
+
+    def difference(self, text: str) -> str | None:
+        """Describe the first difference between the ids here and the tokenizer's own; None if they are equal."""
+        if not self.takes([text]):
+            return None
+        got = np.frombuffer(self.encode_each([text])[0], np.uint32).tolist()
+        return describe_difference(text, self._encode_exactly([text])[0], got)
+
+    def _meet(self, points: np.ndarray) -> None:
+        """Try out whether characters that were not met before are split alike."""
+        characters = [chr(point) for point in points.tolist()]
+        texts = [_CONTEXTS.format(character) for character in characters]
+        buffers = self.encode_each(texts)
+        for point, character, buffer, exact in zip(
+            points.tolist(), characters, buffers, self._encode_exactly(texts), strict=True
+        ):
+            # A form that Python does not know yet cannot be checked.
+            new = self.form is not None and unicodedata.category(character) == "Cn"
+            alike = not new and np.frombuffer(buffer, np.uint32).tolist() == exact
+            self._states[point] = _ALIKE if alike else _UNLIKE
+
+    def _try_merges(self, core: Any, tokens: Sequence[bytes]) -> None:
+        """Raise NotByteLevel where merges do not make a token as tiktoken does: as many are tried as take no time."""
+        end = _FROM_BYTE[_SPARE]
+        for token in tokens[:: max(1, len(tokens) // TRIED_TOKENS)]:
+            written = "".join([_FROM_BYTE[byte] for byte in token])
+            made = core.model.tokenize(written + end)
+            if len(made) != 2 or made[0].value != written:
+                raise NotByteLevel(f"its merges do not make its token {written!r}")
+        if hasattr(core.model, "_clear_cache"):
+            core.model._clear_cache()
+
+
+def _encoding(pattern: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
+    return tiktoken.Encoding("byte-level", pat_str=grouped(pattern), mergeable_ranks=ranks, special_tokens={})
+
+
+def _unreachable(encoding: tiktoken.Encoding, ranks: dict[bytes, int]) -> set[bytes]:
+    """Return the tokens that merging their bytes does not make."""
+    encode_piece = encoding._core_bpe.encode_single_piece
+    end = bytes([_SPARE])
+    # With one more byte it is no token itself, so that it must be merged.
+    return {token for token, rank in ranks.items() if encode_piece(token + end)[0] != rank}
+
+
+def _refuse_other_splits(tokens: set[bytes], ranks: dict[bytes, int], made: set[str]) -> None:
+    """Raise NotByteLevel where tiktoken would make one of these of two others that do not merge."""
+    for token in tokens:
+        written = "".join([_FROM_BYTE[byte] for byte in token])
+        if written not in made and any(token[:at] in ranks and token[at:] in ranks for at in range(1, len(token))):
+            raise NotByteLevel(f"no merge makes its token {written!r}")
+
+
+def describe_difference(text: str, expected: Sequence[int], got: Sequence[int]) -> str | None:
+    """Say where ids that should be equal differ; None if they do not."""
+    if list(expected) == list(got):
+        return None
+    both = zip(expected, got, strict=False)
+    at = next((i for i, (one, other) in enumerate(both) if one != other), min(len(expected), len(got)))
+    shown = text if len(text) <= 200 else f"{text[:200]}…"
+    return (
+        f"tiktoken differs from the tokenizer itself at token {at} of the text {shown!r}: "
+        f"expected {list(expected[at : at + 6])}, got {list(got[at : at + 6])}"
+    )
+
+
+def _parse(settings: str) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Return all but the model, the model without its tables, and what each merge makes, in their order.
+
+    The tables are most of it, and cut out: to parse them as JSON takes a second.
+    """
+    begin = settings.rindex('"model":{"type":')
+    model = settings[begin + len('"model":') :]
+    if not model.startswith('{"type":"BPE"'):
+        raise NotByteLevel(f"its model is {model[9 : model.index(',') - 1]}, not BPE")
+    head: dict[str, Any] = json.loads(settings[:begin] + '"model":null}')
+    options: dict[str, Any] = json.loads(model[: model.index('"vocab":{')] + '"vocab":null}')
+    for name in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
+        if name != "unk_token" and options.get(name):
+            raise NotByteLevel(f"its {name} is {options[name]!r}")
+    merges = model[model.rindex('"merges":[') + len('"merges":[') : model.rindex("]")]
+    # Escapes go first, so that each quote left is one around a token.
+    plain = merges.replace(r"\\", _SEPARATOR).replace(r"\"", _QUOTE)
+    products = map("".join, _MERGE.findall(plain))
+    return head, options, [one.replace(_SEPARATOR, "\\").replace(_QUOTE, '"') for one in products]
+
+
+def _normal_form(normalizer: Any) -> NormalForm | None:
+    steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
+    if not steps:
+        return None
+    if len(steps) > 1 or steps[0]["type"] not in get_args(NormalForm):
+        raise NotByteLevel(f"its normalizer is {'+'.join(step['type'] for step in steps)}")
+    return cast(NormalForm, steps[0]["type"])
+
+
+def _trims_offsets(post: Any) -> bool:
+    steps = post.get("processors", [post]) if post else []
+    return any(step.get("trim_offsets", False) for step in steps)
+
+
+def _bytes_of(vocab: dict[str, int]) -> dict[bytes, int]:
+    """Return the ids by the tokens' bytes, without tokens that are not written in bytes."""
+    written = " ".join(vocab).translate(_TO_BYTES).split(_SEPARATOR)
+    if len(written) != len(vocab):
+        written = [token.translate(_TO_BYTES) for token in vocab]
+    found: dict[bytes, int] = {}
+    for token, number in zip(written, vocab.values(), strict=True):
+        try:
+            found[token.encode("latin-1")] = number
+        except UnicodeEncodeError:
+            continue
+    return found
+
+
+def _rank(
+    tokens: dict[bytes, int], products: list[str], ignores_merges: bool
+) -> tuple[dict[bytes, int], np.ndarray | None]:
+    """Return the rank of each token, and the id of each rank; None where ranks are ids."""
+    if missing := [byte for byte in range(256) if bytes([byte]) not in tokens]:
+        raise NotByteLevel(f"its vocabulary lacks byte {missing[0]:#04x}")
+    # Several merges may make one token, but one after the other.
+    written = [product for product, _ in groupby(products)]
+    made = dict.fromkeys(_bytes_of({product: 0 for product in written}))
+    if len(made) != len(written):
+        raise NotByteLevel("its merges make a token in two places, or one that is not written in bytes")
+    others = [token for token in tokens if len(token) > 1 and token not in made] if ignores_merges else []
+    order = [*(bytes([byte]) for byte in range(256)), *made, *others]
+    ids = np.fromiter((tokens[token] for token in order), np.uint32, len(order))
+    if not others and all(one < two for one, two in pairwise(ids[256:].tolist())):
+        return dict(zip(order, ids.tolist(), strict=True)), None
+    return dict(zip(order, range(len(order)), strict=True)), ids
+
+
+def _fuzz() -> list[str]:
+    """Return a few hundred texts, the same ones each time."""
+    chance = np.random.default_rng(0)
+    words = (*_WORDS, *_BLANKS * 2)
+    texts = ["".join(words[k] for k in chance.integers(0, len(words), 12)) for _ in range(300)]
+    runs = [f"x{word * count}y" for word in ("a", " ", "\n", "=", "1", "é", "漢", " \n", "'s") for count in (99, 120)]
+    return ["", *words, *texts, *runs]

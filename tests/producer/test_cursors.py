@@ -1,0 +1,124 @@
+"""A data set that opened its file once is read right, by however many processes at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import tempfile
+
+import pytest
+from faulty import TOKENIZER, within
+
+from nanopack import Loader, reference
+from nanopack.producer.cursors import cursors, own_cursors
+from nanopack.verify import compare
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
+
+SMALL = {"batch_size": 4, "seq_len": 256, "packing": "stream", "loss": "all", "epochs": 1, "seed": 3}
+
+
+class Offsets:
+    """The lines of a file, found by their offsets: as it is often written, with one file for all who read."""
+
+    def __init__(self, path):
+        self.file = open(path, "rb")  # noqa: SIM115 (as it is often written)
+        self.offsets, at = [], 0
+        for line in self.file:
+            self.offsets.append(at)
+            at += len(line)
+
+    def __len__(self):
+        return len(self.offsets)
+
+    def __getitem__(self, index):
+        self.file.seek(self.offsets[index])
+        return json.loads(self.file.readline())
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory):
+    draw = random.Random(1)
+    texts = (f"{k} " + " ".join(f"w{k}x{n}" for n in range(draw.randint(3, 60))) for k in range(3000))
+    path = tmp_path_factory.mktemp("offsets") / "chats.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(lines):
+    return list(reference.batches(str(lines), TOKENIZER, **SMALL))
+
+
+def do_nothing(loader, batch):
+    pass
+
+
+def save(loader, batch):
+    loader.state_dict()
+
+
+def count(loader, batch):
+    assert len(loader) > 100
+
+
+def ask(loader, batch):
+    assert loader.explain(batch, 0, 3)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("between", [do_nothing, save, count, ask])
+def test_a_data_set_with_one_open_file_gives_what_is_in_the_file(lines, expected, workers, between):
+    with within(60), Loader(Offsets(lines), TOKENIZER, num_workers=workers, prefetch=2, **SMALL) as loader:
+        got = []
+        for batch in loader:
+            between(loader, batch)
+            got.append(batch)
+    assert compare(iter(expected), iter(got)).difference is None
+
+
+def test_saving_reads_nothing_in_the_trainer_while_the_producer_does(lines):
+    data = Offsets(lines)
+    with Loader(data, TOKENIZER, **SMALL) as loader:
+        data.file.close()
+        loader.state_dict()
+        assert next(loader).num_tokens
+        assert loader.state_dict()["fingerprint"]["sample"]
+
+
+def in_child(do):
+    """What a forked child returns as its exit code."""
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            code = do()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_child_reads_on_from_the_position_at_the_fork_and_leaves_the_parent_its_own(tmp_path):
+    path = tmp_path / "data"
+    path.write_bytes(bytes(range(100)))
+    with open(path, "rb", buffering=0) as file, tempfile.TemporaryFile(buffering=0) as nameless:
+        path.unlink()
+        nameless.write(bytes(range(100)))
+        file.seek(10)
+        nameless.seek(20)
+        positions = cursors()
+        file.seek(50)
+
+        def read():
+            own_cursors(positions)
+            return file.read(1)[0] + nameless.read(1)[0]
+
+        assert in_child(read) == 30
+        assert (file.tell(), nameless.tell()) == (50, 20)
+
+
+def test_logs_and_standard_streams_stay_shared(tmp_path):
+    with open(tmp_path / "log", "w") as written, open(tmp_path / "log", "a+") as appended:
+        assert not {0, 1, 2, written.fileno(), appended.fileno()} & cursors().keys()

@@ -1,0 +1,168 @@
+"""What cannot be read stops the run, in both modes: on_error="skip" is for bad records alone."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from faulty import CHATS, SMALL, TOKENIZER, Faulty, raising, within
+
+from nanopack import ConversationError, Loader, StorageError, reference
+from nanopack.verify import compare
+
+RECORDS = [{"text": f"a b c d e f g {k}"} for k in range(2000)]
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr("nanopack.producer.reader.RETRIES", (0.05, 0.2, 0.2))
+
+
+def read_all(data, **arguments):
+    with Loader(data, TOKENIZER, epochs=1, prefetch=1, **(SMALL | arguments)) as loader:
+        return list(iter(loader))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+@pytest.mark.parametrize(
+    "error",
+    [TimeoutError("late"), ConnectionResetError("gone"), OSError(5, "Input/output error"), EOFError("cut")],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_of_the_storage_stops_the_run_in_both_modes_without_the_advice_to_skip(error, on_error, workers):
+    with within(20), pytest.raises(StorageError, match=f"^conversation 20, {type(error).__name__}") as raised:
+        read_all(Faulty(20, raising(error)), on_error=on_error, num_workers=workers)
+    assert "skip" not in str(raised.value) and raised.value.__cause__
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_that_an_error_of_the_storage_caused_stops_the_run_too(workers):
+    def do():
+        raise RuntimeError("no record") from ConnectionResetError("gone")
+
+    with within(20), pytest.raises(StorageError, match="conversation 20, RuntimeError: no record"):
+        read_all(Faulty(20, do), on_error="skip", num_workers=workers)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_store_that_fails_for_a_moment_loses_nothing(on_error):
+    began = time.monotonic()
+
+    def do():
+        if time.monotonic() < began + 0.15:
+            raise ConnectionResetError("busy")
+
+    with within(20):
+        got = read_all(Faulty("all", do), on_error=on_error, num_workers=0)
+    assert compare(reference.batches(CHATS, TOKENIZER, epochs=1, **SMALL), iter(got)).difference is None
+
+
+def write(path: Path, records) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    text = "".join(json.dumps(record) + "\n" for record in records).encode()
+    if path.suffix == ".parquet":
+        pa.parquet.write_table(pa.Table.from_pylist(records), path, row_group_size=50)
+    else:
+        path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return path
+
+
+def rewrite_with_other_words(path: Path) -> None:
+    """The same size and another content, in place."""
+    with open(path, "r+b") as file:
+        data = file.read().replace(b"a b c", b"x y z").replace(b"PAR1", b"PAR2")
+        file.seek(0)
+        file.write(data[::-1] if path.suffix in (".gz", ".parquet") else data)
+
+
+HARM = {
+    "deleted": os.unlink,
+    "renamed": lambda path: os.rename(path, f"{path}.old"),
+    "truncated": lambda path: os.truncate(path, 40),
+    "rewritten": rewrite_with_other_words,
+}
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+@pytest.mark.parametrize("harm", HARM)
+def test_a_parquet_file_that_changes_while_it_is_read_ends_the_run_by_name(tmp_path, harm, on_error):
+    path = write(tmp_path / "chats.parquet", RECORDS)
+    with within(20), Loader(str(path), TOKENIZER, epochs=1, prefetch=1, on_error=on_error, **SMALL) as loader:
+        next(loader)
+        HARM[harm](path)
+        with pytest.raises(StorageError, match=r"chats\.parquet") as raised:
+            for _ in loader:
+                pass
+    assert "skip" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz"])
+@pytest.mark.parametrize("harm", ["truncated", "rewritten"])
+def test_a_file_of_text_that_changes_while_it_is_read_ends_the_run_by_name(tmp_path, harm, kind, monkeypatch):
+    path = write(tmp_path / f"chats.{kind}", RECORDS)
+    with within(20), Loader(str(path), TOKENIZER, epochs=1, on_error="skip", num_workers=0, **SMALL) as loader:
+        next(loader)
+        before = len(RECORDS)
+        HARM[harm](path)
+        if kind == "jsonl.gz":
+            # small enough to be unpacked as a whole: old content to the end
+            assert len(list(iter(loader))) > before
+            return
+        with pytest.raises(StorageError, match=r"chats\.jsonl") as raised:
+            for _ in loader:
+                pass
+    assert "skip" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize("harm", ["touched", "copied anew", "gone for a moment"])
+def test_a_file_with_the_same_content_goes_on(tmp_path, kind, harm):
+    paths = [write(tmp_path / f"{k}.{kind}", RECORDS[k * 100 :][:100]) for k in range(20)]
+    expected = read_all([str(path) for path in paths])
+    with within(20), Loader([str(p) for p in paths], TOKENIZER, epochs=1, prefetch=1, **SMALL) as loader:
+        got = [next(loader)]
+        for path in paths:
+            if harm == "touched":
+                os.utime(path)
+            elif harm == "copied anew":
+                data = path.read_bytes()
+                path.unlink()
+                path.write_bytes(data)
+            else:
+                os.rename(path, f"{path}.away")
+        if harm == "gone for a moment":
+            threading.Timer(0.05, lambda: [os.rename(f"{path}.away", path) for path in paths]).start()
+        got += iter(loader)
+    assert compare(iter(expected), iter(got)).difference is None
+
+
+def bad(index):
+    return {"text": index}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_skips_a_hundred_in_a_row_stops(workers):
+    data = [*CHATS, *map(bad, range(150)), *CHATS]
+    with within(20), pytest.raises(ConversationError, match=r"^conversation 139, .* 100 conversations in a row"):
+        read_all(data, on_error="skip", num_workers=workers)
+    with pytest.raises(ConversationError, match="100 of 140"):
+        list(reference.batches(data, TOKENIZER, epochs=1, on_error="skip", **SMALL))
+    # one fewer is skipped
+    assert read_all([*CHATS, *map(bad, range(99)), *CHATS], on_error="skip")
+
+
+def test_a_run_that_skips_more_than_half_stops_once_a_thousand_are_read():
+    data = [chat if k % 3 == 0 else bad(k) for k, chat in enumerate(RECORDS)]
+    with within(20), pytest.raises(ConversationError, match=r"667 of 1001 conversations were skipped; on_error"):
+        read_all(data, on_error="skip")
+    with pytest.raises(ConversationError, match="667 of 1001"):
+        list(reference.batches(data, TOKENIZER, epochs=1, on_error="skip", **SMALL))
+    assert read_all(data[:900], on_error="skip")
