@@ -76,6 +76,8 @@ def read_messages(messages: object, ignored: set[str]) -> tuple[Message, ...]:
             if type(message) is dict and len(message) == 2:
                 # the usual message takes no further look
                 role, content = message.get("role"), message.get("content")
+                if content is None:
+                    role, content = message.get("from"), message.get("value")
                 if type(content) is str and type(role) is str and role in ROLES:
                     checked.append(Message(ROLES[role], content))
                     continue

@@ -55,7 +55,7 @@ __all__ = [
 FLOAT32_MAX = 3.4028234663852886e38
 
 _NOTED = frozenset(key for key, kind in RECORD.items() if kind == keys.HARMLESS)
-_ONLY_MESSAGES = {"messages"}
+_CHATS = ("messages", "conversations")
 
 
 # Not frozen, as Message is not.
@@ -86,10 +86,13 @@ def check(record: object) -> Conversation:
     >>> check({"conversations": [{"from": "human", "value": "hi"}]}).messages
     (Message(role='user', content='hi', rest=None, train=True),)
     """
-    if isinstance(record, dict) and record.keys() - _NOTED == _ONLY_MESSAGES and record["messages"] is not None:
-        found = _chat(record["messages"])
-        # a plain dict has no columns besides
-        return found if type(record) is dict else _with_unread(found, record)
+    if isinstance(record, dict) and len(shapes := record.keys() - _NOTED) == 1:
+        # the usual record takes no further look
+        value = record[shape := shapes.pop()]
+        if (shape in _CHATS and value is not None) or (shape == "text" and type(value) is str):
+            found = _chat(value) if shape in _CHATS else Conversation((), value)
+            # a plain dict has no columns besides
+            return found if type(record) is dict else _with_unread(found, record)
     if isinstance(record, (list, tuple)) or is_object_array(record):
         return _chat(record)
     if not isinstance(record, (dict, Mapping)):

@@ -228,7 +228,7 @@ def _produce(producer: Producer, ring: Ring, messages: Connection, alive: Connec
     for number in itertools.count():
         ring.status.set(WAITING)
         while number >= ring.status.released + len(ring.slots):
-            if alive.poll(LOOK):
+            if alive.poll(0 if producer.count_on() else LOOK):
                 alive.recv()  # nothing is ever sent: this raises EOFError, the trainer has closed
         facts = producer.produce(ring.slots[number % len(ring.slots)])
         if facts is None:

@@ -50,10 +50,10 @@ class Handover:
 
     def __init__(self, method: StartMethod, contents: Any) -> None:
         self._contents = contents
+        self._positions = cursors() if method == "fork" else {}
         self._pickled: Any = None
         self._here: Connection | None = None
         self._there: Connection | None = None
-        self._positions = cursors() if method == "fork" else {}
         if method != "fork":
             self._here, self._there = multiprocessing.get_context(method).Pipe()
 
@@ -69,7 +69,7 @@ class Handover:
         return Arriving, (self._there,)
 
     def receive(self) -> Any:
-        """Return the contents, in a forked child, with positions of its own in the files that it inherits."""
+        """Return the contents, in a forked child, which reads files at positions of its own from then on."""
         own_cursors(self._positions)
         return self._contents
 

@@ -96,6 +96,13 @@ class Workers:
         while work:
             yield from self._result(work.popleft())
 
+    def close(self) -> None:
+        """End the processes."""
+        for pipe in (*self._requests, *self._results):
+            pipe.close()
+        for process in self._processes:
+            process.join()
+
     def _submit(self, indices: list[int]) -> Ticket:
         count = len(self._processes)
         ticket = Ticket(self._submitted % count, self._submitted // count)

@@ -89,7 +89,7 @@ def batches(
         # What looks like one of the template's tokens is text in a message.
         coder = coder.with_special(chat_of(coder).writer.control if template == "hf" and coder.chat else needed)
     lacking = [token for token in needed if token not in coder.special_tokens]
-    records = open_records(conversations)
+    records = open_records(conversations, seed)
     cut = seq_len + 1 if packing in ("best_fit", "best_fit_pad", "pad") else None
     # nanochat's packings keep a document without a token in the loss, and so must we to reproduce its batches.
     drops = packing in ("best_fit", "pad") and loss != "all"

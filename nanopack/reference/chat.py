@@ -36,6 +36,11 @@ class Chat:
     def tokens(self, messages: Sequence[Said], tools: Any, given: Any) -> list[tuple[int, bool]]:
         """Return the tokens (id, in the loss) of a conversation."""
         tools, given = mend(tools) or None, mend(given) or {}
+        source = "".join(self.writer.coder.chat_template(tools=with_tools) for with_tools in (False, True))
+        for index, (_, _, rest, _) in enumerate(messages):
+            for key, value in rest.items():
+                if value is True and key in WRITTEN_BY_HF and not re.search(rf"\b{key}\b", source):
+                    raise ConversationError(f"message {index}: the chat template does not read its {key}")
         said = self.writer.given(messages, tools, given)
         marked, text = self.writer.spans_and_text(said, tools, given, False)
         named, strings = self._named(said)

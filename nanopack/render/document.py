@@ -46,6 +46,8 @@ class Plan(NamedTuple):
     """Run, and from which to before which of its bytes it is in the loss: any token that has one of them."""
     forgets: bool = False
     """Whether the chat template left out thoughts of earlier turns."""
+    is_cut: bool = False
+    """Whether no text in it holds an added token of a Hugging Face tokenizer."""
     expected: Document | None = None
     """What must come out, where it was rendered in another way too, to compare the two."""
 
@@ -57,7 +59,11 @@ def encode(tokenizer: AnyTokenizer, plans: Sequence[Plan]) -> Iterator[Document]
     """
     if not plans:
         return
-    ids, offsets = tokenizer.encode_batch([run for plan in plans for run in plan.runs])
+    runs = [run for plan in plans for run in plan.runs]
+    if isinstance(tokenizer, HuggingFaceTokenizer) and all(plan.is_cut for plan in plans):
+        ids, offsets = tokenizer.encode_batch(runs, are_cut=True)
+    else:
+        ids, offsets = tokenizer.encode_batch(runs)
     mask = np.array([in_loss for plan in plans for in_loss in plan.in_loss], bool).repeat(np.diff(offsets))
     _mark_spans(tokenizer, plans, ids, offsets, mask)
     begins, first = offsets.tolist(), 0

@@ -47,13 +47,17 @@ class Place(NamedTuple):
     end: int
 
 
-def markers(template: str) -> re.Pattern[str]:
-    """Return what finds in a message the texts that the template may look for; an outline keeps them."""
+def kept_texts(template: str) -> list[str]:
+    """Return the texts that the template may look for in a message; an outline keeps them."""
     found = {"<think>", "</think>", *re.findall(_TAG, template)}
     for match in _LOOKED_FOR.finditer(template):
         found.add(match[2] or match[4])
-    names = sorted((text for text in found if len(text) > 1 and "\\" not in text), key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, names))})" if names else r"((?!))")
+    return sorted((text for text in found if len(text) > 1 and "\\" not in text), key=len, reverse=True)
+
+
+def markers(texts: Sequence[str]) -> re.Pattern[str]:
+    """Return what finds these texts."""
+    return re.compile(f"({'|'.join(map(re.escape, texts))})" if texts else r"((?!))")
 
 
 def outline(messages: Sequence[Mapping[str, Any]], marker: re.Pattern[str]) -> tuple[list[dict[str, Any]], list[Leaf]]:

@@ -19,12 +19,14 @@ from typing import Any
 
 import numpy as np
 
+from nanopack.conversations.keys import MESSAGE, TEMPLATE
 from nanopack.conversations.records import Conversation, Message, short
 from nanopack.errors import ConversationError
 from nanopack.render.document import Document, Plan
 from nanopack.render.hf_messages import mended, plain, strings
 from nanopack.render.hf_outline import Leaf, Place, forms, locate, markers, marks, outline
 from nanopack.render.hf_runs import plan_of
+from nanopack.render.hf_shapes import Shapes
 from nanopack.render.hf_spans import Answers, Span
 from nanopack.render.hf_writer import Writer, any_of, thinks
 from nanopack.tokenizers.huggingface import SPOT_CHECK, HuggingFaceTokenizer
@@ -49,25 +51,48 @@ class ChatTemplate:
         self._has_blank_tokens = any(token != token.strip() for token in tokenizer.added_tokens)
         self._writer = Writer(tokenizer)
         self.controls = self._writer.controls
-        self._marker = markers(self._writer.sources)
+        self._marker = markers(self._writer.kept)
         self._never = any_of(self.controls | self._writer.spoken)
         self._never_said = any_of(self.controls)
         ends = [token for token in self.controls if not thinks(token)]
+        self._shapes: Shapes | None = None
+        if tokenizer.byte_level and not self._writer.as_parts:
+            looked_for = [*self._writer.kept, *self.controls, *self._writer.spoken]
+            self._shapes = Shapes(tokenizer, self._writer.variables, looked_for, self._plan_of_marks)
         self._answers = Answers(ends, tokenizer.stop_tokens, self._writer.prompt(), self._remedy)
 
     def __call__(self, conversation: Conversation) -> Plan | Document:
         """Return what becomes a document, or it; ConversationError as the class says."""
+        found = self._shapes.plan(conversation) if self._shapes else None
+        if found is not None:
+            plan, new = found
+            self._rendered += 1
+            if new or self._rendered % SPOT_CHECK == 1:
+                return plan._replace(expected=self._encoded_whole(*self._written(conversation)))
+            return plan
+        text, spans, forgets = self._written(conversation)
+        if not self._can_cut(text):
+            return self._encoded_whole(text, spans, forgets)
+        self._rendered += 1
+        expected = self._encoded_whole(text, spans, forgets) if self._rendered % SPOT_CHECK == 1 else None
+        return plan_of(text, sorted(spans), self._tokenizer.cut(text))._replace(forgets=forgets, expected=expected)
+
+    def _written(self, conversation: Conversation) -> tuple[str, list[Span], bool]:
+        """Return the template's text, what of it is in the loss, and whether thoughts are left out."""
         messages = [self._plain(index, message) for index, message in enumerate(conversation.messages)]
         tools, given = self._checked_tools(conversation)
         text, marked = self._writer.text(messages, tools, given)
         if not text:
             raise ConversationError("the tokenizer's chat template writes nothing for it")
-        spans, forgets = self._spans(conversation, messages, tools, given, text, marked)
-        if not self._can_cut(text):
-            return self._encoded_whole(text, spans, forgets)
-        expected = self._encoded_whole(text, spans, forgets) if self._rendered % SPOT_CHECK == 0 else None
-        self._rendered += 1
-        return plan_of(text, sorted(spans), self._tokenizer.cut(text))._replace(forgets=forgets, expected=expected)
+        return text, *self._spans(conversation, messages, tools, given, text, marked)
+
+    def _plan_of_marks(self, messages: list[dict[str, Any]], conversation: Conversation) -> Plan | None:
+        """Return the plan of marks in place of contents; ConversationError as a call raises it."""
+        text, marked = self._writer.text(messages, None, {})
+        if not text or not self._can_cut(text):
+            return None
+        spans, _ = self._spans(conversation, messages, None, {}, text, marked)
+        return plan_of(text, sorted(spans), self._tokenizer.cut(text))
 
     def _can_cut(self, text: str) -> bool:
         """Return whether the text may be encoded between added tokens, and bytes say what is in the loss."""
@@ -93,6 +118,9 @@ class ChatTemplate:
     def _plain(self, index: int, message: Message) -> dict[str, Any]:
         rest = message.rest
         as_text = bool(rest and rest.get("tool_calls")) and self._writer.arguments_as_text
+        for key, value in (rest or {}).items():
+            if value is True and MESSAGE.get(key) == TEMPLATE and not re.search(rf"\b{key}\b", self._writer.sources):
+                raise ConversationError(f"message {index}: the chat template does not read its {key}, True; remove it")
         found = plain(index, message, as_parts=self._writer.as_parts, arguments_as_text=as_text)
         own = message.role == "assistant"
         pattern = self._never_said if own else self._never

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nanopack.errors import ConversationError
+from nanopack.render.hf_outline import kept_texts
 from nanopack.render.hf_spans import Span, count_equal
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 
@@ -44,13 +45,18 @@ class Writer:
     """Tokens that no message may hold: the special ones, and what the template writes around any message."""
     spoken: frozenset[str]
     """Tokens that only what the assistant says may hold: the brackets of thoughts and calls."""
+    kept: list[str]
+    """Texts that the template may look for in a message."""
+    variables: dict[str, Any]
+    """What the template is always given."""
 
     def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
         """Try the template out; ValueError where it writes a date that cannot be fixed."""
         self._tokenizer = tokenizer
-        self._variables = dict(tokenizer.chat.special_tokens_map)
+        self.variables = dict(tokenizer.chat.special_tokens_map)
         self._outlines: dict[str, str | None] = {}
         self.sources = tokenizer.chat_template() + tokenizer.chat_template(tools=True)
+        self.kept = kept_texts(self.sources)
         self._talk: tuple[dict[str, Any], ...] = _TALK
         self.as_parts = self._wants_parts()
         self.controls, self.spoken = self._find_controls()
@@ -80,7 +86,7 @@ class Writer:
                 chat_template=source,
                 return_assistant_tokens_mask=marked,
                 add_generation_prompt=prompt,
-                **{**self._variables, **given},
+                **{**self.variables, **given},
             )
         except MemoryError:
             raise

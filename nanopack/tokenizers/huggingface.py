@@ -255,24 +255,39 @@ class HuggingFaceTokenizer:
         """
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_batch(self, texts: Sequence[str | bytes], *, are_cut: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of all texts in a row, (n,) uint32, and offsets, (len(texts) + 1,) int64.
 
         The ids of text i are `ids[offsets[i] : offsets[i + 1]]`: what `encode` gives for it alone. Ids that are known
-        already may stand among the texts, as bytes of uint32s.
+        already may stand among the texts, as bytes of uint32s. `are_cut`: no added token is in the texts. EncoderError
+        where a spot check finds ids that differ from the tokenizer's own.
         """
         if self.byte_level is None:
-            buffers = self._encode_each(texts)
-            return joined(buffers)
-        ids, offsets = self._encode_fast(self.byte_level, texts)
+            return joined(self._encode_each(texts))
+        strings = [text for text in texts if isinstance(text, str)]
+        if not self.byte_level.takes(strings):
+            texts = [text if self._takes(text) else self._encode_each([text])[0] for text in texts]
+        if are_cut:
+            ids, offsets = joined(_encode_strings(self.byte_level, texts))
+        else:
+            ids, offsets = self._encode_uncut(self.byte_level, texts)
+        if -self._encoded % SPOT_CHECK < len(strings):
+            self._check_some(texts, ids, offsets)
+        self._encoded += len(strings)
+        return ids, offsets
+
+    def _takes(self, text: str | bytes) -> bool:
+        assert self.byte_level
+        return isinstance(text, bytes) or self.byte_level.takes([text])
+
+    def _check_some(self, texts: Sequence[str | bytes], ids: np.ndarray, offsets: np.ndarray) -> None:
+        """Raise EncoderError where the next text that is due has other ids than the tokenizer's own."""
         places = [place for place, text in enumerate(texts) if isinstance(text, str)]
         for place in places[-self._encoded % SPOT_CHECK :: SPOT_CHECK]:
-            text = _mended(str(texts[place]))
-            exact, got = self.encode_exactly([text])[0], ids[offsets[place] : offsets[place + 1]].tolist()
-            if difference := describe_difference(text, exact, got):
+            text = str(texts[place])
+            got = ids[offsets[place] : offsets[place + 1]].tolist()
+            if difference := describe_difference(text, self.encode_exactly([text])[0], got):
                 raise EncoderError(difference)
-        self._encoded += len(places)
-        return ids, offsets
 
     def encode_exactly(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of texts as the tokenizer's own core has them, special tokens being text."""
@@ -286,10 +301,7 @@ class HuggingFaceTokenizer:
         exact = iter(self.encode_exactly([text for text in texts if isinstance(text, str)]))
         return [text if isinstance(text, bytes) else as_buffer(next(exact)) for text in texts]
 
-    def _encode_fast(self, fast: ByteLevel, texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
-        if not fast.takes([text for text in texts if isinstance(text, str)]):
-            left = [text if isinstance(text, bytes) or fast.takes([text]) else (text,) for text in texts]
-            texts = [self._encode_each(text)[0] if isinstance(text, tuple) else text for text in left]
+    def _encode_uncut(self, fast: ByteLevel, texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
         pieces: list[str | bytes] = []
         ends = [0]
         for text in texts:
@@ -298,8 +310,7 @@ class HuggingFaceTokenizer:
             else:
                 pieces += self._cut_at_tokens(text)
             ends.append(len(pieces))
-        encoded = iter(fast.encode_each([piece for piece in pieces if isinstance(piece, str)]))
-        ids, offsets = joined([piece if isinstance(piece, bytes) else next(encoded) for piece in pieces])
+        ids, offsets = joined(_encode_strings(fast, pieces))
         return ids, offsets if len(pieces) == len(texts) else offsets[ends]
 
     def _cut_at_tokens(self, text: str) -> list[str | bytes]:
@@ -327,6 +338,12 @@ class HuggingFaceTokenizer:
 
 def _remade(given: Any, special: Sequence[str], clock: str | None, core: Core | None = None) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(given, special=special, clock=clock, core=core)
+
+
+def _encode_strings(fast: ByteLevel, texts: Sequence[str | bytes]) -> list[Any]:
+    """Return a buffer of each text, ids being one already."""
+    encoded = iter(fast.encode_each([text for text in texts if isinstance(text, str)]))
+    return [text if isinstance(text, bytes) else next(encoded) for text in texts]
 
 
 def _mended(text: str) -> str:

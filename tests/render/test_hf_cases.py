@@ -516,3 +516,22 @@ def test_a_date_that_a_record_gives_is_written():
     dated = "{% if date_string is not defined %}{% set date_string = strftime_now('%Y') %}{% endif %}{{ date_string }}"
     said = shown(render(dated + PLAIN, [U, A], chat_template_kwargs={"date_string": "26 Jul 2024"}))
     assert said.startswith("26 Jul 2024<|im_start|>")
+
+
+def test_a_flag_that_the_template_does_not_read_is_refused():
+    for chat_template in (PLAIN, MARKED):
+        talk = [U, {**A, "prefix": True}]
+        with pytest.raises(ConversationError, match="message 1: the chat template does not read its prefix, True"):
+            render(chat_template, talk)
+        assert verify(
+            [talk, [U, A]], make_tokenizer(chat_template), batch_size=1, seq_len=32, template="hf", on_error="skip"
+        )
+        reads = "{% if false and messages[0].prefix %}{% endif %}" + chat_template
+        assert shown(render(reads, talk)) == shown(render(chat_template, [U, A]))
+        assert shown(render(chat_template, [U, {**A, "prefix": False}])) == shown(render(chat_template, [U, A]))
+
+
+def test_a_record_of_weight_0_is_not_in_the_loss():
+    for chat_template in (PLAIN, MARKED):
+        assert "[[" in shown(render(chat_template, [U, A], weight=1))
+        assert "[[" not in shown(render(chat_template, [U, A], weight=0))

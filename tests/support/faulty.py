@@ -107,12 +107,12 @@ def expected(count, **arguments):
 
 def ready(loader):
     """How many batches wait to be taken."""
-    return loader._feed.qsize()
+    return loader._run.feed.qsize()
 
 
 def sent_once_full(loader, prefetch):
     """How many batches the producer has sent once all slots are full, when it sends no more."""
-    status = loader._feed.ring.status
+    status = loader._run.feed.ring.status
     wait_until(lambda: status.sent == status.released + prefetch + 1)
     return status.sent
 

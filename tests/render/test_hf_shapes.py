@@ -1,0 +1,217 @@
+"""A chat template runs once for each shape of a chat, and each time where what it writes depends on the contents."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanopack import EncoderError, verify
+from nanopack.conversations.records import check
+from nanopack.errors import ConversationError
+from nanopack.render import hf_template
+from nanopack.render.document import Document, Plan
+from nanopack.render.renderer import Renderer
+from nanopack.tokenizers.tokenizer import load_tokenizer
+
+pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack[hf]'")
+
+from fuzz_texts import PIECES
+from stock_templates import make_stock, names
+from tiny_hf import HEADER, MARKED, PLAIN, PROMPT, make_tokenizer, shipped
+
+
+def renderer(chat_template: str) -> Renderer:
+    return Renderer(load_tokenizer(make_tokenizer(chat_template)), "hf")
+
+
+def talk(*contents: str) -> dict[str, object]:
+    return {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]}
+
+
+def runs_of_the_template(one: Renderer, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Return a list that grows by what the template is given, each time that it is run."""
+    runs: list[object] = []
+    written = one._encode_chat._written
+    monkeypatch.setattr(one._encode_chat, "_written", lambda chat: (runs.append(chat), written(chat))[1])
+    return runs
+
+
+@pytest.mark.parametrize("chat_template", [PLAIN, MARKED], ids=["plain", "marked"])
+def test_the_template_runs_once_for_conversations_of_one_shape(chat_template, monkeypatch):
+    one = renderer(chat_template)
+    runs = runs_of_the_template(one, monkeypatch)
+    for number in range(5):
+        plan = one.plan(check(talk(f"question {number}", f"answer\n\n{number} 😀")))
+        assert isinstance(plan, Plan)
+        assert (plan.expected is None) == (number > 0)
+        one.fill_in([plan])
+    assert len(runs) == 1
+    one.plan(check(talk("a", " b")))
+    assert len(runs) == 2
+
+
+@pytest.mark.parametrize("text", ["a<|im_end|>", "<think>b", " ", "\ud800"])
+def test_what_a_content_must_not_hold_is_left_to_the_template(text, monkeypatch):
+    one = renderer(PLAIN)
+    one.plan(check(talk("a", "b")))
+    runs = runs_of_the_template(one, monkeypatch)
+    try:
+        one(check(talk("a", text)))
+    except ConversationError as error:
+        assert text == "a<|im_end|>" and "'<|im_end|>'" in str(error)
+    assert len(runs) == 1
+
+
+SAYS = "{{ '<|im_start|>' + message['role'] + '\n' }}"
+END = "{{ '<|im_end|>\n' }}{% endfor %}" + PROMPT
+C = "message['content']"
+# What a template does with a content, and whether its text depends on the content by that.
+DOES = {
+    "writes it": (f"{{{{ {C} }}}}", False),
+    "strips it": (f"{{{{ ({C} | trim).strip() }}}}", False),
+    "joins it": (f"{{{{ 'so: ' + {C} ~ '.' }}}}", False),
+    "looks for a text": (f"{{% if '[x]' in {C} %}}x{{% endif %}}{{{{ {C} }}}}", False),
+    "splits it by a text": (f"{{{{ {C}.split('[x]')[-1].lstrip('\n') }}}}", False),
+    "asks what it is": (f"{{% if {C} is string and {C} %}}{{{{ {C} }}}}{{% endif %}}", False),
+    "sets it in a block": (f"{{% set c %}}{{{{ {C} }}}}{{% endset %}}{{{{ c }}}}", False),
+    "gives it to a macro": (f"{{% macro m(c) %}}{{{{ c }}}}{{% endmacro %}}{{{{ m({C}) | trim }}}}", False),
+    "counts its letters": (f"{{{{ {C} }}}}{{% if {C} | length > 20 %}}!{{% endif %}}", True),
+    "writes part of it": (f"{{{{ {C} }}}}{{{{ {C}[:3] }}}}", True),
+    "changes its case": (f"{{{{ {C} | upper }}}}", True),
+    "changes its case by a method": (f"{{{{ {C}.upper() }}}}", True),
+    "escapes it": (f"{{{{ {C} | tojson }}}}", True),
+    "looks at each letter": (f"{{% for c in {C} %}}{{{{ c }}}}{{% endfor %}}", True),
+    "compares two": (f"{{% if {C} == messages[0]['content'] %}}!{{% endif %}}{{{{ {C} }}}}", True),
+    "joins and counts": (f"{{% set c = 'a' ~ {C} %}}{{{{ c }}}}{{{{ c | length }}}}", True),
+    "joins by a method": (f"{{% set c = ''.join([{C}, '']) %}}{{{{ c }}}}{{{{ c | length }}}}", True),
+    "formats it": (f"{{% set c = '%s' % {C} %}}{{{{ c }}}}{{{{ c | length }}}}", True),
+    "formats it by a method": (f"{{% set c = '{{}}'.format({C}) %}}{{{{ c }}}}{{{{ c | length }}}}", True),
+    "counts what a macro wrote": (
+        f"{{% macro m(c) %}}{{{{ c }}}}{{% endmacro %}}{{{{ {C} }}}}{{{{ m({C}) | length }}}}",
+        True,
+    ),
+    "counts a block": (f"{{% set c %}}{{{{ {C} }}}}{{% endset %}}{{{{ c }}}}{{{{ c | length }}}}", True),
+    "filters a block": (f"{{% filter upper %}}{{{{ {C} }}}}{{% endfilter %}}", True),
+    "writes the message": (f"{{{{ {C} }}}}{{{{ message }}}}", True),
+    "joins all": (f"{{{{ {C} }}}}{{{{ messages | map(attribute='content') | join(',') | length }}}}", True),
+    "looks it up": (f"{{{{ {C} }}}}{{{{ {{'a': 1}}.get({C}, 0) }}}}", True),
+    "strips a letter": (f"{{{{ {C}.strip('b') }}}}", True),
+    "asks how it begins after joining": (
+        f"{{% set c = '[' + {C} %}}{{{{ c }}}}{{% if c.startswith('[x]') %}}!{{% endif %}}",
+        True,
+    ),
+}
+CONTENTS = ("a", "b", "a question of more than twenty letters", "[x] b", "x] b", "b\n\nc[x]", "\nb", "naïve 😀")
+
+
+@pytest.mark.parametrize("what", DOES)
+def test_the_text_is_the_templates_whatever_it_does_with_a_content(what, monkeypatch):
+    does, depends = DOES[what]
+    one = renderer("{% for message in messages %}" + SAYS + does + END)
+    own = make_tokenizer(one._encode_chat._tokenizer.chat.chat_template)
+    runs = runs_of_the_template(one, monkeypatch)
+    for question in CONTENTS:
+        for answer in CONTENTS:
+            record = talk(question, answer)
+            try:
+                document = one(check(record))
+            except ConversationError:
+                # In what is written twice, or in another way, answers cannot be found.
+                continue
+            assert document.ids.tolist() == own.apply_chat_template(record["messages"])["input_ids"], record
+    if depends:
+        assert len(runs) >= len(CONTENTS) ** 2
+    else:
+        assert len(runs) < len(CONTENTS) ** 2 / 2 + 8
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_shape_gives_what_the_stock_template_gives(name):
+    coder = load_tokenizer(make_stock(name))
+    fast, slow = Renderer(coder, "hf"), Renderer(coder, "hf")
+    slow._encode_chat._shapes = None
+    for record in [talk("What?", "That."), talk("Two\n\nlines", "é <b>x</b>", " and", "so\n"), *shipped(8)]:
+        try:
+            expected = slow(check(record))
+        except ConversationError as error:
+            with pytest.raises(ConversationError) as caught:
+                fast(check(record))
+            assert str(caught.value) == str(error)
+            continue
+        # The first of a shape is made in both ways.
+        for _ in range(2):
+            found = fast(check(record))
+            assert found.ids.tolist() == expected.ids.tolist()
+            assert found.mask.tolist() == expected.mask.tolist()
+
+
+@given(st.lists(st.lists(st.sampled_from(PIECES), min_size=1, max_size=8).map("".join), min_size=2, max_size=2))
+def test_ids_and_mask_are_those_of_offsets_on_any_contents(contents):
+    for one in (OF_PLAIN, OF_MARKED):
+        chat = one._encode_chat
+        try:
+            expected: Document = chat._encoded_whole(*chat._written(check(talk(*contents))))
+        except ConversationError:
+            continue
+        found = one(check(talk(*contents)))
+        assert found.ids.tolist() == expected.ids.tolist()
+        assert found.mask.tolist() == expected.mask.tolist()
+
+
+OF_PLAIN, OF_MARKED = renderer(PLAIN), renderer(MARKED)
+
+
+def test_a_token_that_a_content_and_its_neighbour_make_together_is_found():
+    between = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n<{{ m['content'] }}<|im_end|>\n{% endfor %}" + PROMPT
+    one = renderer(between)
+    own = make_tokenizer(between)
+    for answer in ("b", "think>b"):
+        record = talk("a", answer)
+        assert one(check(record)).ids.tolist() == own.apply_chat_template(record["messages"])["input_ids"]
+    assert own.convert_tokens_to_ids("<think>") in one(check(talk("a", "think>b"))).ids
+
+
+def test_white_space_that_a_token_takes_is_not_in_the_texts_around_it():
+    from tokenizers import AddedToken
+
+    greedy = make_tokenizer(PLAIN)
+    greedy.add_tokens([AddedToken("<|sep|>", lstrip=True, rstrip=True, special=True)])
+    greedy.chat_template = PLAIN.replace("<|im_end|>", " <|sep|> ")
+    one = Renderer(load_tokenizer(greedy), "hf")
+    for contents in (("a", "b"), ("a \n", " b "), ("c", "d")):
+        record = talk(*contents)
+        assert one(check(record)).ids.tolist() == greedy.apply_chat_template(record["messages"])["input_ids"]
+
+
+def test_a_text_that_becomes_abnormal_where_pieces_meet_is_left_to_the_tokenizer():
+    from tokenizers import Tokenizer, normalizers
+
+    tokenizer = make_tokenizer("{% for m in messages %}<|im_start|>e{{ m['content'] }}<|im_end|>{% endfor %}" + PROMPT)
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.normalizer = normalizers.NFC()
+    tokenizer = make_tokenizer(tokenizer.chat_template, tokenizer_object=core)
+    one = Renderer(load_tokenizer(tokenizer), "hf")
+    for question in ("x", "\u0301x", "y"):
+        record = talk(question, "b")
+        ids = tokenizer.apply_chat_template(record["messages"])["input_ids"]
+        assert one(check(record)).ids.tolist() == ids
+
+
+def test_every_so_often_a_document_is_compared_and_a_difference_stops_the_run(monkeypatch):
+    monkeypatch.setattr(hf_template, "SPOT_CHECK", 3)
+    one = renderer(PLAIN)
+    chats = [check(talk(f"a{number}", "b")) for number in range(7)]
+    assert [one.plan(chat).expected is not None for chat in chats] == [True, False, False] * 2 + [True]
+    plan = one.plan(chats[0])._replace(expected=one(chats[1]))
+    with pytest.raises(EncoderError, match=r"differs from the chat template's own at token \d+: expected \["):
+        one.fill_in([plan])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("chat_template", [PLAIN, MARKED, HEADER.join(["{% for message in messages %}", ""]) + END])
+def test_batches_are_the_reference_packers(chat_template, workers):
+    chats = [*shipped(60), talk("a", " b"), talk("<think>", "c"), talk("a", "e\u0301\n")]
+    arguments = {"batch_size": 2, "seq_len": 128, "on_error": "skip", "template": "hf", "num_workers": workers}
+    found = verify(chats, make_tokenizer(chat_template), **arguments)
+    assert found, found.difference
