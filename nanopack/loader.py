@@ -38,7 +38,7 @@ from nanopack.render.templates import Template
 from nanopack.run import Run
 from nanopack.stages import Processes
 from nanopack.stats import StatsReport
-from nanopack.tokenizers.tokenizer import AnyTokenizer, TokenizerLike, load_tokenizer
+from nanopack.tokenizers.tokenizer import AnyTokenizer, TokenizerLike, for_template, load_tokenizer
 from nanopack.upload.device import open_device
 
 
@@ -75,6 +75,7 @@ class Loader:
 
         template: `"nanochat"`, `"chatml"`, `"llama3"`, a `nanopack.Template` of your own, or `"hf"`: the chat template
             of a transformers tokenizer (what {% generation %} marks is in the loss; see `nanopack.render.hf_template`).
+            `"hf-training"`: the one that trl trains by in its place.
         first_assistant: what to do with a chat that begins with the assistant, but for a system message: `"keep"` it,
             if the template can (nanochat cannot); `"raise"`; `"drop"` what comes before the first user message; or put
             an empty user message there (`"empty_user"`).
@@ -198,7 +199,7 @@ class Loader:
         self.source = open_conversations(conversations, shuffled=seed is not None)
         self._run = Run(
             self.source,
-            load_tokenizer(tokenizer),
+            for_template(load_tokenizer(tokenizer), template),
             self.config,
             open_device(device),
             Processes(num_workers, prefetch, start_method),

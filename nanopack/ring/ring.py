@@ -14,8 +14,9 @@ from nanopack.ring.layout import ALIGN_BYTES, Layout
 from nanopack.ring.slot import Slot
 
 # Stages of the producer.
-WAITING, READING, FILLING, COUNTING = range(4)
+STARTING, WAITING, READING, FILLING, COUNTING = range(5)
 _DESCRIPTIONS = (
+    "starting",
     "waiting for a free slot",
     "reading and tokenizing, from conversation {} on",
     "filling a slot",
@@ -60,7 +61,7 @@ class ProducerStatus:
     """Status of the producer in shared memory, read at any time without a message; each field has one writer."""
 
     sent = _field(0, "Messages sent so far. Written by the producer.")
-    stage = _field(1, "WAITING, READING, FILLING or COUNTING. Written by the producer.")
+    stage = _field(1, "One of those above. Written by the producer.")
     conversation = _field(2, "First conversation of the chunk being read. Written by the producer.")
     released = _field(3, "Slots given back so far. Written by the trainer.")
 

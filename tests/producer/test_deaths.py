@@ -11,10 +11,21 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
-from faulty import CHATS, SMALL, TOKENIZER, Faulty, expected, is_gone, ready, sent_once_full, wait_until, within
+from faulty import (
+    CHATS,
+    SMALL,
+    TOKENIZER,
+    Faulty,
+    expected,
+    is_gone,
+    ready,
+    sent_once_full,
+    wait_until,
+    within,
+    workers_of,
+)
 
 import nanopack
 from nanopack import Loader, reference
@@ -98,18 +109,11 @@ def test_a_stopped_producer_does_not_keep_close_waiting():
     assert is_gone(pid)
 
 
-def workers_of(loader):
-    pid = loader.producer_pid
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    wait_until(lambda: len(children.read_text().split()) == 2)
-    return [int(child) for child in children.read_text().split()]
-
-
 @pytest.mark.parametrize("end", ["close", "drop", "kill the producer"])
 def test_workers_end_with_their_producer(end):
     loader = Loader(CHATS, TOKENIZER, num_workers=2, **SMALL)
     next(loader)
-    producer, workers = loader.producer_pid, workers_of(loader)
+    producer, workers = loader.producer_pid, workers_of(loader.producer_pid)
     if end == "close":
         loader.close()
     elif end == "drop":
@@ -123,7 +127,7 @@ def test_workers_end_with_their_producer(end):
 def test_a_killed_worker_is_named_with_what_it_was_doing():
     with Loader(CHATS, TOKENIZER, num_workers=2, prefetch=1, **SMALL) as loader:
         first = next(loader)
-        os.kill(workers_of(loader)[1], signal.SIGKILL)
+        os.kill(workers_of(loader.producer_pid)[1], signal.SIGKILL)
         with within(20):
             message = r"a worker of the producer \(pid \d+\) was killed by SIGKILL \(reading and tokenizing"
             batches = []
@@ -136,7 +140,7 @@ def test_a_killed_worker_is_named_with_what_it_was_doing():
 def test_a_stopped_worker_is_waited_for_with_a_warning_and_nothing_is_lost(caplog):
     with Loader(CHATS, TOKENIZER, num_workers=2, prefetch=1, **SMALL) as loader:
         got = [next(loader)]
-        workers = workers_of(loader)
+        workers = workers_of(loader.producer_pid)
         for worker in workers:
             os.kill(worker, signal.SIGSTOP)
         threading.Timer(2.2, lambda: [os.kill(worker, signal.SIGCONT) for worker in workers]).start()
