@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 import numpy as np
 import tiktoken
 
+from nanopack.tokenizers.buffers import as_buffer
 from nanopack.tokenizers.rank_files import is_panic
 from nanopack.tokenizers.split_patterns import PatternError, grouped, of_pre_tokenizer
 
@@ -165,18 +166,23 @@ class ByteLevel:
         """Return whether the tokenizer's normalizer would leave the text as it is."""
         return self.form is None or text.isascii() or unicodedata.is_normalized(self.form, text)
 
-    def encode_each(self, texts: Sequence[str]) -> list[Any]:
-        """Return a buffer of ids, uint32, of each text; all of them must be taken."""
+    def encode_each(self, texts: Sequence[str | bytes]) -> list[Any]:
+        """Return a buffer of ids, uint32, of each text; all of them must be taken. Bytes are such a buffer already."""
+        encode = self._encode
         try:
-            buffers = [self._encode(text, _NOTHING) for text in texts]
+            buffers = [text if isinstance(text, bytes) else encode(text, _NOTHING) for text in texts]
         except BaseException as error:
             if not (isinstance(error, ValueError) or is_panic(error)):
                 raise
             # tiktoken refuses one of them; Hugging Face refuses none
-            return [np.array(ids, np.uint32).tobytes() for ids in self._encode_exactly(texts)]
+            exact = iter(self._encode_exactly([text for text in texts if isinstance(text, str)]))
+            return [text if isinstance(text, bytes) else as_buffer(next(exact)) for text in texts]
         if self._ids is None:
             return buffers
-        return [self._ids[np.frombuffer(buffer, np.uint32)].tobytes() for buffer in buffers]
+        return [
+            buffer if isinstance(buffer, bytes) else self._ids[np.frombuffer(buffer, np.uint32)].tobytes()
+            for buffer in buffers
+        ]
 
     def difference(self, text: str) -> str | None:
         """Describe the first difference between the ids here and the tokenizer's own; None if they are equal."""

@@ -287,7 +287,7 @@ class HuggingFaceTokenizer:
         if not self.byte_level.takes(strings):
             texts = [text if self._takes(text) else self._encode_each([text])[0] for text in texts]
         if are_cut:
-            ids, offsets = joined(_encode_strings(self.byte_level, texts))
+            ids, offsets = joined(self.byte_level.encode_each(texts))
         else:
             ids, offsets = self._encode_uncut(self.byte_level, texts)
         if -self._encoded % SPOT_CHECK < len(strings):
@@ -329,7 +329,7 @@ class HuggingFaceTokenizer:
             else:
                 pieces += self._cut_at_tokens(text)
             ends.append(len(pieces))
-        ids, offsets = joined(_encode_strings(fast, pieces))
+        ids, offsets = joined(fast.encode_each(pieces))
         return ids, offsets if len(pieces) == len(texts) else offsets[ends]
 
     def _cut_at_tokens(self, text: str) -> list[str | bytes]:
@@ -375,12 +375,6 @@ def _for_training(chat: Any) -> Any:
     trained = copy.copy(chat)
     trained.chat_template = source
     return trained
-
-
-def _encode_strings(fast: ByteLevel, texts: Sequence[str | bytes]) -> list[Any]:
-    """Return a buffer of each text, ids being one already."""
-    encoded = iter(fast.encode_each([text for text in texts if isinstance(text, str)]))
-    return [text if isinstance(text, bytes) else next(encoded) for text in texts]
 
 
 def _mended(text: str) -> str:
