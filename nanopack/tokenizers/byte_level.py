@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Any, Literal, TypeAlias, cast, get_args
 
@@ -107,9 +107,14 @@ class ByteLevel:
     trailing: np.ndarray | None
 
     def __init__(
-        self, core: Any, settings: str, vocab_size: int, encode_exactly: Callable[[Sequence[str]], list[list[int]]]
+        self,
+        core: Any,
+        settings: str,
+        vocab: Mapping[str, int],
+        vocab_size: int,
+        encode_exactly: Callable[[Sequence[str]], list[list[int]]],
     ) -> None:
-        """Take the settings, a tokenizer.json; NotByteLevel where its ids might differ.
+        """Take the settings, a tokenizer.json, and the vocabulary; NotByteLevel where its ids might differ.
 
         `encode_exactly` gives the ids of texts as the tokenizer itself has them.
         """
@@ -120,7 +125,7 @@ class ByteLevel:
             pattern = of_pre_tokenizer(head["pre_tokenizer"] or {"type": "none", "add_prefix_space": True})
         except PatternError as error:
             raise NotByteLevel(str(error)) from None
-        tokens = _bytes_of(core.get_vocab(with_added_tokens=False))
+        tokens = _bytes_of(vocab)
         ranks, self._ids = _rank(tokens, products, model.get("ignore_merges", False))
         found = _encoding(pattern, ranks)
         lost = _unreachable(found, ranks)
@@ -286,7 +291,7 @@ def _trims_offsets(post: Any) -> bool:
     return any(step.get("trim_offsets", False) for step in steps)
 
 
-def _bytes_of(vocab: dict[str, int]) -> dict[bytes, int]:
+def _bytes_of(vocab: Mapping[str, int]) -> dict[bytes, int]:
     """Return the ids by the tokens' bytes, without tokens that are not written in bytes."""
     written = " ".join(vocab).translate(_TO_BYTES).split(_SEPARATOR)
     if len(written) != len(vocab):

@@ -46,6 +46,7 @@ class Core:
     def __init__(self, given: Any) -> None:
         self.given = given
         self._size = given.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = max(given.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.settings: str = given.to_str()
         if not self._is_plain():
             copy = type(given).from_str(self.settings)
@@ -76,9 +77,9 @@ class Core:
     @cached_property
     def byte_level(self) -> ByteLevel | NotByteLevel:
         """Its encoding by tiktoken, or why there is none."""
-        size = max(self.given.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        vocab = self.given.get_vocab(with_added_tokens=False)
         try:
-            return ByteLevel(self.plain(), self.settings, size, self.encode)
+            return ByteLevel(self.plain(), self.settings, vocab, self.vocab_size, self.encode)
         except NotByteLevel as error:
             return error
 
@@ -132,7 +133,7 @@ class HuggingFaceTokenizer:
             t.content: number for number, t in added.items() if t.special or t.content in special
         }
         self._added, self._not_special = AddedTokens(added), AddedTokens(added, self._special_ids.keys())
-        self.vocab_size = max(given.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = self.core.vocab_size
         self.bos_id = self._find_bos(getattr(tokenizer, "bos_token_id", None))
         dated = "strftime_now" in str(getattr(self.chat, "chat_template", None))
         self.clock = (clock or datetime.now().isoformat(timespec="seconds")) if dated else None
