@@ -8,7 +8,7 @@ In: the slot, one contiguous buffer, 64-byte aligned. `words` and `table` are tw
 Row b is words[start16 * 16 :][:length], 0 <= length <= T+1. Its pieces are n_pieces entries of 2 int32 from
 table[first_piece] on: first column, and a float32 weight's bits; in column order, without gaps. cu_seqlens
 begins with the n_cu int32 from table[cu_at] on. Pieces are read only for weights, positions or doc_ids, cu
-only for cu_seqlens. From every row start T+1 words are read, whatever `length` is, so these must lie in the
+only for cu_seqlens. From every row start T+1 words are read, whatever `length` is, so these must be in the
 buffer; nothing outside it is read, and words beyond `length` never show.
 
 Out: contiguous tensors that the caller allocates. Each element is written once, by one program, also in

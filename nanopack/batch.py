@@ -21,7 +21,7 @@ __all__ = ["Batch", "Flat", "Piece"]
 
 
 class Piece(NamedTuple):
-    """A part of one document that stands in one row."""
+    """The part of one document in one row."""
 
     conversation: int
     """Index of the conversation in the data set."""
@@ -90,7 +90,7 @@ class Flat(NamedTuple):
 class Batch:
     """One `(B, T)` batch. Unpacks as `inputs, targets`.
 
-    The tensors lie on the loader's device. Everything below `cu_seqlens` is plain Python on the host, known before the
+    The tensors are on the loader's device. Everything below `cu_seqlens` is plain Python on the host, known before the
     device has finished, so reading it never synchronises.
     """
 
@@ -134,7 +134,7 @@ class Batch:
     def to(self, *_: object, **__: object) -> Batch:
         """Raise TypeError: trainers that move batches have to be given those of an adapter."""
         raise TypeError(
-            f"a batch lies on its loader's device, {self.inputs.device}, from the start; choose it by Loader(device=). "
+            f"a batch is on its loader's device, {self.inputs.device}, from the start; choose it by Loader(device=). "
             f"Give a trainer not the loader but Batches, of nanopack.adapters.lightning or nanopack.adapters.hf"
         )
 

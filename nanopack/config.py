@@ -2,7 +2,8 @@
 
     Loader(**arguments)   ->   LoaderConfig, checked and complete   ->   producer/, ring/, upload/, state.py
 
-Names, defaults and limits stand here once, so that each wrong argument is refused at construction with the same words.
+The only place for names, defaults and limits, so that a wrong argument is refused at construction, in the same words
+everywhere.
 """
 
 from __future__ import annotations

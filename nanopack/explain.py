@@ -15,6 +15,7 @@ from functools import partial
 
 from nanopack.batch import Batch, Piece
 from nanopack.config import LoaderConfig
+from nanopack.conversations.fetch import peek
 from nanopack.conversations.records import Conversation, check, choose
 from nanopack.conversations.source import Source
 from nanopack.render.document import Document
@@ -140,7 +141,7 @@ def _tokens(
     """Return the token in each of these consecutive columns (0 to T) of one row, or None for padding."""
     found: dict[int, Token] = {}
     for piece in pieces:
-        conversation = choose(check(source[piece.conversation]), config.loss, config.first_assistant)
+        conversation = choose(check(peek(source, piece.conversation, config.seed)), config.loss, config.first_assistant)
         document, where = render(conversation), source.where(piece.conversation)
         for column in range(max(piece.start, columns[0]), min(piece.start + piece.length, columns[-1] + 1)):
             offset = piece.offset + column - piece.start

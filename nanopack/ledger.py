@@ -5,7 +5,7 @@ producer/shard.py counts as it reads and packs   ->   Ledger, one a source   -> 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -246,3 +246,14 @@ class Ledger:
                 "waiting": self.tokens_waiting,
             },
         }
+
+
+def report_of(shards: Iterable[Mapping[str, Any]], names: Sequence[str]) -> LedgerReport:
+    """Return the report of the states of all shards; `names` are those of the sources of a mixture."""
+    shards = list(shards)
+    packed = {name: sum(shard["packer"][name] for shard in shards) for name in ("packed", "emitted", "cropped")}
+    sources = {
+        name: Ledger.total(Ledger.of(shard["sources"][number]) for shard in shards) for number, name in enumerate(names)
+    }
+    notes = Notes.total(Notes.of(shard.get("notes", "")) for shard in shards)
+    return Ledger.total(Ledger.of(shard["ledger"]) for shard in shards).report(packed, sources, notes)

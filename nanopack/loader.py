@@ -8,20 +8,13 @@ arguments gives the same batches, slowly.
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import functools
-import os
-import threading
-import time
-import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from nanopack.batch import Batch, PieceTable
-from nanopack.checks import check_bool, check_int
+from nanopack.batch import Batch
+from nanopack.checks import check_bool, check_choice, check_int
 from nanopack.config import (
     Encoder,
     Executor,
@@ -35,30 +28,18 @@ from nanopack.config import (
     TemplateName,
 )
 from nanopack.conversations.records import Conversations, open_conversations
-from nanopack.distributed import agree_on_clock, agree_on_most, group_to_agree_in, rank_and_world_size
+from nanopack.distributed import group_to_agree_in, rank_and_world_size
 from nanopack.explain import Explanation, explain
-from nanopack.ledger import Ledger, LedgerReport
-from nanopack.notes import Notes
+from nanopack.ledger import LedgerReport, report_of
 from nanopack.packing.packings import Packing, PackingName, as_packing
-from nanopack.passes import NOT_A_DATA_SET, Pass, warn_of_empty_loop, warn_of_same_order
-from nanopack.producer.feed import Feed, Inline
-from nanopack.producer.process import Process
-from nanopack.producer.producer import Producer, Start, count_batches, initial_state
-from nanopack.producer.reader import Reader
-from nanopack.producer.shard import state_of
+from nanopack.passes import NOT_A_DATA_SET, Pass, warn_of_empty_loop
+from nanopack.producer.start import START_METHODS, StartMethod
 from nanopack.render.templates import Template
-from nanopack.ring.facts import BatchFacts
-from nanopack.ring.ring import Ring
-from nanopack.state import FORMAT, check_state, clock_of, fingerprint
-from nanopack.stats import Stats, StatsReport
-from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
-from nanopack.tokenizers.splintr import choose_encoder
-from nanopack.tokenizers.tokenizer import TokenizerLike, for_template, load_tokenizer
-from nanopack.upload.device import Device, open_device
-from nanopack.upload.executor import make_kernel
-from nanopack.upload.outputs import Outputs, outputs_maker
-from nanopack.upload.prefetcher import Prefetcher
-from nanopack.upload.upload import Upload
+from nanopack.run import Run
+from nanopack.stages import Processes
+from nanopack.stats import StatsReport
+from nanopack.tokenizers.tokenizer import AnyTokenizer, TokenizerLike, for_template, load_tokenizer
+from nanopack.upload.device import open_device
 
 
 class Loader:
@@ -133,8 +114,12 @@ class Loader:
             so do 100 bad conversations in a row, or more than half of the first 1,000 or more that a shard reads.
         process_group: process group (gloo, NCCL) of all ranks. With `epochs`, one all_reduce at construction agrees on
             the number of batches, so all ranks construct their loaders together. None: the default group of
-            `torch.distributed` where it has `world_size` ranks; elsewhere a rank that runs out must render every other
-            rank's data to find that number: slow.
+            `torch.distributed` where it has `world_size` ranks; elsewhere each producer renders the data of all ranks
+            once, in idle time, to find that number: a rank that runs out before waits for it.
+        start_method: how the processes are started. `"fork"` takes milliseconds, but a lock of the data set that
+            another thread holds just then stays locked in them for ever. `"spawn"` and `"forkserver"` import the main
+            module first, seconds, which needs the `if __name__ == "__main__":` guard, and pickle the conversations.
+            None: fork on Linux, spawn elsewhere.
 
     Raises:
         ValueError: an argument is invalid; the message names it, its value and what is allowed.
@@ -142,7 +127,8 @@ class Loader:
         StorageError: (from `next`) the data could not be read; the message names the file and the cause.
         ImportError: `encoder="fast"` without splintr-rs.
         EncoderError: (from `next`) the fast encoder gave a text other ids than tiktoken.
-        ProducerError: (from `next`) the producer process died, or raised something other than an Exception.
+        ProducerError: the producer process died at its start, or (from `next`) later, or raised something other than an
+            Exception.
 
     >>> with Loader([{"text": "Hello there"}], "chat32k", batch_size=1, seq_len=4, packing="stream") as loader:
     ...     inputs, targets = next(loader)
@@ -182,6 +168,7 @@ class Loader:
         static: bool = False,
         on_error: OnError = "raise",
         process_group: torch.distributed.ProcessGroup | None = None,
+        start_method: StartMethod | None = None,
     ) -> None:
         rank, world_size = rank_and_world_size(rank, world_size)
         self.config = LoaderConfig(
@@ -207,74 +194,30 @@ class Loader:
         check_int("num_workers", num_workers, least=0)
         check_int("prefetch", prefetch, least=1)
         check_bool("static", static)
-        device_api = open_device(device)
-        self.device = device_api.device
-        self.tokenizer = for_template(load_tokenizer(tokenizer), template)
+        check_choice("start_method", start_method, START_METHODS)
         group = group_to_agree_in(process_group, epochs, world_size)
-        if group is not None and isinstance(self.tokenizer, HuggingFaceTokenizer):
-            # The date that a chat template writes is the same on all ranks.
-            self.tokenizer = self.tokenizer.at(agree_on_clock(group, self.tokenizer.clock, self.device))
         self.source = open_conversations(conversations, shuffled=seed is not None)
-        # only the reader gets the encoder: everything else, users included, sees the tokenizer that was given
-        self._reader = Reader(self.source, choose_encoder(encoder, self.tokenizer, self.source), self.config)
-        # a Hugging Face tokenizer sets its encoding up here, once, before processes are forked
-        self._encoder = self._reader.tokenizer.encoder
-        self._reader.check_template()
-        # its sample is read before there is another process that reads
-        self._fingerprint = fingerprint(self.source, self.tokenizer, self.config)
-        layout = self._reader.layout
-        # ordinary tensors, whatever mode the loader is made in, because they are written to in others
-        with torch.inference_mode(False):
-            self._kernel = make_kernel(executor, self.device, layout, self.tokenizer.bos_id, ignore_index)
-            self._make_outputs = outputs_maker(self.config, layout, self.device)
-            if static:
-                # at the same addresses also after load_state_dict
-                fixed = self._make_outputs()
-                self._make_outputs = lambda: fixed
-        self._device: Device = device_api
-        self._workers, self._prefetch = num_workers, prefetch
-        self._static = static
-        self._owner = os.getpid()
-        self._batches: int | None = None
-        self._counts: dict[bool, tuple[int, int]] = {}
-        self._turn = threading.RLock()
-        self._passes, self._resumed, self._order_is_told = 0, False, False
-        if group is not None:
-            self._batches = agree_on_most(group, lambda: self._count(all_ranks=False)[0], self.device)
-        self._release: Callable[[], Any] | None = None
-        self._start(None)
+        self._run = Run(
+            self.source,
+            for_template(load_tokenizer(tokenizer), template),
+            self.config,
+            open_device(device),
+            Processes(num_workers, prefetch, start_method),
+            executor=executor,
+            encoder=encoder,
+            static=static,
+            group=group,
+        )
 
-    @torch.inference_mode(False)
-    def _start(self, state: dict[str, Any] | None) -> None:
-        """Set the stages up, from the beginning or from a state (`check_state`)."""
-        feed, ring = self._start_producer(Start(state, self._batches))
-        if self._release is not None:
-            self._release()
-        with contextlib.ExitStack() as held:
-            held.callback(feed.close)
-            if self._device.pin(ring.buffer):
-                held.callback(self._device.unpin, ring.buffer)
-            slots = [torch.from_numpy(slot.buffer) for slot in ring.slots]
-            upload = Upload(self._device, slots, self._make_outputs, self._kernel, static=self._static)
-            held.callback(upload.close)
-            # a second time, to end first: whatever fails above ends it too
-            held.callback(feed.close)
-            # runs at close(), when the loader is dropped, and at the interpreter's exit
-            self._release = weakref.finalize(self, _close, os.getpid(), held.pop_all())
-        self._feed, self._upload = feed, upload
-        self._prefetcher = Prefetcher(self._device, feed, upload, ahead=True)
-        self._first_state = state or state_of(initial_state(self._reader))
-        self._step = self._first_state["step"]
-        self._stats = Stats(ring_bytes=len(ring.buffer), encoder=self._encoder)
+    @property
+    def tokenizer(self) -> AnyTokenizer:
+        """The tokenizer, as it was loaded."""
+        return self._run.tokenizer
 
-    def _start_producer(self, start: Start) -> tuple[Feed, Ring]:
-        if self._workers == 0:
-            ring = Ring(self._reader.layout, slots=1)
-            return Inline(Producer(self._reader, start), ring), ring
-        # one slot more than those that are ready: the one being filled
-        helpers = self._workers if self._workers > 1 else 0
-        process = Process(self._reader, self._prefetch + 1, helpers, start)
-        return process, process.ring
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self._run.device
 
     def __iter__(self) -> Iterator[Batch]:
         """Return an iterator over the rest of the pass, or over a new pass where no batch is left of this one.
@@ -284,102 +227,36 @@ class Loader:
         The first `iter` after `load_state_dict` resumes from the state, even where that is the end: the loop is then
         empty, and a warning says so.
         """
-        resumed, self._resumed = self._resumed, False
-        if not self._prefetcher.closed and self._is_over():
+        resumed, self._run.resumed = self._run.resumed, False
+        if not self._run.prefetcher.closed and self._run.is_over():
             if resumed:
                 warn_of_empty_loop()
             else:
                 self.restart()
-        return Pass(self.__next__, lambda: self._passes)
+        return Pass(self.__next__, lambda: self._run.passes)
 
     def restart(self) -> None:
         """Begin a new pass: the next batch is the first one again, whatever was delivered before."""
-        self._refuse_fork()
-        with self._turn:
-            self._prefetcher.check_open()
-            self._resumed = False
-            if self._step == 0:
-                return
-            if not self._order_is_told and self.config.seed is not None:
-                self._order_is_told = True
-                warn_of_same_order(self.config.seed, self.config.epochs)
-            self._passes += 1
-            self._start(None)
-
-    def _is_over(self) -> bool:
-        """Return whether no batch of the pass is left; waits until the next one is ready."""
-        self._refuse_fork()
-        with self._turn, torch.inference_mode(False):
-            return self._step > 0 and self.config.epochs is not None and self._prefetcher.is_over()
+        self._run.restart()
 
     def __next__(self) -> Batch:
         """Return the next batch. After the end or an error every further call raises that again.
 
         Threads that call it take turns. To share a pass, they share one `iter(loader)`.
         """
-        self._refuse_fork()
-        with self._turn, torch.inference_mode(False):
-            began = time.perf_counter()
-            outputs, facts = self._prefetcher.next()
-            batch = self._batch(outputs, facts)
-            self._step += 1
-            self._stats.queued = self._feed.qsize()
-            self._stats.count(batch, facts, time.perf_counter() - began)
-        return batch
-
-    def _refuse_fork(self) -> None:
-        if os.getpid() != self._owner:
-            raise RuntimeError(f"this loader belongs to process {self._owner}; make one in this process")
-
-    def _batch(self, outputs: Outputs, facts: BatchFacts) -> Batch:
-        cu_seqlens = outputs.cu_seqlens
-        if cu_seqlens is not None:
-            cu_seqlens = cu_seqlens[: (self._reader.layout.max_segments or 0) + 1]
-        return Batch(
-            inputs=outputs.inputs,
-            targets=outputs.targets,
-            weights=outputs.weights,
-            positions=outputs.positions,
-            doc_ids=outputs.doc_ids,
-            cu_seqlens=cu_seqlens,
-            step=self._step,
-            num_loss_tokens=facts.num_loss_tokens,
-            num_tokens=facts.num_tokens,
-            weight_sum=facts.weight_sum,
-            max_seqlen=facts.max_seqlen,
-            epoch=facts.epoch,
-            progress=facts.progress,
-            last=facts.last,
-            word_pieces=PieceTable(facts.pieces, facts.pieces_per_row),
-        )
+        return self._run.next()
 
     @property
     def producer_pid(self) -> int | None:
         """Process id of the producer, for py-spy and the like; None with num_workers=0."""
-        return self._feed.pid
+        return self._run.feed.pid
 
     def ledger(self) -> LedgerReport:
         """Count what became of every conversation, token and position up to the batch delivered last; see `Ledger`.
 
         For a mixture, `sources` has the counts of each source by name.
         """
-        shards = list(self._state()["lanes"].values())
-        packed = {name: sum(shard["packer"][name] for shard in shards) for name in ("packed", "emitted", "cropped")}
-        sources = {
-            name: Ledger.total(Ledger.of(shard["sources"][number]) for shard in shards)
-            for number, name in enumerate(self.source.names)
-        }
-        notes = Notes.total(Notes.of(shard.get("notes", "")) for shard in shards)
-        return self._ledger().report(packed, sources, notes)
-
-    def _ledger(self) -> Ledger:
-        return Ledger.total(Ledger.of(shard["ledger"]) for shard in self._state()["lanes"].values())
-
-    def _state(self) -> dict[str, Any]:
-        """Return {"step", "lanes"} after the batch delivered last."""
-        packed = self._prefetcher.state
-        # torch.distributed.checkpoint loads into the state that it is given: it must be nobody else's
-        return copy.deepcopy(self._first_state) if packed is None else state_of(packed)
+        return report_of(self._run.shards().values(), self.source.names)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run after the batch delivered last: plain data (JSON-able), kilobytes.
@@ -387,7 +264,7 @@ class Loader:
         `load_state_dict` of a loader with the same arguments resumes from it, with exactly the batches that this one
         would have given next. Prefetched batches are not part of it.
         """
-        return {"format": FORMAT, **self._state(), "fingerprint": copy.deepcopy(self._fingerprint)}
+        return self._run.state()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, strict: bool = True) -> None:
         """Resume from a state of this rank, or of all ranks (`nanopack.merge_states`); at any time.
@@ -401,37 +278,18 @@ class Loader:
         are compared by their number and a sample, and by the conversations that waited: where those have changed,
         ValueError is raised here with num_workers=0, else by the next `next`.
         """
-        self._prefetcher.check_open()
-        self._refuse_fork()
-        with self._turn:
-            before = self.tokenizer, self._reader, self._fingerprint
-            self._set_clock(clock_of(state_dict))
-            try:
-                self._start(check_state(state_dict, self._fingerprint, self.config, strict=strict))
-            except BaseException:
-                self.tokenizer, self._reader, self._fingerprint = before
-                raise
-            self._resumed = True
-
-    def _set_clock(self, clock: str | None) -> None:
-        """Let a chat template that writes a date write that of the run which is resumed."""
-        if isinstance(self.tokenizer, HuggingFaceTokenizer) and clock not in (None, self.tokenizer.clock):
-            self.tokenizer = self.tokenizer.at(clock)
-            self._reader = Reader(self.source, self.tokenizer, self.config)
-            self._fingerprint = fingerprint(self.source, self.tokenizer, self.config)
+        self._run.load(state_dict, strict=strict)
 
     def __len__(self) -> int:
         """Return the number of batches in all epochs, from the first one on; exact.
 
-        The first call renders all the data once, unless the ranks agreed through a process group. `list(loader)` and
-        `tqdm(loader)` ask for it too; `list(iter(loader))` and `tqdm(iter(loader))` do not. Raises TypeError where
-        `epochs` is None.
+        The first call renders all the data once, in as many processes as `num_workers`, unless the ranks agreed through
+        a process group, a pass was finished, or the state that was loaded knows it. `list(loader)` and `tqdm(loader)`
+        ask for it too; `list(iter(loader))` and `tqdm(iter(loader))` do not. Raises TypeError where `epochs` is None.
         """
         if self.config.epochs is None:
             raise TypeError(f"the batches are endless; pass epochs to have a number of them. {NOT_A_DATA_SET}")
-        if self._batches is None:
-            self._batches, _ = self._count(all_ranks=True)
-        return self._batches
+        return self._run.batches()
 
     def __getitem__(self, index: Any) -> Batch:
         """Raise TypeError: torch's DataLoader takes what has no `__getitem__` for a data set too."""
@@ -440,15 +298,15 @@ class Loader:
     def __reduce__(self) -> Any:
         """Raise TypeError: a process and its memory cannot be copied or pickled."""
         raise TypeError(
-            f"a loader belongs to its process ({self._owner}) and is neither copied nor pickled: send the arguments to "
-            f"the other process and make one there, with rank and world_size; state_dict() says where it stands"
+            f"a loader belongs to its process ({self._run.owner}) and is neither copied nor pickled: send the "
+            f"arguments to the other process and make one there, with rank and world_size; state_dict() is its state"
         )
 
     def __bool__(self) -> bool:
         """Always True, so that `if loader:` does not call `len()`, which may render the whole data set."""
         return True
 
-    @functools.cached_property
+    @property
     def tokens_total(self) -> int:
         """Tokens that this rank trains on in all epochs, without padding; exact.
 
@@ -457,19 +315,11 @@ class Loader:
         """
         if self.config.epochs is None:
             raise TypeError("the tokens are endless; pass epochs to have a number of them")
-        return self._count(all_ranks=False)[1]
-
-    def _count(self, *, all_ranks: bool) -> tuple[int, int]:
-        """Return the batches and tokens of all epochs, see `count_batches`; each is counted once."""
-        all_ranks = all_ranks and self.config.world_size > 1
-        if all_ranks not in self._counts:
-            self._counts[all_ranks] = count_batches(self._reader, all_ranks=all_ranks)
-        return self._counts[all_ranks]
+        return self._run.tokens()
 
     def stats(self) -> StatsReport:
         """Return where time and memory went so far; see `StatsReport` for names and units."""
-        tokens_so_far = None if self.config.epochs is None else self._ledger().positions_tokens
-        return self._stats.report(self._prefetcher.waited_s, tokens_so_far)
+        return self._run.stats()
 
     def explain(self, batch: Batch, row: int, col: int) -> Explanation:
         """Explain a position: its conversation, message, role and text, and why it is in the loss or not.
@@ -482,15 +332,13 @@ class Loader:
             col,
             source=self.source,
             tokenizer=self.tokenizer,
-            render=self._reader.render,
+            render=self._run.reader.render,
             config=self.config,
         )
 
     def close(self) -> None:
         """End the loader: `next` raises from now on. Batches already delivered stay valid. May be called twice."""
-        self._prefetcher.close()
-        if self._release is not None:
-            self._release()
+        self._run.close()
 
     def __enter__(self) -> Loader:
         """Return the loader; leaving the block closes it."""
@@ -498,9 +346,3 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _close(owner: int, held: contextlib.ExitStack) -> None:
-    """Release a loader's resources, but not in a process forked from its owner."""
-    if os.getpid() == owner:
-        held.close()

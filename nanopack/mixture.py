@@ -24,6 +24,7 @@ import numpy as np
 
 from nanopack.checks import check_choice, check_int
 from nanopack.config import TemplateName
+from nanopack.conversations.fetch import peek
 from nanopack.conversations.files import Files
 from nanopack.conversations.records import Conversation, check, open_conversations, short
 from nanopack.conversations.source import Source
@@ -59,6 +60,7 @@ class Mixture(Source):
         self._sources = tuple(sources)
         self._starts = list(accumulate((len(source) for source in sources), initial=0))[:-1]
         self._picks = picks
+        self.runs_foreign_code = any(source.runs_foreign_code for source in sources)
 
     def __len__(self) -> int:
         """Return the number of picks in one pass."""
@@ -187,7 +189,7 @@ def _mean_length(place: str, source: Source, render: Callable[[Conversation], Do
     lengths, first_error = [], ""
     for index in (number * n // sample for number in range(sample)):
         try:
-            lengths.append(len(render(check(source[index])).ids))
+            lengths.append(len(render(check(peek(source, index, None))).ids))
         except (MemoryError, TemplateError):
             raise
         # A data set may raise anything; Loader too calls a conversation bad for it.

@@ -14,6 +14,7 @@ A state is plain data (JSON-able):
         ledger        counters of the shard, see ledger.py
         sources       the same for each source of a mixture; [] without one
         notes         what was skipped and ignored, and why, as JSON text; see notes.py
+    batches       in all epochs, where that is known; else None
     fingerprint   of data, tokenizer and arguments
 
 Shards are called lanes there because format 1 was written so. The keys do not depend on the progress of the run, and
@@ -31,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from nanopack.config import LoaderConfig
+from nanopack.conversations.fetch import peek, storage_error
 from nanopack.conversations.records import Conversation, check
 from nanopack.conversations.source import Source
 from nanopack.errors import NEVER_SKIPPED, is_storage_error
@@ -45,8 +47,11 @@ SAMPLE = 16
 _FREE = ("rank", "extras", "max_pieces", "on_error")
 
 
-def fingerprint(source: Source, tokenizer: AnyTokenizer, config: LoaderConfig) -> dict[str, Any]:
-    """Return what a state depends on: {"conversations": their number, "sample", "tokenizer": digests, "arguments"}."""
+def fingerprint(source: Source, sample: str, tokenizer: AnyTokenizer, config: LoaderConfig) -> dict[str, Any]:
+    """Return what a state depends on: {"conversations": their number, "sample", "tokenizer": digests, "arguments"}.
+
+    `sample` is `sample_of` the source.
+    """
     arguments = {
         field.name: _plain(getattr(config, field.name))
         for field in dataclasses.fields(config)
@@ -63,7 +68,7 @@ def fingerprint(source: Source, tokenizer: AnyTokenizer, config: LoaderConfig) -
     clock = getattr(tokenizer, "clock", None)
     return {
         "conversations": len(source),
-        "sample": _digest([source.picks_digest().encode(), *_sample(source)]),
+        "sample": sample,
         "tokenizer": tokenizer.fingerprint(),
         "arguments": arguments,
         # When the date was that the chat template writes. The tokenizer's digest says whether that date is another.
@@ -89,17 +94,22 @@ def _plain(value: object) -> object:
     return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
 
 
-def _sample(source: Source) -> Iterator[bytes]:
+def sample_of(source: Source, seed: int | None) -> str:
+    """Return a digest of some conversations, which are read for it. Raises StorageError where one cannot be read."""
+    return _digest([source.picks_digest().encode(), *_sample(source, seed)])
+
+
+def _sample(source: Source, seed: int | None) -> Iterator[bytes]:
     """Yield the bytes of evenly spaced conversations, the first and the last among them."""
     for index in sorted({round(k * (len(source) - 1) / (SAMPLE - 1)) for k in range(SAMPLE)}):
         try:
-            yield from _bytes_of(check(source[index]))
+            yield from _bytes_of(check(peek(source, index, seed)))
         except NEVER_SKIPPED:
             raise
         # a bad conversation is part of the data too; what its error says may differ from run to run
         except Exception as error:
             if is_storage_error(error):
-                raise
+                raise storage_error(error, source.where(index)) from error
             yield b"bad"
 
 
@@ -150,6 +160,12 @@ def check_state(state: Any, ours: Mapping[str, Any], config: LoaderConfig, *, st
     return {"step": state["step"], "lanes": {number: state["lanes"][number] for number in wanted}}
 
 
+def batches_of(state: Mapping[str, Any], ours: Mapping[str, Any]) -> int | None:
+    """Return the number of batches in all epochs, where a state of the same data and arguments knows it."""
+    found = state.get("batches")
+    return found if type(found) is int and not _differences(_checked(state)["fingerprint"], ours) else None
+
+
 def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Merge the states of all ranks into one, which any rank's loader can load.
 
@@ -182,7 +198,8 @@ def merge_states(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     if missing := [number for number in map(str, range(count)) if number not in shards]:
         what = "rank" if arguments["shard"] == "rank" else "row"
         raise ValueError(f"{what}s {', '.join(missing)} of {count} are in none of the states; pass those of all ranks")
-    return {**first, "lanes": {str(number): shards[str(number)] for number in range(count)}}
+    batches = next((state["batches"] for state in states if state.get("batches") is not None), None)
+    return {**first, "batches": batches, "lanes": {str(number): shards[str(number)] for number in range(count)}}
 
 
 def _checked(state: Any) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# From the data to the user. A stage imports only those before it, also by way of other modules.
+# From the data to the user. A stage imports only those before it, also through other modules.
 ORDER = (
     *("errors", "packing", "conversations", "tokenizers", "render", "config", "ring", "producer", "upload", "loader"),
     *("reference", "adapters", "cli"),

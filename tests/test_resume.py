@@ -349,7 +349,7 @@ MIXED = nanopack.mixture(
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @given(data=st.data())
-def test_the_sources_of_a_mixture_balance_after_every_batch_and_go_on_counting_when_a_run_does(packing, data):
+def test_the_sources_of_a_mixture_balance_after_every_batch_and_continue_when_a_run_resumes(packing, data):
     arguments = {**data.draw(drawn_arguments(packing)), "on_error": "skip", "epochs": 2}
     loader = Loader(MIXED, SMALL, **arguments)
     while next(loader, None) is not None:
@@ -360,7 +360,8 @@ def test_the_sources_of_a_mixture_balance_after_every_batch_and_go_on_counting_w
             loader = Loader(MIXED, SMALL, **arguments)
             loader.load_state_dict(state)
             assert loader.ledger() == ledger
-    sources = loader.ledger()["sources"]
+    ledger = loader.ledger()
+    sources = ledger["sources"]
     assert sum(source["conversations"]["read"] for source in sources.values()) == ledger["conversations"]["read"]
     assert sources["bad"]["conversations"]["skipped"] == sources["bad"]["conversations"]["read"]
 

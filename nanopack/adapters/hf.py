@@ -136,7 +136,7 @@ class Batches(torch.utils.data.IterableDataset[dict[str, Any]]):
                 f"loss_weights={self.loader.config.loss_weights!r}: the losses of transformers do not support weights; "
                 f"attach the batches to a trainer, Batches(loader).attach(trainer), or pass loss_weights=None"
             )
-        if self.restart or self.loader._is_over():
+        if self.restart or self.loader._run.is_over():
             self.loader.restart()
         return map(self._yielded, self.loader)
 

@@ -25,7 +25,7 @@ from nanopack.batch import Batch
 from nanopack.distributed import sum_over_ranks
 from nanopack.loss import weighted_loss
 
-# where the loader's state lies in `trainer_state.json`, under "stateful_callbacks"
+# where the loader's state is in `trainer_state.json`, under "stateful_callbacks"
 KEY = "nanopack"
 
 
@@ -108,7 +108,7 @@ class AttachedTrainer(TrainerCallback):
         return validated.weights, sum_over_ranks([validated.weight_sum], self._device)[0]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Resume where the checkpoint's run stood. Raise RuntimeError where it does not say."""
+        """Resume from the loader's state in the checkpoint; RuntimeError if it has none."""
         # last, so that it sees the checkpoints that other callbacks ask for
         others = [callback for callback in self._trainer.callback_handler.callbacks if callback is not self]
         self._trainer.callback_handler.callbacks = [*others, self]
@@ -118,7 +118,7 @@ class AttachedTrainer(TrainerCallback):
         saved = state.stateful_callbacks.get(KEY)
         if saved is None:
             raise RuntimeError(
-                f"the checkpoint of step {state.global_step} does not say where nanopack's loader stood, and its data "
+                f"the checkpoint of step {state.global_step} has no state of nanopack's loader, and its data "
                 f"would begin again: it was saved without Batches(loader).attach(trainer), which both runs need"
             )
         self.batches.load_state_dict(saved["loader"])
@@ -151,7 +151,7 @@ class AttachedTrainer(TrainerCallback):
 
 
 class _Skipped(torch.utils.data.IterableDataset[Any]):
-    """`count` times None, for accelerate to skip, and then the batches of a loader that stands after those."""
+    """`count` times None, for accelerate to skip, and then the batches of a loader that has given those."""
 
     def __init__(self, batches: Batches, count: int) -> None:
         self._batches, self._count = batches, count

@@ -95,7 +95,7 @@ class Batches(LightningDataModule):
     @staticmethod
     def _make(make_loader: Callable[[], Loader]) -> Loader:
         loader = make_loader()
-        if loader._static:
+        if loader._run.static:
             loader.close()
             raise ValueError("static=True: Lightning fetches a batch before it trains the last one; leave it out")
         return loader
@@ -126,7 +126,7 @@ class Batches(LightningDataModule):
             if self._fetched is not self._trained:
                 assert self._trained is not None
                 loader.load_state_dict(self._trained)
-            if loader._is_over():
+            if loader._run.is_over():
                 loader.restart()
         for batch in loader:
             self._fetched = loader.state_dict()

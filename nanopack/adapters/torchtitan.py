@@ -10,7 +10,7 @@ In a function of your config registry, instead of its data loader:
     )
 
 The trainer gives rank and world size of its data-parallel mesh, batch size, sequence length and tokenizer, and its
-checkpoints hold where the loader stands: a resumed run continues after the batch trained last. The tensors lie on the
+checkpoints hold the loader's state: a resumed run continues after the batch trained last. The tensors are on the
 host, where the trainer counts the labels before it moves them. `positions` restart at each document: from them
 torchtitan makes the masks that keep documents apart.
 """

@@ -2,7 +2,7 @@
 
     nanopack pack [FILES...]      pack them: speed, padding, what became of every token, the first row drawn
     nanopack verify [FILES...]    compare every batch with the slow reference packer's
-    nanopack inspect [FILES...]   how long the conversations are, and what lies where in a batch, drawn
+    nanopack inspect [FILES...]   how long the conversations are, and the rows of a batch, drawn
     nanopack bench [FILES...]     measure nanopack, the loaders it replaces and the tokenizer alone; takes minutes
     nanopack demo-train           train a small GPT on the conversations that ship with nanopack, in about a minute
 

@@ -2,7 +2,7 @@
 
     argv   ->   parse()   ->   a Namespace for commands.py
 
-A loader option that is not given is missing from the Namespace, so that every default stands in one place: config.py.
+A loader option that is not given is missing from the Namespace, so that every default is in one place: config.py.
 Choices, numbers and file names are checked here, everything else by the loader.
 """
 

@@ -1,6 +1,6 @@
 """Draw batches and numbers as text, for a terminal or a pipe.
 
-    Batch    ->   draw_rows()        ->   one line a row: which conversation lies where, what is in the loss, padding
+    Batch    ->   draw_rows()        ->   one line a row: where each conversation is, what is in the loss, padding
                   list_pieces()      ->   the pieces of one row: file and line, tokens, the first words
     Bins     ->   draw_histogram()   ->   documents by length
     losses   ->   draw_losses()      ->   a table whose last column is the curve, turned by 90 degrees

@@ -35,6 +35,10 @@ Conversations: TypeAlias = Dataset | str | os.PathLike[str] | Sequence[str | os.
 """What `Loader` and `mixture` take: a data set, or path(s), folders or globs of files that end in SUFFIXES."""
 
 
+# Packages whose data sets take no lock that a thread of theirs could hold at a fork.
+KNOWN_CODE = ("builtins", "datasets", "numpy", "pandas")
+
+
 class Items(Source):
     """The records of an object with len and [int]: list, datasets.Dataset, torch Dataset, nanochat task."""
 
@@ -43,6 +47,7 @@ class Items(Source):
         self._items = items.iloc if type(items).__name__ == "Series" and hasattr(items, "iloc") else items
         self._length = len(items)
         self._features = _features_of(items)
+        self.runs_foreign_code = _runs_foreign_code(items)
 
     def __len__(self) -> int:
         return self._length
@@ -58,13 +63,23 @@ class Items(Source):
         return f"conversation {index}"
 
 
+def _runs_foreign_code(items: object) -> bool:
+    package = type(items).__module__.split(".")[0]
+    # set_transform() calls a function of the user's
+    return package not in KNOWN_CODE or (package == "datasets" and _format_of(items) == "custom")
+
+
+def _format_of(items: object) -> object:
+    return getattr(items, "format", {}).get("type")
+
+
 def _features_of(items: Any) -> object:
     """Return the features of a datasets.Dataset, or of what torch's Subset or ConcatDataset hold, else None."""
     if type(items).__module__.startswith("torch.utils.data"):
         found = [_features_of(part) for part in getattr(items, "datasets", None) or [getattr(items, "dataset", None)]]
         return None if None in found else found[0]
     # what a transform of the user's hands out has other features
-    if type(items).__module__.split(".")[0] != "datasets" or getattr(items, "format", {}).get("type") == "custom":
+    if type(items).__module__.split(".")[0] != "datasets" or _format_of(items) == "custom":
         return None
     return getattr(items, "features", None)
 

@@ -13,6 +13,8 @@ class Source(ABC):
 
     names: tuple[str, ...] = ()
     """Names of the sources that it mixes; none where it is one."""
+    runs_foreign_code = False
+    """Whether a record is read by code of the user's, which may hold locks and draw random numbers."""
 
     @abstractmethod
     def __len__(self) -> int: ...

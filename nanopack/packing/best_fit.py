@@ -57,11 +57,11 @@ class BestFitPacker:
         self.waiting_tokens = 0
         self.emitted = self.cropped = self.packed = self.longest_wait = 0
 
-    def held(self) -> list[Any]:
+    def waiting(self) -> list[Any]:
         """Return the documents that wait, in the order of reading."""
         return list(self._waiting)
 
-    def left(self) -> list[tuple[Any, int]]:
+    def remaining(self) -> list[tuple[Any, int]]:
         """Return each document with tokens still to come, and their number."""
         return [(document, length) for document, (length, _) in self._waiting.items()]
 
@@ -69,11 +69,11 @@ class BestFitPacker:
         """Return the counters, the number of the next row, and the row in which each waiting document was read."""
         return {"row": self._row, "since": [row for _, row in self._waiting.values()], **counters(self)}
 
-    def restore(self, state: State, held: Sequence[tuple[Any, int]]) -> None:
-        """Restore a saved state: `state()`, and (document, length) of each document of `held()`."""
+    def restore(self, state: State, waiting: Sequence[tuple[Any, int]]) -> None:
+        """Restore a saved state: `state()`, and (document, length) of each document of `waiting()`."""
         set_counters(self, state)
         self._row = state["row"]
-        for (document, length), since in zip(held, state["since"], strict=True):
+        for (document, length), since in zip(waiting, state["since"], strict=True):
             self._add(document, length, since)
 
     @property

@@ -21,11 +21,11 @@ class PadPacker:
         self.waiting_documents = self.waiting_tokens = 0
         self.emitted = self.cropped = self.packed = self.longest_wait = 0
 
-    def held(self) -> list[Any]:
+    def waiting(self) -> list[Any]:
         """Return an empty list: no document waits."""
         return []
 
-    def left(self) -> list[tuple[Any, int]]:
+    def remaining(self) -> list[tuple[Any, int]]:
         """Return an empty list: no document waits."""
         return []
 
@@ -33,7 +33,7 @@ class PadPacker:
         """Return the counters."""
         return counters(self)
 
-    def restore(self, state: State, held: Sequence[tuple[Any, int]]) -> None:
+    def restore(self, state: State, waiting: Sequence[tuple[Any, int]]) -> None:
         """Restore a saved state."""
         set_counters(self, state)
 

@@ -46,17 +46,17 @@ class Packer(Protocol):
     def next_rows(self) -> list[Row]:
         """Return the rows of the next batch; at the end of the data fewer than its rows, then none."""
 
-    def held(self) -> list[Any]:
+    def waiting(self) -> list[Any]:
         """Return the documents that later rows need, in the order that `restore` takes."""
 
-    def left(self) -> list[tuple[Any, int]]:
+    def remaining(self) -> list[tuple[Any, int]]:
         """Return each document with tokens still to come, and their number."""
 
     def state(self) -> State:
-        """Return the rest of the packer's state, which `held()` leaves out, and the counters: plain data, by name."""
+        """Return the rest of the packer's state, which `waiting()` leaves out, and the counters, by name."""
 
-    def restore(self, state: State, held: Sequence[tuple[Any, int]]) -> None:
-        """Restore a saved state: `state()`, and (document, length) of each document of `held()`."""
+    def restore(self, state: State, waiting: Sequence[tuple[Any, int]]) -> None:
+        """Restore a saved state: `state()`, and (document, length) of each document of `waiting()`."""
 
     @property
     def waiting_documents(self) -> int:

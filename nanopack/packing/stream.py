@@ -35,11 +35,11 @@ class StreamPacker:
         self.waiting_tokens = 0
         self.emitted = self.cropped = self.packed = self.longest_wait = 0
 
-    def held(self) -> list[Any]:
+    def waiting(self) -> list[Any]:
         """Return the document of the carried token, if there is one, then those in the queue."""
         return [item[0] for item in (*filter(None, [self._carried]), *self._queue)]
 
-    def left(self) -> list[tuple[Any, int]]:
+    def remaining(self) -> list[tuple[Any, int]]:
         """Return each document with tokens still to come, and their number."""
         return [(item[0], item[1] - (self._offset if n == 0 else 0)) for n, item in enumerate(self._queue)]
 
@@ -48,15 +48,15 @@ class StreamPacker:
         carried = -1 if self._carried is None else self._carried.offset
         return {"carried": carried, "offset": self._offset, **counters(self)}
 
-    def restore(self, state: State, held: Sequence[tuple[Any, int]]) -> None:
-        """Restore a saved state: `state()`, and (document, length) of each document of `held()`."""
+    def restore(self, state: State, waiting: Sequence[tuple[Any, int]]) -> None:
+        """Restore a saved state: `state()`, and (document, length) of each document of `waiting()`."""
         set_counters(self, state)
         self._offset = state["offset"]
         if state["carried"] >= 0:
-            (document, _), *held = held
+            (document, _), *waiting = waiting
             self._carried = Run(document, state["carried"], 1)
-        self._queue = deque(held)
-        self.waiting_tokens = sum(length for _, length in held) - self._offset
+        self._queue = deque(waiting)
+        self.waiting_tokens = sum(length for _, length in waiting) - self._offset
 
     @property
     def waiting_documents(self) -> int:

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import pickle
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from nanopack.errors import ProducerError
-from nanopack.producer.cursors import own_cursors
 
 if sys.platform == "linux":
     import fcntl
@@ -68,8 +67,10 @@ class Failure:
         return error
 
 
-START_METHOD = "fork" if sys.platform == "linux" else "spawn"
-
+# Signals that launchers, schedulers and terminals send to every process of a run, for the trainer to act on.
+FOR_THE_TRAINER = {
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+}
 
 # Seconds between looks at whether the parent still lives.
 WATCH = 0.3
@@ -98,20 +99,40 @@ def widen(pipe: Connection) -> None:
             fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
 
-def leave_parent_behind(positions: Mapping[int, int]) -> None:
-    """Drop in a freshly forked process what it inherited from its parent: signal handlers, torch's threads.
-
-    `positions` are the parent's `cursors()`, which become its own; {} where it is spawned.
-    """
-    own_cursors(positions)
+def leave_parent_behind() -> None:
+    """Drop in a new process what it inherited from its parent: signal handlers, torch's threads."""
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
-    # Ctrl-C goes to the whole group: the trainer decides what it means
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    _leave_signals_to_the_trainer()
     if "torch" in sys.modules:
         # a data set may use torch, whose threads did not survive the fork
         sys.modules["torch"].set_num_threads(1)
     gc.freeze()
+
+
+def _leave_signals_to_the_trainer() -> None:
+    """Ignore the signals FOR_THE_TRAINER: it may have batches to take before it saves. SIGKILL ends this process."""
+    for number in FOR_THE_TRAINER:
+        # A handler rather than SIG_IGN, which a program that the data set runs would inherit: subprocess could not
+        # terminate it. A handler ends with exec.
+        signal.signal(number, _ignore)
+        if hasattr(signal, "siginterrupt"):
+            # system calls of the data set go on
+            signal.siginterrupt(number, False)
+    # nor does a process that the data set forks, such as a pool's, ignore them
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_ignore_no_more)
+    # blocked since this process was started
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FOR_THE_TRAINER)
+
+
+def _ignore(number: int, frame: object) -> None:
+    """Do nothing."""
+
+
+def _ignore_no_more() -> None:
+    for number in FOR_THE_TRAINER:
+        if signal.getsignal(number) is _ignore:
+            signal.signal(number, signal.SIG_DFL)

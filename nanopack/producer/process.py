@@ -9,8 +9,9 @@ A death shows as the end of the pipe rather than as a timeout: only the producer
 ends when a second pipe does, which carries nothing, and in any case when its parent is no longer the one that it
 started with: a third process, forked from the trainer, might still hold the trainer's ends of the pipes.
 
-On Linux the producer is forked: it needs no pickling and no `__main__` guard, and it touches neither torch's threads
-nor CUDA, which do not survive a fork. Elsewhere it is spawned, and what it gets must be picklable.
+Signals that are for the trainer, such as a scheduler's SIGTERM to the whole group, the producer ignores (child.py): the
+trainer may have batches to take before it saves. start.py says how it is started. A forked one touches neither torch's
+threads nor CUDA, which do not survive a fork.
 """
 
 from __future__ import annotations
@@ -22,21 +23,18 @@ import logging
 import multiprocessing
 import os
 import pickle
-import signal
 import threading
 import time
-import warnings
 import weakref
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
 from nanopack.errors import ProducerError
-from nanopack.producer.child import START_METHOD, WATCH, Failure, how_it_ended, leave_parent_behind, widen
-from nanopack.producer.cursors import cursors
+from nanopack.producer.child import WATCH, Failure, how_it_ended, leave_parent_behind, widen
 from nanopack.producer.feed import End
 from nanopack.producer.producer import Producer, Start
 from nanopack.producer.reader import Reader
+from nanopack.producer.start import DEFAULT_START_METHOD, Handover, StartMethod, is_orphan, lives, start
 from nanopack.ring.facts import BatchFacts
 from nanopack.ring.ring import WAITING, Ring
 
@@ -53,30 +51,36 @@ GRACE = 0.1
 class Process:
     """A producer in a process of its own. `Feed` describes the methods."""
 
-    def __init__(self, reader: Reader, slots: int, workers: int, start: Start) -> None:
-        """Start the process. Raises ValueError where it cannot be started here, and says what else is possible."""
-        layout = reader.layout
-        context: Any = multiprocessing.get_context(START_METHOD)
-        size = Ring.bytes_of(layout, slots)
-        self.ring = Ring(layout, slots, None if START_METHOD == "fork" else context.RawArray("B", size))
+    def __init__(
+        self, reader: Reader, slots: int, workers: int, first: Start, method: StartMethod | None = None
+    ) -> None:
+        """Start the process. Raises as `start.start` and `Handover.send` do."""
+        method = method or DEFAULT_START_METHOD
+        context: Any = multiprocessing.get_context(method)
+        size = Ring.bytes_of(reader.layout, slots)
+        self.ring = Ring(reader.layout, slots, None if method == "fork" else context.RawArray("B", size))
         self._messages, messages = context.Pipe(duplex=False)
         alive, self._alive = context.Pipe(duplex=False)
         self._received = 0
+        self._forked = method == "fork"
         self._closed = False
         self._trainer = os.getpid()
         self._lock = threading.RLock()
         _open.add(self)
-        positions = cursors() if START_METHOD == "fork" else {}
-        arguments = (reader, workers, start, self.ring, messages, alive, self._trainer, positions)
+        handover = Handover(method, (reader, workers, first))
+        arguments = (handover, method, self.ring, messages, alive, self._trainer)
         self._process: Any = context.Process(target=_serve, args=arguments, name="nanopack producer", daemon=True)
         try:
             widen(messages)
-            _start(self._process)
+            start(self._process, warn_of_threads=reader.source.runs_foreign_code)
+            messages.close()
+            handover.send(self._process, "the producer process")
         except BaseException:
             # Ctrl-C may come once the process runs, and nobody else could close it then
             self.close()
             raise
         finally:
+            handover.close()
             messages.close()
             alive.close()
 
@@ -138,9 +142,6 @@ class Process:
         """Close the trainer's ends of the pipes in a process forked from it."""
         self._messages.close()
         self._alive.close()
-        # at this process's exit multiprocessing would terminate what it takes for its child
-        children: set[Any] = getattr(multiprocessing.process, "_children", set())
-        children.discard(self._process)
 
     def _receive(self) -> Any:
         """Return the next message, however long it takes; log a warning when it takes long."""
@@ -149,7 +150,7 @@ class Process:
         try:
             while not self.qsize() and not self._messages.poll(min(patience - waited, STALL)):
                 # a process forked while this one was started may hold the pipe open
-                if not self._process.is_alive() and not self._messages.poll():
+                if not lives(self._process) and not self._messages.poll():
                     raise EOFError
                 waited = time.monotonic() - began
                 if waited >= patience:
@@ -169,7 +170,10 @@ class Process:
             with open(f"/proc/{pid}/stat") as file:
                 state = file.read().rsplit(")", 1)[1].split()[0]
             stopped = ", stopped by a signal (SIGCONT lets it go on)" if state in "Tt" else ""
-        return f"waited {waited:.1f} s for the producer process (pid {pid}{stopped}): {self.ring.status.describe()}"
+        what = f"waited {waited:.1f} s for the producer process (pid {pid}{stopped}): {self.ring.status.describe()}"
+        if self._forked and not stopped and not self.ring.status.sent and waited > 2 * STALL:
+            what += '. Nothing came yet: a lock that another thread held at the fork? Then use start_method="spawn"'
+        return what
 
     def _death(self) -> ProducerError:
         ended = how_it_ended(self._process, self.ring.status.describe())
@@ -196,61 +200,20 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_disown_all)
 
 
-def _start(process: Any) -> None:
-    """Start the process. Raises ValueError where that is impossible here."""
-    try:
-        with _sigint_deferred(), warnings.catch_warnings():
-            # Python warns of forking while threads run: the producer uses no lock that one of them could hold
-            warnings.simplefilter("ignore", DeprecationWarning)
-            process.start()
-    except AssertionError as error:
-        raise ValueError(
-            "num_workers=1 and more start a process, which a daemonic process such as a DataLoader's worker may not; "
-            "use num_workers=0 there"
-        ) from error
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"num_workers=1 and more start a process, for which conversations and tokenizer must be picklable on this "
-            f"platform ({error}); pass files, or use num_workers=0"
-        ) from error
-
-
-@contextlib.contextmanager
-def _sigint_deferred() -> Iterator[None]:
-    """Defer SIGINT until after the block: between fork and bookkeeping it would orphan the child."""
-    handler, came = signal.getsignal(signal.SIGINT), []
-    # a mask alone is not enough: another thread, such as torch's, receives the signal, and the main one is interrupted
-    ours = callable(handler) and threading.current_thread() is threading.main_thread()
-    if ours:
-        signal.signal(signal.SIGINT, lambda *_: came.append(True))
-    # the mask is the child's, until it ignores the signal
-    if hasattr(signal, "pthread_sigmask"):
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if ours:
-            signal.signal(signal.SIGINT, handler)
-        if came:
-            signal.raise_signal(signal.SIGINT)
-
-
 def _serve(
-    reader: Reader,
-    workers: int,
-    start: Start,
+    handover: Handover,
+    method: StartMethod,
     ring: Ring,
     messages: Connection,
     alive: Connection,
     trainer: int,
-    positions: dict[int, int],
 ) -> None:
     """Run in the producer process: fill each slot that is free, in order, until the data or the trainer end."""
     try:
-        _settle(messages, alive, trainer, positions)
-        _produce(Producer(reader, start, workers=workers, status=ring.status), ring, messages, alive)
+        _settle(method, messages, alive, trainer)
+        reader, workers, first = handover.receive()
+        producer = Producer(reader, first, workers=workers, method=method, status=ring.status)
+        _produce(producer, ring, messages, alive)
     except (EOFError, BrokenPipeError):
         pass  # the trainer has closed the loader, or is gone
     except BaseException as error:
@@ -265,7 +228,7 @@ def _produce(producer: Producer, ring: Ring, messages: Connection, alive: Connec
     for number in itertools.count():
         ring.status.set(WAITING)
         while number >= ring.status.released + len(ring.slots):
-            if alive.poll(LOOK):
+            if alive.poll(0 if producer.count_on() else LOOK):
                 alive.recv()  # nothing is ever sent: this raises EOFError, the trainer has closed
         facts = producer.produce(ring.slots[number % len(ring.slots)])
         if facts is None:
@@ -279,16 +242,16 @@ def _send(message: tuple[Any, ...] | End | Failure, ring: Ring, messages: Connec
     ring.status.sent += 1
 
 
-def _settle(messages: Connection, alive: Connection, trainer: int, positions: dict[int, int]) -> None:
+def _settle(method: StartMethod, messages: Connection, alive: Connection, trainer: int) -> None:
     """Give up what a forked process inherits from its parent, and end with it."""
-    leave_parent_behind(positions)
+    leave_parent_behind()
     log.handlers, log.propagate = [_ToTrainer(messages)], False
-    threading.Thread(target=_end_with, args=(alive, trainer), daemon=True).start()
+    threading.Thread(target=_end_with, args=(method, alive, trainer), daemon=True).start()
 
 
-def _end_with(alive: Connection, trainer: int) -> None:
+def _end_with(method: StartMethod, alive: Connection, trainer: int) -> None:
     """End the process with the trainer, or when that has dropped the loader, even while the data set is at work."""
-    while os.getppid() == trainer and not alive.poll(WATCH):
+    while not is_orphan(method, trainer) and not alive.poll(WATCH):
         pass
     os._exit(1)
 

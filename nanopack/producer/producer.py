@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from functools import partial
 from math import fsum
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from nanopack.conversations.order import Shard
 from nanopack.notes import Notes
-from nanopack.packing.simulate import simulate
+from nanopack.producer.counting import BackgroundCount, counting
 from nanopack.producer.reader import ReadDocument, Reader, read_in_turn
-from nanopack.producer.shard import ReadAll, ShardPacker, describe_or_raise, pack_state, shards_of
+from nanopack.producer.shard import ShardPacker, pack_state, shards_of
+from nanopack.producer.start import DEFAULT_START_METHOD, StartMethod
 from nanopack.producer.workers import Workers
 from nanopack.ring.facts import BatchFacts
-from nanopack.ring.ring import FILLING, READING, ProducerStatus
+from nanopack.ring.ring import COUNTING, FILLING, READING, ProducerStatus
 from nanopack.ring.slot import Slot
 
 log = logging.getLogger("nanopack")
@@ -50,25 +47,27 @@ class Producer:
         start: Start = FROM_THE_BEGINNING,
         *,
         workers: int = 0,
+        method: StartMethod = DEFAULT_START_METHOD,
         status: ProducerStatus | None = None,
     ) -> None:
         """Raise as `ShardPacker.restore` does.
 
-        With `workers`, that many processes read ahead; with 0, conversations are read here when they are needed. The
-        stage of the work is reported to `status`; without one this is the trainer's own process, where Ctrl-C is
-        raised at once.
+        With `workers`, that many processes, started by `method`, read ahead; with 0, conversations are read here when
+        they are needed. The stage of the work is reported to `status`; without one this is the trainer's own process,
+        where Ctrl-C is raised at once.
         """
         self._config = reader.config
         self._reader = reader
         self._status = status
-        self._on_chunk = None if status is None else partial(status.set, READING)
-        self._workers = Workers(workers, reader, self._on_chunk) if workers else None
+        self._reading = READING
+        self._on_chunk = None if status is None else self._say_what_is_read
+        self._workers = Workers(workers, reader, self._on_chunk, method) if workers else None
         told: set[str] = set()
         self._shards = [
             ShardPacker(shard, reader, self._read_all, told) for shard in shards_of(self._config, len(reader.source))
         ]
         self._step = 0
-        self._batches = start.batches
+        self._count = BackgroundCount(lambda: counting(reader, self._read_all, all_ranks=True), start.batches)
         if start.state is not None:
             self._step = start.state["step"]
             for packer in self._shards:
@@ -124,9 +123,21 @@ class Producer:
         """Return the number of batches of the rank with most of them. Called when this one has no more."""
         if self._config.world_size == 1:
             return self._step
-        if self._batches is None:
-            self._batches, _ = count_batches(self._reader, all_ranks=True, read_all=self._read_all)
-        return self._batches
+        self._reading = COUNTING
+        return self._count.wait()
+
+    def count_on(self) -> bool:
+        """Use idle time to count the batches of all ranks, for the end; return False where none is left."""
+        if self._config.epochs is None or self._config.world_size == 1:
+            return False
+        self._reading = COUNTING
+        counted = self._count.advance()
+        self._reading = READING
+        return counted
+
+    def _say_what_is_read(self, conversation: int) -> None:
+        assert self._status is not None
+        self._status.set(self._reading, conversation)
 
     def _read_all(self, indices: Iterable[int]) -> Iterator[ReadDocument]:
         if self._workers is not None:
@@ -140,44 +151,3 @@ def initial_state(reader: Reader) -> bytes:
     """Return the state of a producer that has not read anything, as `state_of` reads it."""
     shards = shards_of(reader.config, len(reader.source))
     return pack_state(0, [ShardPacker(shard, reader, lambda indices: iter(())) for shard in shards])
-
-
-def count_batches(reader: Reader, *, all_ranks: bool, read_all: ReadAll | None = None) -> tuple[int, int]:
-    """Return the number of batches in all epochs, from the first one on, and of the tokens packed into them.
-
-    They are those of this rank, or with `all_ranks` those of the rank with most batches, and the tokens of all ranks.
-    Each conversation is rendered once, and only its length kept: 8 bytes. `read_all` reads them; by default this
-    process does. Raises as `ShardPacker.next_rows` does.
-    """
-    config = reader.config
-    if read_all is None:
-        read_all = partial(read_in_turn, reader, batch_tokens=config.batch_size * config.seq_len, raise_interrupts=True)
-    shards = shards_of(config, len(reader.source), all_ranks=all_ranks)
-    lengths = _measure(reader, shards, read_all)
-    batches = tokens = 0
-    for shard in shards:
-        own = lengths[_order(reader, shard)]
-        packed = simulate(config.packing, own[own > 0].tolist(), config.seq_len, batch_size=config.shard_rows)
-        batches, tokens = max(batches, packed.batches), tokens + packed.emitted
-    return batches, tokens
-
-
-def _order(reader: Reader, shard: Shard) -> np.ndarray:
-    """Return the conversations of a shard in all epochs, in the order in which they are read, int64."""
-    return np.fromiter(shard.conversations(0, shard.num_reads(reader.config.epochs or 1)), np.int64)
-
-
-def _measure(reader: Reader, shards: Iterable[Shard], read_all: ReadAll) -> np.ndarray:
-    """Return the length of each conversation for the packing, (n,) int64; 0 where it is dropped, skipped or not read.
-
-    Those of the shards are read, each once.
-    """
-    lengths, wanted = np.zeros(len(reader.source), np.int64), np.zeros(len(reader.source), bool)
-    for shard in shards:
-        wanted[_order(reader, shard)] = True
-    for document in read_all(np.flatnonzero(wanted).tolist()):
-        if document.error is not None:
-            describe_or_raise(document, reader.source, reader.config)
-        elif not document.dropped:
-            lengths[document.conversation] = len(document.words)
-    return lengths

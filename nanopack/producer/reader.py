@@ -9,9 +9,7 @@ token. An error is part of what is read, and is reported when its conversation's
 
 from __future__ import annotations
 
-import logging
 import re
-import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanopack.config import LoaderConfig
+from nanopack.conversations.fetch import fetch, peek, random_numbers_kept, storage_error
 from nanopack.conversations.records import Conversation, check
 from nanopack.conversations.source import Source
 from nanopack.errors import StorageError, TemplateError, is_storage_error
@@ -30,10 +29,6 @@ from nanopack.render.renderer import Renderer, missing_tokens
 from nanopack.ring.layout import Layout
 from nanopack.tokenizers.tokenizer import AnyTokenizer
 
-log = logging.getLogger("nanopack")
-
-# Seconds to wait before each further try, where a file or a store fails for a moment.
-RETRIES = (0.1, 0.3, 1.0)
 # Conversations of a chunk: enough that its fixed cost is nothing next to the tokenizing.
 CHUNK = 32
 # Most tokens of a chunk where nothing is read ahead and the trainer waits for it.
@@ -115,7 +110,7 @@ class Reader:
         if not missing_tokens(self.tokenizer, self.config.template):
             return
         try:
-            self.render(check(self.source[0]))
+            self.render(check(peek(self.source, 0, self.config.seed)))
         except TemplateError:
             raise
         except Exception:
@@ -124,6 +119,10 @@ class Reader:
 
     def read(self, indices: Iterable[int]) -> Chunk:
         """Return the conversations of these indices, or what is wrong with them, in this order."""
+        with random_numbers_kept(self.source):
+            return self._read(indices)
+
+    def _read(self, indices: Iterable[int]) -> Chunk:
         documents = [ReadDocument(index) for index in indices]
         planned: list[tuple[ReadDocument, Conversation]] = []
         plans: list[Plan | Document] = []
@@ -134,7 +133,7 @@ class Reader:
                 document.error = unreadable
                 continue
             try:
-                conversation = check(self._fetch(document.conversation))
+                conversation = check(fetch(self.source, document.conversation, self.config.seed))
                 plan = self.render.plan(conversation)
                 plans.append(plan)
             # SystemExit in a data set is no Exception, and must not be lost
@@ -161,19 +160,6 @@ class Reader:
             rendered = [one for each in planned for one in self._render_alone(*each)]
         sound = [document for document, _ in planned if document.error is None]
         return Chunk(documents, self._prepare(sound, rendered))
-
-    def _fetch(self, index: int) -> object:
-        """Return the record, after a few tries where it cannot be read for a moment."""
-        for delay in RETRIES:
-            try:
-                return self.source[index]
-            except StorageError:
-                raise
-            except OSError as error:
-                where = self.source.where(index)
-                log.warning("%s, %s: %s; trying again in %s s", where, type(error).__name__, error, delay)
-            time.sleep(delay)
-        return self.source[index]
 
     def _render_alone(self, document: ReadDocument, conversation: Conversation) -> list[Document]:
         try:
@@ -211,15 +197,6 @@ class Reader:
             document.dropped = not count and config.drops_untrained
             document.weight = weigh(config, document.own_weight, count)
         return words
-
-
-def storage_error(error: BaseException, where: str) -> StorageError:
-    """Return the error that stops a run because a conversation cannot be read, with its place."""
-    what = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
-    why = "the data could not be read, which is no fault of this conversation: repair them, and resume"
-    named = StorageError(f"{where}, {what} ({why})")
-    named.__cause__ = error
-    return named
 
 
 def _layout(config: LoaderConfig, vocab_size: int) -> Layout:

@@ -154,11 +154,11 @@ class ShardPacker:
 
     def state(self) -> dict[str, Any]:
         """Return the state, as `state_of` completes it. It is made for every batch: to be pickled at once."""
-        held = self._packer.held()
+        waiting = self._packer.waiting()
         return {
             # what waits is named by its reads
-            "waiting": [document.read for document in held],
-            "digest": _digest(held),
+            "waiting": [document.read for document in waiting],
+            "digest": _digest(waiting),
             "packer": self._packer.state(),
             "ledger": vars(self.positions),
             "sources": [vars(ledger) for ledger in self.sources],
@@ -181,18 +181,18 @@ class ShardPacker:
         self._num_read = whole.conversations_read
         if state["packer"].keys() != self._packer.state().keys():
             raise ValueError("the state is of another packing; resume with the packing that the run began with")
-        waiting = sorted(set(state["waiting"]))
-        documents = dict(zip(waiting, self._read_all(self.shard.at(np.array(waiting, np.int64))), strict=True))
+        numbers = sorted(set(state["waiting"]))
+        documents = dict(zip(numbers, self._read_all(self.shard.at(np.array(numbers, np.int64))), strict=True))
         for number, document in documents.items():
             self._check_again(document)
             document.read, document.source = number, self._source.source_of(document.conversation)
-        held = [(documents[number], len(documents[number].words)) for number in state["waiting"]]
-        self._packer.restore(state["packer"], held)
-        # of the documents held but not left, the stream repeats only the last token
-        left = dict(self._packer.left())
-        for document, length in held:
-            document.taken = length - left.get(document, 0)
-        if (self._packer.waiting_tokens, _digest(self._packer.held())) != (whole.tokens_waiting, state["digest"]):
+        waiting = [(documents[number], len(documents[number].words)) for number in state["waiting"]]
+        self._packer.restore(state["packer"], waiting)
+        # of a waiting document without remaining tokens, the stream repeats only the last one
+        remaining = dict(self._packer.remaining())
+        for document, length in waiting:
+            document.taken = length - remaining.get(document, 0)
+        if (self._packer.waiting_tokens, _digest(self._packer.waiting())) != (whole.tokens_waiting, state["digest"]):
             raise ValueError(
                 f"the documents that waited had {whole.tokens_waiting} tokens when the state was saved, and have "
                 f"{self._packer.waiting_tokens} now, or others: the data or the tokenizer have changed; resume with "

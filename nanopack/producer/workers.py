@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanopack.errors import ConversationError, ProducerError
-from nanopack.producer.child import START_METHOD, WATCH, Failure, how_it_ended, leave_parent_behind, widen
-from nanopack.producer.cursors import cursors
+from nanopack.producer.child import WATCH, Failure, how_it_ended, leave_parent_behind, widen
 from nanopack.producer.reader import CHUNK, Chunk, ReadDocument, Reader
+from nanopack.producer.start import DEFAULT_START_METHOD, Handover, StartMethod, is_orphan, start
 
 # Most requests that may wait for a worker: they must fit into its pipe.
 UNANSWERED = 64
@@ -41,29 +41,42 @@ class Ticket(NamedTuple):
 class Workers:
     """Processes that read ahead, but never more than was asked for."""
 
-    def __init__(self, count: int, reader: Reader, on_chunk: Callable[[int], None] | None = None) -> None:
-        """Start the processes. `on_chunk` is called with the first index of each chunk that is waited for."""
+    def __init__(
+        self,
+        count: int,
+        reader: Reader,
+        on_chunk: Callable[[int], None] | None = None,
+        method: StartMethod = DEFAULT_START_METHOD,
+    ) -> None:
+        """Start the processes. `on_chunk` is called with the first index of each chunk that is waited for.
+
+        Raises as `start.start` and `Handover.send` do.
+        """
         self._on_chunk = on_chunk
-        context: Any = multiprocessing.get_context(START_METHOD)
+        context: Any = multiprocessing.get_context(method)
         # multiprocessing lets no daemonic process start children, because it would orphan them when it is terminated;
         # this one, the producer, may: its workers end themselves when it is gone
         multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
         self._processes: list[Any] = []
         self._requests: list[Connection] = []
         self._results: list[Connection] = []
-        positions = cursors() if START_METHOD == "fork" else {}
+        handovers = []
         for number in range(count):
             requests, send = context.Pipe(duplex=False)
             receive, results = context.Pipe(duplex=False)
             widen(results)
-            arguments = (reader, requests, results, os.getpid(), positions)
+            handovers.append(Handover(method, reader))
+            arguments = (handovers[-1], method, requests, results, os.getpid())
             process = context.Process(target=_work, args=arguments, name=f"nanopack worker {number}", daemon=True)
-            process.start()
+            start(process)
             requests.close()
             results.close()
             self._processes.append(process)
             self._requests.append(send)
             self._results.append(receive)
+        # they import at the same time
+        for handover, process in zip(handovers, self._processes, strict=True):
+            handover.send(process, "a worker of the producer")
         # the first conversation of each chunk that a worker still owes
         self._asked: list[deque[int]] = [deque() for _ in range(count)]
         self._submitted = 0
@@ -82,6 +95,14 @@ class Workers:
                 yield from self._result(work.popleft())
         while work:
             yield from self._result(work.popleft())
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        for pipe in (*self._requests, *self._results):
+            pipe.close()
 
     def _submit(self, indices: list[int]) -> Ticket:
         count = len(self._processes)
@@ -119,11 +140,12 @@ class Workers:
             raise ProducerError(f"a worker of the producer (pid {process.pid}) {ended}") from error
 
 
-def _work(reader: Reader, requests: Connection, results: Connection, parent: int, positions: dict[int, int]) -> None:
+def _work(handover: Handover, method: StartMethod, requests: Connection, results: Connection, parent: int) -> None:
     """Run in a worker: read what is asked for, until the parent ends."""
-    leave_parent_behind(positions)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    leave_parent_behind()
+    threading.Thread(target=_end_with, args=(method, parent), daemon=True).start()
     try:
+        reader = handover.receive()
         while True:
             _send(reader.read(requests.recv()), results)
     except (EOFError, OSError):
@@ -132,10 +154,10 @@ def _work(reader: Reader, requests: Connection, results: Connection, parent: int
         os._exit(0)
 
 
-def _end_with(parent: int) -> None:
+def _end_with(method: StartMethod, parent: int) -> None:
     """End the process with its parent, though the data set may be at work."""
     ended = threading.Event()
-    while os.getppid() == parent:
+    while not is_orphan(method, parent):
         ended.wait(WATCH)
     os._exit(1)
 

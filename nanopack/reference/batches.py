@@ -91,7 +91,7 @@ def batches(
         by_own = template in ("hf", "hf-training") and coder.chat
         coder = coder.with_special(chat_of(coder).writer.control if by_own else needed)
     lacking = [token for token in needed if token not in coder.special_tokens]
-    records = open_records(conversations)
+    records = open_records(conversations, seed)
     cut = seq_len + 1 if packing in ("best_fit", "best_fit_pad", "pad") else None
     # nanochat's packings keep a document without a token in the loss, and so must we to reproduce its batches.
     drops = packing in ("best_fit", "pad") and loss != "all"

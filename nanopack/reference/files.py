@@ -1,6 +1,6 @@
 """The slow packer's files: read whole, cut into records of whatever shape.
 
-    conversations   ->   open_records()   ->   where each record stands, and a function that reads it   ->   records.py
+    conversations   ->   open_records()   ->   each record's location, and a function that reads it   ->   records.py
 
 A part of the definition. It shares nothing with the fast path. A broken line fails when its turn comes.
 """
@@ -10,19 +10,24 @@ from __future__ import annotations
 import codecs
 import glob
 import gzip
+import hashlib
 import io
 import json
 import os
+import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 Stored = tuple[str, Callable[[], object]]
 
 
-def open_records(conversations: Any) -> list[Stored]:
-    """For every conversation its location, for errors, and a function that reads it."""
+def open_records(conversations: Any, seed: int | None = None) -> list[Stored]:
+    """For every conversation its location, for errors, and a function that reads it; `seed` is the loader's."""
     paths = [conversations] if isinstance(conversations, (str, os.PathLike)) else conversations
     if isinstance(paths, (list, tuple)) and paths and isinstance(paths[0], (str, os.PathLike)):
         return [record for path in paths for file in _files(os.fspath(path)) for record in _file(file)]
@@ -36,13 +41,33 @@ def open_records(conversations: Any) -> list[Stored]:
         whole = whole.dataset if hasattr(whole, "dataset") else whole.datasets[0]
     if type(whole).__module__.startswith("datasets.") and whole.format["type"] != "custom":
         read = lambda index: _without_nulls(conversations[index], whole.features)  # noqa: E731
-    return [(f"conversation {index}", partial(read, index)) for index in range(len(conversations))]
+    return [(f"conversation {index}", partial(_drawn, read, index, seed)) for index in range(len(conversations))]
+
+
+def _drawn(read: Callable[[int], object], index: int, seed: int | None) -> object:
+    """A record of a data set that may draw random numbers: its index and the seed decide which."""
+    number = int.from_bytes(hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest(), "big")
+    before = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.default_generator.manual_seed(number)
+    try:
+        return read(index)
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.random.set_rng_state(before[2])
 
 
 def _files(path: str) -> list[str]:
     # A file whose name looks like a pattern is that file.
     path = path if os.path.exists(path) else os.path.expanduser(path)
-    found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+    if os.path.exists(path):
+        found = [path]
+    else:
+        # So are the folders before the pattern.
+        folder = next((str(folder) for folder in Path(path).parents if folder.exists()), "")
+        found = sorted(glob.glob(path.replace(folder, glob.escape(folder), 1), recursive=True))
     if not found:
         raise ValueError(f"conversations={path!r}: no such file. Pass a path or a pattern that matches.")
     return [file for path in found for file in (_folder(Path(path)) if os.path.isdir(path) else [path])]

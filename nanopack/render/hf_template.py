@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from nanopack.conversations.keys import MESSAGE, TEMPLATE
 from nanopack.conversations.records import Conversation, Message, short
 from nanopack.errors import ConversationError
 from nanopack.render.document import Document, Plan
@@ -61,7 +62,7 @@ class ChatTemplate:
         self._answers = Answers(ends, tokenizer.stop_tokens, self._writer.prompt(), self._remedy)
 
     def __call__(self, conversation: Conversation) -> Plan | Document:
-        """Return what becomes a document, or it; ConversationError as the class says."""
+        """Return the plan of a document, or the document; ConversationError as the class says."""
         found = self._shapes.plan(conversation) if self._shapes else None
         if found is not None:
             plan, new = found
@@ -117,6 +118,9 @@ class ChatTemplate:
     def _plain(self, index: int, message: Message) -> dict[str, Any]:
         rest = message.rest
         as_text = bool(rest and rest.get("tool_calls")) and self._writer.arguments_as_text
+        for key, value in (rest or {}).items():
+            if value is True and MESSAGE.get(key) == TEMPLATE and not re.search(rf"\b{key}\b", self._writer.sources):
+                raise ConversationError(f"message {index}: the chat template does not read its {key}, True; remove it")
         found = plain(index, message, as_parts=self._writer.as_parts, arguments_as_text=as_text)
         own = message.role == "assistant"
         pattern = self._never_said if own else self._never
@@ -158,7 +162,7 @@ class ChatTemplate:
         text: str,
         marked: list[Span] | None,
     ) -> tuple[list[Span], bool]:
-        """Return what is in the loss, and whether thoughts are left out; ConversationError as a call raises it."""
+        """Return the spans in the loss, and whether thoughts are left out; ConversationError as a call raises it."""
         outlined, leaves = outline(messages, self._marker)
 
         def written(count: int, *, prompt: bool = False) -> str | None:

@@ -55,7 +55,8 @@ class Writer:
         self._tokenizer = tokenizer
         self.variables = dict(tokenizer.chat.special_tokens_map)
         self._outlines: dict[str, str | None] = {}
-        self.kept = kept_texts(tokenizer.chat_template() + tokenizer.chat_template(tools=True))
+        self.sources = tokenizer.chat_template() + tokenizer.chat_template(tools=True)
+        self.kept = kept_texts(self.sources)
         self._talk: tuple[dict[str, Any], ...] = _TALK
         self.as_parts = self._wants_parts()
         self.controls, self.spoken = self._find_controls()
@@ -105,7 +106,7 @@ class Writer:
         *,
         prompt: bool = False,
     ) -> str | None:
-        """Return what the template writes, None where it refuses; kept by what it is given."""
+        """Return the text that the template writes, None where it refuses; cached by its arguments."""
         key = repr((messages, tools, given, prompt))
         if key not in self._outlines:
             if len(self._outlines) >= MOST_OUTLINES:
@@ -117,7 +118,7 @@ class Writer:
         return self._outlines[key]
 
     def prompt(self) -> str:
-        """Return what asks for an answer."""
+        """Return the text that asks for an answer."""
         asked, alone = (self.outline(self._talk[:1], prompt=prompt) or "" for prompt in (True, False))
         same = count_equal(asked, alone)
         starts = [
@@ -182,6 +183,6 @@ def thinks(token: str) -> bool:
 
 
 def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Return what finds the longest of the tokens."""
+    """Return a pattern that finds the longest of the tokens."""
     names = sorted(tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)) or r"(?!)")

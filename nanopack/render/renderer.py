@@ -93,7 +93,7 @@ class Renderer:
             raise ConversationError(_blame(self._tokenizer, conversation.messages, error)) from error
 
     def plan(self, conversation: Conversation) -> Plan | Document:
-        """Return what `fill_in` makes a document: all but the encoding, which takes longest. Raises as a call does."""
+        """Return the plan that `fill_in` makes a document: all but the slow encoding. Raises as a call does."""
         plan = self._plan(choose(conversation, *self._choice))
         # a weight of 0 means the same with and without loss_weights
         return plan if conversation.weight else _out_of_loss(plan)
@@ -231,7 +231,7 @@ def _nanochat(tokenizer: AnyTokenizer) -> _Planner:
         merged = len(messages) - len(turns)
         runs: list[str | bytes] = [bos]
         trained = [False]
-        # A merged system message begins where the user's does: with the first run behind bos.
+        # A merged system message begins where the user's does: with the first run after bos.
         firsts = [1] * merged
         for index, turn in enumerate(turns, merged):
             firsts.append(len(runs))
@@ -281,7 +281,8 @@ def _wrong_role(messages: Sequence[Message], index: int) -> str:
     order = "messages must alternate user/assistant after an optional system message"
     if index > 0 and messages[index - 1].role == role:
         return f"{what} twice in a row; {order}"
-    return f"{what} where the first user message must be; {order}"
+    begins = "; first_assistant='drop' or 'empty_user' helps" if role == "assistant" else ""
+    return f"{what} where the first user message must be; {order}{begins}"
 
 
 def _string(index: int, message: Message) -> str:
@@ -314,7 +315,7 @@ def _templated(tokenizer: AnyTokenizer, template: Template) -> _Planner:
     merged_system = template.system if template.merge_system else None
 
     def runs_around(turn: Turn) -> tuple[bytes, bytes, bytes, tuple[bool, ...]]:
-        """What stands before the content, what behind, and what of the four is trained."""
+        """The ids before and after the content, and which of the four parts are in the loss."""
         return (
             known_ids(turn.before),
             known_ids(turn.end),
@@ -369,5 +370,5 @@ _NANOCHAT = Template(
     user=Turn(before="<|user_start|>", after="<|user_end|>"),
     assistant=Turn(before="<|assistant_start|>", end="<|assistant_end|>", trained=True),
 )
-# The templates that have a name, beside nanochat's.
+# The templates that have a name, except nanochat's.
 _NAMED = {template.name: template for template in (CHATML, LLAMA3)}

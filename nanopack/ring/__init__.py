@@ -1,6 +1,6 @@
 """A batch as bytes in shared memory, in the form in which it is copied to the device. numpy alone: no torch.
 
-layout.py   the format: how large a slot is, and where in it everything lies
+layout.py   the format: how large a slot is, and where everything is in it
 slot.py     write one batch into a slot
 facts.py    what the host knows of that batch
 ring.py     the slots in shared memory, and the status of the producer

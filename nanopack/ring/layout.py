@@ -1,4 +1,4 @@
-"""The format of a slot: how large it is, and where in it everything lies.
+"""The format of a slot: how large it is, and where everything is in it.
 
 A slot holds one batch: its token words, and the tables that say where rows and pieces start and what they weigh. A word
 is a token id with the loss bit on top: 16 bits where all ids are below 32,768, else 32. A slot is contiguous and

@@ -14,8 +14,14 @@ from nanopack.ring.layout import ALIGN_BYTES, Layout
 from nanopack.ring.slot import Slot
 
 # Stages of the producer.
-WAITING, READING, FILLING = range(3)
-_DESCRIPTIONS = ("waiting for a free slot", "reading and tokenizing, from conversation {} on", "filling a slot")
+STARTING, WAITING, READING, FILLING, COUNTING = range(5)
+_DESCRIPTIONS = (
+    "starting",
+    "waiting for a free slot",
+    "reading and tokenizing, from conversation {} on",
+    "filling a slot",
+    "counting the batches of all ranks, from conversation {} on; pass process_group, so that each counts its own",
+)
 
 
 class Ring:
@@ -55,7 +61,7 @@ class ProducerStatus:
     """Status of the producer in shared memory, read at any time without a message; each field has one writer."""
 
     sent = _field(0, "Messages sent so far. Written by the producer.")
-    stage = _field(1, "WAITING, READING or FILLING. Written by the producer.")
+    stage = _field(1, "One of those above. Written by the producer.")
     conversation = _field(2, "First conversation of the chunk being read. Written by the producer.")
     released = _field(3, "Slots given back so far. Written by the trainer.")
 
@@ -64,7 +70,7 @@ class ProducerStatus:
         self._numbers = numbers
 
     def set(self, stage: int, conversation: int = 0) -> None:
-        """Report the stage, and with READING the first conversation of the chunk."""
+        """Report the stage, and with READING or COUNTING the first conversation of the chunk."""
         self.stage, self.conversation = stage, conversation
 
     def describe(self) -> str:

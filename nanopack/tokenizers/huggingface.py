@@ -62,7 +62,7 @@ class Core:
     def plain(self) -> Any:
         """Return a core without truncation and padding that finds special tokens: the given one, while it is so.
 
-        A copy takes a second to make. Whoever gave it may make it cut at any time.
+        A copy takes a second to make. Its owner may switch truncation on at any time.
         """
         return self.given if self._is_plain() else self._copy
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
+from nanopack.conversations.fetch import peek
 from nanopack.conversations.records import check
 from nanopack.conversations.source import Source
 from nanopack.errors import EncoderError
@@ -194,7 +195,7 @@ def _sample(source: Source) -> Iterator[str]:
     began, characters = time.perf_counter(), 0
     for index in sorted({round(k * (len(source) - 1) / (SAMPLE - 1)) for k in range(SAMPLE)}):
         try:
-            conversation = check(source[index])
+            conversation = check(peek(source, index, None))
         # reported when it is read for training
         except Exception:
             continue

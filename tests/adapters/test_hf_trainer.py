@@ -263,7 +263,7 @@ def test_a_resumed_run_that_does_not_know_where_its_data_stood_is_refused(tmp_pa
             trainer.train(resume_from_checkpoint=True)
         trainer = make_trainer(tmp_path, max_steps=4)
         Batches(loader).attach(trainer)
-        with pytest.raises(RuntimeError, match="checkpoint of step 2 does not say where"):
+        with pytest.raises(RuntimeError, match="checkpoint of step 2 has no state"):
             trainer.train(resume_from_checkpoint=True)
 
 

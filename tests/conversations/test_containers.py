@@ -42,6 +42,7 @@ def draw_records(seed: int, parts: bool | None = None, weighed: bool | None = No
     draw = random.Random(seed)
     parts = draw.random() < 0.3 if parts is None else parts
     weighed = draw.random() < 0.5 if weighed is None else weighed
+    given = draw.random() < 0.3
     key = draw.choice(["messages", "conversations"])
     records = []
     for _ in range(draw.randrange(1, 9)):
@@ -60,10 +61,10 @@ def draw_records(seed: int, parts: bool | None = None, weighed: bool | None = No
             record["mood"] = "good"
         elif kind < 0.6:
             record["tools"] = draw.choice([[], [{"name": "f", "parameters": draw.choice([{"a": 1}, {"b": "x"}])}]])
-        elif kind < 0.7:
-            record["chat_template_kwargs"] = draw.choice([{"a": True}, {"b": "x"}, {"a": False, "b": "y"}])
-        elif kind < 0.75:
+        elif kind < 0.65:
             record["label"] = draw.random() < 0.5
+        if given and key in record:
+            record["chat_template_kwargs"] = draw.choice([{"a": True}, {"b": "x"}, {"a": False, "b": "y"}])
         if weighed:
             record["weight"] = draw.choice([0.5, 1.0, 2.0])
         records.append(record)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import faulthandler
+import itertools
 import logging
 import os
 import resource
-import signal
 import sys
 from pathlib import Path
 
 import pytest
-from faulty import CHATS, SMALL, TOKENIZER, Faulty, NotPicklable, expected, is_gone, raising, within
+from faulty import CHATS, FAULTS, SMALL, TOKENIZER, Faulty, Hard, expected, is_gone, raising, within
 
 import nanopack
 from nanopack import ConversationError, Loader, StorageError, reference
@@ -32,39 +31,16 @@ def batches_until_error(loader):
     return batches, None
 
 
-class Hard(BaseException):
-    pass
+# A spawned process takes seconds to start.
+SPAWNED = [pytest.param(*case, marks=pytest.mark.slow) for case in itertools.product(FAULTS, [1, 2], ["spawn"])]
+SPAWNED[0] = pytest.param("an exception", 1, "spawn")
 
 
-FAULTS = {
-    "an exception": (raising(KeyError("gone")), ConversationError, "conversation 20, KeyError: 'gone'"),
-    "one that cannot be pickled": (raising(NotPicklable(1, 2)), ConversationError, "NotPicklable: 1"),
-    "SystemExit": (raising(SystemExit(3)), ProducerError, "stopped by SystemExit: 3"),
-    "KeyboardInterrupt": (raising(KeyboardInterrupt()), ProducerError, "stopped by KeyboardInterrupt"),
-    "a BaseException": (raising(Hard("panic")), ProducerError, "stopped by Hard: panic"),
-    "out of memory": (raising(MemoryError("no room")), MemoryError, "no room"),
-    "an exit of the process": (
-        lambda: os._exit(7),
-        ProducerError,
-        "exited with code 7 .reading and tokenizing, from conversation",
-    ),
-    "SIGKILL": (lambda: os.kill(os.getpid(), signal.SIGKILL), ProducerError, "killed by SIGKILL .*memory runs out"),
-    "SIGTERM": (lambda: os.kill(os.getpid(), signal.SIGTERM), ProducerError, "killed by SIGTERM"),
-    # without pytest's own handler, which would print the stack
-    "SIGSEGV": (
-        lambda: (faulthandler.disable(), os.kill(os.getpid(), signal.SIGSEGV)),
-        ProducerError,
-        "killed by SIGSEGV",
-    ),
-}
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_named_after_the_batches_before_it(fault, workers):
+@pytest.mark.parametrize(("fault", "workers", "method"), [*itertools.product(FAULTS, [1, 2], [None]), *SPAWNED])
+def test_a_fault_is_named_after_the_batches_before_it(fault, workers, method):
     do, kind, message = FAULTS[fault]
-    with within(20):
-        loader = Loader(Faulty(20, do), TOKENIZER, num_workers=workers, epochs=1, **SMALL)
+    with within(100 if method else 20):
+        loader = Loader(Faulty(20, do), TOKENIZER, num_workers=workers, epochs=1, start_method=method, **SMALL)
         batches, error = batches_until_error(loader)
         assert type(error) is kind
         assert error.__cause__ is None or "Traceback" in str(error.__cause__) or "EOF" in repr(error.__cause__)

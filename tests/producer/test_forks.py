@@ -66,7 +66,7 @@ def test_closing_at_any_moment_ends_next_with_the_same_error():
 
 
 def test_two_threads_may_close_at_once_while_a_third_waits():
-    loader = Loader(Faulty(5, lambda: time.sleep(60)), TOKENIZER, **SMALL)
+    loader = Loader(Faulty(20, lambda: time.sleep(60)), TOKENIZER, **SMALL)
     errors = []
 
     def wait():

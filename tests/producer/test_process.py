@@ -6,7 +6,7 @@ import multiprocessing
 import sys
 
 import pytest
-from faulty import CHATS, SMALL, TOKENIZER, Faulty, ready, wait_until, within
+from faulty import CHATS, SMALL, TOKENIZER, ready, wait_until, within
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from trainer_script import script
@@ -14,7 +14,6 @@ from trainer_script import script
 from nanopack import Loader, reference
 from nanopack.packing import BestFitPad
 from nanopack.packing.packings import PACKINGS
-from nanopack.producer import process
 from nanopack.verify import compare
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals and /proc as on Linux")
@@ -26,25 +25,19 @@ def test_a_daemonic_process_gets_an_error_with_the_remedy(monkeypatch):
         Loader(CHATS, TOKENIZER, **SMALL)
 
 
-@pytest.mark.parametrize("unpicklable", [False, True])
-def test_a_spawned_producer_gives_the_same_batches_or_says_what_it_needs(monkeypatch, unpicklable):
-    monkeypatch.setattr(process, "START_METHOD", "spawn")
-    if unpicklable:
-        with pytest.raises(ValueError, match="must be picklable"):
-            Loader(Faulty(0, lambda: None), TOKENIZER, **SMALL)
-        return
-    with within(60), Loader(CHATS, TOKENIZER, epochs=1, **SMALL) as loader:
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_producer_that_is_not_forked_gives_the_same_batches(method, workers):
+    arguments = dict(epochs=1, num_workers=workers, start_method=method, **SMALL)
+    with within(100), Loader(CHATS, TOKENIZER, **arguments) as loader:
         assert compare(reference.batches(CHATS, TOKENIZER, epochs=1, **SMALL), loader).difference is None
 
 
 SPAWNED = """
 if __name__ == "__main__":
     import data
-    from nanopack.producer import process
-    process.START_METHOD = "spawn"
-    with nanopack.Loader(
-        data.Reporting(), "chat32k", batch_size=1, seq_len=8, packing="stream", loss="all", epochs=1
-    ) as loader:
+    arguments = dict(batch_size=1, seq_len=8, packing="stream", loss="all", epochs=1, start_method="spawn")
+    with nanopack.Loader(data.Reporting(), "chat32k", **arguments) as loader:
         for batch in loader:
             pass
     from pathlib import Path

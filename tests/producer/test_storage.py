@@ -20,7 +20,7 @@ RECORDS = [{"text": f"a b c d e f g {k}"} for k in range(2000)]
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr("nanopack.producer.reader.RETRIES", (0.05, 0.2, 0.2))
+    monkeypatch.setattr("nanopack.conversations.fetch.RETRIES", (0.05, 0.2, 0.2))
 
 
 def read_all(data, **arguments):
@@ -123,7 +123,7 @@ def test_a_file_of_text_that_changes_while_it_is_read_ends_the_run_by_name(tmp_p
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-@pytest.mark.parametrize("harm", ["touched", "copied anew", "gone for a moment"])
+@pytest.mark.parametrize("harm", ["touched", "copied again", "gone for a moment"])
 def test_a_file_with_the_same_content_goes_on(tmp_path, kind, harm):
     paths = [write(tmp_path / f"{k}.{kind}", RECORDS[k * 100 :][:100]) for k in range(20)]
     expected = read_all([str(path) for path in paths])
@@ -132,7 +132,7 @@ def test_a_file_with_the_same_content_goes_on(tmp_path, kind, harm):
         for path in paths:
             if harm == "touched":
                 os.utime(path)
-            elif harm == "copied anew":
+            elif harm == "copied again":
                 data = path.read_bytes()
                 path.unlink()
                 path.write_bytes(data)

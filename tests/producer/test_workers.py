@@ -9,7 +9,6 @@ from faulty import NotPicklable, is_gone
 from nanopack import ConversationError, ProducerError
 from nanopack.config import LoaderConfig
 from nanopack.conversations.records import open_conversations
-from nanopack.producer import workers
 from nanopack.producer.reader import Reader
 from nanopack.producer.workers import UNANSWERED, Workers
 from nanopack.tokenizers.tokenizer import load_tokenizer
@@ -39,13 +38,12 @@ def chats(count):
 
 
 @pytest.fixture
-def started(monkeypatch):
+def started():
     """Workers that are ended with the test."""
     made = []
 
     def start(count, records, method="fork"):
-        monkeypatch.setattr(workers, "START_METHOD", method)
-        made.append(Workers(count, reader_of(records)))
+        made.append(Workers(count, reader_of(records), method=method))
         return made[-1]
 
     yield start

@@ -42,9 +42,9 @@ HEADERS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% en
 DATED = "{{ strftime_now('%d %b %Y') }}" + PLAIN
 
 
-def render(chat_template: str, messages: object, *, settings: dict[str, object] | None = None, **beside) -> Document:
+def render(chat_template: str, messages: object, *, settings: dict[str, object] | None = None, **others) -> Document:
     tokenizer = load_tokenizer(make_tokenizer(chat_template, **(settings or {})))
-    return Renderer(tokenizer, "hf")(check({"messages": messages, **beside}))
+    return Renderer(tokenizer, "hf")(check({"messages": messages, **others}))
 
 
 def shown(document: Document) -> str:
@@ -88,7 +88,7 @@ LOST = {
         [U, A, U, A],
         "message 0: the chat template writes nothing of its content: 'Q' is lost",
     ),
-    "a content beside a call": (
+    "a content next to a call": (
         FULL.replace("{{ m.content | trim }}", "{% if not m.tool_calls %}{{ m.content }}{% endif %}"),
         [U, calling({"a": "x"}, content="Let me see.")],
         "message 1: the chat template writes nothing of its content: 'Let me see.'",
@@ -174,12 +174,12 @@ def test_tools_and_template_variables_reach_the_template_and_are_checked():
     assert "Adds." in shown(render(FULL, [U, A], tools=[TOOL]))
     spoken = "{{ mood }}" + PLAIN
     assert shown(render(spoken, [U, A], chat_template_kwargs={"mood": "calm"})).startswith("calm<|im_start|>")
-    for beside, error in (
+    for others, error in (
         ({"tools": [TOOL]}, "the tokenizer's chat template does not write its tools"),
         ({"chat_template_kwargs": {"mood": "calm"}}, "chat_template_kwargs has 'mood', which the tokenizer's chat"),
     ):
         with pytest.raises(ConversationError, match=error):
-            render(PLAIN, [U, A], **beside)
+            render(PLAIN, [U, A], **others)
 
 
 # Calls (W7, W8)
@@ -516,3 +516,22 @@ def test_a_date_that_a_record_gives_is_written():
     dated = "{% if date_string is not defined %}{% set date_string = strftime_now('%Y') %}{% endif %}{{ date_string }}"
     said = shown(render(dated + PLAIN, [U, A], chat_template_kwargs={"date_string": "26 Jul 2024"}))
     assert said.startswith("26 Jul 2024<|im_start|>")
+
+
+def test_a_flag_that_the_template_does_not_read_is_refused():
+    for chat_template in (PLAIN, MARKED):
+        talk = [U, {**A, "prefix": True}]
+        with pytest.raises(ConversationError, match="message 1: the chat template does not read its prefix, True"):
+            render(chat_template, talk)
+        assert verify(
+            [talk, [U, A]], make_tokenizer(chat_template), batch_size=1, seq_len=32, template="hf", on_error="skip"
+        )
+        reads = "{% if false and messages[0].prefix %}{% endif %}" + chat_template
+        assert shown(render(reads, talk)) == shown(render(chat_template, [U, A]))
+        assert shown(render(chat_template, [U, {**A, "prefix": False}])) == shown(render(chat_template, [U, A]))
+
+
+def test_a_record_of_weight_0_is_not_in_the_loss():
+    for chat_template in (PLAIN, MARKED):
+        assert "[[" in shown(render(chat_template, [U, A], weight=1))
+        assert "[[" not in shown(render(chat_template, [U, A], weight=0))

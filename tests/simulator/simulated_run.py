@@ -147,7 +147,7 @@ class Simulation:
         device = self.device = SimulatedDevice(random, clocks=clocks)
         self.loader = Loader(chosen.conversations, TOKENIZER, num_workers=0, **chosen.arguments)
         loader_config = self.loader.config
-        layout = self.loader._reader.layout
+        layout = self.loader._run.reader.layout
         slots = [device.host_slot(number, layout.nbytes) for number in range(config.slots)]
         self.slots = [slot.block for slot in slots]
         self.trainer = Trainer(device, chosen.batches, config)
@@ -174,7 +174,7 @@ class Simulation:
         )
         prefetch = config.prefetch or random.randint(1, 8)
         self.feed = SimulatedFeed(device, chosen, self.slots, prefetch, inline=config.inline, hasty=hasty)
-        self.loader._prefetcher = Prefetcher(device, self.feed, self.upload, ahead=config.overlap_copy)
+        self.loader._run.prefetcher = Prefetcher(device, self.feed, self.upload, ahead=config.overlap_copy)
 
     def train(self, batches: int) -> bool:
         """Train on this many batches; return whether the data ended first."""

@@ -122,7 +122,7 @@ def steps_in_common(grouping, **arguments):
             return None
         arguments |= {"rank": rank, "world_size": world_size}
     with loader_of(3, UNEVEN, **arguments, packing="stream", epochs=2, process_group=group) as loader:
-        counted_at_construction = loader._batches is not None
+        counted_at_construction = loader._run.known_batches is not None
         assert counted_at_construction == (grouping != "none")
         steps = filled = 0
         for batch in loader:
@@ -154,7 +154,7 @@ def logged_without_a_fitting_group(world_size):
     logging.getLogger("nanopack").addHandler(handler)
     try:
         with loader_of(3, epochs=1, rank=0, world_size=world_size) as loader:
-            return lines, loader._batches is not None
+            return lines, loader._run.known_batches is not None
     finally:
         logging.getLogger("nanopack").removeHandler(handler)
 

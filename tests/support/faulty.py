@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import functools
 import itertools
 import os
 import signal
@@ -10,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from nanopack import reference
+from nanopack import ConversationError, ProducerError, reference
 
 TOKENIZER = "chat32k"
 SMALL = {"batch_size": 1, "seq_len": 8, "packing": "stream", "loss": "all"}
@@ -31,11 +33,71 @@ class Faulty(list):
         return super().__getitem__(index)
 
 
-def raising(error):
-    def do():
-        raise error
+def fail(error):
+    raise error
 
-    return do
+
+def raising(error):
+    return functools.partial(fail, error)
+
+
+class NotPicklable(Exception):
+    """Nor does its class take the arguments that it is unpickled with."""
+
+    def __init__(self, a, b):
+        super().__init__(a)
+        self.lock = threading.Lock()
+
+
+class Hard(BaseException):
+    pass
+
+
+def fail_to_pickle():
+    raise NotPicklable(1, 2)
+
+
+def kill(number):
+    # without pytest's own handler, which would print the stack
+    faulthandler.disable()
+    os.kill(os.getpid(), number)
+
+
+def killing(number):
+    return functools.partial(kill, number)
+
+
+READING = "reading and tokenizing, from conversation"
+# What a data set does, and the type and the message of the error that comes of it.
+FAULTS = {
+    "an exception": (raising(KeyError("gone")), ConversationError, "conversation 20, KeyError: 'gone'"),
+    "one that cannot be pickled": (fail_to_pickle, ConversationError, "NotPicklable: 1"),
+    "SystemExit": (raising(SystemExit(3)), ProducerError, "stopped by SystemExit: 3"),
+    "KeyboardInterrupt": (raising(KeyboardInterrupt()), ProducerError, "stopped by KeyboardInterrupt"),
+    "a BaseException": (raising(Hard("panic")), ProducerError, "stopped by Hard: panic"),
+    "out of memory": (raising(MemoryError("no room")), MemoryError, "no room"),
+    "an exit of the process": (functools.partial(os._exit, 7), ProducerError, f"exited with code 7 .{READING}"),
+    "SIGKILL": (killing(signal.SIGKILL), ProducerError, "killed by SIGKILL .*memory runs out"),
+    "SIGABRT": (killing(signal.SIGABRT), ProducerError, "killed by SIGABRT"),
+    "SIGSEGV": (killing(signal.SIGSEGV), ProducerError, "killed by SIGSEGV"),
+}
+
+
+class Moved(list):
+    """CHATS, which call `do` when they are unpickled for the n-th time."""
+
+    def __init__(self, n, do):
+        super().__init__(CHATS)
+        self.n, self.do = n, do
+
+    def __reduce__(self):
+        return move, (self.n - 1, self.do)
+
+
+def move(n, do):
+    if n == 0:
+        do()
+    return Moved(n, do)
 
 
 def expected(count, **arguments):
@@ -45,12 +107,12 @@ def expected(count, **arguments):
 
 def ready(loader):
     """How many batches wait to be taken."""
-    return loader._feed.qsize()
+    return loader._run.feed.qsize()
 
 
 def sent_once_full(loader, prefetch):
     """How many batches the producer has sent once all slots are full, when it sends no more."""
-    status = loader._feed.ring.status
+    status = loader._run.feed.ring.status
     wait_until(lambda: status.sent == status.released + prefetch + 1)
     return status.sent
 
@@ -60,6 +122,13 @@ def wait_until(true, seconds=20.0):
     while not true():
         assert time.monotonic() < end, "the awaited state did not come"
         time.sleep(0.005)
+
+
+def workers_of(producer):
+    """The ids of the two workers of a producer, whose own id this is."""
+    children = Path(f"/proc/{producer}/task/{producer}/children")
+    wait_until(lambda: len(children.read_text().split()) == 2)
+    return [int(child) for child in children.read_text().split()]
 
 
 def is_gone(pid, within=10.0):
@@ -94,9 +163,3 @@ def within(seconds):
 def in_dev_shm():
     """The files in shared memory, but for those that other tests' multiprocessing and DataLoaders make meanwhile."""
     return {name for name in os.listdir("/dev/shm") if not name.startswith(("sem.", "torch_"))}
-
-
-class NotPicklable(Exception):
-    def __init__(self, a, b):
-        super().__init__(a)
-        self.lock = threading.Lock()

@@ -209,7 +209,7 @@ CALLS = [{"type": "function", "function": {"name": "f", "arguments": {"city": "B
 def draw_message(draw: random.Random) -> Any:
     role, content = draw.choice([("role", "content")] * 6 + [("from", "value")] * 3 + [("role", "value")])
     names = ["user", "assistant"] * 6 + [*NAMES, "User", "GPT", "judge", None, 3]
-    found: dict[str, Any] = {role: draw.choice(names), content: draw.choice(SAID)}
+    found: dict[str, Any] = {role: draw.choice(names), content: draw.choice([*SAID, *SAID, None])}
     if draw.random() < 0.2:
         found[content] = [draw_part(draw) for _ in range(draw.randrange(3))]
     extras = {
@@ -232,6 +232,9 @@ def draw_message(draw: random.Random) -> Any:
         "from": [None, "gpt"],
     }
     for key in draw.sample(list(extras), draw.choice([0, 0, 0, 0, 1, 1, 2])):
+        found[key] = draw.choice(extras[key])
+    if found[content] is None and draw.random() < 0.5:
+        key = draw.choice(["tool_calls", "reasoning_content", "function_call", "refusal", "name"])
         found[key] = draw.choice(extras[key])
     return found if draw.random() < 0.98 else draw.choice([None, "Q", [], {}])
 

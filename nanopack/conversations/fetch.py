@@ -1,0 +1,89 @@
+"""Read a record in whatever process: again where a store fails for a moment, and with random numbers of its own.
+
+    index   ->   fetch()   ->   the record, as it was stored   ->   records.py checks it
+
+A data set may draw random numbers of Python, numpy and torch: a conversation always gets the same ones, whichever
+process reads it, so that resuming, counting and explaining see what the batches hold. The trainer's are left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import random
+import sys
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from nanopack.conversations.source import Source
+from nanopack.errors import StorageError
+
+log = logging.getLogger("nanopack")
+
+# Seconds to wait before each further try, where a file or a store fails for a moment.
+RETRIES = (0.1, 0.3, 1.0)
+
+
+def fetch(source: Source, index: int, seed: int | None) -> object:
+    """Return a record, after a few tries where it cannot be read for a moment; `seed` is the loader's."""
+    for delay in RETRIES:
+        try:
+            return _drawn(source, index, seed)
+        except StorageError:
+            raise
+        except OSError as error:
+            where = source.where(index)
+            log.warning("%s, %s: %s; trying again in %s s", where, type(error).__name__, error, delay)
+        time.sleep(delay)
+    return _drawn(source, index, seed)
+
+
+def _drawn(source: Source, index: int, seed: int | None) -> object:
+    if source.runs_foreign_code:
+        digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest()
+        _seed(int.from_bytes(digest, "big"))
+    return source[index]
+
+
+def _seed(number: int) -> None:
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    if torch := sys.modules.get("torch"):
+        # torch.manual_seed would also seed every GPU
+        torch.default_generator.manual_seed(number)
+
+
+@contextlib.contextmanager
+def random_numbers_kept(source: Source) -> Iterator[None]:
+    """Leave the process's random numbers as they were before the block, in which records are fetched."""
+    if not source.runs_foreign_code:
+        yield
+        return
+    torch = sys.modules.get("torch")
+    state, numpys = random.getstate(), np.random.get_state()
+    torchs = torch.default_generator.get_state() if torch else None
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(numpys)
+        if torch:
+            torch.default_generator.set_state(torchs)
+
+
+def peek(source: Source, index: int, seed: int | None) -> object:
+    """Fetch one record in the trainer's process."""
+    with random_numbers_kept(source):
+        return fetch(source, index, seed)
+
+
+def storage_error(error: BaseException, where: str) -> StorageError:
+    """Return the error that stops a run because a conversation cannot be read, with its place."""
+    what = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
+    why = "the data could not be read, which is no fault of this conversation: repair them, and resume"
+    named = StorageError(f"{where}, {what} ({why})")
+    named.__cause__ = error
+    return named

@@ -1,0 +1,222 @@
+"""Run the stages of one loader: start them, take batches, begin new passes, save and resume.
+
+    config, reader   ->   Run.next()   ->   Loader.__next__
+    Stages                Run.state(), Run.load(), Run.restart(), Run.batches()
+
+Loader (loader.py) is the face of it, and says what each of these promises.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from nanopack.batch import Batch
+from nanopack.config import Encoder, Executor, LoaderConfig
+from nanopack.conversations.source import Source
+from nanopack.distributed import agree_on_clock, agree_on_most
+from nanopack.ledger import Ledger
+from nanopack.passes import warn_of_same_order
+from nanopack.producer.counting import count_batches
+from nanopack.producer.producer import Start, initial_state
+from nanopack.producer.reader import Reader
+from nanopack.producer.shard import state_of
+from nanopack.producer.start import DEFAULT_START_METHOD
+from nanopack.stages import Processes, Stages, as_batch, start_producer
+from nanopack.state import FORMAT, batches_of, check_state, clock_of, fingerprint, sample_of
+from nanopack.stats import Stats, StatsReport
+from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
+from nanopack.tokenizers.splintr import choose_encoder
+from nanopack.tokenizers.tokenizer import AnyTokenizer
+from nanopack.upload.device import Cpu, Cuda
+from nanopack.upload.executor import make_kernel
+from nanopack.upload.outputs import outputs_maker
+
+
+class Run:
+    """What a loader does. Threads take turns."""
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: AnyTokenizer,
+        config: LoaderConfig,
+        device: Cpu | Cuda,
+        processes: Processes,
+        *,
+        executor: Executor | None,
+        encoder: Encoder | None,
+        static: bool,
+        group: Any,
+    ) -> None:
+        """Start the stages; raise as `Loader` does."""
+        if group is not None and isinstance(tokenizer, HuggingFaceTokenizer):
+            # The date that a chat template writes is the same on all ranks.
+            tokenizer = tokenizer.at(agree_on_clock(group, tokenizer.clock, device.device))
+        self.source, self.tokenizer, self.config = source, tokenizer, config
+        # only the reader gets the encoder: everything else, users included, sees the tokenizer that was given
+        self.reader = Reader(source, choose_encoder(encoder, tokenizer, source), config)
+        # a Hugging Face tokenizer sets its encoding up here, once, before processes are forked
+        self._encoder = self.reader.tokenizer.encoder
+        self.reader.check_template()
+        # read before there is another process that reads
+        self._sample = sample_of(source, config.seed)
+        # ordinary tensors, whatever mode the loader is made in, because they are written to in others
+        with torch.inference_mode(False):
+            self._kernel = make_kernel(
+                executor, device.device, self.reader.layout, tokenizer.bos_id, config.ignore_index
+            )
+            self._make_outputs = outputs_maker(config, self.reader.layout, device.device)
+            if static:
+                # at the same addresses also after a load
+                fixed = self._make_outputs()
+                self._make_outputs = lambda: fixed
+        self.device, self._device = device.device, device
+        self._processes, self.static = processes, static
+        self.owner = os.getpid()
+        self._turn = threading.RLock()
+        self.passes, self.resumed, self._order_is_told = 0, False, False
+        self._counts: dict[bool, tuple[int, int]] = {}
+        # in all epochs: as counted, and as delivered in a whole pass, which is no part of a state
+        self.known_batches: int | None = None
+        self._delivered: int | None = None
+        if group is not None:
+            self.known_batches = agree_on_most(group, lambda: self._count(all_ranks=False)[0], device.device)
+        self._stages: Stages | None = None
+        self._start(None)
+
+    @torch.inference_mode(False)
+    def _start(self, state: dict[str, Any] | None) -> None:
+        """Set the stages up, from the beginning or from a state (`check_state`)."""
+        self.feed, ring = start_producer(self.reader, Start(state, self.known_batches), self._processes)
+        if self._stages is not None:
+            self._stages.close()
+        self._stages = Stages(self._device, self.feed, ring, self._make_outputs, self._kernel, static=self.static)
+        self.upload, self.prefetcher = self._stages.upload, self._stages.prefetcher
+        self._first_state = state or state_of(initial_state(self.reader))
+        self.step = self._first_state["step"]
+        self._stats = Stats(ring_bytes=self._stages.ring_bytes, encoder=self._encoder)
+
+    def next(self) -> Batch:
+        """Return the next batch."""
+        self._refuse_fork()
+        with self._turn, torch.inference_mode(False):
+            began = time.perf_counter()
+            try:
+                outputs, facts = self.prefetcher.next()
+            except StopIteration:
+                if self._first_state["step"] == 0:
+                    self._delivered = self.step
+                raise
+            batch = as_batch(outputs, facts, self.step, self.reader.layout)
+            self.step += 1
+            self._stats.queued = self.feed.qsize()
+            self._stats.count(batch, facts, time.perf_counter() - began)
+        return batch
+
+    def is_over(self) -> bool:
+        """Return whether no batch of the pass is left; waits until the next one is ready."""
+        self._refuse_fork()
+        with self._turn, torch.inference_mode(False):
+            return self.step > 0 and self.config.epochs is not None and self.prefetcher.is_over()
+
+    def restart(self) -> None:
+        """Begin a new pass, unless this one has not begun."""
+        self._refuse_fork()
+        with self._turn:
+            self.prefetcher.check_open()
+            self.resumed = False
+            if self.step == 0:
+                return
+            if not self._order_is_told and self.config.seed is not None:
+                self._order_is_told = True
+                warn_of_same_order(self.config.seed, self.config.epochs)
+            self.passes += 1
+            self._start(None)
+
+    def _refuse_fork(self) -> None:
+        if os.getpid() != self.owner:
+            raise RuntimeError(f"this loader belongs to process {self.owner}; make one in this process")
+
+    def shards(self) -> dict[str, Any]:
+        """Return the state of each shard after the batch delivered last."""
+        shards: dict[str, Any] = self._state()["lanes"]
+        return shards
+
+    def _state(self) -> dict[str, Any]:
+        """Return {"step", "lanes"} after the batch delivered last."""
+        packed = self.prefetcher.state
+        # torch.distributed.checkpoint loads into the state that it is given: it must be nobody else's
+        return copy.deepcopy(self._first_state) if packed is None else state_of(packed)
+
+    def state(self) -> dict[str, Any]:
+        """Return the state after the batch delivered last."""
+        own = copy.deepcopy(self._fingerprint)
+        return {"format": FORMAT, **self._state(), "batches": self.known_batches, "fingerprint": own}
+
+    def load(self, state: Mapping[str, Any], *, strict: bool) -> None:
+        """Resume from a state; after an error all is as it was."""
+        self.prefetcher.check_open()
+        self._refuse_fork()
+        with self._turn:
+            before = self.tokenizer, self.reader, self._fingerprint, self.known_batches
+            self._set_clock(clock_of(state))
+            try:
+                checked = check_state(state, self._fingerprint, self.config, strict=strict)
+                self.known_batches = self.known_batches or batches_of(state, self._fingerprint)
+                self._start(checked)
+            except BaseException:
+                self.tokenizer, self.reader, self._fingerprint, self.known_batches = before
+                raise
+            self.resumed = True
+
+    def _set_clock(self, clock: str | None) -> None:
+        """Let a chat template that writes a date write that of the run which is resumed."""
+        if isinstance(self.tokenizer, HuggingFaceTokenizer) and clock not in (None, self.tokenizer.clock):
+            self.tokenizer = self.tokenizer.at(clock)
+            self.reader = Reader(self.source, self.tokenizer, self.config)
+            self._fingerprint = fingerprint(self.source, self._sample, self.tokenizer, self.config)
+
+    @functools.cached_property
+    def _fingerprint(self) -> dict[str, Any]:
+        return fingerprint(self.source, self._sample, self.tokenizer, self.config)
+
+    def batches(self) -> int:
+        """Return the number of batches in all epochs, counted once."""
+        if self._delivered is not None:
+            return self._delivered
+        if self.known_batches is None:
+            self.known_batches, _ = self._count(all_ranks=True)
+        return self.known_batches
+
+    def tokens(self) -> int:
+        """Return the number of tokens of this rank in all epochs, counted once."""
+        return self._count(all_ranks=False)[1]
+
+    def _count(self, *, all_ranks: bool) -> tuple[int, int]:
+        all_ranks = all_ranks and self.config.world_size > 1
+        if all_ranks not in self._counts:
+            method = self._processes.start_method or DEFAULT_START_METHOD
+            # a process that is not forked takes seconds to start
+            forked = self._processes.num_workers if method == "fork" else 0
+            self._counts[all_ranks] = count_batches(self.reader, all_ranks=all_ranks, forked=forked)
+        return self._counts[all_ranks]
+
+    def stats(self) -> StatsReport:
+        """Return where time and memory went so far."""
+        ledger = Ledger.total(Ledger.of(shard["ledger"]) for shard in self.shards().values())
+        tokens_so_far = None if self.config.epochs is None else ledger.positions_tokens
+        return self._stats.report(self.prefetcher.waited_s, tokens_so_far)
+
+    def close(self) -> None:
+        """Release all; `next` raises from now on."""
+        self.prefetcher.close()
+        if self._stages is not None:
+            self._stages.close()

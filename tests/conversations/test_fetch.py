@@ -1,0 +1,83 @@
+"""A record is read again where a store fails for a moment, and draws the same random numbers wherever it is read."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from faulty import SMALL, TOKENIZER
+
+import nanopack
+from nanopack import Loader, reference
+from nanopack.verify import compare
+
+
+class Drawing:
+    """Texts of random numbers, as a data set with random system prompts would have them."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        numbers = random.random(), np.random.rand(), torch.rand(1).item()
+        return {"text": " ".join(f"{number:.6f}" for number in numbers)}
+
+
+def drawn(data, workers, **arguments):
+    with Loader(data, TOKENIZER, epochs=1, num_workers=workers, **(SMALL | arguments)) as loader:
+        return list(loader), len(loader)
+
+
+def data_sets():
+    return {"alone": Drawing(), "mixed": nanopack.mixture([(Drawing(), 1), ([{"text": "a"}] * 8, 1)])}
+
+
+@pytest.mark.parametrize("data", data_sets().values(), ids=data_sets())
+def test_a_random_data_set_gives_the_same_batches_in_however_many_processes(data):
+    expected = list(reference.batches(data, TOKENIZER, epochs=1, **SMALL))
+    for workers in (0, 1, 2, 4):
+        got, length = drawn(data, workers)
+        assert compare(iter(expected), iter(got)).difference is None
+        assert length == len(got)
+
+
+def test_two_conversations_never_draw_the_same_and_another_seed_draws_others():
+    texts = []
+    for seed in (None, 1, 2):
+        with Loader(Drawing(), TOKENIZER, 1, 64, packing="pad", epochs=1, num_workers=2, seed=seed) as loader:
+            texts += [tuple(batch.inputs.flatten().tolist()) for batch in loader]
+    assert len(set(texts)) == len(texts) == 3 * 64
+
+
+def test_a_random_data_set_resumes_and_is_explained_as_it_was():
+    expected, _ = drawn(Drawing(), 0)
+    with Loader(Drawing(), TOKENIZER, epochs=1, num_workers=2, **SMALL) as loader:
+        batch = [next(loader) for _ in range(20)][-1]
+        asked = [loader.explain(batch, 0, column).input.id for column in range(8)]
+        state = loader.state_dict()
+    assert asked == batch.inputs[0].tolist()
+    with Loader(Drawing(), TOKENIZER, epochs=1, num_workers=1, **SMALL) as loader:
+        loader.load_state_dict(state)
+        assert compare(iter(expected[20:]), iter(list(loader))).difference is None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_trainers_random_numbers_are_left_alone(workers):
+    def numbers():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    def seed():
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+
+    seed()
+    expected = numbers()
+    seed()
+    with Loader(Drawing(), TOKENIZER, epochs=1, num_workers=workers, **SMALL) as loader:
+        batch = next(loader)
+        loader.explain(batch, 0, 0)
+        loader.state_dict()
+        assert len(loader)
+    list(reference.batches(Drawing(), TOKENIZER, epochs=1, **SMALL))
+    assert numbers() == expected
