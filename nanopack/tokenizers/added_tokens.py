@@ -87,7 +87,7 @@ def _between(found: list[Found], length: int) -> Iterator[tuple[int, int]]:
 
 @functools.lru_cache(16)
 def _finder(words: frozenset[str]) -> re.Pattern[str]:
-    """Return what finds these. A thousand take a tenth of a second to compile."""
+    """Return the pattern of these words. A thousand take a tenth of a second to compile."""
     return re.compile(any_of(words))
 
 
