@@ -46,6 +46,7 @@ class Core:
     def __init__(self, given: Any) -> None:
         self.given = given
         self._size = given.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = max(given.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.settings: str = given.to_str()
         if not self._is_plain():
             copy = type(given).from_str(self.settings)
@@ -76,9 +77,9 @@ class Core:
     @cached_property
     def byte_level(self) -> ByteLevel | NotByteLevel:
         """Its encoding by tiktoken, or why there is none."""
-        size = max(self.given.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        vocab = self.given.get_vocab(with_added_tokens=False)
         try:
-            return ByteLevel(self.plain(), self.settings, size, self.encode)
+            return ByteLevel(self.plain(), self.settings, vocab, self.vocab_size, self.encode)
         except NotByteLevel as error:
             return error
 
@@ -132,7 +133,7 @@ class HuggingFaceTokenizer:
             t.content: number for number, t in added.items() if t.special or t.content in special
         }
         self._added, self._not_special = AddedTokens(added), AddedTokens(added, self._special_ids.keys())
-        self.vocab_size = max(given.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = self.core.vocab_size
         self.bos_id = self._find_bos(getattr(tokenizer, "bos_token_id", None))
         dated = "strftime_now" in str(getattr(self.chat, "chat_template", None))
         self.clock = (clock or datetime.now().isoformat(timespec="seconds")) if dated else None
@@ -287,7 +288,7 @@ class HuggingFaceTokenizer:
         if not self.byte_level.takes(strings):
             texts = [text if self._takes(text) else self._encode_each([text])[0] for text in texts]
         if are_cut:
-            ids, offsets = joined(_encode_strings(self.byte_level, texts))
+            ids, offsets = joined(self.byte_level.encode_each(texts))
         else:
             ids, offsets = self._encode_uncut(self.byte_level, texts)
         if -self._encoded % SPOT_CHECK < len(strings):
@@ -329,7 +330,7 @@ class HuggingFaceTokenizer:
             else:
                 pieces += self._cut_at_tokens(text)
             ends.append(len(pieces))
-        ids, offsets = joined(_encode_strings(fast, pieces))
+        ids, offsets = joined(fast.encode_each(pieces))
         return ids, offsets if len(pieces) == len(texts) else offsets[ends]
 
     def _cut_at_tokens(self, text: str) -> list[str | bytes]:
@@ -375,12 +376,6 @@ def _for_training(chat: Any) -> Any:
     trained = copy.copy(chat)
     trained.chat_template = source
     return trained
-
-
-def _encode_strings(fast: ByteLevel, texts: Sequence[str | bytes]) -> list[Any]:
-    """Return a buffer of each text, ids being one already."""
-    encoded = iter(fast.encode_each([text for text in texts if isinstance(text, str)]))
-    return [text if isinstance(text, bytes) else next(encoded) for text in texts]
 
 
 def _mended(text: str) -> str:
