@@ -42,7 +42,7 @@ def _fetched(name: str) -> tiktoken.Encoding:
     # requests' errors are OSErrors
     except OSError as error:
         raise ValueError(
-            f"tokenizer={name!r} is an encoding whose ranks tiktoken could not fetch ({type(error).__name__}); put them "
+            f"tokenizer={name!r}: tiktoken could not fetch its ranks ({type(error).__name__}); put them "
             f"into the folder TIKTOKEN_CACHE_DIR, or give {TOKENIZERS}"
         ) from None
 

@@ -89,6 +89,6 @@ def test_ranks_that_cannot_be_fetched_are_an_error_with_the_remedy(monkeypatch):
 
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     with pytest.raises(
-        ValueError, match=r"could not fetch \(ConnectionError\); put them into the folder TIKTOKEN_CACHE_DIR"
+        ValueError, match=r"could not fetch its ranks \(ConnectionError\); put them into the folder TIKTOKEN_CACHE_DIR"
     ):
         find_tokenizer("o200k_base")
