@@ -18,6 +18,7 @@ from nanopack.packing.packings import BestFit, Packing
 from nanopack.render.templates import Template
 
 Loss: TypeAlias = Literal["assistant", "last", "all"]
+Turns: TypeAlias = Literal["all", "each"]
 FirstAssistant: TypeAlias = Literal["keep", "raise", "drop", "empty_user"]
 LossWeights: TypeAlias = Literal["token", "conversation"]
 Extra: TypeAlias = Literal["positions", "doc_ids", "cu_seqlens"]
@@ -28,6 +29,7 @@ Executor: TypeAlias = Literal["torch", "triton"]
 Encoder: TypeAlias = Literal["fast"]
 
 LOSSES = get_args(Loss)
+TURNS = get_args(Turns)
 FIRST_ASSISTANTS = get_args(FirstAssistant)
 LOSS_WEIGHTS = (None, *get_args(LossWeights))
 EXTRAS: tuple[Extra, ...] = get_args(Extra)
@@ -48,6 +50,7 @@ class LoaderConfig:
     packing: Packing = field(default_factory=BestFit)
     template: TemplateName | Template = "nanochat"
     first_assistant: FirstAssistant = "keep"
+    turns: Turns = "all"
     loss: Loss = "assistant"
     loss_weights: LossWeights | None = None
     boundary_loss: bool = True
@@ -81,6 +84,12 @@ class LoaderConfig:
         if not isinstance(self.template, Template):
             check_choice("template", self.template, TEMPLATES, otherwise=", or a nanopack.Template")
         check_choice("first_assistant", self.first_assistant, FIRST_ASSISTANTS)
+        check_choice("turns", self.turns, TURNS)
+        if self.turns == "each" and self.loss != "assistant":
+            raise ValueError(
+                f"loss={self.loss!r} has no meaning with turns='each', where every document has one answer in the "
+                f"loss; leave it out, or use turns='all'"
+            )
         check_choice("shard", self.shard, SHARDS)
         check_choice("on_error", self.on_error, ON_ERROR)
         check_bool("boundary_loss", self.boundary_loss)

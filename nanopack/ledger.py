@@ -16,13 +16,14 @@ CUT = ("max_document_tokens", "seq_len", "crop")
 
 
 class ConversationCounts(TypedDict):
-    """What became of conversations; `read` is the sum of the others."""
+    """What became of conversations; `read` is the sum of the others but `copies`."""
 
     read: int
     packed: int
     dropped: dict[str, int]
     skipped: int
     waiting: int
+    copies: int
 
 
 class TokenCounts(TypedDict):
@@ -82,6 +83,8 @@ class Ledger:
     conversations_skipped: int = 0
     """Bad ones, with on_error="skip"."""
     conversations_waiting: int = 0
+    conversations_copies: int = 0
+    """Of those read, documents that repeat the history of a conversation for its second and later answers."""
     tokens_read: int = 0
     """Of every rendered conversation, before anything is cut."""
     tokens_emitted: int = 0
@@ -237,6 +240,7 @@ class Ledger:
                 "dropped": {reason: count for reason, count in self.conversations_dropped.items() if count},
                 "skipped": self.conversations_skipped,
                 "waiting": self.conversations_waiting,
+                "copies": self.conversations_copies,
             },
             "tokens": {
                 "read": self.tokens_read,

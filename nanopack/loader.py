@@ -26,7 +26,9 @@ from nanopack.config import (
     OnError,
     ShardBy,
     TemplateName,
+    Turns,
 )
+from nanopack.conversations.answers import Answers
 from nanopack.conversations.records import Conversations, open_conversations
 from nanopack.distributed import group_to_agree_in, rank_and_world_size
 from nanopack.explain import Explanation, explain
@@ -79,6 +81,9 @@ class Loader:
         first_assistant: what to do with a chat that begins with the assistant, but for a system message: `"keep"` it,
             if the template can (nanochat cannot); `"raise"`; `"drop"` what comes before the first user message; or put
             an empty user message there (`"empty_user"`).
+        turns: `"all"`: a conversation is one document; `"each"`: each of its answers is one, after the messages before
+            it, as at inference (no earlier thoughts), and alone in the loss; with loss="assistant" only. All data are
+            read once at construction, to count them; the ledger counts the copies.
         loss: `"assistant"`: the targets that the template says, but for messages with `weight` 0; `"last"`: of those,
             the last answer's; `"all"`: every token, whatever masks and weights say.
         loss_weights: None, `"token"` (1.0 for each target in the loss) or `"conversation"` (1 / its targets in the
@@ -127,8 +132,7 @@ class Loader:
         StorageError: (from `next`) the data could not be read; the message names the file and the cause.
         ImportError: `encoder="fast"` without splintr-rs.
         EncoderError: (from `next`) the fast encoder gave a text other ids than tiktoken.
-        ProducerError: the producer process died at its start, or (from `next`) later, or raised something other than an
-            Exception.
+        ProducerError: the producer process died, at its start or (from `next`) later, or raised no `Exception`.
 
     >>> with Loader([{"text": "Hello there"}], "chat32k", batch_size=1, seq_len=4, packing="stream") as loader:
     ...     inputs, targets = next(loader)
@@ -147,6 +151,7 @@ class Loader:
         packing: PackingName | Packing = "best_fit",
         template: TemplateName | Template = "nanochat",
         first_assistant: FirstAssistant = "keep",
+        turns: Turns = "all",
         loss: Loss = "assistant",
         loss_weights: LossWeights | None = None,
         boundary_loss: bool = True,
@@ -177,6 +182,7 @@ class Loader:
             packing=as_packing(packing),
             template=template,
             first_assistant=first_assistant,
+            turns=turns,
             loss=loss,
             loss_weights=loss_weights,
             boundary_loss=boundary_loss,
@@ -196,7 +202,8 @@ class Loader:
         check_bool("static", static)
         check_choice("start_method", start_method, START_METHODS)
         group = group_to_agree_in(process_group, epochs, world_size)
-        self.source = open_conversations(conversations, shuffled=seed is not None)
+        source = open_conversations(conversations, shuffled=seed is not None)
+        self.source = Answers(source, first_assistant, seed) if turns == "each" else source
         self._run = Run(
             self.source,
             for_template(load_tokenizer(tokenizer), template),
@@ -310,8 +317,7 @@ class Loader:
     def tokens_total(self) -> int:
         """Tokens that this rank trains on in all epochs, without padding; exact.
 
-        This rank's data are rendered for it, once; not again where `len` has rendered them. Raises TypeError where
-        `epochs` is None.
+        This rank's data are rendered for it once, unless `len` did that. Raises TypeError where `epochs` is None.
         """
         if self.config.epochs is None:
             raise TypeError("the tokens are endless; pass epochs to have a number of them")
@@ -327,14 +333,9 @@ class Loader:
         Raises IndexError where the batch has no such row or column, TypeError where one is no int, ValueError where the
         data have changed since.
         """
+        run = self._run
         return explain(
-            batch,
-            row,
-            col,
-            source=self.source,
-            tokenizer=self.tokenizer,
-            render=self._run.reader.render,
-            config=self.config,
+            batch, row, col, source=run.source, tokenizer=run.tokenizer, render=run.reader.render, config=run.config
         )
 
     def close(self) -> None:

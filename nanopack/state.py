@@ -61,6 +61,8 @@ def fingerprint(source: Source, sample: str, tokenizer: AnyTokenizer, config: Lo
     # states from before there was a choice still load
     if config.first_assistant == "keep":
         del arguments["first_assistant"]
+    if config.turns == "all":
+        del arguments["turns"]
     if config.shard == "row":
         # the global batch is what counts, however many ranks share it
         del arguments["batch_size"], arguments["world_size"]
@@ -248,7 +250,8 @@ def _with_new_names(state: Mapping[str, Any]) -> Mapping[str, Any]:
 def _of_today(shard: Mapping[str, Any]) -> dict[str, Any]:
     def renamed(ledger: Mapping[str, Any]) -> dict[str, Any]:
         cut = {_RENAMED.get(reason, reason): tokens for reason, tokens in ledger["tokens_cut"].items()}
-        return {_RENAMED_COUNTERS.get(name, name): count for name, count in ledger.items()} | {"tokens_cut": cut}
+        counts = {_RENAMED_COUNTERS.get(name, name): count for name, count in ledger.items()}
+        return {**counts, "conversations_copies": 0, "tokens_cut": cut}
 
     sources = [renamed(ledger) for ledger in shard["sources"]]
     return {"notes": Notes().dump(), **shard, "ledger": renamed(shard["ledger"]), "sources": sources}

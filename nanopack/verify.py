@@ -92,6 +92,8 @@ def compare_with_witness(loader: Loader, against: str) -> Testimony:
         raise ValueError(
             f"against={against!r} compares the answers, and loss='all' puts every token in it; leave it out"
         )
+    if config.turns == "each":
+        raise ValueError(f"against={against!r} compares whole conversations; leave out turns='each'")
     render = Renderer(tokenizer, config.template, config.loss, config.first_assistant)
 
     def ours(record: object) -> witness.Tokens:

@@ -208,7 +208,8 @@ def test_skipping_a_bad_conversation_counts_and_logs_it(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "nanopack"):
         [batch] = loader
     assert {piece.conversation for piece in batch.pieces[0]} == {0, 2}
-    assert loader.ledger()["conversations"] == {"read": 3, "packed": 2, "dropped": {}, "skipped": 1, "waiting": 0}
+    counts = {"read": 3, "packed": 2, "dropped": {}, "skipped": 1, "waiting": 0, "copies": 0}
+    assert loader.ledger()["conversations"] == counts
     assert "chats.jsonl:2" in caplog.text
 
 

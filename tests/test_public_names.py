@@ -36,7 +36,7 @@ FACES = {
 
 # The arguments of Loader after the star, in order, with their defaults.
 BATCHES = dict(
-    packing="best_fit", template="nanochat", first_assistant="keep", loss="assistant", loss_weights=None,
+    packing="best_fit", template="nanochat", first_assistant="keep", turns="all", loss="assistant", loss_weights=None,
     boundary_loss=True, ignore_index=-100, max_document_tokens=None, extras=(), max_pieces=None, seed=None,
     epochs=None, rank=None, world_size=None, shard="rank",
 )  # fmt: skip
@@ -98,7 +98,7 @@ def test_the_docstring_explains_every_argument_in_the_order_of_the_signature_bel
 
 def test_every_choice_of_the_loader_is_a_literal():
     hints = typing.get_type_hints(config.LoaderConfig)
-    for name in ("template", "loss", "loss_weights", "shard", "on_error"):
+    for name in ("template", "turns", "loss", "loss_weights", "shard", "on_error"):
         assert any(typing.get_origin(hint) is typing.Literal for hint in (hints[name], *typing.get_args(hints[name])))
 
 

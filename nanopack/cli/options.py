@@ -17,7 +17,17 @@ from typing import Any, NoReturn
 
 from nanopack import __version__
 from nanopack.cli.tokenizer import TOKENIZERS
-from nanopack.config import EXTRAS, FIRST_ASSISTANTS, LOSS_WEIGHTS, LOSSES, ON_ERROR, SHARDS, TEMPLATES, LoaderConfig
+from nanopack.config import (
+    EXTRAS,
+    FIRST_ASSISTANTS,
+    LOSS_WEIGHTS,
+    LOSSES,
+    ON_ERROR,
+    SHARDS,
+    TEMPLATES,
+    TURNS,
+    LoaderConfig,
+)
 from nanopack.packing.packings import PACKINGS, Packing
 from nanopack.tokenizers.splintr import ENCODERS
 from nanopack.witness import WITNESSES
@@ -175,6 +185,7 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
     )
     option("max_pieces", "pieces a row for which cu_seqlens has room", "T // 8 + 1", metavar="N", type=int)
     option("template", "chat template", choices=TEMPLATES)
+    option("turns", "each: a document of every answer, with what was said before it", choices=TURNS)
     option("first_assistant", "what to do with a chat that begins with the assistant", choices=FIRST_ASSISTANTS)
     option("max_document_tokens", "cut documents to this many tokens", metavar="N", type=int)
     option("window", "best_fit...: documents to choose from", _packing_defaults("window"), metavar="N", type=int)

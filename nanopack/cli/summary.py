@@ -194,6 +194,7 @@ def _conversation_rows(counts: Mapping[str, Any]) -> Rows:
         *((number, _reason("dropped", reason)) for reason, number in counts["dropped"].items()),
         (counts["skipped"], "skipped: invalid"),
         (counts["waiting"], "read, still waiting for a row"),
+        (counts["copies"], "of those read repeat a history, for a later answer"),
     ]
     return [
         ("conversations", f"{counts['packed']:,}", "packed"),

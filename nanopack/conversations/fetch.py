@@ -43,7 +43,7 @@ def fetch(source: Source, index: int, seed: int | None) -> object:
 
 def _drawn(source: Source, index: int, seed: int | None) -> object:
     if source.runs_foreign_code:
-        digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(f"{seed} {source.drawn_as(index)}".encode(), digest_size=8).digest()
         _seed(int.from_bytes(digest, "big"))
     return source[index]
 

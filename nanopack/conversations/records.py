@@ -95,6 +95,9 @@ def check(record: object) -> Conversation:
             return found if type(record) is dict else _with_unread(found, record)
     if isinstance(record, (list, tuple)) or is_object_array(record):
         return _chat(record)
+    if isinstance(record, Conversation):
+        # answers.py makes them
+        return record
     if not isinstance(record, (dict, Mapping)):
         fail(f"a conversation is a dict or a list of messages, not {describe(record)}{remedy(record)}")
     noted = ((key, bare(value)) for key, value in record.items() if key not in _NOTED)

@@ -35,5 +35,13 @@ class Source(ABC):
         return 0
 
     def picks_digest(self) -> str:
-        """Return a digest of which records are mixed; "" where nothing is."""
+        """Return a digest of which records are mixed or split; "" where nothing is."""
         return ""
+
+    def drawn_as(self, index: int) -> int:
+        """Return the number that decides which random numbers are drawn while the record is read."""
+        return index
+
+    def is_copy(self, index: int) -> bool:
+        """Return whether the record repeats the history of the one before it, for a later answer."""
+        return False

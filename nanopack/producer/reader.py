@@ -146,7 +146,8 @@ class Reader:
                 document.ignored_keys = conversation.ignored_keys
                 if self.config.loss_weights is None and conversation.weight not in (0, 1):
                     document.ignored_keys += (UNUSED_WEIGHT,)
-                if plan.forgets:
+                # with turns="each" it was in the loss of the answer that it belongs to
+                if plan.forgets and self.config.turns == "all":
                     document.ignored_keys += (EARLIER_THOUGHT,)
                 if conversation.text is not None and (found := self._special.search(conversation.text)):
                     document.special_token = found[0]

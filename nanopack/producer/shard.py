@@ -228,6 +228,7 @@ class ShardPacker:
         self._num_read += 1
         document.source = self._source.source_of(document.conversation)
         ledger = self.sources[document.source]
+        ledger.conversations_copies += self._source.is_copy(document.conversation)
         if document.error is not None:
             what = describe_or_raise(document, self._source, self._config)
             log.debug("skipped %s", what)

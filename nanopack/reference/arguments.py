@@ -25,6 +25,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "extras": ("positions", "doc_ids", "cu_seqlens"),
     "template": ("nanochat", "chatml", "llama3", "hf", "hf-training"),
     "first_assistant": ("keep", "raise", "drop", "empty_user"),
+    "turns": ("all", "each"),
     "shard": ("rank", "row"),
     "on_error": ("raise", "skip"),
 }

@@ -33,7 +33,8 @@ from nanopack.reference.files import open_records
 from nanopack.reference.messages import choose
 from nanopack.reference.order import Reader
 from nanopack.reference.packing import Document, Rows, Word, pack_rows, pack_stream
-from nanopack.reference.records import conversation
+from nanopack.reference.records import Record, conversation
+from nanopack.reference.turns import Readable, each_answer
 from nanopack.render.templates import Template
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 from nanopack.tokenizers.tokenizer import for_template, load_tokenizer
@@ -59,6 +60,7 @@ def batches(
     packing: str | PackingOptions = "best_fit",
     template: str | Template = "nanochat",
     first_assistant: str = "keep",
+    turns: str = "all",
     loss: str = "assistant",
     loss_weights: str | None = None,
     boundary_loss: bool = True,
@@ -80,7 +82,9 @@ def batches(
     """
     packing, options = packing_and_options(packing)
     chosen = dict(packing=packing, loss=loss, loss_weights=loss_weights, template=template, shard=shard)
-    check_choices(extras, **chosen, first_assistant=first_assistant, on_error=on_error)
+    check_choices(extras, **chosen, first_assistant=first_assistant, turns=turns, on_error=on_error)
+    if turns == "each" and loss != "assistant":
+        raise ValueError(f"loss={loss!r} and turns='each' contradict each other. Leave one out.")
     check_counts(batch_size=batch_size, seq_len=seq_len, world_size=world_size)
     check_counts(or_none=True, max_pieces=max_pieces, max_document_tokens=max_document_tokens, epochs=epochs)
     check_ranges(rank, world_size, seed, max_pieces, seq_len)
@@ -91,7 +95,10 @@ def batches(
         by_own = template in ("hf", "hf-training") and coder.chat
         coder = coder.with_special(chat_of(coder).writer.control if by_own else needed)
     lacking = [token for token in needed if token not in coder.special_tokens]
-    records = open_records(conversations, seed)
+    stored = open_records(conversations, seed)
+    records: list[Readable] = [(where, partial(_said, record, loss, first_assistant)) for where, record in stored]
+    if turns == "each":
+        records = each_answer(records)
     cut = seq_len + 1 if packing in ("best_fit", "best_fit_pad", "pad") else None
     # nanochat's packings keep a document without a token in the loss, and so must we to reproduce its batches.
     drops = packing in ("best_fit", "pad") and loss != "all"
@@ -99,8 +106,7 @@ def batches(
     def read(index: int) -> Document | Literal["skipped"] | None:
         where, record = records[index]
         try:
-            said = conversation(record())
-            said.messages = choose(said.messages, loss, first_assistant)
+            said = record()
             if said.tokens is not None:
                 tokens = check_ids(said.tokens, coder.vocab_size)
             else:
@@ -146,6 +152,12 @@ def batches(
     # Lazy: each batch is built, with the progress of its readers, before the next one is packed.
     packed = _side_by_side([pack_shard(number) for number in own], shard_rows, longest)
     return (build(step, rows, shards) for step, (rows, shards) in enumerate(packed))
+
+
+def _said(record: Callable[[], object], loss: str, first_assistant: str) -> Record:
+    said = conversation(record())
+    said.messages = choose(said.messages, loss, first_assistant)
+    return said
 
 
 @dataclass

@@ -30,6 +30,7 @@ GIVEN = {
     "max_pieces": (["--max-pieces", "5"], 5),
     "template": (["--template", "chatml"], "chatml"),
     "first_assistant": (["--first-assistant", "raise"], "raise"),
+    "turns": (["--turns", "each"], "each"),
     "max_document_tokens": (["--max-document-tokens", "6"], 6),
     "boundary_loss": (["--no-boundary-loss"], False),
     "ignore_index": (["--ignore-index", "-1"], -1),
