@@ -43,6 +43,15 @@ def test_pack_without_arguments_reports_the_shipped_conversations_and_draws_a_ro
     assert re.search(r"\nrow 0  [a-zA-Z.]{71}\n", out)
 
 
+def test_pack_counts_the_documents_that_repeat_a_history(run, tmp_path):
+    said = [{"role": role, "content": "hi"} for role in ("user", "assistant") * 3]
+    (tmp_path / "chat.jsonl").write_text(json.dumps(said))
+    code, out, _ = run("pack", tmp_path / "chat.jsonl", *SMALL, "--turns", "each")
+    assert code == 0
+    assert row_of(out, "conversations") == ["conversations", "3", "packed"]
+    assert "2  of those read repeat a history, for a later answer" in out
+
+
 def test_padding_of_one_conversation_a_row_is_what_pad_has(run, chats):
     _, out, _ = run("pack", chats, *SMALL, "--json")
     _, pad, _ = run("pack", chats, "--batch-size", "1", "--seq-len", "64", "--packing", "pad", "--json")
