@@ -28,7 +28,7 @@ from nanopack.config import (
     TemplateName,
 )
 from nanopack.conversations.records import Conversations, open_conversations
-from nanopack.distributed import group_to_agree_in, rank_and_world_size
+from nanopack.distributed import group_to_agree_in, knows_its_rank, rank_and_world_size, refuse_late_ranks
 from nanopack.explain import Explanation, explain
 from nanopack.ledger import LedgerReport, report_of
 from nanopack.packing.packings import Packing, PackingName, as_packing
@@ -91,7 +91,9 @@ class Loader:
         epochs: passes over the data, all of it delivered, the last rows padded; None: endless. All ranks deliver
             equally many batches: those that have fewer end with batches of padding.
         rank, world_size: which shard of the conversations this process reads; from `torch.distributed` where that is
-            initialised, else 0 of 1. Pass both or neither.
+            initialised, else 0 of 1. Pass both or neither. Ranks that share a replica of the model (tensor, pipeline,
+            context parallel) read the same data: pass those of the data-parallel mesh, `mesh["dp"].get_local_rank()`
+            and `mesh["dp"].size()`, to each.
         shard: `"rank"`: each rank packs one shard of the conversations; `"row"`: each row of the batches of all ranks
             together does, so that these do not depend on the number of ranks, and a run can resume with another.
 
@@ -169,6 +171,7 @@ class Loader:
         process_group: torch.distributed.ProcessGroup | None = None,
         start_method: StartMethod | None = None,
     ) -> None:
+        self._knows_its_rank = knows_its_rank(rank)
         rank, world_size = rank_and_world_size(rank, world_size)
         self.config = LoaderConfig(
             batch_size=batch_size,
@@ -243,6 +246,8 @@ class Loader:
 
         Threads that call it take turns. To share a pass, they share one `iter(loader)`.
         """
+        if not self._knows_its_rank:
+            refuse_late_ranks()
         return self._run.next()
 
     @property
