@@ -188,8 +188,9 @@ def _reason(here: Token | None, target: Token | None, config: LoaderConfig) -> s
         return f"its mask {'puts it in' if target.in_loss else 'keeps it out of'} the loss"
     if target.tokenized:
         return "it came as input_ids, and no mask keeps it out of the loss"
-    if config.template == "hf":
-        return f"template 'hf' {'puts this token in' if target.in_loss else 'keeps this token out of'} the loss"
+    if config.template in ("hf", "hf-training"):
+        does = "puts this token in" if target.in_loss else "keeps this token out of"
+        return f"template {config.template!r} {does} the loss"
     if target.message is None:
         return "all of a plain text is in the loss" if target.in_loss else "the target begins another document"
     if target.in_loss:

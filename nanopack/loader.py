@@ -38,7 +38,7 @@ from nanopack.render.templates import Template
 from nanopack.run import Run
 from nanopack.stages import Processes
 from nanopack.stats import StatsReport
-from nanopack.tokenizers.tokenizer import AnyTokenizer, TokenizerLike, load_tokenizer
+from nanopack.tokenizers.tokenizer import AnyTokenizer, TokenizerLike, for_template, load_tokenizer
 from nanopack.upload.device import open_device
 
 
@@ -75,6 +75,7 @@ class Loader:
 
         template: `"nanochat"`, `"chatml"`, `"llama3"`, a `nanopack.Template` of your own, or `"hf"`: the chat template
             of a transformers tokenizer (what {% generation %} marks is in the loss; see `nanopack.render.hf_template`).
+            `"hf-training"`: the one that trl trains by in its place.
         first_assistant: what to do with a chat that begins with the assistant, but for a system message: `"keep"` it,
             if the template can (nanochat cannot); `"raise"`; `"drop"` what comes before the first user message; or put
             an empty user message there (`"empty_user"`).
@@ -115,8 +116,8 @@ class Loader:
             so do 100 bad conversations in a row, or more than half of the first 1,000 or more that a shard reads.
         process_group: process group (gloo, NCCL) of all ranks. With `epochs`, one all_reduce at construction agrees on
             the number of batches, so all ranks construct their loaders together. None: the default group of
-            `torch.distributed` where it has `world_size` ranks; elsewhere a rank that runs out must render every other
-            rank's data to find that number: slow.
+            `torch.distributed` where it has `world_size` ranks; elsewhere each producer renders the data of all ranks
+            once, in idle time, to find that number: a rank that runs out before waits for it.
         start_method: how the processes are started. `"fork"` takes milliseconds, but a lock of the data set that
             another thread holds just then stays locked in them for ever. `"spawn"` and `"forkserver"` import the main
             module first, seconds, which needs the `if __name__ == "__main__":` guard, and pickle the conversations.
@@ -201,7 +202,7 @@ class Loader:
         self.source = open_conversations(conversations, shuffled=seed is not None)
         self._run = Run(
             self.source,
-            load_tokenizer(tokenizer),
+            for_template(load_tokenizer(tokenizer), template),
             self.config,
             open_device(device),
             Processes(num_workers, prefetch, start_method),

@@ -32,7 +32,7 @@ from nanopack.errors import TemplateError
 from nanopack.render.document import Document
 from nanopack.render.renderer import Renderer
 from nanopack.render.templates import Template
-from nanopack.tokenizers.tokenizer import TokenizerLike, load_tokenizer
+from nanopack.tokenizers.tokenizer import TokenizerLike, for_template, load_tokenizer
 
 SharesBy: TypeAlias = Literal["conversation", "token"]
 SHARES_BY = get_args(SharesBy)
@@ -151,7 +151,7 @@ def _measure(
     if by == "token":
         if tokenizer is None:
             raise ValueError("by='token' needs a tokenizer to measure lengths; pass tokenizer=, and the template=")
-        return Renderer(load_tokenizer(tokenizer), template)
+        return Renderer(for_template(load_tokenizer(tokenizer), template), template)
     # A tokenizer given here would be taken to mean that tokens are counted.
     if tokenizer is not None:
         raise ValueError("tokenizer has no meaning with by='conversation'; leave it out, or use by='token'")

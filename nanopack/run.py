@@ -84,7 +84,9 @@ class Run:
         self._turn = threading.RLock()
         self.passes, self.resumed, self._order_is_told = 0, False, False
         self._counts: dict[bool, tuple[int, int]] = {}
+        # in all epochs: as counted, and as delivered in a whole pass, which is no part of a state
         self.known_batches: int | None = None
+        self._delivered: int | None = None
         if group is not None:
             self.known_batches = agree_on_most(group, lambda: self._count(all_ranks=False)[0], device.device)
         self._stages: Stages | None = None
@@ -111,7 +113,7 @@ class Run:
                 outputs, facts = self.prefetcher.next()
             except StopIteration:
                 if self._first_state["step"] == 0:
-                    self.known_batches = self.step
+                    self._delivered = self.step
                 raise
             batch = as_batch(outputs, facts, self.step, self.reader.layout)
             self.step += 1
@@ -188,6 +190,8 @@ class Run:
 
     def batches(self) -> int:
         """Return the number of batches in all epochs, counted once."""
+        if self._delivered is not None:
+            return self._delivered
         if self.known_batches is None:
             self.known_batches, _ = self._count(all_ranks=True)
         return self.known_batches

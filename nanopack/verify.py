@@ -86,7 +86,7 @@ def expected_batches(loader: Loader, conversations: Any, arguments: Mapping[str,
 def compare_with_witness(loader: Loader, against: str) -> Testimony:
     """Compare what is in the loss of each conversation of a loader with what a witness has in it."""
     config, source, tokenizer = loader.config, loader.source, loader.tokenizer
-    if against != "axolotl-like" and config.template != "hf":
+    if against != "axolotl-like" and config.template not in ("hf", "hf-training"):
         raise ValueError(f"against={against!r} compares chat templates; pass template='hf'")
     if config.loss == "all":
         raise ValueError(

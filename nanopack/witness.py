@@ -1,11 +1,11 @@
-"""Ask other libraries what is in the loss: a second witness beside the reference, which shares our reading of records.
+"""Ask other libraries what is in the loss: a second witness, for the reference shares our reading of records.
 
     records, tokenizer   ->   witness()   ->   (id, in the loss) of each record   ->   compare()   ->   Testimony
-                                                                    ours beside them
+                                                                    and our own
 
 "trl" is what TRL's SFTTrainer makes of a record with assistant_only_loss, with the chat template that TRL trains by;
 "transformers" is apply_chat_template(return_assistant_tokens_mask=True) with the tokenizer's own; "axolotl-like" is a
-labels column beside input_ids. Nothing of our renderer is used here.
+labels column next to input_ids. Nothing of our renderer is used here.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _of_labels(record: Any) -> Tokens | None:
 
 
 def _of_template(tokenizer: Any, chat_template: str, record: Any) -> Tokens | None:
-    """Return what apply_chat_template marks; of a prompt and completion, only what is in the completion."""
+    """Return the tokens that apply_chat_template marks; of a prompt and completion, only those of the completion."""
     record = record if isinstance(record, Mapping) else {"messages": record}
     asks = record.get("prompt") is not None and record.get("completion") is not None
     prompt = _messages(record["prompt"]) if asks else []

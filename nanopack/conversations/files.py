@@ -29,7 +29,7 @@ from nanopack.errors import ConversationError
 
 TEXT_SUFFIXES = tuple(f"{kind}{packed}" for kind in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst"))
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow")
-# What `datasets` writes beside the data.
+# What `datasets` writes next to the data.
 NOT_DATA = ("dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 

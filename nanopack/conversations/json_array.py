@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-# What each byte does to the depth; a comma, which does nothing to it, is told apart by the byte itself.
+# How each byte changes the depth. A comma changes nothing; it is found by its byte.
 _DEPTH = np.zeros(256, np.int8)
 _DEPTH[list(b"[{")] = 1
 _DEPTH[list(b"]}")] = -1
@@ -63,9 +63,9 @@ def scan_array(chunks: Iterable[bytes]) -> array[int]:
 
 
 def _quotes(data: np.ndarray, odd_backslashes: bool) -> tuple[np.ndarray, bool]:
-    """Return where quotes stand that no backslash escapes, and whether the data end in an odd number of backslashes.
+    """Find the quotes that no backslash escapes; return their indices, and whether the data end in odd backslashes.
 
-    `odd_backslashes` says so of what came before.
+    `odd_backslashes`: whether the data before ended so.
     """
     quotes = np.flatnonzero(data == QUOTE)
     slashes = np.flatnonzero(data == BACKSLASH)

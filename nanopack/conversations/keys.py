@@ -18,7 +18,7 @@ from typing import Any
 
 READ = "read"  # the conversation itself, and its weight
 MASK = "mask"  # which of the input_ids stay, and which are in the loss
-PACKED = "packed"  # beside input_ids, refused where it shows several documents; says nothing elsewhere
+PACKED = "packed"  # next to input_ids: refused where it shows several documents; says nothing elsewhere
 SYSTEM = "system"  # the text of a first system message
 TEMPLATE = "template"  # goes to the chat template with template="hf"; refused elsewhere
 IN_LOSS = "in loss"  # true or 1: as the template says; false or 0: nothing of the message is in the loss
@@ -116,7 +116,7 @@ _YES_NO = {"true", "false", "yes", "no", "0", "1"}
 
 @functools.lru_cache(maxsize=4096)
 def looks_like(key: str, table: str) -> str:
-    """Return what an unknown key of a "record", "message" or "part" looks like: a known key, "loss", "media" or "".
+    """The known key that an unknown one of a "record", "message" or "part" looks like, or "loss", "media" or "".
 
     >>> looks_like("toolCalls", "message"), looks_like("isTrained", "message"), looks_like("mood", "message")
     ('tool_calls', 'loss', '')
@@ -138,6 +138,11 @@ def is_flag(value: Any) -> bool:
         return len(value) > 0 and isinstance(value[0], Real)
     # of torch a dtype has no kind, and is numbers
     return hasattr(value, "dtype") and getattr(value.dtype, "kind", "i") in "biuf"
+
+
+def bare(value: Any) -> Any:
+    """Return the number that numpy or torch wrap into a scalar, as formatted data sets do; others as they are."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def is_absent(value: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from nanopack.conversations import keys
-from nanopack.conversations.keys import MESSAGE, PART, SHAPES, is_absent, is_flag, looks_like
+from nanopack.conversations.keys import MESSAGE, PART, SHAPES, bare, is_absent, is_flag, looks_like
 from nanopack.errors import ConversationError, describe, short
 
 # Llama 3 calls a tool ipython. A function call is what the assistant says, an observation what comes of it.
@@ -114,10 +114,10 @@ def _one_of(message: Mapping[str, object], name: str, other: str) -> str:
 
 
 def _rest(message: Mapping[str, Any], role: str, ignored: set[str]) -> tuple[dict[str, Any], bool]:
-    """Return what else a message holds, and whether it may be in the loss."""
+    """Return the other keys of a message, and whether it may be in the loss."""
     rest: dict[str, Any] = {}
     flags: dict[str, bool] = {}
-    for key, value in message.items():
+    for key, value in ((key, bare(value)) for key, value in message.items()):
         kind = MESSAGE.get(key)
         if kind == keys.READ or is_absent(value):
             continue
@@ -154,7 +154,7 @@ def _check_unknown(key: str, value: object, of: str) -> None:
 
 
 def _flag(key: str, value: object, role: str) -> bool:
-    if isinstance(value, (bool, np.bool_)) or (isinstance(value, Real) and value in (0, 1)):
+    if isinstance(value, Real) and value in (0, 1):
         # Some data sets write weight 1 or masked False at every message; train at a user's asks for what cannot be.
         if value and role != "assistant" and key not in ("weight", "masked"):
             fail(f"{key} is {value!r}, but what a {role} says is in the loss only as the template says; remove it")
@@ -262,6 +262,6 @@ def _fail_role(message: Mapping[str, object], key: str) -> NoReturn:
 
 
 def remedy(value: object) -> str:
-    """Return what to do about an array or a table, which a data set of another format hands out instead of lists."""
+    """Return the remedy for an array or a table, which a data set in another format gives instead of lists."""
     known = type(value).__module__.split(".")[0] in ("numpy", "pandas", "pyarrow", "polars", "torch")
     return "; give plain lists and dicts: a datasets.Dataset does with .with_format(None)" if known else ""

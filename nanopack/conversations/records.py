@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from nanopack.conversations import keys
 from nanopack.conversations.data_sets import Conversations, Dataset, open_conversations
 from nanopack.conversations.files import SUFFIXES
-from nanopack.conversations.keys import RECORD, Row, is_absent, is_flag, looks_like
+from nanopack.conversations.keys import RECORD, Row, bare, is_absent, is_flag, looks_like
 from nanopack.conversations.messages import (
     ROLES,
     SYSTEM_ROLES,
@@ -97,7 +97,8 @@ def check(record: object) -> Conversation:
         return _chat(record)
     if not isinstance(record, (dict, Mapping)):
         fail(f"a conversation is a dict or a list of messages, not {describe(record)}{remedy(record)}")
-    held = {key: value for key, value in record.items() if key not in _NOTED and not _is_missing(key, value)}
+    noted = ((key, bare(value)) for key, value in record.items() if key not in _NOTED)
+    held = {key: value for key, value in noted if not _is_missing(key, value)}
     shape = _shape(record, held)
     weight = _weight(held.pop("weight", None))
     if shape == "input_ids":
@@ -110,8 +111,8 @@ def check(record: object) -> Conversation:
         found = Conversation(_instructed(held), None, weight)
     else:
         found = replace(_chat(held[shape]), weight=weight)
-    beside = {key: value for key, value in held.items() if key not in _READ_BY[shape]}
-    return _with_unread(_with_beside(found, beside, shape) if beside else found, record)
+    extras = {key: value for key, value in held.items() if key not in _READ_BY[shape]}
+    return _with_unread(_with_extras(found, extras, shape) if extras else found, record)
 
 
 def _with_unread(found: Conversation, record: Mapping[str, Any]) -> Conversation:
@@ -151,10 +152,10 @@ def _shape(record: Mapping[str, object], held: Mapping[str, object]) -> str:
     return found[0]
 
 
-def _with_beside(found: Conversation, beside: Mapping[str, Any], shape: str) -> Conversation:
-    """Return the conversation with what stands beside it in the record."""
+def _with_extras(found: Conversation, extras: Mapping[str, Any], shape: str) -> Conversation:
+    """Return the conversation with the other keys of its record."""
     ignored = set(found.ignored_keys)
-    for key, value in beside.items():
+    for key, value in extras.items():
         kind = RECORD.get(key)
         if kind in (None, keys.READ, keys.PACKED):
             _check_ignored(key, value, shape)
@@ -166,7 +167,7 @@ def _with_beside(found: Conversation, beside: Mapping[str, Any], shape: str) -> 
         elif kind == keys.NOT_IN_LOSS:
             _check_masked_role(key, value, shape)
         elif kind == keys.WANTED:
-            if value is False or (type(value).__name__ in ("bool", "bool_") and not value):
+            if value is False:
                 fail(f"{key} is False: the answer is not one to learn; remove the record, or name the key otherwise")
         elif not found.messages:
             fail(f"{key} belongs to messages, and the record has {shape}; remove it, or give messages instead")
@@ -300,7 +301,7 @@ def _fail_shape(record: Mapping[str, object], held: Mapping[str, object], found:
     if found:
         fail(f"the record has {' and '.join(found)}; remove all of them but one, or set the others to null")
     if "chosen" in held:
-        hint = "a preference; to train on chosen, name it messages, or completion beside a prompt"
+        hint = "a preference; to train on chosen, name it messages, or completion next to a prompt"
     elif "prompt" in held:
         hint = "a prompt needs a completion; rename one"
     elif "instruction" in held:

@@ -1,4 +1,4 @@
-"""Take a document that was tokenized elsewhere: input_ids and the masks beside them.
+"""Take a document that was tokenized elsewhere: input_ids and their masks.
 
 record with input_ids   ->   ready_tokens()   ->   Tokens
                                                   records.py puts them into a Conversation
@@ -118,6 +118,8 @@ def _array(values: object, name: str) -> np.ndarray:
         raise ConversationError(
             f"{name} has masked entries: {short(values)}; give .compressed() or .filled(value) of it"
         )
+    if isinstance(values, np.ndarray) and values.dtype == object:
+        values = values.tolist()
     # numpy takes True among ints for 1
     kinds = set(map(type, values)) if isinstance(values, (list, tuple)) else ()
     if bool in kinds and len(kinds) > 1:

@@ -42,9 +42,9 @@ def count_batches(reader: Reader, *, all_ranks: bool, forked: int = 0) -> tuple[
     # a daemonic process may start none
     if forked and not multiprocessing.current_process().daemon:
         with contextlib.closing(Workers(forked, reader, method="fork")) as processes:
-            return finish(counting(reader, partial(processes.read_all, shards=1), all_ranks=all_ranks))
+            return finish(counting(reader, _announced(partial(processes.read_all, shards=1)), all_ranks=all_ranks))
     read_all = partial(read_in_turn, reader, batch_tokens=config.batch_size * config.seq_len, raise_interrupts=True)
-    return finish(counting(reader, read_all, all_ranks=all_ranks))
+    return finish(counting(reader, _announced(read_all), all_ranks=all_ranks))
 
 
 def finish(steps: Counting) -> tuple[int, int]:
@@ -88,7 +88,7 @@ class BackgroundCount:
 
 
 def counting(reader: Reader, read_all: ReadAll, *, all_ranks: bool) -> Counting:
-    """Count as `count_batches`, reading with `read_all`."""
+    """Count as `count_batches`, reading with `read_all`, and log nothing."""
     config = reader.config
     shards = shards_of(config, len(reader.source), all_ranks=all_ranks)
     lengths = yield from _measure(reader, shards, read_all)
@@ -114,7 +114,7 @@ def _measure(reader: Reader, shards: Iterable[Shard], read_all: ReadAll) -> Gene
     for shard in shards:
         wanted[_order(reader, shard)] = True
     indices = np.flatnonzero(wanted).tolist()
-    for document in _announced(read_all(indices), len(indices)):
+    for document in read_all(indices):
         if document.error is not None:
             describe_or_raise(document, reader.source, reader.config)
         elif not document.dropped:
@@ -123,18 +123,19 @@ def _measure(reader: Reader, shards: Iterable[Shard], read_all: ReadAll) -> Gene
     return lengths
 
 
-def _announced(documents: Iterator[ReadDocument], total: int) -> Iterator[ReadDocument]:
-    """Yield the documents; log how far they are where that takes long."""
-    spent, patience = 0.0, PATIENCE
-    for done in range(total):
-        began = time.perf_counter()
-        document = next(documents)
-        spent += time.perf_counter() - began
-        if spent >= patience:
-            patience *= 2
-            log.warning(
-                "counting the batches: %d of %d conversations are rendered after %.1f s; `iter(loader)`, as in "
-                "tqdm(iter(loader)), needs no count, and with process_group each rank counts only its own",
-                *(done + 1, total, spent),
-            )
-        yield document
+def _announced(read_all: ReadAll) -> ReadAll:
+    """Return a `read_all` that logs how far it is where that takes long."""
+
+    def announced(indices: Iterable[int]) -> Iterator[ReadDocument]:
+        indices, began, patience = list(indices), time.perf_counter(), PATIENCE
+        for done, document in enumerate(read_all(indices), start=1):
+            if (spent := time.perf_counter() - began) >= patience:
+                patience *= 2
+                log.warning(
+                    "counting the batches: %d of %d conversations are rendered after %.1f s; `iter(loader)`, as in "
+                    "tqdm(iter(loader)), needs no count, and with process_group each rank counts only its own",
+                    *(done, len(indices), spent),
+                )
+            yield document
+
+    return announced

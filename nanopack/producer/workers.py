@@ -98,10 +98,11 @@ class Workers:
 
     def close(self) -> None:
         """End the processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
         for pipe in (*self._requests, *self._results):
             pipe.close()
-        for process in self._processes:
-            process.join()
 
     def _submit(self, indices: list[int]) -> Ticket:
         count = len(self._processes)

@@ -23,7 +23,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "loss": ("assistant", "last", "all"),
     "loss_weights": (None, "token", "conversation"),
     "extras": ("positions", "doc_ids", "cu_seqlens"),
-    "template": ("nanochat", "chatml", "llama3", "hf"),
+    "template": ("nanochat", "chatml", "llama3", "hf", "hf-training"),
     "first_assistant": ("keep", "raise", "drop", "empty_user"),
     "shard": ("rank", "row"),
     "on_error": ("raise", "skip"),

@@ -36,7 +36,7 @@ from nanopack.reference.packing import Document, Rows, Word, pack_rows, pack_str
 from nanopack.reference.records import conversation
 from nanopack.render.templates import Template
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
-from nanopack.tokenizers.tokenizer import load_tokenizer
+from nanopack.tokenizers.tokenizer import for_template, load_tokenizer
 
 SPECIAL_TOKENS = {
     "nanochat": [
@@ -46,6 +46,7 @@ SPECIAL_TOKENS = {
     "chatml": ["<|im_start|>", "<|im_end|>"],
     "llama3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
     "hf": [],
+    "hf-training": [],
 }
 
 
@@ -83,11 +84,12 @@ def batches(
     check_counts(batch_size=batch_size, seq_len=seq_len, world_size=world_size)
     check_counts(or_none=True, max_pieces=max_pieces, max_document_tokens=max_document_tokens, epochs=epochs)
     check_ranges(rank, world_size, seed, max_pieces, seq_len)
-    coder = load_tokenizer(tokenizer)
+    coder = for_template(load_tokenizer(tokenizer), template)
     needed = template.special_tokens if isinstance(template, Template) else SPECIAL_TOKENS[template]
     if isinstance(coder, HuggingFaceTokenizer):
         # What looks like one of the template's tokens is text in a message.
-        coder = coder.with_special(chat_of(coder).writer.control if template == "hf" and coder.chat else needed)
+        by_own = template in ("hf", "hf-training") and coder.chat
+        coder = coder.with_special(chat_of(coder).writer.control if by_own else needed)
     lacking = [token for token in needed if token not in coder.special_tokens]
     records = open_records(conversations, seed)
     cut = seq_len + 1 if packing in ("best_fit", "best_fit_pad", "pad") else None

@@ -175,7 +175,7 @@ class Chat:
         return kept
 
     def _answer(self, index: int, text: str, where: Any, strings: Any, outline: Any) -> tuple[int, int]:
-        """Return where the answer begins and ends in the text."""
+        """Return the answer's begin and end in the text."""
         mine = [i for i, (number, _, _) in enumerate(where) if strings[number][0] == index]
         if not mine:
             raise ConversationError(f"message {index}: nothing is written of it")
@@ -233,7 +233,7 @@ class Chat:
         return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
     def _prompt(self) -> str:
-        """Return what asks for an answer."""
+        """Return the text that asks for an answer."""
         asked, same = self.writer.asking, 0
         while same < min(len(asked), len(self.writer.question)) and asked[same] == self.writer.question[same]:
             same += 1
@@ -255,7 +255,7 @@ def _names(text: str) -> list[tuple[int, re.Match[str]]]:
 
 
 def _tail(outline: str | None, number: int | None) -> str | None:
-    """Return what is behind the last name of an outline, if that is the one."""
+    """Return the text after the last name of an outline, if that is the one."""
     names = _names(outline or "")
     if outline is None or (names[-1][0] if names else None) != number:
         return None

@@ -67,19 +67,19 @@ class ChatWriter:
         self.writes_tools = all(word in text for word in ("probe_tool", "probe description", "probe_key"))
 
     def writes(self, messages: Sequence[Mapping[str, Any]], *words: str) -> bool:
-        """Return whether all the words are in what is written of the messages."""
+        """Return whether all the words are in the text of the messages."""
         text = self.try_write(messages) or ""
         return all(word in text for word in words)
 
     def try_write(self, messages: Any, tools: Any = None, given: Any = None, ask: bool = False) -> str | None:
-        """Return what is written of the messages, None where they are refused."""
+        """Return the text of the messages, None where they are refused."""
         try:
             return self.write(messages, tools, given or {}, ask)
         except ConversationError:
             return None
 
     def write(self, messages: Any, tools: Any, given: Mapping[str, Any], ask: bool = False) -> str:
-        """Return what is written of the messages."""
+        """Return the text of the messages."""
         if not messages:
             return self.spans_and_text(messages, tools, given, ask)[1]
         chat, source = self.coder.chat, self.coder.chat_template(tools=bool(tools))
@@ -95,7 +95,7 @@ class ChatWriter:
             raise ConversationError(f"its chat template refuses it: {error!r}") from error
 
     def spans_and_text(self, messages: Any, tools: Any, given: Any, ask: bool) -> tuple[list[tuple[int, int]], str]:
-        """Return where {% generation %} marks the text, and the text."""
+        """Return the spans that {% generation %} marks, and the text."""
         import transformers.utils.chat_template_utils as of_transformers
 
         render: Any = of_transformers.render_jinja_template

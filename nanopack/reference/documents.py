@@ -41,7 +41,7 @@ def render(record: Record, coder: AnyTokenizer, template: str | Template) -> Tok
     messages, text = record.messages, record.text
     if text is not None:
         spans: Iterator[Span] = iter([("text", text, True)])
-    elif template == "hf":
+    elif template in ("hf", "hf-training"):
         if not (tokens := _hf(record, coder)):
             raise ConversationError("its chat template writes nothing")
         return tokens

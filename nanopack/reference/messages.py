@@ -13,7 +13,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 from nanopack.errors import ConversationError
-from nanopack.reference.values import as_list, list_of_dicts, plain, refuse_suspects, says_nothing, string
+from nanopack.reference.values import as_list, list_of_dicts, plain, refuse_suspects, says_nothing, scalar, string
 
 ROLES = {
     "system": ["system"],
@@ -92,7 +92,7 @@ def read_messages(messages: Any) -> list[Said]:
 def _message(index: int, message: Any) -> Said:
     if not isinstance(message, Mapping):
         raise ConversationError(f"message {index}: it must be a dict")
-    held = {key: value for key, value in message.items() if value is not None}
+    held = {key: scalar(value) for key, value in message.items() if value is not None}
     if {"role", "from"} <= {*held} or {"content", "value"} <= {*held}:
         raise ConversationError(f"message {index}: it has role and from, or content and value")
     role = role_of(held.get("role", held.get("from")))
@@ -119,7 +119,7 @@ def _message(index: int, message: Any) -> Said:
 
 
 def _mark(index: int, key: str, value: Any, role: str) -> bool:
-    if (not isinstance(value, Real) and type(value).__name__ not in ("bool", "bool_")) or value not in (0, 1):
+    if not isinstance(value, Real) or value not in (0, 1):
         raise ConversationError(f"message {index}: its {key} must be 0 or 1")
     if value and role != "assistant" and key not in ("weight", "masked"):
         raise ConversationError(f"message {index}: its {key} asks to train what the assistant does not say")

@@ -23,6 +23,7 @@ from nanopack.reference.values import (
     parse_json,
     refuse_suspects,
     says_nothing,
+    scalar,
     string,
 )
 
@@ -60,7 +61,8 @@ def conversation(record: object) -> Record:
     if not isinstance(record, Mapping):
         raise ConversationError(f"it is a {type(record).__name__}; it must be a dict or a list of messages")
     # A Parquet file has every column in every row: null means absent. pandas writes it as NaN.
-    held = {key: value for key, value in record.items() if not is_none(value) and not is_nan(key, value)}
+    held = {key: scalar(value) for key, value in record.items() if not is_none(value)}
+    held = {key: value for key, value in held.items() if not is_nan(key, value)}
     shape = _shape(held)
     _refuse(held, shape)
     found = Record(_messages(held, shape), weight=_weight(held.get("weight")))
@@ -97,7 +99,7 @@ def _refuse(held: Mapping[str, Any], shape: str) -> None:
         shape in ("text", "input_ids") or not isinstance(held["mask"], str) or role_of(held["mask"]) != "user"
     ):
         raise ConversationError("its mask says nothing that can be honoured")
-    if any(held.get(key) is False or repr(held.get(key)) == "np.False_" for key in ("label", "kto_tag")):
+    if any(held.get(key) is False for key in ("label", "kto_tag")):
         raise ConversationError("its label says that its answer is not to be learnt")
     said_before = {"prompt": ["input", "history", "context"], "instruction": ["context"]}.get(shape, [])
     if any(not says_nothing(held.get(key)) for key in said_before):

@@ -24,6 +24,8 @@ def read_tokens(held: Mapping[str, Any]) -> Tokens:
         labels = _numbers(held["labels"], "labels")
         if len(labels) != len(ids) or any(label not in (-100, id) for label, id in zip(labels, ids, strict=True)):
             raise ConversationError("its labels are neither -100 nor the input_ids at the same index")
+        if any(isinstance(label, bool) or not isinstance(label, Integral) for label in labels):
+            raise ConversationError("its labels are not ints")
         marks["labels"] = [label != -100 for label in labels]
     kept = [True] * len(ids)
     if "attention_mask" in held:

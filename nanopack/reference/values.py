@@ -30,6 +30,11 @@ def is_none(value: object) -> bool:
     return value is None or str(type(value)).endswith(".NAType'>")
 
 
+def scalar(value: Any) -> Any:
+    """A value without the numpy or torch scalar that holds it."""
+    return value.item() if type(value).__module__ in ("numpy", "torch") and value.shape == () else value
+
+
 def says_nothing(value: Any) -> bool:
     """Whether a value counts as absent, also as JSON text."""
     if isinstance(value, str):

@@ -56,7 +56,7 @@ def kept_texts(template: str) -> list[str]:
 
 
 def markers(texts: Sequence[str]) -> re.Pattern[str]:
-    """Return what finds these texts."""
+    """Return a pattern that finds these texts."""
     return re.compile(f"({'|'.join(map(re.escape, texts))})" if texts else r"((?!))")
 
 
@@ -137,7 +137,7 @@ def marks(text: str) -> Iterator[tuple[int, int, int]]:
 
 
 def locate(text: str, outlined: str, leaves: Sequence[Leaf]) -> list[Place] | None:
-    """Return where the leaves stand in the text, in its order; None where its outline is another one."""
+    """Return the places of the leaves in the text, in its order; None where its outline is another one."""
     places: list[Place] = []
     at = copied = 0
     found = list(marks(outlined))

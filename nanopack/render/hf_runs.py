@@ -29,7 +29,7 @@ def plan_of(text: str, spans: Sequence[Span], tokens: Sequence[Found]) -> Plan:
             continue
         run = text[begin:end]
         for a, b in within:
-            # A blank at the run's end, which has no place in offsets, is in a span that goes on.
+            # A blank at the run's end, which has no place in offsets, is in a span that continues.
             marked.append((len(runs), num_bytes(run[: a - begin]), num_bytes(run[: b - begin]) + (b > end)))
         runs.append(run)
         in_loss.append(False)

@@ -28,9 +28,9 @@ MOST_SHAPES = 4096
 Key: TypeAlias = tuple[tuple[str, bool, tuple[str, str] | None], ...]
 """Of each message: its role, whether it may be in the loss, and the white space around its content."""
 Text: TypeAlias = list[str | int]
-"""Texts, and the numbers of the messages whose contents stand between them."""
+"""Texts, and the numbers of the messages whose contents come between them."""
 Edge: TypeAlias = tuple[int, list[int]]
-"""A place in a text: so many bytes, and the contents of these messages."""
+"""A place in a text: after this many bytes, and the contents of these messages."""
 
 
 class Shape(NamedTuple):
@@ -170,7 +170,7 @@ class Shapes:
         return Shape(runs, texts, in_loss, spans)
 
     def _may_make_tokens(self, text: Text) -> bool:
-        """Return whether a content and the text beside it may be an added token together."""
+        """Return whether a content and the text next to it may form an added token."""
         for number, part in enumerate(text):
             if isinstance(part, int):
                 if number and isinstance(text[number - 1], int):
@@ -206,13 +206,13 @@ def _with_numbers(run: str) -> Text:
 
 
 def _formatter(text: Text) -> Callable[..., str]:
-    """Return what puts the contents into the text."""
+    """Return the function that puts the contents into the text."""
     parts = [f"{{{part}}}" if isinstance(part, int) else part.replace("{", "{{").replace("}", "}}") for part in text]
     return "".join(parts).format
 
 
 def _edge(run: str, byte: int) -> Edge:
-    """Return the place after so many bytes of a run with marks."""
+    """Return the place after this many bytes of a run with marks."""
     before = run.encode()[:byte].decode()
     found = list(marks(before))
     return num_bytes(before) - sum(end - begin for _, begin, end in found), [number for number, _, _ in found]

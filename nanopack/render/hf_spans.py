@@ -121,7 +121,7 @@ def count_equal(first: Sequence[str], second: Sequence[str]) -> int:
 
 
 def _after(outlined: str | None, leaf: int | None) -> str | None:
-    """Return what follows the last mark of an outline, which must be this one."""
+    """Return the text after the last mark of an outline, which must be this one."""
     if outlined is None:
         return None
     *_, last = (None, *marks(outlined))

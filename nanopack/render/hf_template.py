@@ -62,7 +62,7 @@ class ChatTemplate:
         self._answers = Answers(ends, tokenizer.stop_tokens, self._writer.prompt(), self._remedy)
 
     def __call__(self, conversation: Conversation) -> Plan | Document:
-        """Return what becomes a document, or it; ConversationError as the class says."""
+        """Return the plan of a document, or the document; ConversationError as the class says."""
         found = self._shapes.plan(conversation) if self._shapes else None
         if found is not None:
             plan, new = found
@@ -162,7 +162,7 @@ class ChatTemplate:
         text: str,
         marked: list[Span] | None,
     ) -> tuple[list[Span], bool]:
-        """Return what is in the loss, and whether thoughts are left out; ConversationError as a call raises it."""
+        """Return the spans in the loss, and whether thoughts are left out; ConversationError as a call raises it."""
         outlined, leaves = outline(messages, self._marker)
 
         def written(count: int, *, prompt: bool = False) -> str | None:
@@ -268,7 +268,7 @@ def _training_template(source: str) -> str:
         for path in Path(folder, "chat_templates").glob("*.jinja"):
             trains = path.with_name(f"{path.stem}_training.jinja").exists()
             if trains and path.read_text(encoding="utf-8").strip() == source.strip():
-                return "; trl.chat_template_utils.get_training_chat_template(tokenizer) returns one for this tokenizer"
+                return "; template='hf-training' is the one that trl trains by in its place"
     return ""
 
 

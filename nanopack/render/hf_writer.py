@@ -106,7 +106,7 @@ class Writer:
         *,
         prompt: bool = False,
     ) -> str | None:
-        """Return what the template writes, None where it refuses; kept by what it is given."""
+        """Return the text that the template writes, None where it refuses; cached by its arguments."""
         key = repr((messages, tools, given, prompt))
         if key not in self._outlines:
             if len(self._outlines) >= MOST_OUTLINES:
@@ -118,7 +118,7 @@ class Writer:
         return self._outlines[key]
 
     def prompt(self) -> str:
-        """Return what asks for an answer."""
+        """Return the text that asks for an answer."""
         asked, alone = (self.outline(self._talk[:1], prompt=prompt) or "" for prompt in (True, False))
         same = count_equal(asked, alone)
         starts = [
@@ -183,6 +183,6 @@ def thinks(token: str) -> bool:
 
 
 def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Return what finds the longest of the tokens."""
+    """Return a pattern that finds the longest of the tokens."""
     names = sorted(tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)) or r"(?!)")

@@ -39,13 +39,13 @@ class Renderer:
         loss: str = "assistant",
         first_assistant: str = "keep",
     ) -> None:
-        """Render by `template`: a name, "hf" or a `Template`. ValueError where there is no such template.
+        """Render by `template`: a name or a `Template`. ValueError where there is no such template.
 
         `loss` and `first_assistant` are as in `Loader`; loss="all" masks as "assistant" does.
         """
         self._choice = loss, first_assistant
         self._plan_messages: _Planner | None = None
-        if template == "hf":
+        if template in ("hf", "hf-training"):
             self._encode_chat = ChatTemplate(tokenizer)
             self._tokenizer = _with_special(tokenizer, self._encode_chat.controls)
             self._bos = _known(tokenizer.bos_id)
@@ -93,7 +93,7 @@ class Renderer:
             raise ConversationError(_blame(self._tokenizer, conversation.messages, error)) from error
 
     def plan(self, conversation: Conversation) -> Plan | Document:
-        """Return what `fill_in` makes a document: all but the encoding, which takes longest. Raises as a call does."""
+        """Return the plan that `fill_in` makes a document: all but the slow encoding. Raises as a call does."""
         plan = self._plan(choose(conversation, *self._choice))
         # a weight of 0 means the same with and without loss_weights
         return plan if conversation.weight else _out_of_loss(plan)
@@ -156,7 +156,7 @@ def _find(template: str | Template) -> Template:
     if isinstance(template, Template):
         return template
     if not isinstance(template, str) or template not in _NAMED:
-        names = ", ".join(map(repr, ("nanochat", *_NAMED, "hf")))
+        names = ", ".join(map(repr, ("nanochat", *_NAMED, "hf", "hf-training")))
         raise ValueError(f"template={template!r} is not one of {names}, or a nanopack.Template.")
     return _NAMED[template]
 
@@ -168,7 +168,7 @@ def missing_tokens(tokenizer: AnyTokenizer, template: str | Template) -> list[st
 
 
 def _needed_tokens(template: str | Template) -> Sequence[str]:
-    if template == "hf":
+    if template in ("hf", "hf-training"):
         return ()
     return NANOCHAT_SPECIAL_TOKENS[1:] if template == "nanochat" else _find(template).special_tokens
 
@@ -231,7 +231,7 @@ def _nanochat(tokenizer: AnyTokenizer) -> _Planner:
         merged = len(messages) - len(turns)
         runs: list[str | bytes] = [bos]
         trained = [False]
-        # A merged system message begins where the user's does: with the first run behind bos.
+        # A merged system message begins where the user's does: with the first run after bos.
         firsts = [1] * merged
         for index, turn in enumerate(turns, merged):
             firsts.append(len(runs))
@@ -281,7 +281,8 @@ def _wrong_role(messages: Sequence[Message], index: int) -> str:
     order = "messages must alternate user/assistant after an optional system message"
     if index > 0 and messages[index - 1].role == role:
         return f"{what} twice in a row; {order}"
-    return f"{what} where the first user message must be; {order}"
+    begins = "; first_assistant='drop' or 'empty_user' helps" if role == "assistant" else ""
+    return f"{what} where the first user message must be; {order}{begins}"
 
 
 def _string(index: int, message: Message) -> str:
@@ -314,7 +315,7 @@ def _templated(tokenizer: AnyTokenizer, template: Template) -> _Planner:
     merged_system = template.system if template.merge_system else None
 
     def runs_around(turn: Turn) -> tuple[bytes, bytes, bytes, tuple[bool, ...]]:
-        """What stands before the content, what behind, and what of the four is trained."""
+        """The ids before and after the content, and which of the four parts are in the loss."""
         return (
             known_ids(turn.before),
             known_ids(turn.end),
@@ -369,5 +370,5 @@ _NANOCHAT = Template(
     user=Turn(before="<|user_start|>", after="<|user_end|>"),
     assistant=Turn(before="<|assistant_start|>", end="<|assistant_end|>", trained=True),
 )
-# The templates that have a name, beside nanochat's.
+# The templates that have a name, except nanochat's.
 _NAMED = {template.name: template for template in (CHATML, LLAMA3)}

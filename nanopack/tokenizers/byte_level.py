@@ -44,6 +44,8 @@ _TO_BYTES[0x20] = _SEPARATOR
 _FROM_BYTE = {byte: chr(point) for point, byte in _BYTE_OF.items()}
 # UTF-8 has no such byte, and so no token either but itself.
 _SPARE = 0xFF
+# A special token that is never allowed, so that it stays text too.
+_NEVER = "\ue000\ue001\ue002"
 _MERGE = re.compile(r'"([^"]*)","([^"]*)"')
 _NOTHING: frozenset[str] = frozenset()
 
@@ -209,7 +211,9 @@ class ByteLevel:
 
 
 def _encoding(pattern: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
-    return tiktoken.Encoding("byte-level", pat_str=grouped(pattern), mergeable_ranks=ranks, special_tokens={})
+    # With no special token at all, tiktoken would find the empty one before each letter.
+    special = {_NEVER: max(ranks.values()) + 1}
+    return tiktoken.Encoding("byte-level", pat_str=grouped(pattern), mergeable_ranks=ranks, special_tokens=special)
 
 
 def _unreachable(encoding: tiktoken.Encoding, ranks: dict[bytes, int]) -> set[bytes]:

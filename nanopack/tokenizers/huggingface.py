@@ -10,6 +10,7 @@ imported: what is given brings its own code.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -24,6 +25,7 @@ from nanopack.errors import EncoderError
 from nanopack.tokenizers.added_tokens import AddedTokens, Found
 from nanopack.tokenizers.buffers import as_buffer, joined
 from nanopack.tokenizers.byte_level import ByteLevel, NotByteLevel, describe_difference
+from nanopack.tokenizers.rank_files import first_line
 
 # What a beginning of sequence may be called where the tokenizer does not say which it is.
 BOS_TOKENS = ("<|bos|>", "<|begin_of_text|>", "<|endoftext|>", "<s>")
@@ -59,7 +61,7 @@ class Core:
     def plain(self) -> Any:
         """Return a core without truncation and padding that finds special tokens: the given one, while it is so.
 
-        A copy takes a second to make. Whoever gave it may make it cut at any time.
+        A copy takes a second to make. Its owner may switch truncation on at any time.
         """
         return self.given if self._is_plain() else self._copy
 
@@ -101,17 +103,23 @@ class HuggingFaceTokenizer:
     """The moment, in ISO format, whose date the chat template writes; None where it writes none."""
 
     def __init__(
-        self, tokenizer: Any, *, special: Sequence[str] = (), clock: str | None = None, core: Core | None = None
+        self,
+        tokenizer: Any,
+        *,
+        special: Sequence[str] = (),
+        clock: str | None = None,
+        core: Core | None = None,
+        training: bool = False,
     ) -> None:
         """Take `tokenizer`. ValueError where it has no fast core (a slow one), or no beginning of sequence.
 
         `special`: added tokens that count as special though they are not marked so. `clock`: now, if not given.
-        `core`: its core, if known.
+        `core`: its core, if known. `training`: its chat template is the one that trl trains by in place of its own.
         """
-        self._given, self._special = tokenizer, tuple(special)
+        self._given, self._special, self._training = tokenizer, tuple(special), training
         given = getattr(tokenizer, "backend_tokenizer", tokenizer)
         self.name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        self.chat = None if given is tokenizer else tokenizer
+        self.chat = None if given is tokenizer else _for_training(tokenizer) if training else tokenizer
         if not hasattr(given, "encode_batch_fast"):
             raise ValueError(
                 f"tokenizer {self.name!r} is a Hugging Face tokenizer without a fast core; give a "
@@ -132,7 +140,7 @@ class HuggingFaceTokenizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what was given: the core would forget that special tokens are text."""
-        return _remade, (self._given, self._special, self.clock)
+        return _unpickled, (self._given, self._special, self.clock, self._training)
 
     @cached_property
     def byte_level(self) -> ByteLevel | None:
@@ -159,11 +167,22 @@ class HuggingFaceTokenizer:
     def with_special(self, tokens: Iterable[str]) -> HuggingFaceTokenizer:
         """Return one to which these of its added tokens are special: texts that look like them stay text."""
         more = [token for token in tokens if token in self.added_tokens and token not in self._special_ids]
-        return _remade(self._given, (*self._special, *more), self.clock, self.core) if more else self
+        return self._remade(special=(*self._special, *more)) if more else self
 
     def at(self, clock: str | None) -> HuggingFaceTokenizer:
         """Return one whose chat template writes the date of this moment, in ISO format."""
-        return self if clock in (None, self.clock) else _remade(self._given, self._special, clock, self.core)
+        return self if clock in (None, self.clock) else self._remade(clock=clock)
+
+    def for_training(self) -> HuggingFaceTokenizer:
+        """Return one whose chat template is the one that trl trains by: answers are marked in it.
+
+        ImportError without trl; ValueError where the tokenizer has no chat template, or trl knows none in its place.
+        """
+        return self if self._training else self._remade(training=True)
+
+    def _remade(self, **changed: Any) -> HuggingFaceTokenizer:
+        same = {"special": self._special, "clock": self.clock, "core": self.core, "training": self._training}
+        return HuggingFaceTokenizer(self._given, **{**same, **changed})
 
     def chat_template(self, *, tools: bool = False) -> str:
         """Return the chat template's source, with the date of `clock` in place of today's.
@@ -336,8 +355,26 @@ class HuggingFaceTokenizer:
         return text
 
 
-def _remade(given: Any, special: Sequence[str], clock: str | None, core: Core | None = None) -> HuggingFaceTokenizer:
-    return HuggingFaceTokenizer(given, special=special, clock=clock, core=core)
+def _unpickled(given: Any, special: Sequence[str], clock: str | None, training: bool) -> HuggingFaceTokenizer:
+    return HuggingFaceTokenizer(given, special=special, clock=clock, training=training)
+
+
+def _for_training(chat: Any) -> Any:
+    """Return a copy with the chat template that trl trains by."""
+    try:
+        from trl.chat_template_utils import get_training_chat_template
+    except ModuleNotFoundError as error:
+        raise ImportError("template='hf-training' needs trl; pip install 'nanopack[hf]'") from error
+    if not chat.chat_template:
+        raise ValueError("template='hf-training' is trl's chat template in place of a tokenizer's own, and it has none")
+    try:
+        # None: its own marks the answers already
+        source = get_training_chat_template(chat) or chat.chat_template
+    except ValueError as error:
+        raise ValueError(f"template='hf-training': {first_line(error)}") from error
+    trained = copy.copy(chat)
+    trained.chat_template = source
+    return trained
 
 
 def _encode_strings(fast: ByteLevel, texts: Sequence[str | bytes]) -> list[Any]:

@@ -232,6 +232,21 @@ TokenizerLike: TypeAlias = (
 """What `load_tokenizer`, and so `Loader`, takes."""
 
 
+def for_template(tokenizer: AnyTokenizer, template: object) -> AnyTokenizer:
+    """Return the tokenizer itself, or with template="hf-training" one with the chat template that trl trains by.
+
+    ImportError without trl; ValueError where the tokenizer has no chat template, or trl knows none in its place.
+    """
+    if template != "hf-training":
+        return tokenizer
+    if not isinstance(tokenizer, HuggingFaceTokenizer) or tokenizer.chat is None:
+        raise ValueError(
+            f"template='hf-training' is trl's chat template in place of a transformers tokenizer's own, and tokenizer "
+            f"{tokenizer.name!r} is no such tokenizer; use another template"
+        )
+    return tokenizer.for_training()
+
+
 def load_tokenizer(tokenizer: object) -> AnyTokenizer:
     """Return the `Tokenizer` or `HuggingFaceTokenizer` that the argument names, wraps or is.
 

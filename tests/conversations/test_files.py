@@ -38,7 +38,7 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 blanks = st.sampled_from([b"", b"  ", b"\t", b"\r", b" \r"])
 json_lines = st.builds(
-    lambda before, text, ascii, behind: before + json.dumps({"text": text}, ensure_ascii=ascii).encode() + behind,
+    lambda before, text, ascii, after: before + json.dumps({"text": text}, ensure_ascii=ascii).encode() + after,
     blanks,
     texts,
     st.booleans(),

@@ -144,8 +144,8 @@ def test_a_key_that_says_whether_a_message_is_learnt_is_obeyed(
 @pytest.mark.parametrize("container", PLACES)
 def test_harmless_keys_change_nothing_and_unknown_ones_are_named(tmp_path: Path, container: str) -> None:
     harmless = dict.fromkeys(keys_of(RECORD, HARMLESS), 1) | {"messages": [U, A]}
-    beside = dict.fromkeys(keys_of(MESSAGE, HARMLESS, PASSED), "1")
-    found = check(in_container(harmless | {"messages": [U | beside, A | beside]}, container, tmp_path))
+    notes = dict.fromkeys(keys_of(MESSAGE, HARMLESS, PASSED), "1")
+    found = check(in_container(harmless | {"messages": [U | notes, A | notes]}, container, tmp_path))
     assert found.ignored_keys == ()
     assert [(message.role, message.content) for message in found.messages] == [("user", "Q"), ("assistant", "A")]
     parts = [{"type": "text", "text": "A", "glow": 1, "id": "7"}]

@@ -137,7 +137,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "apigen": ({"conversations": [H, G], "tools": json.dumps([TOOL])}, "the record has tools"),
     "nemotron": ({"input": [U], "output": "A", "reasoning": "on"}, "none of messages"),
     "nemotron-renamed": ({"prompt": [U], "completion": "A", "reasoning": "on"}, "reasoning cannot be honoured"),
-    "reasoning-beside": ({"messages": [U, A], "chain_of_thought": "R"}, "chain_of_thought cannot be .* the answer"),
+    "reasoning-of-a-record": (
+        {"messages": [U, A], "chain_of_thought": "R"},
+        "chain_of_thought cannot be .* the answer",
+    ),
     "llava": ({"id": "0", "image": "a.jpg", "conversations": [H, G]}, "image cannot be honoured"),
     "image-path": ({"messages": [U, A], "image_path": "a.jpg"}, "image_path is not known"),
     "messages-as-text": ({"messages": json.dumps([U, A])}, "the messages must be a list, not"),
@@ -252,3 +255,28 @@ def test_a_table_in_memory_says_what_to_give_instead() -> None:
     pyarrow = pytest.importorskip("pyarrow")
     with pytest.raises(ValueError, match=r"give \.to_pylist\(\) of it, or the file"):
         open_conversations(pyarrow.Table.from_pylist([{"text": "a"}]))
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch"])
+def test_flags_and_weights_of_a_formatted_dataset_are_those_of_a_list(form: str) -> None:
+    pytest.importorskip("datasets")
+    records = [
+        {"messages": [U | {"weight": 0}, A | {"weight": 0}, U | {"weight": 1}, A | {"weight": 1}], "weight": 0.5},
+        {"messages": [U | {"weight": 1}, A | {"weight": 1}], "weight": 2.0},
+    ]
+    source = open_conversations(as_dataset(records, Path()).with_format(form))
+    for place, record in enumerate(records):
+        found, expected = check(source[place]), check(record)
+        assert (found.messages, found.weight) == (expected.messages, expected.weight)
+    wanted = [{"prompt": "Q", "completion": "A", "label": label} for label in (True, False)]
+    source = open_conversations(as_dataset(wanted, Path()).with_format(form))
+    assert check(source[0]).messages == check(wanted[0]).messages
+    refused(source[1])
+
+
+def test_ids_in_an_object_array_are_those_of_a_list() -> None:
+    import numpy as np
+
+    assert shown({"input_ids": np.array([65, 66], object), "labels": np.array([-100, 66], object)}) == "A[[B]]"
+    for labels in ([-100, 66.0], [True, True], np.array([-100, 66.0], object)):
+        refused({"input_ids": [65, 66], "labels": labels})

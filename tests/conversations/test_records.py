@@ -360,7 +360,7 @@ BAD_RECORDS: dict[str, tuple[object, str]] = {
     "weight-infinite-in-float32": (HI | {"weight": 3.5e38}, r"^weight must be .* not 3.5e\+38"),
     "weight-huge-integer": (HI | {"weight": 10**400}, r"^weight must be .* not 1000"),
     "weight-bool": (HI | {"weight": True}, r"^weight must be .* not True of type bool$"),
-    "weight-numpy-bool": (HI | {"weight": np.True_}, r"^weight must be .* not np.True_ of type bool$"),
+    "weight-numpy-bool": (HI | {"weight": np.True_}, r"^weight must be .* not True of type bool$"),
     "weight-infinite-in-float16": (HI | {"weight": np.float16(math.inf)}, r"^weight must be .* not inf"),
     "weight-string": ({"text": "x", "weight": "1"}, r"^weight must be .* not '1' of type str$"),
 }
@@ -371,7 +371,7 @@ def test_a_bad_record_is_an_error_that_names_message_value_and_remedy(edge: str)
     record, message = BAD_RECORDS[edge]
     with pytest.raises(ConversationError, match=message) as caught:
         check(record)
-    # The caller puts the place before it and a full stop behind it.
+    # The caller puts the place before it and a full stop after it.
     assert not str(caught.value).endswith(".")
     assert len(str(caught.value)) < 250
 

@@ -1,4 +1,4 @@
-"""What has no random access is unpacked once, whoever reads it first."""
+"""What has no random access is unpacked once, by the first that reads it."""
 
 from __future__ import annotations
 

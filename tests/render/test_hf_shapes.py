@@ -1,4 +1,4 @@
-"""A chat template runs once for each shape of a chat, and each time where what it writes depends on the contents."""
+"""Promises of hf_shapes.py and hf_watch.py: a template runs once a shape, if its text depends on no content."""
 
 from __future__ import annotations
 

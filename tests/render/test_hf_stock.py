@@ -5,21 +5,23 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
+import pickle
 import re
 
 import numpy as np
 import pytest
 
-from nanopack import ConversationError, witness
+from nanopack import ConversationError, Loader, verify, witness
 from nanopack.conversations.records import check
 from nanopack.reference.documents import render as reference_render
 from nanopack.reference.records import conversation
 from nanopack.render.renderer import Renderer
-from nanopack.tokenizers.tokenizer import load_tokenizer
+from nanopack.tokenizers.tokenizer import for_template, load_tokenizer
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack[hf]'")
 
 from stock_templates import TALKS, folder, make_stock, names, source
+from tiny_hf import MARKED, PLAIN, make_core, make_tokenizer
 
 if folder() is None:
     pytest.skip("needs trl, whose chat templates these are: pip install trl", allow_module_level=True)
@@ -177,3 +179,24 @@ def test_at_least_38_of_41_stock_templates_are_right_in_chats_of_two_turns(capsy
     refused = [name for name in STOCK if isinstance(outcome(name, "two turns"), str)]
     assert len(STOCK) - len(refused) >= len(STOCK) - 3, refused
     assert source("qwen3") != source("qwen3_training")
+
+
+@pytest.mark.parametrize("name", [name for name in names(training=False) if f"{name}_training" in names()])
+def test_hf_training_is_the_template_that_trl_trains_by(name):
+    stock = load_tokenizer(make_stock(name))
+    coder = for_template(stock, "hf-training")
+    for back in (coder, pickle.loads(pickle.dumps(coder)), coder.with_special(["<think>"]), coder.for_training()):
+        assert back.chat.chat_template == source(f"{name}_training")
+    assert stock.chat.chat_template == source(name) and stock.fingerprint() != coder.fingerprint()
+    found = verify([TALKS["two turns"]], make_stock(name), template="hf-training", batch_size=1, seq_len=4096)
+    assert found, found.difference
+
+
+def test_hf_training_takes_a_template_that_marks_answers_as_it_is():
+    assert for_template(load_tokenizer(make_tokenizer(MARKED)), "hf-training").chat_template() == MARKED
+
+
+@pytest.mark.parametrize("tokenizer", ["chat32k", make_core(), make_tokenizer(), make_tokenizer(PLAIN)])
+def test_hf_training_is_refused_where_trl_has_no_template(tokenizer):
+    with pytest.raises(ValueError, match="template='hf-training'"):
+        Loader([TALKS["one turn"]], tokenizer, template="hf-training")

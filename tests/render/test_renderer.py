@@ -398,7 +398,7 @@ S, U, A = (Message(role, f"I am {role}") for role in ("system", "user", "assista
 PARTED = {role: Message(role, (Part("text", "p"), Part("python", "1"))) for role in ("system", "user", "assistant")}
 SPACES = " " * 1_000_001
 ALTERNATE = "messages must alternate user/assistant after an optional system message"
-NOT_FIRST = f"where the first user message must be; {ALTERNATE}"
+NOT_FIRST = f"where the first user message must be; {ALTERNATE}; first_assistant='drop' or 'empty_user' helps"
 PARTS_OF = "content has parts that are not text; for role"
 REFUSED = "tiktoken cannot encode this text of 1,000,001 characters"
 FORBIDDEN = {
@@ -447,7 +447,7 @@ def test_what_a_template_forbids_is_an_error_that_names_the_message(case):
     with pytest.raises(ConversationError) as caught:
         RENDER["chatml" if case.startswith("chatml") else "nanochat"](Conversation(tuple(messages)))
     assert str(caught.value).startswith(error)
-    # The caller goes on with '. Fix it or pass on_error="skip".'
+    # The caller continues with '. Fix it or pass on_error="skip".'
     assert not str(caught.value).endswith(".")
 
 

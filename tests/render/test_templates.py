@@ -240,11 +240,11 @@ def test_special_tokens_are_a_tuple_or_a_list_and_nothing_that_is_gone_when_look
         Template(name="t", special_tokens=tokens, user=Turn("U:"), assistant=Turn("A:", trained=True))
 
 
-def test_a_turn_of_the_user_that_is_trained_is_explained_as_the_users():
+def test_a_turn_of_the_user_in_the_loss_is_explained_as_the_users():
     template = Template(name="both", special_tokens=(), user=Turn("U:", trained=True), assistant=Turn("A:"))
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
     with Loader([chat], "chat32k", 1, 8, template=template, epochs=1, num_workers=0) as loader:
         batch = next(loader)
         reasons = {loader.explain(batch, 0, column).reason for column in range(8)}
     assert "template 'both' puts this part of the user's message in the loss" in reasons
-    assert not any("assistant's message" in reason and "not" not in reason for reason in reasons)
+    assert not any("assistant's message in the loss" in reason for reason in reasons)

@@ -15,7 +15,7 @@ def parts_of(message: Message) -> list[tuple[str, str]]:
     return [(part.type, part.text) for part in message.content if isinstance(part, Part)]
 
 
-def told(conversation: Conversation) -> Any:
+def as_oracle(conversation: Conversation) -> Any:
     """A conversation in the oracle's form."""
     messages = [
         (
@@ -36,7 +36,7 @@ def told(conversation: Conversation) -> Any:
 
 def outcome(record: object) -> Any:
     try:
-        return told(check(record))
+        return as_oracle(check(record))
     except ConversationError:
         return REFUSED
 

@@ -145,7 +145,7 @@ def test_special_ids_decode_to_their_names_and_broken_utf8_to_the_replacement_ch
 @pytest.mark.parametrize(
     "ids",
     [
-        pytest.param([32768], id="behind-the-last"),
+        pytest.param([32768], id="after-the-last"),
         pytest.param([-1], id="negative"),
         pytest.param([1.5], id="fraction"),
         pytest.param(["a"], id="text"),
@@ -380,7 +380,7 @@ RUNS_CODE = {
     "exec": pickle.dumps(Runs(exec, "open('marker', 'w')")),
     "open": pickle.dumps(Runs(open, "marker", "w")),
     "nested": pickle.dumps(Runs(pickle.loads, pickle.dumps(TOUCH))),
-    "beside-an-encoding": pickle.dumps([TOKENIZER.encoding, TOUCH]),
+    "next-to-an-encoding": pickle.dumps([TOKENIZER.encoding, TOUCH]),
     "before-an-encoding": pickle.dumps(TOUCH, 2)[:-1] + b"0" + REAL,
     "in-the-state": with_changed_state(name=TOUCH),
     "python-2-name": call(b"__builtin__ eval", "open('marker', 'w')"),
