@@ -67,10 +67,10 @@ class Process:
         self._closed = False
         self._trainer = os.getpid()
         self._lock = threading.RLock()
-        _open.add(self)
         handover = Handover(method, (reader, workers, first))
         arguments = (handover, method, self.ring, messages, alive, self._trainer)
         self._process: Any = context.Process(target=_serve, args=arguments, name="nanopack producer", daemon=True)
+        _open.add(self)
         try:
             widen(messages)
             start(self._process, warn_of_threads=reader.source.runs_foreign_code)

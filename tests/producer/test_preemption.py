@@ -111,6 +111,25 @@ def test_a_program_that_the_data_set_runs_can_be_terminated(workers):
         assert len(list(iter(loader))) > 20
 
 
+def test_a_signal_to_the_producer_does_not_wake_asyncio_of_the_trainer():
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    os.set_blocking(writing, False)
+    before = signal.set_wakeup_fd(writing)
+    try:
+        with Loader(CHATS, TOKENIZER, **SMALL) as loader:
+            next(loader)
+            os.kill(loader.producer_pid, signal.SIGTERM)
+            for _ in range(20):
+                next(loader)
+            with pytest.raises(BlockingIOError):
+                os.read(reading, 1)
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(reading)
+        os.close(writing)
+
+
 def leave_open():
     global left
     left = Loader(CHATS, TOKENIZER, **SMALL)
