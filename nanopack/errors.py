@@ -32,8 +32,29 @@ NEVER_SKIPPED = (MemoryError, TemplateError, EncoderError, ProducerError, Storag
 """Errors that no conversation causes: on_error="skip" does not skip them."""
 
 
-# Modules of libraries whose errors are about files, archives and databases, and no OSErrors.
-_STORAGE_MODULES = ("zlib", "_lzma", "lzma", "zipfile", "tarfile", "sqlite3", "pyarrow.lib", "lmdb", "zstandard")
+# Packages whose errors are about files, archives, networks and databases, and no OSErrors.
+_STORAGE_MODULES = (
+    "zlib",
+    "_lzma",
+    "lzma",
+    "zipfile",
+    "tarfile",
+    "sqlite3",
+    "pyarrow.lib",
+    "lmdb",
+    "zstandard",
+    "botocore",
+    "urllib3",
+    "aiohttp",
+    "httpx",
+    "httpcore",
+    "redis",
+    "pymongo",
+    "grpc",
+    "google.api_core",
+)
+# What an error of a database or a client is called, whatever the package (PEP 249).
+_STORAGE_NAMES = {"OperationalError", "InterfaceError", "TimeoutError", "ConnectionError"}
 
 
 def is_storage_error(error: BaseException | None) -> bool:
@@ -41,10 +62,14 @@ def is_storage_error(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, (OSError, EOFError)):
             return True
-        if isinstance(error, Exception) and type(error).__module__.startswith(_STORAGE_MODULES):
+        if isinstance(error, Exception) and any(map(_is_of_storage, type(error).__mro__)):
             return True
-        error = error.__cause__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return False
+
+
+def _is_of_storage(kind: type) -> bool:
+    return kind.__name__ in _STORAGE_NAMES or kind.__module__.startswith(_STORAGE_MODULES)
 
 
 def short(value: object, length: int = 60) -> str:

@@ -2,7 +2,7 @@
 
     Batch.word_pieces + the conversation, rendered again   ->   explain()   ->   Explanation, which prints as a sentence
 
-Works on the host, from the batch's list of pieces; no tensor is read.
+Works on the host, from the batch's list of pieces; of the tensors it reads only the ids that it explains.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ def explain(
 ) -> Explanation:
     """Explain `inputs[row, col]` and `targets[row, col]`.
 
-    IndexError outside 0 <= row < B, 0 <= col < T; TypeError if row or col is not an int.
+    IndexError outside 0 <= row < B, 0 <= col < T; TypeError if row or col is not an int; ValueError where the data have
+    changed since the batch was made.
     """
     for name, index, size in (("row", row, config.batch_size), ("col", col, config.seq_len)):
         if not hasattr(index, "__index__"):
@@ -106,7 +107,7 @@ def explain(
             raise IndexError(f"{name}={index} is outside the batch; use 0 to {size - 1}")
 
     pieces = [p for p in batch.word_pieces[row] if p.start <= col + 1 and col < p.start + p.length]
-    here, following = _tokens(pieces, range(col, col + 2), source, tokenizer, render, config)
+    here, following = _tokens(batch, row, pieces, range(col, col + 2), source, tokenizer, render, config)
     return _explained(here, following, config)
 
 
@@ -121,7 +122,7 @@ def explain_row(
 ) -> list[Explanation]:
     """Explain each position of a row, a list of T; a conversation is rendered once for all of its positions."""
     columns = range(config.seq_len + 1)
-    tokens = _tokens(batch.word_pieces[row], columns, source, tokenizer, render, config)
+    tokens = _tokens(batch, row, batch.word_pieces[row], columns, source, tokenizer, render, config)
     return [_explained(here, following, config) for here, following in itertools.pairwise(tokens)]
 
 
@@ -131,6 +132,8 @@ def _explained(here: Token | None, following: Token | None, config: LoaderConfig
 
 
 def _tokens(
+    batch: Batch,
+    row: int,
     pieces: Sequence[Piece],
     columns: range,
     source: Source,
@@ -140,11 +143,18 @@ def _tokens(
 ) -> list[Token | None]:
     """Return the token in each of these consecutive columns (0 to T) of one row, or None for padding."""
     found: dict[int, Token] = {}
+    ids = batch.inputs[row, columns[0] : columns[-1] + 1].tolist()
     for piece in pieces:
         conversation = choose(check(peek(source, piece.conversation, config.seed)), config.loss, config.first_assistant)
         document, where = render(conversation), source.where(piece.conversation)
         for column in range(max(piece.start, columns[0]), min(piece.start + piece.length, columns[-1] + 1)):
             offset = piece.offset + column - piece.start
+            was = ids[column - columns[0]] if column - columns[0] < len(ids) else None
+            if offset >= len(document.ids) or was not in (None, document.ids[offset]):
+                raise ValueError(
+                    f"{where} is not what the batch was made of: its token {offset} is another one. The data set has "
+                    f"changed since it was read; or, with static=True, a later batch is in these tensors"
+                )
             found[column] = _token(piece.conversation, where, offset, conversation, document, tokenizer, config)
     return [found.get(column) for column in columns]
 

@@ -324,7 +324,8 @@ class Loader:
     def explain(self, batch: Batch, row: int, col: int) -> Explanation:
         """Explain a position: its conversation, message, role and text, and why it is in the loss or not.
 
-        Raises IndexError where the batch has no such row or column, TypeError where one is no int.
+        Raises IndexError where the batch has no such row or column, TypeError where one is no int, ValueError where the
+        data have changed since.
         """
         return explain(
             batch,

@@ -210,7 +210,7 @@ class Run:
         return self._counts[all_ranks]
 
     def stats(self) -> StatsReport:
-        """Return where time and memory went so far."""
+        """Return the time and memory spent so far."""
         ledger = Ledger.total(Ledger.of(shard["ledger"]) for shard in self.shards().values())
         tokens_so_far = None if self.config.epochs is None else ledger.positions_tokens
         return self._stats.report(self.prefetcher.waited_s, tokens_so_far)

@@ -53,3 +53,14 @@ def test_inspect_lists_a_piece_with_ids_that_are_not_used(tmp_path, capsys, monk
     )
     assert cli.main(["inspect", str(tmp_path / "ready.jsonl"), "--seq-len", "16", "--batch-size", "1"]) == 0
     assert "hello<299>there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [lambda data: data.reverse(), lambda data: data.__setitem__(0, {"text": "a"})])
+def test_data_that_changed_after_the_batch_are_not_explained_as_if_they_had_not(change):
+    data = [{"text": "abcdef"}, {"text": "uvwxyz"}]
+    with Loader(data, byte_tokenizer(), 1, 16, packing="stream") as loader:
+        batch = next(loader)
+        assert loader.explain(batch, 0, 3).input.text == "c"
+        change(data)
+        with pytest.raises(ValueError, match=r"conversation 0 is not what the batch was made of: its token 3"):
+            loader.explain(batch, 0, 3)

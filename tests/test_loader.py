@@ -522,5 +522,8 @@ class Counted(list):
 def test_the_data_are_read_once_an_epoch_and_once_more_for_all_that_counts(use, passes):
     conversations = Counted([{"text": "ab" * (k % 5)} for k in range(40)])
     loader = Loader(conversations, SMALL, 2, 8, packing="stream", epochs=2)
+    # but for the sample of the fingerprint
+    assert sum(conversations.reads) == 16
+    conversations.reads[:] = [0] * 40
     use(loader)
     assert set(conversations.reads) == {passes}

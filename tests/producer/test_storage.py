@@ -41,10 +41,27 @@ def test_an_error_of_the_storage_stops_the_run_in_both_modes_without_the_advice_
     assert "skip" not in str(raised.value) and raised.value.__cause__
 
 
+def caused():
+    raise RuntimeError("no record") from ConnectionResetError("gone")
+
+
+def in_the_handler():
+    try:
+        raise ConnectionResetError("gone")
+    except ConnectionResetError:
+        raise RuntimeError("no record")  # noqa: B904 (as it is often written)
+
+
+def of_a_database():
+    class OperationalError(Exception):
+        pass
+
+    raise RuntimeError("no record") from OperationalError("server closed the connection")
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_that_an_error_of_the_storage_caused_stops_the_run_too(workers):
-    def do():
-        raise RuntimeError("no record") from ConnectionResetError("gone")
+@pytest.mark.parametrize("do", [caused, in_the_handler, of_a_database])
+def test_an_error_that_an_error_of_the_storage_caused_stops_the_run_too(do, workers):
 
     with within(20), pytest.raises(StorageError, match="conversation 20, RuntimeError: no record"):
         read_all(Faulty(20, do), on_error="skip", num_workers=workers)
@@ -124,7 +141,9 @@ def test_a_file_of_text_that_changes_while_it_is_read_ends_the_run_by_name(tmp_p
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 @pytest.mark.parametrize("harm", ["touched", "copied again", "gone for a moment"])
-def test_a_file_with_the_same_content_goes_on(tmp_path, kind, harm):
+def test_a_file_with_the_same_content_goes_on(tmp_path, kind, harm, monkeypatch):
+    # most files are opened again and again, as of a data set of hundreds
+    monkeypatch.setattr("nanopack.conversations.random_access.most_open_files", lambda: 4)
     paths = [write(tmp_path / f"{k}.{kind}", RECORDS[k * 100 :][:100]) for k in range(20)]
     expected = read_all([str(path) for path in paths])
     with within(20), Loader([str(p) for p in paths], TOKENIZER, epochs=1, prefetch=1, **SMALL) as loader:
