@@ -119,13 +119,25 @@ class Locked(list):
 def test_a_lock_that_was_held_at_the_fork_is_hinted_at_where_nothing_came(monkeypatch, caplog, held):
     monkeypatch.setattr("nanopack.producer.process.STALL", 0.1)
     data = Locked() if held else Faulty(20, lambda: time.sleep(60))
-    with data.lock if held else warnings.catch_warnings():
-        loader = Loader(data, TOKENIZER, **SMALL)
+    if held:
+        # once the sample is read, just before the fork
+        monkeypatch.setattr("nanopack.run.sample_of", lambda *_: data.lock.acquire() and "")
+    loader = Loader(data, TOKENIZER, **SMALL)
     threading.Timer(1, loader.close).start()
     with caplog.at_level(logging.WARNING, "nanopack"), within(20), pytest.raises(RuntimeError, match="closed"):
         for _ in loader:
             pass
     assert "waited" in caplog.text and ('use start_method="spawn"' in caplog.text) == held
+
+
+def test_a_lock_that_another_thread_holds_at_construction_is_waited_for_with_a_hint(monkeypatch, caplog):
+    monkeypatch.setattr("nanopack.state.SLOW", 0.1)
+    data = Locked()
+    data.lock.acquire()
+    threading.Timer(0.5, data.lock.release).start()
+    with within(20), caplog.at_level(logging.WARNING, "nanopack"), Loader(data, TOKENIZER, **SMALL) as loader:
+        assert next(loader)
+    assert "a lock that another thread holds?" in caplog.text
 
 
 @pytest.mark.parametrize(("data", "warned"), [(CHATS, 0), (Faulty(99, None), 1)], ids=["list", "class of the user's"])
