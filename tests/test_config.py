@@ -38,7 +38,7 @@ BAD = [
     ({"max_pieces": 4}, "max_pieces=4 has no meaning without cu_seqlens; leave it out, or add"),
     (
         {"template": "llama"},
-        "template='llama' is not allowed; use one of 'nanochat', 'chatml', 'llama3', 'hf', or a n",
+        "template='llama' is not allowed; use one of 'nanochat', 'chatml', 'llama3', 'hf', 'hf-training', or a n",
     ),
     ({"max_document_tokens": 0}, "max_document_tokens=0 is not allowed; use an int from 1 upwards, or None"),
     ({"boundary_loss": None}, "boundary_loss=None is not allowed; use True or False"),

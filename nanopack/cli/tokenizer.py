@@ -26,7 +26,7 @@ def find_tokenizer(text: str) -> Any:
     """
     path = Path(text)
     if text in tiktoken.list_encoding_names():
-        return tiktoken.get_encoding(text)
+        return _fetched(text)
     if path.suffix == ".json" and path.is_file():
         return _of_file(path)
     if (path / "tokenizer.json").is_file() and not (path / "tokenizer.pkl").is_file():
@@ -34,6 +34,17 @@ def find_tokenizer(text: str) -> Any:
     if path.exists() or not _may_be_on_the_hub(text):
         return text
     return _downloaded(text)
+
+
+def _fetched(name: str) -> tiktoken.Encoding:
+    try:
+        return tiktoken.get_encoding(name)
+    # requests' errors are OSErrors
+    except OSError as error:
+        raise ValueError(
+            f"tokenizer={name!r}: tiktoken could not fetch its ranks ({type(error).__name__}); put them "
+            f"into the folder TIKTOKEN_CACHE_DIR, or give {TOKENIZERS}"
+        ) from None
 
 
 def _of_file(path: Path) -> Any:

@@ -129,11 +129,11 @@ def looks_like(key: str, table: str) -> str:
 
 
 def is_flag(value: Any) -> bool:
-    """Return whether a value may say what is in the loss: yes or no, a number from 0 to 1, or numbers in a row."""
+    """Return whether a value may say what is in the loss: yes or no, 0 or 1, or numbers in a row."""
     if isinstance(value, str):
         return value.lower() in _YES_NO
     if isinstance(value, Real):
-        return 0 <= float(value) <= 1
+        return value in (0, 1)
     if isinstance(value, (list, tuple)):
         return len(value) > 0 and isinstance(value[0], Real)
     # of torch a dtype has no kind, and is numbers

@@ -194,7 +194,9 @@ def _check_ignored(key: object, value: object, shape: str) -> None:
     like = looks_like(str(key), "record") if key not in RECORD else ""
     if like not in ("", "loss", "media"):
         fail(f"{key} is not known, and looks like {like}; name it so, or remove it")
-    if (like == "loss" and is_flag(value)) or (like == "media" and value is not False):
+    # the number of images is not an image
+    shown = like == "media" and (value is True or not isinstance(value, Real))
+    if shown or (like == "loss" and is_flag(value)):
         fail(f"{key} is not known, and may say what is in the loss or shown: {short(value)}; {_REMOVE}")
 
 

@@ -54,7 +54,8 @@ def refuse_suspects(held: Mapping[Any, Any], matters: set[str], known: set[str])
         if "_".join(words) in matters:
             raise ConversationError(f"its {name} is another spelling of a key that matters")
         loss, media = LOSS_WORDS & {*words}, MEDIA_WORDS & {*words}
-        if (loss and _says_yes_or_no(value)) or (media and not loss and value is not False):
+        shown = media and not loss and (value is True or not isinstance(value, Real))
+        if shown or (loss and _says_yes_or_no(value)):
             raise ConversationError(f"its {name} may matter")
 
 
@@ -62,7 +63,7 @@ def _says_yes_or_no(value: Any) -> bool:
     if isinstance(value, str):
         return value.lower() in ("true", "false", "yes", "no", "0", "1")
     if isinstance(value, Real):
-        return 0 <= float(value) <= 1
+        return value in (0, 1)
     if isinstance(value, (list, tuple)):
         return isinstance(value[0], Real)
     return getattr(getattr(value, "dtype", "O"), "kind", "i" if hasattr(value, "dtype") else "O") in "biuf"

@@ -9,6 +9,7 @@ these the longest. Ported from `AddedVocabulary::find_matches` of huggingface/to
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from itertools import groupby
@@ -38,8 +39,8 @@ class AddedTokens:
         self._as_text = as_text
         self.single_words = any(token.single_word for token in tokens.values())
         passes = [[t.content for t in tokens.values() if t.content and t.normalized == late] for late in (False, True)]
-        self._passes = [re.compile(any_of(contents)) for contents in passes if contents]
-        self._any = re.compile(any_of(content for content in self._ids if content and content not in as_text))
+        self._passes = [_finder(frozenset(contents)) for contents in passes if contents]
+        self._any = _finder(frozenset(content for content in self._ids if content and content not in as_text))
 
     def within(self, text: str) -> bool:
         """Return whether one of the tokens that do not stay text may be in the text."""
@@ -82,6 +83,12 @@ def _between(found: list[Found], length: int) -> Iterator[tuple[int, int]]:
         done = token.end
     if done < length:
         yield done, length
+
+
+@functools.lru_cache(16)
+def _finder(words: frozenset[str]) -> re.Pattern[str]:
+    """Return the pattern of these words. A thousand take a tenth of a second to compile."""
+    return re.compile(any_of(words))
 
 
 def any_of(words: Iterable[str]) -> str:

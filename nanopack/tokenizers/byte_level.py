@@ -13,13 +13,14 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 import tiktoken
 
+from nanopack.tokenizers.buffers import as_buffer
 from nanopack.tokenizers.rank_files import is_panic
 from nanopack.tokenizers.split_patterns import PatternError, grouped, of_pre_tokenizer
 
@@ -106,9 +107,14 @@ class ByteLevel:
     trailing: np.ndarray | None
 
     def __init__(
-        self, core: Any, settings: str, vocab_size: int, encode_exactly: Callable[[Sequence[str]], list[list[int]]]
+        self,
+        core: Any,
+        settings: str,
+        vocab: Mapping[str, int],
+        vocab_size: int,
+        encode_exactly: Callable[[Sequence[str]], list[list[int]]],
     ) -> None:
-        """Take the settings, a tokenizer.json; NotByteLevel where its ids might differ.
+        """Take the settings, a tokenizer.json, and the vocabulary; NotByteLevel where its ids might differ.
 
         `encode_exactly` gives the ids of texts as the tokenizer itself has them.
         """
@@ -119,7 +125,7 @@ class ByteLevel:
             pattern = of_pre_tokenizer(head["pre_tokenizer"] or {"type": "none", "add_prefix_space": True})
         except PatternError as error:
             raise NotByteLevel(str(error)) from None
-        tokens = _bytes_of(core.get_vocab(with_added_tokens=False))
+        tokens = _bytes_of(vocab)
         ranks, self._ids = _rank(tokens, products, model.get("ignore_merges", False))
         found = _encoding(pattern, ranks)
         lost = _unreachable(found, ranks)
@@ -165,18 +171,23 @@ class ByteLevel:
         """Return whether the tokenizer's normalizer would leave the text as it is."""
         return self.form is None or text.isascii() or unicodedata.is_normalized(self.form, text)
 
-    def encode_each(self, texts: Sequence[str]) -> list[Any]:
-        """Return a buffer of ids, uint32, of each text; all of them must be taken."""
+    def encode_each(self, texts: Sequence[str | bytes]) -> list[Any]:
+        """Return a buffer of ids, uint32, of each text; all of them must be taken. Bytes are such a buffer already."""
+        encode = self._encode
         try:
-            buffers = [self._encode(text, _NOTHING) for text in texts]
+            buffers = [text if isinstance(text, bytes) else encode(text, _NOTHING) for text in texts]
         except BaseException as error:
             if not (isinstance(error, ValueError) or is_panic(error)):
                 raise
             # tiktoken refuses one of them; Hugging Face refuses none
-            return [np.array(ids, np.uint32).tobytes() for ids in self._encode_exactly(texts)]
+            exact = iter(self._encode_exactly([text for text in texts if isinstance(text, str)]))
+            return [text if isinstance(text, bytes) else as_buffer(next(exact)) for text in texts]
         if self._ids is None:
             return buffers
-        return [self._ids[np.frombuffer(buffer, np.uint32)].tobytes() for buffer in buffers]
+        return [
+            buffer if isinstance(buffer, bytes) else self._ids[np.frombuffer(buffer, np.uint32)].tobytes()
+            for buffer in buffers
+        ]
 
     def difference(self, text: str) -> str | None:
         """Describe the first difference between the ids here and the tokenizer's own; None if they are equal."""
@@ -280,7 +291,7 @@ def _trims_offsets(post: Any) -> bool:
     return any(step.get("trim_offsets", False) for step in steps)
 
 
-def _bytes_of(vocab: dict[str, int]) -> dict[bytes, int]:
+def _bytes_of(vocab: Mapping[str, int]) -> dict[bytes, int]:
     """Return the ids by the tokens' bytes, without tokens that are not written in bytes."""
     written = " ".join(vocab).translate(_TO_BYTES).split(_SEPARATOR)
     if len(written) != len(vocab):

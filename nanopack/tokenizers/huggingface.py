@@ -25,6 +25,7 @@ from nanopack.errors import EncoderError
 from nanopack.tokenizers.added_tokens import AddedTokens, Found
 from nanopack.tokenizers.buffers import as_buffer, joined
 from nanopack.tokenizers.byte_level import ByteLevel, NotByteLevel, describe_difference
+from nanopack.tokenizers.core import Core
 from nanopack.tokenizers.rank_files import first_line
 
 # What a beginning of sequence may be called where the tokenizer does not say which it is.
@@ -38,49 +39,6 @@ _CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 def is_hugging_face(tokenizer: object) -> bool:
     """Return whether this is an object of transformers or tokenizers."""
     return any(cls.__module__.split(".")[0] in ("transformers", "tokenizers") for cls in type(tokenizer).__mro__)
-
-
-class Core:
-    """The Rust core of a tokenizer as it was given, and what is made of it, once for all that share it."""
-
-    def __init__(self, given: Any) -> None:
-        self.given = given
-        self._size = given.get_vocab_size(with_added_tokens=True)
-        self.settings: str = given.to_str()
-        if not self._is_plain():
-            copy = type(given).from_str(self.settings)
-            copy.no_truncation()
-            copy.no_padding()
-            self.settings = copy.to_str()
-
-    def _is_plain(self) -> bool:
-        given = self.given
-        as_it_was = given.get_vocab_size(with_added_tokens=True) == self._size
-        return bool(as_it_was and not (given.truncation or given.padding or given.encode_special_tokens))
-
-    def plain(self) -> Any:
-        """Return a core without truncation and padding that finds special tokens: the given one, while it is so.
-
-        A copy takes a second to make. Its owner may switch truncation on at any time.
-        """
-        return self.given if self._is_plain() else self._copy
-
-    @cached_property
-    def _copy(self) -> Any:
-        return type(self.given).from_str(self.settings)
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of texts, special tokens found in them."""
-        return [found.ids for found in self.plain().encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    @cached_property
-    def byte_level(self) -> ByteLevel | NotByteLevel:
-        """Its encoding by tiktoken, or why there is none."""
-        size = max(self.given.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        try:
-            return ByteLevel(self.plain(), self.settings, size, self.encode)
-        except NotByteLevel as error:
-            return error
 
 
 class HuggingFaceTokenizer:
@@ -132,7 +90,7 @@ class HuggingFaceTokenizer:
             t.content: number for number, t in added.items() if t.special or t.content in special
         }
         self._added, self._not_special = AddedTokens(added), AddedTokens(added, self._special_ids.keys())
-        self.vocab_size = max(given.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = self.core.vocab_size
         self.bos_id = self._find_bos(getattr(tokenizer, "bos_token_id", None))
         dated = "strftime_now" in str(getattr(self.chat, "chat_template", None))
         self.clock = (clock or datetime.now().isoformat(timespec="seconds")) if dated else None
@@ -287,7 +245,7 @@ class HuggingFaceTokenizer:
         if not self.byte_level.takes(strings):
             texts = [text if self._takes(text) else self._encode_each([text])[0] for text in texts]
         if are_cut:
-            ids, offsets = joined(_encode_strings(self.byte_level, texts))
+            ids, offsets = joined(self.byte_level.encode_each(texts))
         else:
             ids, offsets = self._encode_uncut(self.byte_level, texts)
         if -self._encoded % SPOT_CHECK < len(strings):
@@ -329,7 +287,7 @@ class HuggingFaceTokenizer:
             else:
                 pieces += self._cut_at_tokens(text)
             ends.append(len(pieces))
-        ids, offsets = joined(_encode_strings(fast, pieces))
+        ids, offsets = joined(fast.encode_each(pieces))
         return ids, offsets if len(pieces) == len(texts) else offsets[ends]
 
     def _cut_at_tokens(self, text: str) -> list[str | bytes]:
@@ -375,12 +333,6 @@ def _for_training(chat: Any) -> Any:
     trained = copy.copy(chat)
     trained.chat_template = source
     return trained
-
-
-def _encode_strings(fast: ByteLevel, texts: Sequence[str | bytes]) -> list[Any]:
-    """Return a buffer of each text, ids being one already."""
-    encoded = iter(fast.encode_each([text for text in texts if isinstance(text, str)]))
-    return [text if isinstance(text, bytes) else next(encoded) for text in texts]
 
 
 def _mended(text: str) -> str:

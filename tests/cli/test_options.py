@@ -114,7 +114,6 @@ REFUSED = {
     "rank alone": (["pack", "--rank", "1"], "nanopack: rank=1, but no world_size; pass both"),
     "rank too large": (["pack", "--rank", "2", "--world-size", "2"], "use an int from 0 to 1"),
     "no such tokenizer": (["pack", "--tokenizer", "gpt9"], "tokenizer='gpt9' is neither a bundled name"),
-    "tokenizer of tiktoken's": (["pack", "--tokenizer", "gpt2"], "tokenizer='gpt2' is neither a bundled name"),
     "ranks as tokenizer": (["pack", "--tokenizer", str(RANKS)], "no split pattern"),
     "empty tokenizer": (["pack", "--tokenizer", ""], "tokenizer='' is empty"),
     "template without tokens": (["pack", "--template", "chatml"], "lacks special tokens of template='chatml'"),

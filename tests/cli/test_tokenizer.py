@@ -81,3 +81,14 @@ def test_an_encoding_of_tiktoken_is_taken_by_its_name(monkeypatch):
 @pytest.mark.parametrize("text", ["chat32k", "nanochat/folder/tokenizer.pkl", "./here", "nothing"])
 def test_everything_else_is_load_tokenizers_business(text):
     assert find_tokenizer(text) == text
+
+
+def test_ranks_that_cannot_be_fetched_are_an_error_with_the_remedy(monkeypatch):
+    def offline(name):
+        raise ConnectionError(f"no route to the ranks of {name}")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(
+        ValueError, match=r"could not fetch its ranks \(ConnectionError\); put them into the folder TIKTOKEN_CACHE_DIR"
+    ):
+        find_tokenizer("o200k_base")

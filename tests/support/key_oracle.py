@@ -152,7 +152,7 @@ def message(one: Any) -> tuple[str, Any, dict[str, Any], bool]:
         raise Refuse
     if not nothing(has.get("toolCalls")) or not nothing(has.get("parts")):
         raise Refuse
-    if has.get("no_loss") in (True, False, "yes", 0.5) and has["no_loss"] is not None:
+    if has.get("no_loss") in (True, False, "yes") and has["no_loss"] is not None:
         raise Refuse
     known = ("role", "from", "content", "value", "weight", "train", "loss", "masked", "loss_mask")
     rest = {key: value for key, value in has.items() if key not in known and not nothing(value)}
