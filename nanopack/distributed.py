@@ -17,25 +17,56 @@ from nanopack.state import merge_states
 log = logging.getLogger("nanopack")
 
 
+# Where launchers write the number of processes: torchrun, Slurm's srun, Open MPI, MPICH and Intel MPI, MVAPICH.
+LAUNCHERS = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
 def rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, int]:
     """Return both as given, or those of torch.distributed; 0 of 1 where it is not initialised.
 
-    Raises ValueError where only one of them is given.
+    Raises ValueError where only one of them is given, or none in one of several workers of a DataLoader.
     """
     if (rank is None) != (world_size is None):
         alone = f"rank={rank!r}, but no world_size" if world_size is None else f"world_size={world_size!r}, but no rank"
         raise ValueError(f"{alone}; pass both, or neither")
     if rank is not None and world_size is not None:
         return rank, world_size
+    _refuse_to_read_in_every_worker()
     if _initialised():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        log.warning(
-            "WORLD_SIZE=%s is set, but torch.distributed is not initialised: this process reads all the data as rank 0 "
-            "of 1; initialise it first, or pass rank and world_size",
-            os.environ["WORLD_SIZE"],
-        )
+    for name in LAUNCHERS:
+        if os.environ.get(name, "1") != "1":
+            log.warning(
+                "%s=%s is set, but torch.distributed is not initialised: this process reads all the data as rank 0 of "
+                "1, and so does every other; initialise it first, or pass rank and world_size",
+                *(name, os.environ[name]),
+            )
+            break
     return 0, 1
+
+
+def _refuse_to_read_in_every_worker() -> None:
+    worker = torch.utils.data.get_worker_info()
+    if worker is not None and worker.num_workers > 1:
+        raise ValueError(
+            f"this is one of the {worker.num_workers} workers of a DataLoader, and each would deliver all the data; "
+            f"use the loader without a DataLoader, or pass rank=get_worker_info().id, world_size={worker.num_workers} "
+            f"(under torch.distributed rank * {worker.num_workers} + id, and {worker.num_workers} times as many)"
+        )
+
+
+def knows_its_rank(rank: int | None) -> bool:
+    """Return whether the rank is given or that of torch.distributed, rather than assumed."""
+    return rank is not None or _initialised()
+
+
+def refuse_late_ranks() -> None:
+    """Raise RuntimeError where torch.distributed has several ranks by now, which a loader without a rank ignores."""
+    if _initialised() and (ranks := torch.distributed.get_world_size()) > 1:
+        raise RuntimeError(
+            f"torch.distributed has {ranks} ranks, but was initialised after this loader was made: each would read all "
+            f"the data; make the loader after init_process_group, or pass rank=0, world_size=1 if that is meant"
+        )
 
 
 def group_to_agree_in(process_group: Any, epochs: int | None, world_size: int) -> Any:

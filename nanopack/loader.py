@@ -30,7 +30,7 @@ from nanopack.config import (
 )
 from nanopack.conversations.answers import Answers
 from nanopack.conversations.records import Conversations, open_conversations
-from nanopack.distributed import group_to_agree_in, rank_and_world_size
+from nanopack.distributed import group_to_agree_in, knows_its_rank, rank_and_world_size, refuse_late_ranks
 from nanopack.explain import Explanation, explain
 from nanopack.ledger import LedgerReport, report_of
 from nanopack.packing.packings import Packing, PackingName, as_packing
@@ -53,8 +53,8 @@ class Loader:
             `.parquet`, `.arrow`. A conversation is `{"messages": [{"role", "content"}, ...]}`, ShareGPT's
             `{"conversations": [{"from", "value"}, ...]}`, a bare list of messages, `{"prompt", "completion"}`,
             `{"instruction", "input", "output"}`, `{"text": ...}`, or tokens, `{"input_ids": ...}` with `"labels"` or
-            `"loss_mask"`; `"weight"` (a float >= 0) is its own loss weight. docs/data.md says what every key does; one
-            that matters and cannot be honoured is an error.
+            `"loss_mask"`; `"weight"` (a float >= 0) is its own loss weight; 0 keeps it out of the loss. docs/data.md
+            says what every key does; one that matters and cannot be honoured is an error.
         tokenizer: a `tiktoken.Encoding`, a nanochat tokenizer folder or its `tokenizer.pkl`, an object whose `.enc` is
             an `Encoding`, a fast Hugging Face tokenizer, or `"chat32k"`, which ships with nanopack.
         batch_size: rows of a batch, B.
@@ -97,7 +97,9 @@ class Loader:
         epochs: passes over the data, all of it delivered, the last rows padded; None: endless. All ranks deliver
             equally many batches: those that have fewer end with batches of padding.
         rank, world_size: which shard of the conversations this process reads; from `torch.distributed` where that is
-            initialised, else 0 of 1. Pass both or neither.
+            initialised, else 0 of 1. Pass both or neither. Ranks that share a replica of the model (tensor, pipeline,
+            context parallel) read the same data: pass those of the data-parallel mesh, `mesh["dp"].get_local_rank()`
+            and `mesh["dp"].size()`, to each.
         shard: `"rank"`: each rank packs one shard of the conversations; `"row"`: each row of the batches of all ranks
             together does, so that these do not depend on the number of ranks, and a run can resume with another.
 
@@ -175,6 +177,7 @@ class Loader:
         process_group: torch.distributed.ProcessGroup | None = None,
         start_method: StartMethod | None = None,
     ) -> None:
+        self._knows_its_rank = knows_its_rank(rank)
         rank, world_size = rank_and_world_size(rank, world_size)
         self.config = LoaderConfig(
             batch_size=batch_size,
@@ -251,6 +254,8 @@ class Loader:
 
         Threads that call it take turns. To share a pass, they share one `iter(loader)`.
         """
+        if not self._knows_its_rank:
+            refuse_late_ranks()
         return self._run.next()
 
     @property

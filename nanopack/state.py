@@ -25,6 +25,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
@@ -40,9 +42,17 @@ from nanopack.notes import Notes
 from nanopack.packing.packings import PACKINGS
 from nanopack.tokenizers.tokenizer import AnyTokenizer
 
+log = logging.getLogger("nanopack")
+
 FORMAT = 1
 SHARD_KEYS = {"waiting", "digest", "packer", "ledger", "sources"}
 SAMPLE = 16
+# Seconds of reading the sample that are worth a warning.
+SLOW = 1.5
+_SLOW = (
+    f"the loader reads {SAMPLE} conversations, for the fingerprint in its states, and has waited {SLOW} s for the data "
+    f"set: a slow store, or a lock that another thread holds?"
+)
 # Arguments that do not decide which token lands where, or that the numbers of the shards already state.
 _FREE = ("rank", "extras", "max_pieces", "on_error")
 
@@ -98,7 +108,14 @@ def _plain(value: object) -> object:
 
 def sample_of(source: Source, seed: int | None) -> str:
     """Return a digest of some conversations, which are read for it. Raises StorageError where one cannot be read."""
-    return _digest([source.picks_digest().encode(), *_sample(source, seed)])
+    slow = threading.Timer(SLOW, log.warning, (_SLOW,))
+    slow.start()
+    try:
+        return _digest([source.picks_digest().encode(), *_sample(source, seed)])
+    finally:
+        slow.cancel()
+        # no thread is left when a process is forked
+        slow.join()
 
 
 def _sample(source: Source, seed: int | None) -> Iterator[bytes]:

@@ -184,6 +184,14 @@ def test_white_space_that_merges_with_the_header_leaves_the_question_out_skyrl_1
         assert "A" in said and "Q" not in said and "assistant" not in said
 
 
+@pytest.mark.parametrize("blanks", [" ", "  ", "\n", " \n ", "\n\n  "])
+def test_white_space_at_the_end_of_an_answer_is_in_the_loss_where_the_template_keeps_it(blanks: str) -> None:
+    for name in ("qwen2_5", "qwen3_training", "gptoss", "deepseekv3", "phi3", "lfm2"):
+        tokenizer = stock(name)
+        for content in (f"A{blanks}", f"{blanks}A{blanks}"):
+            assert f"A{blanks}<" in in_loss(tokenizer, [U, A | {"content": content}, U, A | {"content": content}])
+
+
 def test_tools_from_arrow_are_as_they_were_given_ms_swift_10125() -> None:
     tools = [
         [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"properties": properties}}}]

@@ -101,6 +101,8 @@ def widen(pipe: Connection) -> None:
 
 def leave_parent_behind() -> None:
     """Drop in a new process what it inherited from its parent: signal handlers, torch's threads."""
+    # asyncio of the trainer would read from it what comes here
+    signal.set_wakeup_fd(-1)
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)

@@ -27,6 +27,9 @@ class Feed(Protocol):
     def pid(self) -> int | None:
         """Of the producer's process; None where it has none."""
 
+    waits: bool
+    """Whether `get` has received nothing yet: what interrupts it then loses nothing."""
+
     def get(self, *, wait: bool) -> BatchFacts | End | None:
         """Return the next filled slot, or the end of the data; without `wait`, None if there is none yet.
 
@@ -47,6 +50,7 @@ class Inline:
     """A producer in the caller's thread: a slot is filled when it is waited for, never before."""
 
     pid = None
+    waits = False
 
     def __init__(self, producer: Producer, ring: Ring) -> None:
         self._producer = producer

@@ -62,14 +62,15 @@ class Process:
         self._messages, messages = context.Pipe(duplex=False)
         alive, self._alive = context.Pipe(duplex=False)
         self._received = 0
+        self.waits = False
         self._forked = method == "fork"
         self._closed = False
         self._trainer = os.getpid()
         self._lock = threading.RLock()
-        _open.add(self)
         handover = Handover(method, (reader, workers, first))
         arguments = (handover, method, self.ring, messages, alive, self._trainer)
         self._process: Any = context.Process(target=_serve, args=arguments, name="nanopack producer", daemon=True)
+        _open.add(self)
         try:
             widen(messages)
             start(self._process, warn_of_threads=reader.source.runs_foreign_code)
@@ -147,6 +148,7 @@ class Process:
         """Return the next message, however long it takes; log a warning when it takes long."""
         waited, patience = 0.0, STALL
         began = time.monotonic()
+        self.waits = True
         try:
             while not self.qsize() and not self._messages.poll(min(patience - waited, STALL)):
                 # a process forked while this one was started may hold the pipe open
@@ -156,6 +158,7 @@ class Process:
                 if waited >= patience:
                     log.warning("%s", self._describe_stall(waited))
                     patience *= 2
+            self.waits = False
             return self._messages.recv()
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             if self._closed:

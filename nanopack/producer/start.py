@@ -143,7 +143,7 @@ def start(process: Any, *, warn_of_threads: bool = False) -> None:
 
     With `warn_of_threads`, Python may warn of a fork while threads run.
     """
-    if process._start_method != "fork":
+    if process._start_method != "fork" and hasattr(signal, "pthread_sigmask"):
         # started by `process.start()` itself, it would unblock the signals that are blocked below
         resource_tracker.ensure_running()
     if process._start_method == "forkserver":

@@ -213,9 +213,12 @@ def _formatter(text: Text) -> Callable[..., str]:
 
 def _edge(run: str, byte: int) -> Edge:
     """Return the place after this many bytes of a run with marks."""
-    before = run.encode()[:byte].decode()
+    whole = run.encode()
+    before = whole[:byte].decode()
     found = list(marks(before))
-    return num_bytes(before) - sum(end - begin for _, begin, end in found), [number for number, _, _ in found]
+    # a span that continues ends one byte after its run
+    count = num_bytes(before) + max(0, byte - len(whole))
+    return count - sum(end - begin for _, begin, end in found), [number for number, _, _ in found]
 
 
 def _fill(shape: Shape, contents: Sequence[str]) -> Plan:

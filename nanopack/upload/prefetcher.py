@@ -31,6 +31,7 @@ class Prefetcher:
         self._ahead = ahead
         self._facts: deque[BatchFacts] = deque()
         self._end: Callable[[], BaseException] | None = None
+        self._waits = False
         self.state: bytes | None = None
         """The producer's state after the batch delivered last; None before the first one. See `BatchFacts.state`."""
         self._end_state: bytes | None = None
@@ -60,9 +61,7 @@ class Prefetcher:
                 with self._device.named("nanopack copy ahead"):
                     self._submit_ready(ahead=True)
         except BaseException as error:
-            # Ctrl-C may have come between receiving a message and acting on it
-            if not isinstance(error, Exception):
-                self._end = _interrupted
+            self._note_interrupt(error)
             raise
         # only now can nothing keep the batch from the caller
         self.state = facts.state
@@ -76,8 +75,8 @@ class Prefetcher:
         if self._end is None and not self._device.capturing():
             try:
                 self._submit_ready()
-            except BaseException:
-                self._end = _interrupted
+            except BaseException as error:
+                self._note_interrupt(error)
                 raise
         return self._end is StopIteration and not self._upload.can_deliver
 
@@ -113,8 +112,15 @@ class Prefetcher:
                 break
             self._facts.append(facts)
 
+    def _note_interrupt(self, error: BaseException) -> None:
+        """End the batches where Ctrl-C may have come between receiving a message and acting on it."""
+        if not isinstance(error, Exception) and not (self._waits and self._feed.waits):
+            self._end = _interrupted
+        self._waits = False
+
     def _get(self, *, wait: bool) -> BatchFacts | None:
         """Return the next filled slot, or None; what ends the batches is kept in `_end`."""
+        self._waits = wait
         nothing_ready = wait and not self._feed.qsize()
         began = time.perf_counter()
         try:
@@ -123,6 +129,7 @@ class Prefetcher:
             # the row that was being filled is gone: to continue would lose its documents in silence
             self._fail(error)
             return None
+        self._waits = False
         if nothing_ready:
             self.waited_s += time.perf_counter() - began
         if isinstance(got, End):

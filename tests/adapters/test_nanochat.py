@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
-import multiprocessing
 import pickle
 import random
 import subprocess
 import sys
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import nanochat_loops
@@ -96,8 +96,13 @@ def shown(progress: Progress) -> tuple[float, bool, int]:
 def producers():
     """A function that gives the processes of loaders made in this test. At its end there are none."""
 
-    def alive() -> set[int]:
-        return {process.pid for process in multiprocessing.active_children() if process.name == "nanopack producer"}
+    def alive() -> set[str]:
+        # forked processes have this one's command line
+        children = (
+            pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()
+        )
+        own = Path("/proc/self/cmdline").read_text()
+        return {pid for pid in children if Path(f"/proc/{pid}/cmdline").read_text() == own}
 
     # a test that failed may hold some
     before = alive()

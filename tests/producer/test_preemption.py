@@ -63,7 +63,8 @@ def test_after_a_signal_to_the_whole_group_the_trainer_finishes_its_step_and_sav
 
 KILLED = """
 def main():
-    data = Data(lambda: time.sleep(60), 20)
+    # in the second chunk, and not in the sample that is read at construction
+    data = Data(lambda: time.sleep(60), 38)
     options = dict(batch_size=1, seq_len=8, packing="stream", loss="all")
     loader = nanopack.Loader(CHATS if METHOD else data, "chat32k", num_workers=2, start_method=METHOD, **options)
     next(loader)

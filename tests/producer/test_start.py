@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
@@ -19,6 +20,7 @@ import pytest
 from faulty import CHATS, SMALL, TOKENIZER, Faulty, Moved, is_gone, raising, within
 from trainer_script import script
 
+import nanopack
 from nanopack import Loader
 from nanopack.errors import ProducerError
 
@@ -118,9 +120,14 @@ class Locked(list):
 @pytest.mark.parametrize("held", [True, False])
 def test_a_lock_that_was_held_at_the_fork_is_hinted_at_where_nothing_came(monkeypatch, caplog, held):
     monkeypatch.setattr("nanopack.producer.process.STALL", 0.1)
-    data = Locked() if held else Faulty(20, lambda: time.sleep(60))
-    with data.lock if held else warnings.catch_warnings():
-        loader = Loader(data, TOKENIZER, **SMALL)
+    start, data = nanopack.producer.process.start, Locked()
+
+    def start_locked(process, **options):
+        with data.lock if held else contextlib.nullcontext():
+            start(process, **options)
+
+    monkeypatch.setattr("nanopack.producer.process.start", start_locked)
+    loader = Loader(data if held else Faulty(20, lambda: time.sleep(60)), TOKENIZER, **SMALL)
     threading.Timer(1, loader.close).start()
     with caplog.at_level(logging.WARNING, "nanopack"), within(20), pytest.raises(RuntimeError, match="closed"):
         for _ in loader:

@@ -93,6 +93,8 @@ def _produce(loader: Loader) -> tuple[list[tuple[np.ndarray, BatchFacts]], Excep
 class SimulatedFeed:
     """A feed whose producer fills slots a step at a time, when time passes on the device or somebody waits for it."""
 
+    waits = False
+
     def __init__(
         self, device: SimulatedDevice, chosen: Data, slots: list[Block], prefetch: int, *, inline: bool, hasty: bool
     ) -> None:
