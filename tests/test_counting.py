@@ -94,8 +94,8 @@ def test_a_rank_without_a_process_group_counts_all_ranks_while_it_is_idle(tmp_pa
     with within(60), Loader(data, SMALL, **shard, **ARGUMENTS) as loader:
         next(loader)
         # two passes of its own half, once all of the data, and the sample
-        wait_until(lambda: len(data.readers()) >= len(TEXTS) + 16)
-        wait_until(lambda: loader._run.feed.ring.status.stage != COUNTING or workers)
+        wait_until(lambda: len(data.readers()) >= len(TEXTS) + 16, 30)
+        wait_until(lambda: loader._run.feed.ring.status.stage != COUNTING or workers, 30)
         list(iter(loader))
         assert len(data.readers()) <= 2 * len(TEXTS) + 16 + 32 * workers
 

@@ -44,6 +44,16 @@ class Ranks:
             self._processes.append(process)
 
     def __call__(self, world_size, function, *args, **arguments):
+        # gloo's ranks may fail to connect on a busy machine; where one does, all do, before the function is called
+        for _ in range(3):
+            answers = self._ask(world_size, function, *args, **arguments)
+            if all(joined for joined, *_ in answers):
+                break
+        failures = [f"rank {rank}: {trace}" for rank, (_, _, trace) in enumerate(answers) if trace]
+        assert not failures, "\n".join(failures)
+        return [result for _, result, _ in answers]
+
+    def _ask(self, world_size, function, *args, **arguments):
         store = str(self._folder / f"store{next(self._count)}")
         pipes = self._pipes[:world_size]
         for pipe in pipes:
@@ -54,9 +64,7 @@ class Ranks:
                 self.close()
                 raise AssertionError(f"rank {rank} of {world_size} is not done after {TIMEOUT} s")
             results.append(pipe.recv())
-        failures = [f"rank {rank}: {trace}" for rank, (_, trace) in enumerate(results) if trace]
-        assert not failures, "\n".join(failures)
-        return [result for result, _ in results]
+        return results
 
     def close(self):
         for process in self._processes:
@@ -69,13 +77,16 @@ def _serve(pipe, rank):
     with contextlib.suppress(EOFError):
         while True:
             store, world_size, function, args, arguments = pipe.recv()
-            dist.init_process_group(
-                "gloo", f"file://{store}", timedelta(seconds=PATIENCE), world_size=world_size, rank=rank
-            )
+            patience = timedelta(seconds=PATIENCE)
             try:
-                answer = function(*args, **arguments), None
+                dist.init_process_group("gloo", f"file://{store}", patience, world_size=world_size, rank=rank)
+            except RuntimeError:
+                pipe.send((False, None, traceback.format_exc()))
+                continue
+            try:
+                answer = True, function(*args, **arguments), None
             except Exception:
-                answer = None, traceback.format_exc()
+                answer = True, None, traceback.format_exc()
             dist.destroy_process_group()
             pipe.send(answer)
     os._exit(0)
