@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from itertools import islice, zip_longest
 from typing import Any
 
@@ -230,6 +231,12 @@ def test_states_without_turns_are_of_whole_conversations_and_others_are_refused(
     assert "turns" not in whole.state_dict()["fingerprint"]["arguments"]
     with pytest.raises(ValueError, match="turns was None, is 'each'"):
         split.load_state_dict(whole.state_dict())
+
+
+def test_answers_pickle_for_processes_that_are_not_forked():
+    answers = Answers(open_conversations([[Q, A, Q2, A2]]), "keep", None)
+    again = pickle.loads(pickle.dumps(answers))
+    assert [again[i] for i in range(2)] == [answers[i] for i in range(2)]
 
 
 def test_a_long_count_is_announced(monkeypatch, caplog):

@@ -7,6 +7,7 @@ The tokenizer may be changed later by its owner: made to cut texts short, for in
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -43,6 +44,15 @@ class Core:
     @cached_property
     def _copy(self) -> Any:
         return type(self.given).from_str(self.settings)
+
+    def with_special(self, special: Sequence[str]) -> Any:
+        """Return a copy without truncation and padding to which these added tokens are special too."""
+        if not special:
+            return type(self.given).from_str(self.settings)
+        settings = json.loads(self.settings)
+        for token in settings["added_tokens"]:
+            token["special"] = token["special"] or token["content"] in special
+        return type(self.given).from_str(json.dumps(settings))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of texts, special tokens found in them."""

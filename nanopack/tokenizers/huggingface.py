@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from datetime import datetime
@@ -118,7 +117,7 @@ class HuggingFaceTokenizer:
     @cached_property
     def _core(self) -> Any:
         """A copy of the core in which special tokens are text."""
-        copy = type(self.core.given).from_str(_flagged(self.core.settings, self._special))
+        copy = self.core.with_special(self._special)
         copy.encode_special_tokens = True
         return copy
 
@@ -342,13 +341,3 @@ def _mended(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def _flagged(core: str, special: Sequence[str]) -> str:
-    """Return the core's JSON with these added tokens flagged special."""
-    if not special:
-        return core
-    settings = json.loads(core)
-    for token in settings["added_tokens"]:
-        token["special"] = token["special"] or token["content"] in special
-    return json.dumps(settings)
