@@ -136,6 +136,8 @@ class Batches(torch.utils.data.IterableDataset[dict[str, Any]]):
                 f"loss_weights={self.loader.config.loss_weights!r}: the losses of transformers do not support weights; "
                 f"attach the batches to a trainer, Batches(loader).attach(trainer), or pass loss_weights=None"
             )
+        if self._trainer is not None and self._trainer.batches is self and self._trainer.is_done:
+            return iter(())
         if self.restart or self.loader._run.is_over():
             self.loader.restart()
         return map(self._yielded, self.loader)

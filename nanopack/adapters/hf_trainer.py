@@ -43,6 +43,8 @@ class AttachedTrainer(TrainerCallback):
     def __init__(self, trainer: Any, batches: Batches) -> None:
         """Change the trainer as `Batches.attach` says."""
         self.batches = batches
+        self.is_done = False
+        """Whether training was resumed where no step is left: there are no batches then."""
         self._trainer = trainer
         self._device = batches.loader.device
         self._weighted = batches.loader.config.loss_weights is not None
@@ -113,6 +115,8 @@ class AttachedTrainer(TrainerCallback):
         others = [callback for callback in self._trainer.callback_handler.callbacks if callback is not self]
         self._trainer.callback_handler.callbacks = [*others, self]
         self._fetched.clear()
+        # transformers would train one step more, resumed from the last step's checkpoint
+        self.is_done = state.global_step >= state.max_steps
         if state.global_step == 0:
             return
         saved = state.stateful_callbacks.get(KEY)

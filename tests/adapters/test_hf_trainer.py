@@ -251,6 +251,19 @@ def test_a_run_resumed_at_the_end_of_an_epoch_begins_the_next(tmp_path):
         assert batches.seen == want
 
 
+@pytest.mark.parametrize("loading", [{}, {"epochs": 1}], ids=["endless", "in passes"])
+def test_a_run_resumed_at_its_last_step_trains_no_other(loading, tmp_path):
+    for resume in (None, True, True):
+        with make_loader(**loading) as loader:
+            batches = Seen(loader)
+            trainer = make_trainer(tmp_path, max_steps=5, save_strategy="steps", save_steps=1)
+            batches.attach(trainer)
+            trainer.train(resume_from_checkpoint=resume)
+        assert trainer.state.global_step == 5
+        assert len(batches.seen) == (0 if resume else 5 * trainer.args.gradient_accumulation_steps)
+    assert not (tmp_path / "checkpoint-6").exists()
+
+
 def test_a_resumed_run_that_does_not_know_where_its_data_stood_is_refused(tmp_path):
     with make_loader() as loader:
         trainer = make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)

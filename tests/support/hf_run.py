@@ -119,6 +119,9 @@ def main(folder: Path, training: dict[str, Any], loading: dict[str, Any], *flags
         trainer.train(resume_from_checkpoint=newest_whole_checkpoint(folder) if "--resume" in flags else None)
     with (folder / f"seen{trainer.args.process_index}").open("a") as seen:
         seen.writelines(f"{line}\n" for line in batches.seen)
+    if torch.distributed.is_initialized():
+        # gloo's threads may not outlive the interpreter
+        torch.distributed.destroy_process_group()
 
 
 def run_killed(kills: int, folder: Path, *arguments: Any) -> None:
