@@ -109,13 +109,15 @@ def _plain(value: object) -> object:
 def sample_of(source: Source, seed: int | None) -> str:
     """Return a digest of some conversations, which are read for it. Raises StorageError where one cannot be read."""
     slow = threading.Timer(SLOW, log.warning, (_SLOW,))
-    slow.start()
     try:
+        # in here, because Ctrl-C may come while it starts
+        slow.start()
         return _digest([source.picks_digest().encode(), *_sample(source, seed)])
     finally:
         slow.cancel()
         # no thread is left when a process is forked
-        slow.join()
+        if slow.ident is not None:
+            slow.join()
 
 
 def _sample(source: Source, seed: int | None) -> Iterator[bytes]:

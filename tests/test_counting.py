@@ -100,6 +100,18 @@ def test_a_rank_without_a_process_group_counts_all_ranks_while_it_is_idle(tmp_pa
         assert len(data.readers()) <= 2 * len(TEXTS) + 16 + 32 * workers
 
 
+def test_a_count_that_was_waited_for_is_not_continued():
+    def begin():
+        yield
+        yield
+        return 7, 30
+
+    count = counting.BackgroundCount(begin)
+    assert count.advance()
+    assert count.wait() == 7
+    assert not count.advance() and count.wait() == 7
+
+
 def test_a_producer_that_counts_says_so(caplog):
     class Slow(list):
         def __getitem__(self, index):

@@ -84,6 +84,7 @@ class BackgroundCount:
         """Return the number of batches, once the rest is counted."""
         if self._batches is None:
             self._batches, _ = finish(self._steps or self._begin())
+            self._over = True
         return self._batches
 
 
