@@ -282,7 +282,7 @@ class Loader:
         """Resume from a state of this rank, or of all ranks (`nanopack.merge_states`); at any time.
 
         Only the conversations that waited for a row are read again, so it takes the same time at any step. `device`,
-        `executor`, `encoder`, `num_workers`, `prefetch`, `extras` and `on_error` may differ from what they were; with
+        `executor`, `encoder`, `num_workers`, `prefetch`, `start_method`, `extras` and `on_error` may differ from what they were; with
         shard="row" also `world_size`, when `batch_size * world_size` is the same.
 
         Raises ValueError, naming every difference, for a state of other data, tokenizer or arguments; with
