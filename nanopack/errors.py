@@ -14,7 +14,7 @@ class TemplateError(ValueError):
 
 
 class EncoderError(RuntimeError):
-    """The fast encoder's ids differ from tiktoken's: not a conversation's fault, so never skipped."""
+    """An encoder's ids differ from the tokenizer's own: not a conversation's fault, so never skipped."""
 
 
 class StorageError(OSError, ValueError):

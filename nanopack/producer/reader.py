@@ -158,13 +158,17 @@ class Reader:
             raise
         # one of them is at fault, but which? a tokenizer's panic is no Exception either
         except BaseException:
-            rendered = [one for each in planned for one in self._render_alone(*each)]
+            alone = zip(planned, plans, strict=True)
+            rendered = [one for (document, said), plan in alone for one in self._fill_in_alone(document, said, plan)]
         sound = [document for document, _ in planned if document.error is None]
         return Chunk(documents, self._prepare(sound, rendered))
 
-    def _render_alone(self, document: ReadDocument, conversation: Conversation) -> list[Document]:
+    def _fill_in_alone(
+        self, document: ReadDocument, conversation: Conversation, plan: Plan | Document
+    ) -> list[Document]:
         try:
-            return [self.render(conversation)]
+            # of the same plan: a new one need not be compared with what the chat template writes
+            return [self.render.fill_in_one(plan, conversation)]
         except BaseException as error:
             document.error = error
             return []

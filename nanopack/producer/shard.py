@@ -22,7 +22,7 @@ import numpy as np
 from nanopack.config import LoaderConfig
 from nanopack.conversations.order import Shard
 from nanopack.conversations.source import Source
-from nanopack.errors import NEVER_SKIPPED, ConversationError
+from nanopack.errors import NEVER_SKIPPED, ConversationError, EncoderError
 from nanopack.ledger import Ledger
 from nanopack.notes import Notes
 from nanopack.packing.rows import Packer, Row
@@ -55,6 +55,8 @@ def describe_or_raise(document: ReadDocument, source: Source, config: LoaderConf
     """
     error = document.error
     assert error is not None
+    if isinstance(error, EncoderError):
+        raise EncoderError(f"{source.where(document.conversation)}, {error}") from error
     if not isinstance(error, Exception) or isinstance(error, NEVER_SKIPPED):
         raise error
     what = str(error) if isinstance(error, ConversationError) else f"{type(error).__name__}: {error}"

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanopack.errors import EncoderError
-from nanopack.tokenizers.byte_level import ByteLevel
+from nanopack.tokenizers.byte_level import REMEDY, ByteLevel
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 from nanopack.tokenizers.tokenizer import AnyTokenizer
 
@@ -116,7 +116,7 @@ def _compare(found: Document, expected: Document) -> None:
     at = int(np.argmax(np.append(unlike, True)))
     here = slice(at, at + 6)
     raise EncoderError(
-        f"a conversation that was encoded by tiktoken differs from the chat template's own at token {at}: expected "
+        f"tiktoken's document differs from the chat template's own at token {at}: expected "
         f"{expected.ids[here].tolist()} with {expected.mask[here].tolist()} in the loss, got "
-        f"{found.ids[here].tolist()} with {found.mask[here].tolist()}"
+        f"{found.ids[here].tolist()} with {found.mask[here].tolist()}; {REMEDY}"
     )

@@ -84,7 +84,10 @@ class Renderer:
         Raises ConversationError for what the template forbids or the tokenizer cannot encode, naming the message, and
         for any messages TemplateError where the tokenizer lacks special tokens of it: plain text needs none of them.
         """
-        plan = self.plan(conversation)
+        return self.fill_in_one(self.plan(conversation), conversation)
+
+    def fill_in_one(self, plan: Plan | Document, conversation: Conversation) -> Document:
+        """Return the document of a plan; ConversationError where the tokenizer refuses a text, naming the message."""
         try:
             return self.fill_in([plan])[0]
         except ValueError as error:

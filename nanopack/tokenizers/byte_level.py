@@ -27,6 +27,8 @@ from nanopack.tokenizers.split_patterns import PatternError, grouped, of_pre_tok
 # tiktoken's regex engine refuses some longer texts, a million spaces for instance; which depends on how a pattern is
 # written.
 LONG_TEXT = 250_000
+# What helps where the two differ while a run lasts.
+REMEDY = "this is a bug of nanopack, so report it; until it is mended, give input_ids that the tokenizer itself made"
 NormalForm: TypeAlias = Literal["NFC", "NFD", "NFKC", "NFKD"]
 # Tokens whose merges are tried out at construction: all of a small vocabulary, some of a large one.
 TRIED_TOKENS = 3000

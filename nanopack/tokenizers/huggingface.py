@@ -23,7 +23,7 @@ import numpy as np
 from nanopack.errors import EncoderError
 from nanopack.tokenizers.added_tokens import AddedTokens, Found
 from nanopack.tokenizers.buffers import as_buffer, joined
-from nanopack.tokenizers.byte_level import ByteLevel, NotByteLevel, describe_difference
+from nanopack.tokenizers.byte_level import REMEDY, ByteLevel, NotByteLevel, describe_difference
 from nanopack.tokenizers.core import Core
 from nanopack.tokenizers.rank_files import first_line
 
@@ -263,7 +263,7 @@ class HuggingFaceTokenizer:
             text = str(texts[place])
             got = ids[offsets[place] : offsets[place + 1]].tolist()
             if difference := describe_difference(text, self.encode_exactly([text])[0], got):
-                raise EncoderError(difference)
+                raise EncoderError(f"{difference}; {REMEDY}")
 
     def encode_exactly(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of texts as the tokenizer's own core has them, special tokens being text."""

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanopack import EncoderError, verify
+from nanopack import EncoderError, Loader, verify
 from nanopack.conversations.records import check
 from nanopack.errors import ConversationError
-from nanopack.render import hf_template
+from nanopack.render import hf_shapes, hf_template
 from nanopack.render.document import Document, Plan
 from nanopack.render.renderer import Renderer
 from nanopack.tokenizers.tokenizer import load_tokenizer
@@ -206,6 +206,19 @@ def test_every_so_often_a_document_is_compared_and_a_difference_stops_the_run(mo
     plan = one.plan(chats[0])._replace(expected=one(chats[1]))
     with pytest.raises(EncoderError, match=r"differs from the chat template's own at token \d+: expected \["):
         one.fill_in([plan])
+
+
+def test_a_difference_while_a_loader_runs_is_never_skipped_and_names_the_conversation(monkeypatch):
+    fill = hf_shapes._fill
+    monkeypatch.setattr(hf_shapes, "_fill", lambda shape, contents: fill(shape, [text.upper() for text in contents]))
+    arguments = {"template": "hf", "on_error": "skip", "num_workers": 0}
+    with (
+        Loader([talk("a", "b")], make_tokenizer(PLAIN), 1, 64, **arguments) as loader,
+        pytest.raises(
+            EncoderError, match=r"conversation 0.*differs from the chat template's own at token 4.*report it; "
+        ),
+    ):
+        next(loader)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
