@@ -14,6 +14,7 @@ from typing import Any
 
 from nanopack.conversations.records import Message, short
 from nanopack.errors import ConversationError
+from nanopack.tokenizers.huggingface import mended_text
 
 
 def plain(index: int, message: Message, *, as_parts: bool, arguments_as_text: bool) -> dict[str, Any]:
@@ -37,11 +38,7 @@ def plain(index: int, message: Message, *, as_parts: bool, arguments_as_text: bo
 def mended(value: Any) -> Any:
     """Return the value with U+FFFD for each lone surrogate in its strings."""
     if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return value
+        return mended_text(value)
     if isinstance(value, Mapping):
         return {mended(key): mended(item) for key, item in value.items()}
     return [mended(item) for item in value] if isinstance(value, (list, tuple)) else value

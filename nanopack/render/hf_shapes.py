@@ -8,7 +8,6 @@ A shape is everything but what the messages say: roles, what is in the loss, whi
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -20,7 +19,7 @@ from nanopack.render.hf_watch import Watcher
 from nanopack.tokenizers.added_tokens import any_of
 from nanopack.tokenizers.buffers import as_buffer
 from nanopack.tokenizers.byte_level import ByteLevel
-from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
+from nanopack.tokenizers.huggingface import HuggingFaceTokenizer, mended_text
 
 # Shapes that are kept: most conversations have that of one before.
 MOST_SHAPES = 4096
@@ -70,7 +69,7 @@ class Shapes:
         if new := {text for text in texts if text} - self._looked_for:
             self._looked_for |= new
             self._first_letters = sorted({text[0] for text in self._looked_for})
-            self._excluded = re.compile(any_of(self._looked_for))
+            self._excluded = any_of(self._looked_for)
 
     def _may_be_special(self, content: str) -> bool:
         """Return whether a content holds what it must not hold. In most there is not even the first letter of it."""
@@ -113,7 +112,7 @@ class Shapes:
             if message.rest or not isinstance(content, str):
                 return None
             core = content.strip()
-            if not core or self._may_be_special(content) or not (content.isascii() or _is_utf8(content)):
+            if not core or self._may_be_special(content) or not (content.isascii() or mended_text(content) == content):
                 return None
             around = None
             if len(core) != len(content):
@@ -184,15 +183,6 @@ class Shapes:
             if before and after and any(part in token for token in self._tokenizer.added_tokens):
                 return True
         return False
-
-
-def _is_utf8(text: str) -> bool:
-    """Return whether there is no lone surrogate in the text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _with_numbers(run: str) -> Text:

@@ -28,7 +28,8 @@ from nanopack.render.hf_outline import Leaf, Place, forms, locate, markers, mark
 from nanopack.render.hf_runs import plan_of
 from nanopack.render.hf_shapes import Shapes
 from nanopack.render.hf_spans import Answers, Span
-from nanopack.render.hf_writer import Writer, any_of, thinks
+from nanopack.render.hf_writer import Writer, thinks
+from nanopack.tokenizers.added_tokens import any_of
 from nanopack.tokenizers.huggingface import SPOT_CHECK, HuggingFaceTokenizer
 
 REMEDY = "give the tokenizer a chat_template with {% generation %} around what is in the loss, or use nanopack.Template"

@@ -12,12 +12,13 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanopack.errors import ConversationError
 from nanopack.render.hf_outline import kept_texts
 from nanopack.render.hf_spans import Span, count_equal
+from nanopack.tokenizers.added_tokens import any_of
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 
 # As transformers looks for it.
@@ -180,9 +181,3 @@ def _call_of(function: Mapping[str, Any]) -> dict[str, Any]:
 def thinks(token: str) -> bool:
     """Return whether the token is a bracket of a thought."""
     return "think" in token.lower()
-
-
-def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Return a pattern that finds the longest of the tokens."""
-    names = sorted(tokens, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names)) or r"(?!)")

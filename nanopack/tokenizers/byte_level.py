@@ -102,11 +102,14 @@ class NotByteLevel(ValueError):
 class ByteLevel:
     """The split, the ranks and the ids of one tokenizer. Special and other added tokens are not its business."""
 
+    form: NormalForm | None
+    """The form that the tokenizer normalizes texts to; None where it leaves them as they are."""
     num_bytes: np.ndarray
     """(vocab_size,) int64: bytes of the text of each token; 0 for added tokens and unused ids."""
     leading: np.ndarray | None
     """(vocab_size,) int64: blanks that a token begins with, where offsets leave them out; else None."""
     trailing: np.ndarray | None
+    """(vocab_size,) int64: likewise, blanks that a token ends with."""
 
     def __init__(
         self,
@@ -124,7 +127,7 @@ class ByteLevel:
         head, model, products = _parse(settings)
         self.form = _normal_form(head["normalizer"])
         try:
-            pattern = of_pre_tokenizer(head["pre_tokenizer"] or {"type": "none", "add_prefix_space": True})
+            pattern = of_pre_tokenizer(head["pre_tokenizer"])
         except PatternError as error:
             raise NotByteLevel(str(error)) from None
         tokens = _bytes_of(vocab)
@@ -269,8 +272,8 @@ def _parse(settings: str) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
         raise NotByteLevel(f"its model is {model[9 : model.index(',') - 1]}, not BPE")
     head: dict[str, Any] = json.loads(settings[:begin] + '"model":null}')
     options: dict[str, Any] = json.loads(model[: model.index('"vocab":{')] + '"vocab":null}')
-    for name in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
-        if name != "unk_token" and options.get(name):
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if options.get(name):
             raise NotByteLevel(f"its {name} is {options[name]!r}")
     merges = model[model.rindex('"merges":[') + len('"merges":[') : model.rindex("]")]
     # Escapes go first, so that each quote left is one around a token.

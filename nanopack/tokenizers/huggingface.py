@@ -48,6 +48,8 @@ class HuggingFaceTokenizer:
     """
 
     name: str
+    core: Core
+    """Its Rust core as it was given."""
     vocab_size: int
     """One more than the largest id, special tokens included. Some ids below may be unused."""
     bos_id: int
@@ -267,7 +269,7 @@ class HuggingFaceTokenizer:
 
     def encode_exactly(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of texts as the tokenizer's own core has them, special tokens being text."""
-        mended = [_mended(text) for text in texts]
+        mended = [mended_text(text) for text in texts]
         # The copy takes a second to make, and most texts need none.
         if not self._special_ids or not any(self._added.within(text) for text in mended):
             return self.core.encode(mended)
@@ -334,7 +336,7 @@ def _for_training(chat: Any) -> Any:
     return trained
 
 
-def _mended(text: str) -> str:
+def mended_text(text: str) -> str:
     """Return the text with U+FFFD for lone surrogates, as tiktoken's encode_ordinary has it."""
     try:
         text.encode()

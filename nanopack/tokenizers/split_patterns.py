@@ -91,11 +91,13 @@ def grouped(pattern: str) -> str:
     return "|".join(f"(?:{'|'.join(run)})" if len(run) > 1 else run[0] for run in _runs(alternatives))
 
 
-def of_pre_tokenizer(settings: Mapping[str, Any]) -> str:
+def of_pre_tokenizer(settings: Mapping[str, Any] | None) -> str:
     """Return the pattern that splits as a byte-level pre-tokenizer of a tokenizer.json does.
 
     PatternError where none is known.
     """
+    if settings is None:
+        raise PatternError("it has no pre-tokenizer")
     steps = settings["pretokenizers"] if settings["type"] == "Sequence" else [settings]
     *splits, last = steps
     if last["type"] != "ByteLevel" or last["add_prefix_space"]:
@@ -106,8 +108,8 @@ def of_pre_tokenizer(settings: Mapping[str, Any]) -> str:
         if splits == [{"type": "Digits", "individual_digits": True}]:
             return _GPT2_OF_DIGITS
         raise PatternError(f"its pre-tokenizer {_name(settings)} is not a known one")
-    plainly = {"type": "Split", "behavior": "Isolated", "invert": False}
-    if any({**split, "pattern": None} != {**plainly, "pattern": None} for split in splits):
+    plainly = {"type": "Split", "pattern": None, "behavior": "Isolated", "invert": False}
+    if any({**split, "pattern": None} != plainly for split in splits):
         raise PatternError(f"its pre-tokenizer {_name(settings)} is not a known one")
     patterns = tuple(str(split["pattern"].get("Regex")) for split in splits)
     if tuple(pattern.replace("\r", r"\r").replace("\n", r"\n") for pattern in patterns) == _DEEPSEEK:

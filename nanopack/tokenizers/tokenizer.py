@@ -27,7 +27,7 @@ import tiktoken
 
 from nanopack.tokenizers.buffers import joined
 from nanopack.tokenizers.byte_level import LONG_TEXT
-from nanopack.tokenizers.huggingface import HuggingFaceTokenizer, is_hugging_face
+from nanopack.tokenizers.huggingface import HuggingFaceTokenizer, is_hugging_face, mended_text
 from nanopack.tokenizers.rank_files import first_line, is_panic, new_encoding, read_pickle, read_ranks
 from nanopack.tokenizers.split_patterns import grouped
 
@@ -149,9 +149,7 @@ class Tokenizer:
         try:
             return (_core_encode(self.encoding) if own_pattern else self._faster)(text, _NOTHING)
         except UnicodeEncodeError:
-            # the same repair as in tiktoken's encode_ordinary
-            repaired = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            return self._encode_alone(repaired, own_pattern=own_pattern)
+            return self._encode_alone(mended_text(text), own_pattern=own_pattern)
         except BaseException as error:
             if not (isinstance(error, ValueError) or is_panic(error)):
                 raise
