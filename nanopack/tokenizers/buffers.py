@@ -1,4 +1,4 @@
-"""Join the ids of many texts into one array. Buffers are bytes of uint32s, as tiktoken gives them."""
+"""What encoders of many texts at once share. Buffers are bytes of uint32s, as tiktoken gives them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ def joined(buffers: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     sizes = [len(buffer) if isinstance(buffer, bytes) else memoryview(buffer).nbytes for buffer in buffers]
     ends_bytes = np.fromiter(accumulate(sizes, initial=0), np.int64, len(buffers) + 1)
     return np.frombuffer(b"".join(buffers), np.uint32), ends_bytes // 4
+
+
+def due_texts(texts: Sequence[str | bytes], encoded: int, every: int) -> list[int]:
+    """Return the places of the texts to compare: every n-th of all, starting with the first; `encoded` came before."""
+    places = [place for place, text in enumerate(texts) if isinstance(text, str)]
+    return places[-encoded % every :: every]
 
 
 def as_buffer(ids: Sequence[int]) -> bytes:

@@ -22,7 +22,7 @@ import numpy as np
 
 from nanopack.errors import EncoderError
 from nanopack.tokenizers.added_tokens import AddedTokens, Found
-from nanopack.tokenizers.buffers import as_buffer, joined
+from nanopack.tokenizers.buffers import as_buffer, due_texts, joined
 from nanopack.tokenizers.byte_level import REMEDY, ByteLevel, NotByteLevel, describe_difference
 from nanopack.tokenizers.core import Core
 from nanopack.tokenizers.rank_files import first_line
@@ -249,8 +249,7 @@ class HuggingFaceTokenizer:
             ids, offsets = joined(self.byte_level.encode_each(texts))
         else:
             ids, offsets = self._encode_uncut(self.byte_level, texts)
-        if -self._encoded % SPOT_CHECK < len(strings):
-            self._check_some(texts, ids, offsets)
+        self._check_some(texts, ids, offsets)
         self._encoded += len(strings)
         return ids, offsets
 
@@ -259,9 +258,8 @@ class HuggingFaceTokenizer:
         return isinstance(text, bytes) or self.byte_level.takes([text])
 
     def _check_some(self, texts: Sequence[str | bytes], ids: np.ndarray, offsets: np.ndarray) -> None:
-        """Raise EncoderError where the next text that is due has other ids than the tokenizer's own."""
-        places = [place for place, text in enumerate(texts) if isinstance(text, str)]
-        for place in places[-self._encoded % SPOT_CHECK :: SPOT_CHECK]:
+        """Raise EncoderError where a text that is due has other ids than the tokenizer's own."""
+        for place in due_texts(texts, self._encoded, SPOT_CHECK):
             text = str(texts[place])
             got = ids[offsets[place] : offsets[place + 1]].tolist()
             if difference := describe_difference(text, self.encode_exactly([text])[0], got):

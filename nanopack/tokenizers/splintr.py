@@ -26,6 +26,7 @@ from nanopack.conversations.fetch import peek
 from nanopack.conversations.records import check
 from nanopack.conversations.source import Source
 from nanopack.errors import EncoderError
+from nanopack.tokenizers.buffers import due_texts
 from nanopack.tokenizers.byte_level import LONG_TEXT
 from nanopack.tokenizers.split_patterns import PatternError, plain
 from nanopack.tokenizers.tokenizer import AnyTokenizer, Tokenizer
@@ -117,13 +118,10 @@ class FastTokenizer(Tokenizer):
         Also raises EncoderError if a spot check finds ids that differ from tiktoken's.
         """
         ids, offsets = super().encode_batch(texts)
-        number = sum([isinstance(text, str) for text in texts])
-        if due := range(-self._encoded % SPOT_CHECK, number, SPOT_CHECK):
-            places = [place for place, text in enumerate(texts) if isinstance(text, str)]
-            for place in (places[number] for number in due):
-                if difference := self._compare(str(texts[place]), ids[offsets[place] : offsets[place + 1]]):
-                    raise EncoderError(difference)
-        self._encoded += number
+        for place in due_texts(texts, self._encoded, SPOT_CHECK):
+            if difference := self._compare(str(texts[place]), ids[offsets[place] : offsets[place + 1]]):
+                raise EncoderError(difference)
+        self._encoded += sum([isinstance(text, str) for text in texts])
         return ids, offsets
 
     def _encode_each(self, texts: Sequence[str | bytes]) -> list[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -148,7 +150,7 @@ def test_a_shape_gives_what_the_stock_template_gives(name):
 
 @given(st.lists(st.lists(st.sampled_from(PIECES), min_size=1, max_size=8).map("".join), min_size=2, max_size=2))
 def test_ids_and_mask_are_those_of_offsets_on_any_contents(contents):
-    for one in (OF_PLAIN, OF_MARKED):
+    for one in (OF_PLAIN, OF_MARKED, OF_PART):
         chat = one._encode_chat
         try:
             expected: Document = chat._encoded_whole(*chat._written(check(talk(*contents))))
@@ -159,7 +161,10 @@ def test_ids_and_mask_are_those_of_offsets_on_any_contents(contents):
         assert found.mask.tolist() == expected.mask.tolist()
 
 
-OF_PLAIN, OF_MARKED = renderer(PLAIN), renderer(MARKED)
+# What is in the loss begins and ends within the text between two added tokens.
+PART = "{% for m in messages %}{% if m['role'] == 'user' %}<|im_start|>{{ m['content'] }}: {% else %}{% generation %}"
+PART += "{{ m['content'] }}<|im_end|>\n{% endgeneration %}Next {% endif %}{% endfor %}"
+OF_PLAIN, OF_MARKED, OF_PART = renderer(PLAIN), renderer(MARKED), renderer(PART)
 
 
 def test_a_token_that_a_content_and_its_neighbour_make_together_is_found():
@@ -198,14 +203,19 @@ def test_a_text_that_becomes_abnormal_where_pieces_meet_is_left_to_the_tokenizer
         assert one(check(record)).ids.tolist() == ids
 
 
-def test_every_so_often_a_document_is_compared_and_a_difference_stops_the_run(monkeypatch):
+@pytest.mark.parametrize("has_shapes", [True, False])
+def test_every_so_often_a_document_is_compared_and_a_difference_stops_the_run(has_shapes, monkeypatch):
     monkeypatch.setattr(hf_template, "SPOT_CHECK", 3)
     one = renderer(PLAIN)
+    if not has_shapes:
+        one._encode_chat._shapes = None
     chats = [check(talk(f"a{number}", "b")) for number in range(7)]
     assert [one.plan(chat).expected is not None for chat in chats] == [True, False, False] * 2 + [True]
-    plan = one.plan(chats[0])._replace(expected=one(chats[1]))
-    with pytest.raises(EncoderError, match=r"differs from the chat template's own at token \d+: expected \["):
-        one.fill_in([plan])
+    same = one(chats[0])
+    for wrong in (one(chats[1]), replace(same, mask=~same.mask), replace(same, ids=same.ids[:-1], mask=same.mask[:-1])):
+        plan = one.plan(chats[0])._replace(expected=wrong)
+        with pytest.raises(EncoderError, match=r"differs from the chat template's own at token \d+: expected \["):
+            one.fill_in([plan])
 
 
 def test_a_difference_while_a_loader_runs_is_never_skipped_and_names_the_conversation(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -230,6 +231,15 @@ def test_a_tokenizer_that_is_cut_short_by_its_owner_later_is_still_compared_whol
     given_one(text, truncation=True, max_length=2)
     assert given_one.backend_tokenizer.truncation
     assert tokenizer.encode_exactly([text])[0] == whole == tokenizer.encode(text).tolist()
+
+
+def test_one_text_in_a_thousand_is_compared_starting_with_the_first(monkeypatch):
+    tokenizer, seen = load_tokenizer(make("gpt2")), []
+    monkeypatch.setattr(huggingface, "describe_difference", lambda text, *ids: seen.append(text))
+    texts = map(str, range(5000))
+    for size in (1, 7, 0, 1992, 1, 999, 2000):
+        tokenizer.encode_batch([b"", *islice(texts, size)])
+    assert seen == ["0", "1000", "2000", "3000", "4000"]
 
 
 @pytest.mark.parametrize("number", [0, 7])
