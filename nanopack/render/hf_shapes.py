@@ -40,7 +40,9 @@ class Shape(NamedTuple):
     texts: list[tuple[int, Callable[..., str]]]
     """Each run that holds contents, and what makes it of the contents of all messages."""
     in_loss: list[bool]
+    """Of each run, whether its tokens are in the loss."""
     spans: list[tuple[int, Edge, Edge]]
+    """Run, and from which to before which place of it it is in the loss."""
 
 
 class Shapes:
