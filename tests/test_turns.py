@@ -151,6 +151,14 @@ def test_answers_of_weight_0_are_history_only_and_a_chat_without_others_is_dropp
         }
 
 
+def test_a_conversation_of_weight_0_is_one_document_and_dropped():
+    chats = [{"messages": [Q, A, Q2, A2], "weight": 0}, [Q, A]]
+    with Loader(chats, SMALL, turns="each", **ROW) as loader:
+        assert [said for _, said in in_loss(loader)] == ["a<|assistant_end|>"]
+        assert loader.ledger()["conversations"]["dropped"] == {"untrained": 1}
+    assert verify(chats, SMALL, turns="each", **ROW)
+
+
 def test_an_answer_that_first_assistant_drops_is_no_document():
     chat, arguments = [A, Q, A2], {**ROW, "turns": "each"}
     with Loader([chat], SMALL, first_assistant="drop", **arguments) as loader:
