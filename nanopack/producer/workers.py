@@ -14,7 +14,6 @@ import contextlib
 import itertools
 import multiprocessing
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
@@ -23,9 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanopack.errors import ConversationError, ProducerError
-from nanopack.producer.child import WATCH, Failure, how_it_ended, leave_parent_behind, widen
+from nanopack.producer.child import Failure, how_it_ended, leave_parent_behind, widen
 from nanopack.producer.reader import CHUNK, Chunk, ReadDocument, Reader
-from nanopack.producer.start import DEFAULT_START_METHOD, Handover, StartMethod, is_orphan, start
+from nanopack.producer.start import DEFAULT_START_METHOD, Handover, StartMethod, end_with, start
 
 # Most requests that may wait for a worker: they must fit into its pipe.
 UNANSWERED = 64
@@ -143,7 +142,7 @@ class Workers:
 def _work(handover: Handover, method: StartMethod, requests: Connection, results: Connection, parent: int) -> None:
     """Run in a worker: read what is asked for, until the parent ends."""
     leave_parent_behind()
-    threading.Thread(target=_end_with, args=(method, parent), daemon=True).start()
+    end_with(method, parent)
     try:
         reader = handover.receive()
         while True:
@@ -152,14 +151,6 @@ def _work(handover: Handover, method: StartMethod, requests: Connection, results
         pass  # the parent is gone
     finally:
         os._exit(0)
-
-
-def _end_with(method: StartMethod, parent: int) -> None:
-    """End the process with its parent, though the data set may be at work."""
-    ended = threading.Event()
-    while not is_orphan(method, parent):
-        ended.wait(WATCH)
-    os._exit(1)
 
 
 def _error(failure: Failure) -> Exception:
