@@ -23,6 +23,7 @@ from nanopack.conversations.records import open_conversations
 from nanopack.distributed import LAUNCHERS
 from nanopack.ledger import Ledger
 from nanopack.packing import BestFitCrop
+from nanopack.upload.device import Cpu
 from nanopack.verify import compare
 
 # In the caller's thread: tests/producer/test_process.py shows that a process gives the same batches.
@@ -328,6 +329,16 @@ def test_leaving_the_block_closes_the_loader_and_keeps_the_batches():
     with pytest.raises(RuntimeError, match="closed"):
         next(loader)
     assert batch.inputs[0, :3].tolist() == [256, 97, 98]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_memory_that_could_not_be_pinned_is_used_and_not_unpinned(monkeypatch, workers):
+    unpinned = []
+    monkeypatch.setattr(Cpu, "pin", lambda self, memory: False)
+    monkeypatch.setattr(Cpu, "unpin", lambda self, memory: unpinned.append(memory))
+    with Loader([{"text": "ab"}], SMALL, 1, 8, num_workers=workers) as loader:
+        assert next(loader).inputs[0, :3].tolist() == [256, 97, 98]
+    assert not unpinned
 
 
 def test_a_document_is_cut_where_it_must_be_and_what_was_cut_is_counted():

@@ -91,7 +91,7 @@ def test_a_store_that_is_gone_is_waited_for_once_and_not_for_each_conversation_o
                 raise TimeoutError("late")
             return super().__getitem__(index)
 
-    with within(20), pytest.raises(StorageError, match="^conversation 11"):
+    with within(20), pytest.raises(StorageError, match=r"^conversation 11"):
         read_all(Gone(CHATS), num_workers=2)
     assert (tmp_path / "tried").read_text().split() == ["11"] * 4
 
