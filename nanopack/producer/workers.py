@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import multiprocessing
 import os
 from collections import deque
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanopack.errors import ConversationError, ProducerError
-from nanopack.producer.child import Failure, how_it_ended, leave_parent_behind, widen
+from nanopack.producer.child import Failure, how_it_ended, leave_parent_behind, log_here, log_to, widen
 from nanopack.producer.reader import CHUNK, Chunk, ReadDocument, Reader
 from nanopack.producer.start import DEFAULT_START_METHOD, Handover, StartMethod, end_with, start
 
@@ -142,6 +143,7 @@ class Workers:
 def _work(handover: Handover, method: StartMethod, requests: Connection, results: Connection, parent: int) -> None:
     """Run in a worker: read what is asked for, until the parent ends."""
     leave_parent_behind()
+    log_to(results)
     end_with(method, parent)
     try:
         reader = handover.receive()
@@ -184,7 +186,9 @@ def _send(chunk: Chunk, results: Connection) -> None:
 
 def _receive(results: Connection) -> list[ReadDocument]:
     """Receive the documents of a chunk; their words are views of the message."""
-    facts, dtype = results.recv()
+    while isinstance(message := results.recv(), logging.LogRecord):
+        log_here(message)
+    facts, dtype = message
     words, documents, begin = np.frombuffer(results.recv_bytes(), dtype), [], 0
     for conversation, length, num_tokens, cut, weight, own_weight, dropped, failure, notes in facts:
         own, begin = words[begin : begin + length], begin + length
