@@ -3,6 +3,8 @@
 An error crosses the process boundary with its type where it pickles, with its traceback always:
 
 process.py or workers.py fails   ->   Failure.of(error)   -- a pipe -->   Failure.error()   ->   raised in its turn
+
+What it logs takes the same pipe: log_to()  -->  log_here().
 """
 
 from __future__ import annotations
