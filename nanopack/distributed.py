@@ -35,7 +35,7 @@ def rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, 
     if _initialised():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     for name in LAUNCHERS:
-        if os.environ.get(name, "1") != "1":
+        if os.environ.get(name, "1") not in ("", "1"):
             log.warning(
                 "%s=%s is set, but torch.distributed is not initialised: this process reads all the data as rank 0 of "
                 "1, and so does every other; initialise it first, or pass rank and world_size",

@@ -112,8 +112,9 @@ class Loader:
         encoder: `"fast"`: splintr-rs encodes instead of tiktoken, faster (`pip install nanopack[fast]`). The ids are
             the same: known differences go to tiktoken, and the two are compared on a sample of the data at
             construction, then on one text in a thousand. None: tiktoken, or the tokenizer itself.
-        num_workers: number of tokenizing processes. 0: none, everything runs in the caller's thread. 1: the producer
-            process tokenizes as well. n >= 2: the producer packs and n more processes tokenize (n + 1 in all).
+        num_workers: number of tokenizing processes. 0: none, everything runs in the caller's thread; `prefetch` and
+            `start_method` have no effect. 1: the producer process tokenizes as well. n >= 2: the producer packs and n
+            more processes tokenize (n + 1 in all).
         prefetch: batches that the producer makes ahead of time.
         static: every batch is written into the same tensors (for CUDA graphs), valid until the next call.
         on_error: `"raise"` for a bad conversation, or `"skip"` it (counted and logged). What cannot be read at all (a

@@ -28,7 +28,7 @@ from nanopack.conversations.fetch import peek
 from nanopack.conversations.files import Files
 from nanopack.conversations.records import Conversation, check, open_conversations, short
 from nanopack.conversations.source import Source
-from nanopack.errors import TemplateError
+from nanopack.errors import NEVER_SKIPPED
 from nanopack.render.document import Document
 from nanopack.render.renderer import Renderer
 from nanopack.render.templates import Template
@@ -190,7 +190,7 @@ def _mean_length(place: str, source: Source, render: Callable[[Conversation], Do
     for index in (number * n // sample for number in range(sample)):
         try:
             lengths.append(len(render(check(peek(source, index, None))).ids))
-        except (MemoryError, TemplateError):
+        except NEVER_SKIPPED:
             raise
         # A data set may raise anything; Loader too calls a conversation bad for it.
         except Exception as error:

@@ -34,10 +34,11 @@ from typing import Any
 import numpy as np
 
 from nanopack.config import LoaderConfig
-from nanopack.conversations.fetch import peek, storage_error
+from nanopack.conversations.fetch import peek
+from nanopack.conversations.order import evenly_spaced
 from nanopack.conversations.records import Conversation, check
 from nanopack.conversations.source import Source
-from nanopack.errors import NEVER_SKIPPED, is_storage_error
+from nanopack.errors import NEVER_SKIPPED
 from nanopack.notes import Notes
 from nanopack.packing.packings import PACKINGS
 from nanopack.tokenizers.tokenizer import AnyTokenizer
@@ -121,16 +122,14 @@ def sample_of(source: Source, seed: int | None) -> str:
 
 
 def _sample(source: Source, seed: int | None) -> Iterator[bytes]:
-    """Yield the bytes of evenly spaced conversations, the first and the last among them."""
-    for index in sorted({round(k * (len(source) - 1) / (SAMPLE - 1)) for k in range(SAMPLE)}):
+    """Yield the bytes of evenly spaced conversations."""
+    for index in evenly_spaced(len(source), SAMPLE):
         try:
             yield from _bytes_of(check(peek(source, index, seed)))
         except NEVER_SKIPPED:
             raise
         # a bad conversation is part of the data too; what its error says may differ from run to run
-        except Exception as error:
-            if is_storage_error(error):
-                raise storage_error(error, source.where(index)) from error
+        except Exception:
             yield b"bad"
 
 

@@ -15,7 +15,6 @@ from faulty import wait_until, within
 import nanopack
 from nanopack import Loader
 from nanopack.producer import counting
-from nanopack.ring.ring import COUNTING
 
 TEXTS = [{"text": "a" * (k % 23)} for k in range(400)]
 ARGUMENTS = {"batch_size": 2, "seq_len": 32, "epochs": 2, "seed": 1}
@@ -87,6 +86,14 @@ def test_the_length_in_the_state_of_other_arguments_is_not_believed():
         assert len(loader) == len(list(itertools.chain(iter(loader)))) > state["batches"]
 
 
+def test_the_length_is_that_of_a_whole_pass_after_one_that_began_with_other_arguments():
+    with Loader(TEXTS, SMALL, num_workers=0, **ARGUMENTS) as loader:
+        state = [(next(loader), loader.state_dict()) for _ in range(20)][-1][1]
+    with Loader(TEXTS, SMALL, num_workers=0, **(ARGUMENTS | {"batch_size": 4})) as loader:
+        loader.load_state_dict(state, strict=False)
+        assert 20 + len(list(loader)) > len(loader) == len(list(iter(loader)))
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_rank_without_a_process_group_counts_all_ranks_while_it_is_idle(tmp_path, workers):
     data = Noted(TEXTS, tmp_path / "readers", delay=0.001)
@@ -95,7 +102,6 @@ def test_a_rank_without_a_process_group_counts_all_ranks_while_it_is_idle(tmp_pa
         next(loader)
         # two passes of its own half, once all of the data, and the sample
         wait_until(lambda: len(data.readers()) >= len(TEXTS) + 16, 30)
-        wait_until(lambda: loader._run.feed.ring.status.stage != COUNTING or workers, 30)
         list(iter(loader))
         assert len(data.readers()) <= 2 * len(TEXTS) + 16 + 32 * workers
 

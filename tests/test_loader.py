@@ -23,6 +23,7 @@ from nanopack.conversations.records import open_conversations
 from nanopack.distributed import LAUNCHERS
 from nanopack.ledger import Ledger
 from nanopack.packing import BestFitCrop
+from nanopack.upload.device import Cpu
 from nanopack.verify import compare
 
 # In the caller's thread: tests/producer/test_process.py shows that a process gives the same batches.
@@ -330,6 +331,16 @@ def test_leaving_the_block_closes_the_loader_and_keeps_the_batches():
     assert batch.inputs[0, :3].tolist() == [256, 97, 98]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_memory_that_could_not_be_pinned_is_used_and_not_unpinned(monkeypatch, workers):
+    unpinned = []
+    monkeypatch.setattr(Cpu, "pin", lambda self, memory: False)
+    monkeypatch.setattr(Cpu, "unpin", lambda self, memory: unpinned.append(memory))
+    with Loader([{"text": "ab"}], SMALL, 1, 8, num_workers=workers) as loader:
+        assert next(loader).inputs[0, :3].tolist() == [256, 97, 98]
+    assert not unpinned
+
+
 def test_a_document_is_cut_where_it_must_be_and_what_was_cut_is_counted():
     loader = Loader([{"text": "x" * 30}], SMALL, 1, 8, packing="best_fit_pad", max_document_tokens=20, epochs=1)
     [batch] = loader
@@ -457,15 +468,15 @@ def test_rank_and_world_size_come_from_torch_distributed_where_it_is_initialised
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("count", ["", "1", "4"])
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_a_launcher_of_several_processes_without_torch_distributed_is_warned_of(monkeypatch, caplog, name, count):
-    monkeypatch.setenv(name, str(count))
+    monkeypatch.setenv(name, count)
     with caplog.at_level(logging.WARNING, "nanopack"):
         Loader([{"text": "ab"}], SMALL, 1, 8, rank=0, world_size=1)
         assert not caplog.text
         Loader([{"text": "ab"}], SMALL, 1, 8)
-    assert (f"{name}=4 is set" in caplog.text and "rank 0 of 1" in caplog.text) == (count > 1)
+    assert (f"{name}=4 is set" in caplog.text and "rank 0 of 1" in caplog.text) == (count == "4")
 
 
 @pytest.mark.parametrize(("given", "ranks"), [({}, 1), ({}, 2), ({"rank": 0, "world_size": 1}, 2)])

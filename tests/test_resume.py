@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -437,6 +439,21 @@ def test_a_state_can_be_saved_though_a_sampled_conversation_cannot_be_read():
     again = Loader(Bad(CHATS), SMALL, **BASE, on_error="skip")
     again.load_state_dict(loader.state_dict())
     assert first_difference(next(loader), next(again)) is None
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_sample_that_takes_long_is_announced_once_and_leaves_no_thread(monkeypatch, caplog, slow):
+    class Slow(list):
+        def __getitem__(self, index):
+            time.sleep(0.02 * slow)
+            return super().__getitem__(index)
+
+    monkeypatch.setattr("nanopack.state.SLOW", 0.1)
+    threads = threading.active_count()
+    Loader(Slow(CHATS), SMALL, **BASE)
+    assert threading.active_count() == threads
+    time.sleep(0.15)
+    assert len(caplog.messages) == slow and ("reads 16 conversations" in caplog.text) == slow
 
 
 def test_ready_tokens_differ_by_all_of_them_and_not_by_the_form_they_come_in():

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from nanopack.conversations.source import Source
-from nanopack.errors import StorageError
+from nanopack.errors import StorageError, is_storage_error
 
 log = logging.getLogger("nanopack")
 
@@ -75,9 +75,14 @@ def random_numbers_kept(source: Source) -> Iterator[None]:
 
 
 def peek(source: Source, index: int, seed: int | None) -> object:
-    """Fetch one record in the trainer's process."""
+    """Fetch one record in the trainer's process. Raises StorageError, with its place, where it cannot be read."""
     with random_numbers_kept(source):
-        return fetch(source, index, seed)
+        try:
+            return fetch(source, index, seed)
+        except Exception as error:
+            if is_storage_error(error):
+                raise storage_error(error, source.where(index)) from error
+            raise
 
 
 def storage_error(error: BaseException, where: str) -> StorageError:

@@ -73,6 +73,15 @@ class Shard:
         return max(0, -((self.number - epochs * self.n) // self.count))
 
 
+def evenly_spaced(n: int, most: int) -> list[int]:
+    """Return up to `most` (2 or more) of the indices 0 to n - 1, evenly spaced, the first and the last among them.
+
+    >>> evenly_spaced(9, 3), evenly_spaced(2, 3)
+    ([0, 4, 8], [0, 1])
+    """
+    return sorted({round(k * (n - 1) / (most - 1)) for k in range(most)})
+
+
 def permute(index: np.ndarray, n: int, seed: int, epoch: np.ndarray) -> np.ndarray:
     """Return the images, (k,) int64, of indices 0 to n - 1 under the permutation of each one's epoch (from 0).
 

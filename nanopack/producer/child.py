@@ -3,12 +3,15 @@
 An error crosses the process boundary with its type where it pickles, with its traceback always:
 
 process.py or workers.py fails   ->   Failure.of(error)   -- a pipe -->   Failure.error()   ->   raised in its turn
+
+What it logs takes the same pipe: log_to()  -->  log_here().
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import pickle
 import signal
@@ -22,6 +25,8 @@ from nanopack.errors import ProducerError
 
 if sys.platform == "linux":
     import fcntl
+
+log = logging.getLogger("nanopack")
 
 
 class ProducerTraceback(Exception):
@@ -65,6 +70,28 @@ class Failure:
                 error = pickle.loads(self.pickled)
         error.__cause__ = ProducerTraceback(self.trace)
         return error
+
+
+class _ToParent(logging.Handler):
+    def __init__(self, pipe: Connection) -> None:
+        super().__init__()
+        self._pipe = pipe
+
+    def emit(self, record: logging.LogRecord) -> None:
+        record.msg, record.args, record.exc_info = record.getMessage(), None, None
+        self._pipe.send(record)
+
+
+def log_to(pipe: Connection) -> None:
+    """Send what this process logs to its parent, where the handlers are. Nobody else writes into the pipe."""
+    log.handlers, log.propagate = [_ToParent(pipe)], False
+
+
+def log_here(record: logging.LogRecord) -> None:
+    """Log what a child process has sent."""
+    # one that is spawned does not know the level that is set here
+    if log.isEnabledFor(record.levelno):
+        log.handle(record)
 
 
 # Signals that launchers, schedulers and terminals send to every process of a run, for the trainer to act on.

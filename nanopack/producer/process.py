@@ -30,11 +30,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from nanopack.errors import ProducerError
-from nanopack.producer.child import WATCH, Failure, how_it_ended, leave_parent_behind, widen
+from nanopack.producer.child import Failure, how_it_ended, leave_parent_behind, log_here, log_to, widen
 from nanopack.producer.feed import End
 from nanopack.producer.producer import Producer, Start
 from nanopack.producer.reader import Reader
-from nanopack.producer.start import DEFAULT_START_METHOD, Handover, StartMethod, is_orphan, lives, start
+from nanopack.producer.start import DEFAULT_START_METHOD, Handover, StartMethod, end_with, lives, start
 from nanopack.ring.facts import BatchFacts
 from nanopack.ring.ring import WAITING, Ring
 
@@ -97,9 +97,7 @@ class Process:
             while wait or self.qsize():
                 message: tuple[Any, ...] | End | Failure | logging.LogRecord = self._receive()
                 if isinstance(message, logging.LogRecord):
-                    # a spawned producer does not know the level that is set here
-                    if log.isEnabledFor(message.levelno):
-                        log.handle(message)
+                    log_here(message)
                     continue
                 self._received += 1
                 if isinstance(message, Failure):
@@ -248,24 +246,6 @@ def _send(message: tuple[Any, ...] | End | Failure, ring: Ring, messages: Connec
 def _settle(method: StartMethod, messages: Connection, alive: Connection, trainer: int) -> None:
     """Give up what a forked process inherits from its parent, and end with it."""
     leave_parent_behind()
-    log.handlers, log.propagate = [_ToTrainer(messages)], False
-    threading.Thread(target=_end_with, args=(method, alive, trainer), daemon=True).start()
-
-
-def _end_with(method: StartMethod, alive: Connection, trainer: int) -> None:
-    """End the process with the trainer, or when that has dropped the loader, even while the data set is at work."""
-    while not is_orphan(method, trainer) and not alive.poll(WATCH):
-        pass
-    os._exit(1)
-
-
-class _ToTrainer(logging.Handler):
-    """Sends what the producer logs to the trainer's process, where the handlers are."""
-
-    def __init__(self, messages: Connection) -> None:
-        super().__init__()
-        self._messages = messages
-
-    def emit(self, record: logging.LogRecord) -> None:
-        record.msg, record.args, record.exc_info = record.getMessage(), None, None
-        self._messages.send(record)
+    log_to(messages)
+    # or when it has dropped the loader: `alive` ends then
+    end_with(method, trainer, alive.poll)

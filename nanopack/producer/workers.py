@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import multiprocessing
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanopack.errors import ConversationError, ProducerError
-from nanopack.producer.child import WATCH, Failure, how_it_ended, leave_parent_behind, widen
+from nanopack.producer.child import Failure, how_it_ended, leave_parent_behind, log_here, log_to, widen
 from nanopack.producer.reader import CHUNK, Chunk, ReadDocument, Reader
-from nanopack.producer.start import DEFAULT_START_METHOD, Handover, StartMethod, is_orphan, start
+from nanopack.producer.start import DEFAULT_START_METHOD, Handover, StartMethod, end_with, start
 
 # Most requests that may wait for a worker: they must fit into its pipe.
 UNANSWERED = 64
@@ -143,7 +143,8 @@ class Workers:
 def _work(handover: Handover, method: StartMethod, requests: Connection, results: Connection, parent: int) -> None:
     """Run in a worker: read what is asked for, until the parent ends."""
     leave_parent_behind()
-    threading.Thread(target=_end_with, args=(method, parent), daemon=True).start()
+    log_to(results)
+    end_with(method, parent)
     try:
         reader = handover.receive()
         while True:
@@ -152,14 +153,6 @@ def _work(handover: Handover, method: StartMethod, requests: Connection, results
         pass  # the parent is gone
     finally:
         os._exit(0)
-
-
-def _end_with(method: StartMethod, parent: int) -> None:
-    """End the process with its parent, though the data set may be at work."""
-    ended = threading.Event()
-    while not is_orphan(method, parent):
-        ended.wait(WATCH)
-    os._exit(1)
 
 
 def _error(failure: Failure) -> Exception:
@@ -193,7 +186,9 @@ def _send(chunk: Chunk, results: Connection) -> None:
 
 def _receive(results: Connection) -> list[ReadDocument]:
     """Receive the documents of a chunk; their words are views of the message."""
-    facts, dtype = results.recv()
+    while isinstance(message := results.recv(), logging.LogRecord):
+        log_here(message)
+    facts, dtype = message
     words, documents, begin = np.frombuffer(results.recv_bytes(), dtype), [], 0
     for conversation, length, num_tokens, cut, weight, own_weight, dropped, failure, notes in facts:
         own, begin = words[begin : begin + length], begin + length

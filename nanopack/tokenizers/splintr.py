@@ -23,6 +23,7 @@ import numpy as np
 import tiktoken
 
 from nanopack.conversations.fetch import peek
+from nanopack.conversations.order import evenly_spaced
 from nanopack.conversations.records import check
 from nanopack.conversations.source import Source
 from nanopack.errors import EncoderError
@@ -189,9 +190,9 @@ _for_tiktoken = functools.cache(for_tiktoken)
 
 
 def _sample(source: Source) -> Iterator[str]:
-    """Yield texts of evenly spaced conversations, including the first and the last."""
+    """Yield texts of evenly spaced conversations."""
     began, characters = time.perf_counter(), 0
-    for index in sorted({round(k * (len(source) - 1) / (SAMPLE - 1)) for k in range(SAMPLE)}):
+    for index in evenly_spaced(len(source), SAMPLE):
         try:
             conversation = check(peek(source, index, None))
         # reported when it is read for training

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from faulty import CHATS, FAULTS, SMALL, TOKENIZER, Faulty, Hard, expected, is_gone, raising, within
+from faulty import CHATS, FAULTS, SMALL, TOKENIZER, Busy, Faulty, Hard, expected, is_gone, raising, within
 
 import nanopack
 from nanopack import ConversationError, Loader, StorageError, reference
@@ -158,3 +158,18 @@ def test_what_the_producer_logs_arrives_in_the_trainers_handlers(caplog):
     with caplog.at_level(logging.WARNING, "nanopack"):
         list(Loader([*CHATS[:3], {"text": 1}], TOKENIZER, epochs=1, on_error="skip", **SMALL))
     assert "skipped 1 bad conversation: 1 like conversation 3" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("workers", "method"), [(1, "fork"), (2, "fork"), pytest.param(2, "spawn", marks=pytest.mark.slow)]
+)
+def test_what_a_worker_logs_arrives_in_the_trainers_handlers(caplog, workers, method):
+    with within(60), Loader(Busy(), TOKENIZER, epochs=1, num_workers=workers, start_method=method, **SMALL) as loader:
+        assert list(iter(loader))
+    assert caplog.text.count("conversation 20, ConnectionResetError: busy; trying again") == 1
+
+
+def test_what_a_worker_that_counts_logs_arrives_in_the_trainers_handlers(caplog):
+    with within(20), Loader(Busy(), TOKENIZER, epochs=1, num_workers=2, prefetch=1, **SMALL) as loader:
+        assert len(loader)
+    assert "conversation 20, ConnectionResetError: busy; trying again" in caplog.text

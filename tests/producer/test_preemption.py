@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -110,6 +114,45 @@ def check_children():
 def test_a_program_that_the_data_set_runs_can_be_terminated(workers):
     with Loader(Faulty(20, check_children), TOKENIZER, epochs=1, num_workers=workers, **SMALL) as loader:
         assert len(list(iter(loader))) > 20
+
+
+def read_under_signals():
+    """As a library in C reads, which may take an interrupted call for an error."""
+    read, write = os.pipe()
+    reader = threading.get_ident()
+
+    def disturb():
+        for number in SIGNALS:
+            time.sleep(0.05)
+            signal.pthread_kill(reader, number)
+        time.sleep(0.05)
+        os.write(write, b"x")
+
+    threading.Thread(target=disturb).start()
+    assert ctypes.CDLL(None).read(read, ctypes.create_string_buffer(1), 1) == 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_signal_interrupts_no_system_call_of_the_data_set(workers):
+    with Loader(Faulty(20, read_under_signals), TOKENIZER, epochs=1, num_workers=workers, **SMALL) as loader:
+        assert len(list(iter(loader))) > 20
+
+
+def test_a_signal_to_the_producer_alone_does_not_wake_the_trainers_event_loop():
+    read, write = socket.socketpair()
+    write.setblocking(False)
+    before = signal.set_wakeup_fd(write.fileno())
+    try:
+        with Loader(CHATS, TOKENIZER, prefetch=1, **SMALL) as loader:
+            next(loader)
+            for number in SIGNALS:
+                os.kill(loader.producer_pid, number)
+            for _ in range(20):
+                next(loader)
+            assert not select.select([read], [], [], 0)[0]
+    finally:
+        signal.set_wakeup_fd(before)
+        read.close(), write.close()
 
 
 def leave_open():

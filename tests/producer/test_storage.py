@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from faulty import CHATS, SMALL, TOKENIZER, Faulty, raising, within
 
+import nanopack
 from nanopack import ConversationError, Loader, StorageError, reference
 from nanopack.verify import compare
 
@@ -65,6 +66,34 @@ def test_an_error_that_an_error_of_the_storage_caused_stops_the_run_too(do, work
 
     with within(20), pytest.raises(StorageError, match="conversation 20, RuntimeError: no record"):
         read_all(Faulty(20, do), on_error="skip", num_workers=workers)
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        lambda data: Loader(data, TOKENIZER, on_error="skip", **SMALL),
+        lambda data: nanopack.mixture([(CHATS, 1), (data, 1)], by="token", tokenizer=TOKENIZER),
+    ],
+    ids=["fingerprint", "mean length"],
+)
+def test_a_conversation_of_a_sample_that_cannot_be_read_is_not_left_out_of_it(sample):
+    with within(20), pytest.raises(StorageError, match=r"^conversation 39, TimeoutError: late"):
+        sample(Faulty(39, raising(TimeoutError("late"))))
+
+
+def test_a_store_that_is_gone_is_waited_for_once_and_not_for_each_conversation_of_a_chunk(tmp_path):
+    class Gone(list):
+        def __getitem__(self, index):
+            # none of them is in the sample
+            if index in (11, 12, 14):
+                with open(tmp_path / "tried", "a") as file:
+                    file.write(f"{index} ")
+                raise TimeoutError("late")
+            return super().__getitem__(index)
+
+    with within(20), pytest.raises(StorageError, match=r"^conversation 11"):
+        read_all(Gone(CHATS), num_workers=2)
+    assert (tmp_path / "tried").read_text().split() == ["11"] * 4
 
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])

@@ -33,6 +33,20 @@ class Faulty(list):
         return super().__getitem__(index)
 
 
+class Busy(list):
+    """CHATS, one of which fails when a process reads it for the first time."""
+
+    def __init__(self):
+        super().__init__(CHATS)
+        self.tried = False
+
+    def __getitem__(self, index):
+        if index == 20 and not self.tried:
+            self.tried = True
+            raise ConnectionResetError("busy")
+        return super().__getitem__(index)
+
+
 def fail(error):
     raise error
 
