@@ -26,7 +26,7 @@ test: .venv/dev
 slow: .venv/dev
 	$(PYTEST) $(PARALLEL) -m slow
 
-# accelerate, TRL and Lightning: large to install and slow to run, so not part of `make test`.
+# Trainers train, are killed and resume: minutes, and Lightning besides, so not part of `make test`.
 test-trainers: .venv/trainers
 	$(PYTEST) $(PARALLEL) -m 'trainers and not slow'
 

@@ -281,9 +281,9 @@ class Loader:
     def load_state_dict(self, state_dict: Mapping[str, Any], *, strict: bool = True) -> None:
         """Resume from a state of this rank, or of all ranks (`nanopack.merge_states`); at any time.
 
-        Only the conversations that waited for a row are read again, so it takes the same time at any step. `device`,
-        `executor`, `encoder`, `num_workers`, `prefetch`, `extras` and `on_error` may differ from what they were; with
-        shard="row" also `world_size`, when `batch_size * world_size` is the same.
+        Only the conversations that waited for a row are read again, so it takes the same time at any step. Arguments
+        that are free to change between runs may differ, and so may `extras` and `max_pieces`; with shard="row" also
+        `world_size`, when `batch_size * world_size` is the same.
 
         Raises ValueError, naming every difference, for a state of other data, tokenizer or arguments; with
         strict=False it is loaded all the same, as far as that is possible. After an error the loader is as it was. Data
