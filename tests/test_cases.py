@@ -33,6 +33,10 @@ TOKENS = {
     "completion-mask": ({"completion_mask": [0, 0, 1, 1]}, "AB[[CD]]"),
     "masks-that-agree": ({"loss_mask": [0, 0, 1, 1], "labels": [-100, -100, 67, 68]}, "AB[[CD]]"),
     "attention-alone": ({"attention_mask": [1, 1, 0, 0]}, "A[[B]]"),
+    "masks-that-agree-but-at-a-pad": (
+        {"loss_mask": [0, 0, 1, 1], "labels": [-100, -100, 67, -100], "attention_mask": [1, 1, 1, 0]},
+        "AB[[C]]",
+    ),
     "hole-in-attention": ({"attention_mask": [1, 0, 1, 1]}, "A[[CD]]"),
     "of-a-tokenizer": ({"attention_mask": [1] * 4, "token_type_ids": [0] * 4, "length": 4}, "A[[BCD]]"),
     "position-ids": ({"position_ids": [0, 1, 2, 3], "labels": [-100, -100, -100, 68]}, "ABC[[D]]"),
@@ -62,6 +66,8 @@ def test_w1_a_record_whose_labels_are_all_masked_is_not_in_the_loss() -> None:
         pytest.param({"attention_mask": [0] * 4}, "attention_mask is 0 everywhere", id="all-pads"),
         pytest.param({"attention_mask": [1, 1, 2, 2]}, "attention_mask must be bools or 0 and 1", id="packed"),
         pytest.param({"position_ids": [0, 1, 0, 1]}, "position_ids do not count up by 1", id="packed-positions"),
+        pytest.param({"position_ids": [0.0, 1.0, 2.0, 3.0]}, "position_ids do not count up", id="float-positions"),
+        pytest.param({"position_ids": [0, 1]}, "position_ids has 2 entries for 4 input_ids; give", id="few-positions"),
         pytest.param({"seq_lengths": [2, 2]}, "seq_lengths shows several documents", id="packed-lengths"),
         pytest.param({"loss_mask": [1] * 4, "labels": [-100, *IDS[1:]]}, "loss_mask and labels contradict", id="two"),
         pytest.param(

@@ -385,6 +385,14 @@ def test_the_ledger_notices_a_counter_that_is_off_by_one(counter):
     assert ledger.report()["balanced"] is False
 
 
+def test_the_ledger_notices_more_targets_in_the_loss_than_tokens():
+    loader = Loader([{"text": "abc"}] * 3, SMALL, 2, 8)
+    next(loader)
+    ledger = ledger_of(loader)
+    ledger.targets_in_loss = ledger.tokens_emitted + 1
+    assert len(ledger.imbalances()) == 1
+
+
 @pytest.mark.parametrize(("counter", "reason"), [("conversations_dropped", "untrained"), ("tokens_cut", "seq_len")])
 def test_the_ledger_notices_a_reason_that_is_off_by_one(counter, reason):
     loader = Loader([{"text": "abc"}] * 3, SMALL, 2, 8)

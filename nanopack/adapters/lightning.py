@@ -97,7 +97,9 @@ class Batches(LightningDataModule):
         loader = make_loader()
         if loader._run.static:
             loader.close()
-            raise ValueError("static=True: Lightning fetches a batch before it trains the last one; leave it out")
+            raise ValueError(
+                "static=True: Lightning fetches the next batch before it trains the current one; leave it out"
+            )
         return loader
 
     @staticmethod

@@ -107,7 +107,7 @@ EMPTY_JSON = ("[]", "{}", "null", '""')
 
 # Words in a name that make an unknown key one that may matter, if its value is a flag, or numbers.
 _OF_LOSS = {"train", "trained", "training", "trainable", "loss", "mask", "masks", "masked", "weight", "weights"}
-_OF_LOSS |= {"label", "labels", "learn", "supervised", "ignore", "ignored"}
+_OF_LOSS |= {"label", "labels", "learn", "learned", "learnt", "supervised", "ignore", "ignored"}
 # And these, whatever the value.
 _OF_MEDIA = {"image", "images", "video", "videos", "audio", "audios", "pixel"}
 _WORD = re.compile(r"[A-Z]*[a-z]+|[A-Z]+")

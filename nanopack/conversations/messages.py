@@ -176,7 +176,7 @@ def read_parts(content: object, key: str, ignored: set[str]) -> tuple[Part, ...]
             fail(f"part {number} of {key}: type is {short(kind)}; allowed are text, python, python_output")
         for name in [name for name, value in part.items() if not is_absent(value)] if len(part) > 2 else ():
             if PART.get(name) == keys.REFUSED:
-                fail(f"part {number} of {key}: {name} cannot be honoured; remove it")
+                fail(f"part {number} of {key}: {name} cannot be honoured: {short(part[name])}; remove it")
             if name not in PART:
                 _check_unknown(str(name), part[name], "part")
                 ignored.add(f"part.{name}")

@@ -99,7 +99,9 @@ def _refuse_several_documents(record: Mapping[str, Any], keep: np.ndarray) -> No
     if record.get("position_ids") is not None:
         positions = _array(record["position_ids"], "position_ids")
         if len(positions) != len(keep):
-            raise ConversationError(f"position_ids has {len(positions)} entries for {len(keep)} input_ids")
+            raise ConversationError(
+                f"position_ids has {len(positions)} entries for {len(keep)} input_ids; give one for each"
+            )
         if positions.dtype.kind not in "iu" or (np.diff(positions[keep].astype(np.int64)) != 1).any():
             raise ConversationError("position_ids do not count up by 1: the record is packed; give each document alone")
     for key, most in BOUNDS.items():

@@ -40,7 +40,7 @@ def open_records(conversations: Any, seed: int | None = None) -> list[Stored]:
     while type(whole).__module__.startswith("torch.utils.data") and {"dataset", "datasets"} & {*vars(whole)}:
         whole = whole.dataset if hasattr(whole, "dataset") else whole.datasets[0]
     if type(whole).__module__.startswith("datasets.") and whole.format["type"] != "custom":
-        read = lambda index: _without_nulls(conversations[index], whole.features)  # noqa: E731
+        read = partial(_read_without_nulls, conversations, whole.features)
     return [(f"conversation {index}", partial(_drawn, read, index, seed)) for index in range(len(conversations))]
 
 
@@ -167,6 +167,10 @@ def _from_arrow(value: Any, kind: Any) -> Any:
     if pa.types.is_map(kind):
         return {key: _from_arrow(item, kind.item_type) for key, item in value}
     return [_from_arrow(item, kind.value_type) for item in value] if isinstance(value, list) else value
+
+
+def _read_without_nulls(records: Any, features: Any, index: int) -> Any:
+    return _without_nulls(records[index], features)
 
 
 def _without_nulls(value: Any, feature: Any) -> Any:

@@ -16,7 +16,7 @@ from nanopack.errors import ConversationError
 MEDIA_WORDS = {"image", "images", "video", "videos", "audio", "audios", "pixel"}
 LOSS_WORDS = {
     *("train", "trained", "training", "trainable", "loss", "mask", "masks", "masked", "weight", "weights"),
-    *("label", "labels", "learn", "supervised", "ignore", "ignored"),
+    *("label", "labels", "learn", "learned", "learnt", "supervised", "ignore", "ignored"),
 }
 
 

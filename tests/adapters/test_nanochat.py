@@ -382,7 +382,7 @@ def test_dropping_a_loader_ends_the_producer_also_in_a_cycle(producers):
 def test_a_loop_that_fails_and_a_bad_conversation_end_the_producer(producers):
     with pytest.raises(ZeroDivisionError):
         for _ in sft_loader(TRAIN, TOKENIZER, B, T, device="cpu"):
-            1 / 0  # noqa: B018
+            raise ZeroDivisionError
     assert not producers()
     loader = mid_loader(Task([{"messages": []}]), TOKENIZER, B, T, device="cpu")
     with pytest.raises(ValueError, match="conversation 0, "):

@@ -347,7 +347,10 @@ def test_text_shows_spread_for_speeds_and_times_and_medians_for_ratios():
 
 def hide(monkeypatch, *packages):
     find_spec = importlib.util.find_spec
-    hidden = lambda name, *rest: None if name.partition(".")[0] in packages else find_spec(name, *rest)  # noqa: E731
+
+    def hidden(name, *rest):
+        return None if name.partition(".")[0] in packages else find_spec(name, *rest)
+
     monkeypatch.setattr(importlib.util, "find_spec", hidden)
 
 

@@ -268,11 +268,17 @@ def test_tensors_that_were_not_asked_for_are_not_saved(run, chats, tmp_path):
     assert sorted(np.load(tmp_path / "a.npz")) == ["inputs", "targets"]
 
 
-def test_without_safetensors_the_extra_is_named_before_anything_is_packed(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+@pytest.mark.parametrize(
+    ("module", "arguments", "remedy"),
+    [
+        ("safetensors.torch", ("pack", "--save", "a.safetensors"), "safetensors; pip install nanopack[safetensors]"),
+        ("matplotlib.figure", ("inspect", "--lengths-png", "a.png"), "matplotlib; pip install nanopack[plot]"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_before_anything_is_packed(run, module, arguments, remedy, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setattr(commands, "Loader", None)
-    line = refusal(run("pack", "--save", tmp_path / "a.safetensors"))
-    assert "a.safetensors needs safetensors; pip install nanopack[safetensors]" in line
+    assert f"{arguments[-1]} needs {remedy}" in refusal(run(*arguments))
 
 
 # What is drawn
@@ -285,13 +291,6 @@ def test_inspect_writes_a_plot_of_the_lengths_and_a_page_of_the_batch(run, chats
     assert lengths.read_bytes().startswith(b"\x89PNG") and "batch 2" in page.read_text()
     code, out, _ = run("inspect", chats, *SMALL, "--lengths-png", lengths, "--json")
     assert json.loads(out)["written"] == [str(lengths)]
-
-
-def test_without_matplotlib_the_extra_is_named_before_anything_is_packed(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr(commands, "Loader", None)
-    line = refusal(run("inspect", "--lengths-png", tmp_path / "a.png"))
-    assert "a.png needs matplotlib; pip install nanopack[plot]" in line
 
 
 def test_no_page_of_a_batch_that_does_not_exist(run, untrained, tmp_path):

@@ -78,8 +78,11 @@ def test_an_encoding_of_tiktoken_is_taken_by_its_name(monkeypatch):
     assert find_tokenizer("o200k_base") is encoding
 
 
-@pytest.mark.parametrize("text", ["chat32k", "nanochat/folder/tokenizer.pkl", "./here", "nothing"])
-def test_everything_else_is_load_tokenizers_business(text):
+@pytest.mark.parametrize("text", ["chat32k", "nanochat/folder/tokenizer.pkl", "./here", "nothing", "out/tokenizer"])
+def test_everything_else_is_load_tokenizers_business(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # a folder that is there is no name on the hub
+    (tmp_path / "out" / "tokenizer").mkdir(parents=True)
     assert find_tokenizer(text) == text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -31,7 +32,12 @@ def drawn(data, workers, **arguments):
 
 
 def data_sets():
-    return {"alone": Drawing(), "mixed": nanopack.mixture([(Drawing(), 1), ([{"text": "a"}] * 8, 1)])}
+    rows = datasets.Dataset.from_dict({"text": [""] * 64})
+    return {
+        "alone": Drawing(),
+        "mixed": nanopack.mixture([(Drawing(), 1), ([{"text": "a"}] * 8, 1)]),
+        "transformed": rows.with_transform(lambda batch: {"text": [Drawing()[0]["text"] for _ in batch["text"]]}),
+    }
 
 
 @pytest.mark.parametrize("data", data_sets().values(), ids=data_sets())

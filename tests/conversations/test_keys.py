@@ -156,6 +156,23 @@ def test_harmless_keys_change_nothing_and_unknown_ones_are_named(tmp_path: Path,
         assert refusal(unknown) == ""
 
 
+OF_LOSS = (
+    "train trained training trainable loss mask masks masked weight weights label labels learn learned learnt "
+    "supervised ignore ignored"
+)
+OF_MEDIA = "image images video videos audio audios pixel"
+
+
+@pytest.mark.parametrize(
+    ("word", "value"), [*((w, False) for w in OF_LOSS.split()), *((w, "x") for w in OF_MEDIA.split())]
+)
+def test_an_unknown_key_with_a_word_that_matters_is_refused(word: str, value: object) -> None:
+    record, message = {"messages": [U, A], f"is_{word}": value}, {"messages": [U, A | {f"is{word.title()}": value}]}
+    part = {"messages": [U, A | {"content": [{"type": "text", "text": "A", f"our_{word}": value}]}]}
+    for refused in (record, message, part):
+        assert outcome(refused) == reference_outcome(refused) == REFUSED, refused
+
+
 def test_the_tables_name_each_kind_once() -> None:
     assert {*RECORD.values()} == {HARMLESS, READ, MASK, PACKED, SYSTEM, TEMPLATE, NOT_IN_LOSS, WANTED, NO}
     assert {*MESSAGE.values()} == {HARMLESS, READ, IN_LOSS, NOT_IN_LOSS, TEMPLATE, PASSED, NO}
