@@ -46,7 +46,7 @@ gpu: .venv/gpu
 
 # Each in a process of its own: an illegal access ends CUDA for the whole process.
 gpu-tests: .venv/gpu
-	$(PYTEST) -m gpu
+	$(PYTEST) -m gpu --continue-on-collection-errors
 
 # Uncached, so that each tensor is an allocation of its own and an access beyond its end is seen.
 gpu-memcheck gpu-racecheck: gpu-%: .venv/gpu
@@ -61,8 +61,14 @@ gpu-bench: .venv/gpu
 	@sed '$$d' gpu.txt
 	@tail -n 1 gpu.txt > gpu.json
 
+# A .pth file and not --system-site-packages, which misses what PYTHON has where it is a virtual environment's; and
+# PYTHON's pip and setuptools, since a setuptools that comes with venv is too old to build with.
 .venv/bin/python:
-	$(PYTHON) -m venv $(if $(WHEELS),--system-site-packages) .venv
+	$(PYTHON) -m venv $(if $(WHEELS),--without-pip) .venv
+ifdef WHEELS
+	$(PYTHON) -c 'import sys; [print(p) for p in sys.path if p.endswith("-packages")]' \
+	  > "$$($@ -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/python.pth"
+endif
 
 .venv/run: .venv/bin/python setup.py pyproject.toml constraints.txt
 	$(INSTALL) --editable .

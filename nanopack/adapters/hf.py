@@ -100,7 +100,9 @@ class Batches(torch.utils.data.IterableDataset[dict[str, Any]]):
         """Raise ValueError unless `model_inputs` can take the loader's batches."""
         config = loader.config
         if "positions" not in config.extras:
-            raise ValueError(f'extras={config.extras!r} lacks "positions", by which transformers separates documents; add it')
+            raise ValueError(
+                f'extras={config.extras!r} lacks "positions", by which transformers separates documents; add it'
+            )
         if config.ignore_index != IGNORED:
             raise ValueError(f"ignore_index={config.ignore_index}: transformers ignores {IGNORED}; leave it out")
         self.loader = loader

@@ -141,7 +141,7 @@ def test_a_run_resumes_while_work_is_queued(executor, static):
 def test_memory_that_ends_in_next_costs_no_batch():
     torch.cuda.empty_cache()
     kept = []
-    with make() as loader, little_memory(64 << 20):
+    with make() as loader, little_memory(8 << 20):
         with pytest.raises(torch.OutOfMemoryError):
             kept.extend(loader)
         failed = len(kept)
