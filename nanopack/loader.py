@@ -330,7 +330,7 @@ class Loader:
         return self._run.tokens()
 
     def stats(self) -> StatsReport:
-        """Return where time and memory went so far; see `StatsReport` for names and units."""
+        """Return the time and memory spent so far; see `StatsReport` for names and units."""
         return self._run.stats()
 
     def explain(self, batch: Batch, row: int, col: int) -> Explanation:
