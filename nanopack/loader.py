@@ -109,8 +109,8 @@ class Loader:
         device: device of the tensors: a CUDA device (ROCm included) or the CPU; None: CUDA where there is one.
         executor: `"torch"` or `"triton"` (on the CPU only under Triton's interpreter, TRITON_INTERPRET=1); None: triton
             on a GPU, torch elsewhere.
-        encoder: `"fast"`: splintr-rs encodes instead of tiktoken, faster (`pip install nanopack[fast]`). The ids are
-            the same: known differences go to tiktoken, and the two are compared on a sample of the data at
+        encoder: `"fast"`: splintr-rs encodes instead of tiktoken, faster (`pip install nanopack-gpu[fast]`). The ids
+            are the same: known differences go to tiktoken, and the two are compared on a sample of the data at
             construction, then on one text in a thousand. None: tiktoken, or the tokenizer itself.
         num_workers: number of tokenizing processes. 0: none, everything runs in the caller's thread; `prefetch` and
             `start_method` have no effect. 1: the producer process tokenizes as well. n >= 2: the producer packs and n
