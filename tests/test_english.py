@@ -11,8 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CODE = {path for folder in ("nanopack", "kernels", "bench", "tests") for path in (ROOT / folder).rglob("*.py")}
 PROSE = [
-    ROOT / "README.md",
-    ROOT / "CHANGELOG.md",
+    *ROOT.glob("*.md"),
     ROOT / "Makefile",
     ROOT / "bench" / "LOG.md",
     *ROOT.glob("docs/*.md"),
