@@ -49,6 +49,7 @@ setup(
         "test": TEST,
         "dev": TEST + PLOT + LINT,
         "trainers": HF + LIGHTNING,
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1"],
         "gpu": ["pytest>=8", "hypothesis>=6.100"],
     },
 )

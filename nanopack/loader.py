@@ -65,15 +65,12 @@ class Loader:
     Args:
         packing: a name, or an object with options:
 
-            ================= ================================ =========================================================
-            `"best_fit"`      `BestFit(window=64,              rows of whole documents, hardly any padding, none waits
-                              max_age=128)`                    long (TRL: "bfd")
-            `"best_fit_pad"`  `BestFitPad(window=100)`         the same, but a document may wait forever: nanochat SFT
-            `"best_fit_crop"` `BestFitCrop(window=1000)`       full rows, by cropping documents: nanochat pretraining
-            `"stream"`        `Stream(overlap=False)`          documents end to end: nanochat midtraining (TRL:
-                                                               "wrapped")
-            `"pad"`           `Pad()`                          one document a row
-            ================= ================================ =========================================================
+            - `"best_fit"`, `BestFit(window=64, max_age=128)`: rows of whole documents, hardly any padding, none waits
+              long (TRL: "bfd")
+            - `"best_fit_pad"`, `BestFitPad(window=100)`: the same, but a document may wait forever: nanochat SFT
+            - `"best_fit_crop"`, `BestFitCrop(window=1000)`: full rows, by cropping documents: nanochat pretraining
+            - `"stream"`, `Stream(overlap=False)`: documents end to end: nanochat midtraining (TRL: "wrapped")
+            - `"pad"`, `Pad()`: one document a row
 
         template: `"nanochat"`, `"chatml"`, `"llama3"`, a `nanopack.Template` of your own, or `"hf"`: the chat template
             of a transformers tokenizer (what {% generation %} marks is in the loss; see `nanopack.render.hf_template`).
