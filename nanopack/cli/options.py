@@ -29,6 +29,7 @@ from nanopack.config import (
     LoaderConfig,
 )
 from nanopack.packing.packings import PACKINGS, Packing
+from nanopack.store.export import FORMATS
 from nanopack.tokenizers.splintr import ENCODERS
 from nanopack.witness import WITNESSES
 
@@ -185,6 +186,9 @@ def _add_store_commands(parser: argparse.ArgumentParser, of_stores: Mapping[str,
         one = commands.add_parser(name, help=doc.splitlines()[0].rstrip("."), description=doc)
         one.set_defaults(command=run)
         one.add_argument("store", metavar="OUT", help="folder that nanopack tokenize wrote")
+        if name == "export":
+            one.add_argument("output", metavar="OUTPUT", help="what to write, without a suffix")
+            one.add_argument("--to", choices=FORMATS, required=True, help="in which format")
         one.add_argument("--json", action="store_true", help="print one JSON object to stdout, and nothing else")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -201,7 +202,8 @@ def kill_and_run_again(tmp_path: Path, kills: int) -> None:
         while process.poll() is None and len([*out.glob("*.words")] if out.exists() else ()) < moment:
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.02))
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         found = written(out) if out.exists() else {}
         moments.append(len(found))
@@ -210,7 +212,7 @@ def kill_and_run_again(tmp_path: Path, kills: int) -> None:
         if is_store(out) or len([*out.glob("*.words")]) > draw.randrange(files):
             shutil.rmtree(out)
     assert start(out).wait() == 0
-    assert written(out) == expected and len(set(moments)) > kills / 2, moments
+    assert written(out) == expected and len(set(moments)) > kills // 4, moments
 
 
 def test_killed_and_run_again_it_gives_the_same_bytes(tmp_path):
