@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import re
 import shutil
@@ -135,3 +137,22 @@ def test_trl_resumed_has_the_losses_of_one_run(chats, tmp_path):
     shutil.copytree(tmp_path / "a" / "checkpoint-10", tmp_path / "b" / "checkpoint-10")
     resumed = run(example, model, chats, "--steps", 20, "--out", tmp_path / "b", "--resume", cwd=tmp_path)
     assert re.findall("loss [0-9.]+ tokens [0-9]+", whole) == re.findall("loss [0-9.]+ tokens [0-9]+", resumed) != []
+
+
+def test_the_tour_prints_what_it_shows():
+    cells = [
+        cell
+        for cell in json.loads((EXAMPLES / "tour.ipynb").read_text("utf-8"))["cells"]
+        if cell["cell_type"] == "code"
+    ]
+    names: dict = {}
+    for cell in cells:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec("".join(cell["source"]), names)
+        shown = "".join(text for out in cell["outputs"] if out["output_type"] == "stream" for text in out["text"])
+        if "train(100" not in "".join(cell["source"]):
+            assert printed.getvalue() == shown
+    # losses are those of the machine
+    losses = [float(loss) for loss in re.findall(r"chats ([0-9.]+)", printed.getvalue())]
+    assert len(losses) == 5 and losses[-1] < 0.7 * losses[0]
