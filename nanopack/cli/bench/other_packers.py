@@ -42,8 +42,8 @@ def need(package: str, name: str | None = None) -> Any:
         raise NotHereError(f"{package} cannot be imported ({type(error).__name__}: {first_line})") from error
 
 
-def trl(documents: Sequence[Document], strategy: str) -> PackedContender:
-    """Return TRL's pack_dataset over all documents at once, in memory."""
+def trl(documents: Sequence[Document], strategy: str, row: int = ROW) -> PackedContender:
+    """Return TRL's pack_dataset over all documents at once, in memory; `row` tokens make a row."""
     pack_dataset, datasets = need("trl", "pack_dataset"), need("datasets")
     need("pyarrow").set_cpu_count(1)
     datasets.disable_progress_bars()
@@ -54,8 +54,8 @@ def trl(documents: Sequence[Document], strategy: str) -> PackedContender:
     @contextlib.contextmanager
     def contender() -> Iterator[PackedWork]:
         def work() -> tuple[int, int]:
-            packed = pack_dataset(dataset, ROW, strategy, {"load_from_cache_file": False})
-            return tokens, len(packed) * ROW
+            packed = pack_dataset(dataset, row, strategy, {"load_from_cache_file": False})
+            return tokens, len(packed) * row
 
         yield work
 

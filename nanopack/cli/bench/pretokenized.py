@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanopack.cli.bench import other_packers
+from nanopack.cli.bench import other_packers, stored
 from nanopack.cli.bench.corpus import ROW, ROWS, Data, at_least
 from nanopack.cli.bench.other_packers import NotHereError, PackedContender, PackedWork
 from nanopack.cli.bench.rounds import Measure, Pace, Result, Spread, Table, in_rounds, not_measured, ratio
@@ -98,7 +98,8 @@ def measure(data: Data, pace: Pace) -> list[Table]:
             contenders[name] = measure_of(make(), 1)
         except NotHereError as why:
             absent.append(not_measured(name, str(why)))
-    return [Table("From pretokenized documents to batches", [*rows(in_rounds(contenders, pace)), *absent])]
+    of_records = Table("From pretokenized documents to batches", [*rows(in_rounds(contenders, pace)), *absent])
+    return [of_records, *stored.tables(pace)]
 
 
 def _others(documents: Sequence[Document]) -> dict[str, Callable[[], PackedContender]]:
