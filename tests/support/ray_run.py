@@ -1,0 +1,75 @@
+"""Tokenize on a Ray cluster of two nodes, processes on this machine, while workers and then a node are killed.
+
+python ray_run.py CONVERSATIONS OUT calm|killed   ->   OUT.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import ray
+from ray.cluster_utils import Cluster
+
+from nanopack.store import job
+from nanopack.store.ray import on_ray
+from nanopack.store.tokenize import tokenize
+
+
+def wait_for(out: Path, parts: int) -> None:
+    while len([*out.glob("part-*.words")]) < parts:
+        time.sleep(0.01)
+
+
+def workers_at_work() -> list[int]:
+    """Process ids of Ray's workers that run a task of ours."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            name = (folder / "cmdline").read_bytes().split(b"\0")[0]
+        except OSError:
+            continue
+        if name == b"ray::_write":
+            found.append(int(folder.name))
+    return found
+
+
+def kill(cluster: Cluster, node: object, out: Path, killed: dict[str, object]) -> None:
+    """Kill a worker in the middle of its part, and later a node with all that runs on it."""
+    wait_for(out, 3)
+    while not (found := workers_at_work()):
+        time.sleep(0.005)
+    os.kill(found[0], signal.SIGKILL)
+    killed["worker"] = found[0]
+    killed["parts_then"] = len([*out.glob("part-*.words")])
+    wait_for(out, 8)
+    cluster.remove_node(node, allow_graceful=False)
+    killed["node"] = True
+    killed["parts_at_node"] = len([*out.glob("part-*.words")])
+
+
+def main(conversations: str, out: Path, how: str) -> None:
+    job.LEAST_CONVERSATIONS = 100
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    second = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    engine = on_ray(cluster.address)
+    killed: dict[str, object] = {"nodes": len(ray.nodes())}
+    killer = threading.Thread(target=kill, args=(cluster, second, out, killed))
+    if how == "killed":
+        killer.start()
+    store = tokenize([conversations] * 2, "chat32k", out, engine=engine)
+    if how == "killed":
+        killer.join()
+    # Ray's own words come on stdout too
+    Path(f"{out}.json").write_text(json.dumps({**killed, "documents": len(store), "parts": len(store.shards)}))
+    ray.shutdown()
+    cluster.shutdown()
+
+
+main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
