@@ -24,6 +24,7 @@ from nanopack.conversations.source import Source
 from nanopack.distributed import agree_on_clock, agree_on_most
 from nanopack.ledger import Ledger
 from nanopack.passes import warn_of_same_order
+from nanopack.producer.caching import cached
 from nanopack.producer.counting import count_batches
 from nanopack.producer.producer import Start, initial_state
 from nanopack.producer.reader import Reader
@@ -55,6 +56,7 @@ class Run:
         encoder: Encoder | None,
         static: bool,
         group: Any,
+        cache: str | os.PathLike[str] | None = None,
     ) -> None:
         """Start the stages; raise as `Loader` does."""
         if group is not None and isinstance(tokenizer, HuggingFaceTokenizer):
@@ -68,6 +70,8 @@ class Run:
         self.reader.check_template()
         # read before there is another process that reads
         self._sample = sample_of(source, config.seed)
+        self._cache = cache
+        self.reader = self._cached(self.reader)
         # ordinary tensors, whatever mode the loader is made in, because they are written to in others
         with torch.inference_mode(False):
             self._kernel = make_kernel(
@@ -92,9 +96,16 @@ class Run:
         self._stages: Stages | None = None
         self._start(None)
 
+    def _cached(self, reader: Reader) -> Reader:
+        """Return a reader of the same documents that reads what is cached, or caches what it reads."""
+        if self._cache is None:
+            return reader
+        return cached(reader, self._cache, self._sample, self.tokenizer)
+
     @torch.inference_mode(False)
     def _start(self, state: dict[str, Any] | None) -> None:
         """Set the stages up, from the beginning or from a state (`check_state`)."""
+        self.reader = self._cached(self.reader)
         self.feed, ring = start_producer(self.reader, Start(state, self.known_batches), self._processes)
         if self._stages is not None:
             self._stages.close()
@@ -181,7 +192,7 @@ class Run:
         """Let a chat template that writes a date write that of the run which is resumed."""
         if isinstance(self.tokenizer, HuggingFaceTokenizer) and clock not in (None, self.tokenizer.clock):
             self.tokenizer = self.tokenizer.at(clock)
-            self.reader = Reader(self.source, self.tokenizer, self.config)
+            self.reader = self._cached(Reader(self.source, self.tokenizer, self.config))
             self._fingerprint = fingerprint(self.source, self._sample, self.tokenizer, self.config)
 
     @functools.cached_property

@@ -27,6 +27,8 @@ from nanopack.errors import StorageError, TemplateError, is_storage_error
 from nanopack.render.document import Document, Plan
 from nanopack.render.renderer import Renderer, missing_tokens
 from nanopack.ring.layout import Layout
+from nanopack.store.cache import Cache
+from nanopack.store.rendering import as_rendered
 from nanopack.tokenizers.tokenizer import AnyTokenizer
 
 # Conversations of a chunk: enough that its fixed cost is nothing next to the tokenizing.
@@ -88,9 +90,12 @@ class Chunk(NamedTuple):
 class Reader:
     """Reads conversations by index. Nothing in it changes, so any process may use it."""
 
-    def __init__(self, source: Source, tokenizer: AnyTokenizer, config: LoaderConfig) -> None:
-        """Raise as `Renderer` and `Layout` do."""
-        self.source = source
+    def __init__(
+        self, source: Source, tokenizer: AnyTokenizer, config: LoaderConfig, cache: Cache | None = None
+    ) -> None:
+        """Raise as `Renderer` and `Layout` do. `cache` keeps what is rendered, until it is a store and is read."""
+        self.source, self.cache = source, cache
+        self._stored: Reader | None = None
         self.tokenizer = tokenizer
         self.config = config
         self.layout = _layout(config, tokenizer.vocab_size)
@@ -99,9 +104,9 @@ class Reader:
         self._loss_bit = self.layout.word_dtype.type(self.layout.loss_bit)
         self._special = re.compile("|".join(map(re.escape, sorted(tokenizer.special_tokens))) or r"(?!)")
 
-    def __reduce__(self) -> tuple[type[Reader], tuple[Source, AnyTokenizer, LoaderConfig]]:
+    def __reduce__(self) -> tuple[type[Reader], tuple[Source, AnyTokenizer, LoaderConfig, Cache | None]]:
         # closures do not pickle
-        return Reader, (self.source, self.tokenizer, self.config)
+        return Reader, (self.source, self.tokenizer, self.config, self.cache)
 
     def check_template(self) -> None:
         """Raise TemplateError where the first conversation needs special tokens that the tokenizer lacks.
@@ -120,6 +125,10 @@ class Reader:
 
     def read(self, indices: Iterable[int]) -> Chunk:
         """Return the conversations of these indices, or what is wrong with them, in this order."""
+        if self.cache is not None and self._stored is None and (stored := self.cache.stored()) is not None:
+            self._stored = Reader(stored, self.tokenizer, self.config)
+        if self._stored is not None:
+            return self._stored.read(indices)
         with random_numbers_kept(self.source):
             return self._read(indices)
 
@@ -162,7 +171,18 @@ class Reader:
             alone = zip(planned, plans, strict=True)
             rendered = [one for (document, said), plan in alone for one in self._fill_in_alone(document, said, plan)]
         sound = [document for document, _ in planned if document.error is None]
+        if self.cache is not None:
+            self._keep([(document, said) for document, said in planned if document.error is None], rendered)
         return Chunk(documents, self._prepare(sound, rendered))
+
+    def _keep(self, read: Sequence[tuple[ReadDocument, Conversation]], rendered: Sequence[Document]) -> None:
+        """Put documents into the cache, uncut."""
+        assert self.cache is not None
+        settings = self.cache.settings
+        self.cache.add(
+            as_rendered(self.source, document.conversation, said, one, settings)
+            for (document, said), one in zip(read, rendered, strict=True)
+        )
 
     def _fill_in_alone(
         self, document: ReadDocument, conversation: Conversation, plan: Plan | Document
