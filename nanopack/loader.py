@@ -131,7 +131,8 @@ class Loader:
             None: fork on Linux, spawn elsewhere.
         cache: folder that keeps the rendered documents, under a digest of data, tokenizer and template: what reads them
             (ranks, runs that are resumed) adds to it, and once all are there they are a token store, which is read from
-            then on. The batches are the same. Not while a conversation is bad. None: no cache.
+            then on. The batches are the same. There is none while a conversation is bad. Data other than files and a
+            datasets.Dataset are read once at construction, to see whether they have changed. None: no cache.
 
     Raises:
         ValueError: an argument is invalid; the message names it, its value and what is allowed.

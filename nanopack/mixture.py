@@ -84,6 +84,11 @@ class Mixture(Source):
         """Return the source of the record: its index in the list given, and in `names`."""
         return self._find(index)[0]
 
+    def version(self) -> str:
+        """Return the versions of all sources, "" where one is not known."""
+        versions = [source.version() for source in self._sources]
+        return repr((versions, self.picks_digest())) if all(versions) else ""
+
     def picks_digest(self) -> str:
         """Return a digest of all picks, which depend on the sizes of the sources, their weights and the seed."""
         return hashlib.sha256(self._picks.tobytes()).hexdigest()

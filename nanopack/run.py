@@ -31,7 +31,7 @@ from nanopack.producer.reader import Reader
 from nanopack.producer.shard import state_of
 from nanopack.producer.start import DEFAULT_START_METHOD
 from nanopack.stages import Processes, Stages, as_batch, start_producer
-from nanopack.state import FORMAT, batches_of, check_state, clock_of, fingerprint, sample_of
+from nanopack.state import FORMAT, batches_of, check_state, clock_of, fingerprint, sample_of, whole_digest
 from nanopack.stats import Stats, StatsReport
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 from nanopack.tokenizers.splintr import choose_encoder
@@ -71,6 +71,7 @@ class Run:
         # read before there is another process that reads
         self._sample = sample_of(source, config.seed)
         self._cache = cache
+        self._data = self._sample + whole_digest(source, config.seed) if cache is not None else ""
         self.reader = self._cached(self.reader)
         # ordinary tensors, whatever mode the loader is made in, because they are written to in others
         with torch.inference_mode(False):
@@ -100,7 +101,7 @@ class Run:
         """Return a reader of the same documents that reads what is cached, or caches what it reads."""
         if self._cache is None:
             return reader
-        return cached(reader, self._cache, self._sample, self.tokenizer)
+        return cached(reader, self._cache, self._data, self.tokenizer)
 
     @torch.inference_mode(False)
     def _start(self, state: dict[str, Any] | None) -> None:

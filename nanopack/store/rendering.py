@@ -108,7 +108,7 @@ def _bad(source: Source, index: int, error: Exception) -> Bad:
 def as_rendered(
     source: Source, number: int, conversation: Conversation, document: Document, settings: Settings
 ) -> Rendered:
-    """Return what a store keeps of conversation `number`, but for `conversation`, which is `number` here."""
+    """Return a document as a store keeps it, under the number by which the source knows it."""
     starts = document.starts
     messages = choose(conversation, settings.loss, settings.first_assistant).messages if starts else ()
     mask = document.mask if settings.loss != "all" else document.mask | True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import logging
 import os
 import signal
@@ -154,6 +155,27 @@ def test_while_a_conversation_is_bad_there_is_no_store_and_the_log_says_so(tmp_p
     with Loader([{"text": "a"}, BAD], SMALL, cache=tmp_path, on_error="skip", **ARGUMENTS) as loader:
         list(iter(loader))
     assert not stores(tmp_path) and "1 conversations are not in" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["list", "file", "dataset", "mixture"])
+def test_a_changed_conversation_is_never_read_from_the_cache_of_the_old_ones(tmp_path, kind):
+    """Not even one that the fingerprint of a state does not see."""
+
+    def data(changed):
+        records = [{"text": f"{i}b" if changed and i == 33 else f"{i}a"} for i in range(100)]
+        if kind == "file":
+            (tmp_path / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+            return tmp_path / "chats.jsonl"
+        if kind == "dataset":
+            return pytest.importorskip("datasets").Dataset.from_list(records)
+        return nanopack.mixture([(records, 1)]) if kind == "mixture" else records
+
+    for changed in (False, True):
+        with Loader(data(changed), SMALL, cache=tmp_path / "cache", **ARGUMENTS) as loader:
+            batches = list(iter(loader))
+        with Loader(data(changed), SMALL, **ARGUMENTS) as plain:
+            assert compare(iter(plain), iter(batches))
+    assert len(stores(tmp_path / "cache")) == 2
 
 
 def test_a_store_is_not_cached(tmp_path):
