@@ -9,6 +9,7 @@ import logging
 import os
 
 from nanopack.producer.reader import Reader
+from nanopack.producer.stored import reader_of
 from nanopack.store.cache import Cache, CachedStore
 from nanopack.store.opening import plain_template
 from nanopack.store.tokenize import settings_of
@@ -44,5 +45,5 @@ def cached(reader: Reader, folder: str | os.PathLike[str], data: str, tokenizer:
         log.info("cache: " + what, cache.path)
     stored = cache.stored()
     if stored is not None:
-        return Reader(stored, reader.tokenizer, config)
+        return reader_of(stored, reader.tokenizer, config)
     return Reader(source, reader.tokenizer, config, cache) if reader.cache is None else reader
