@@ -190,8 +190,8 @@ def open_files(paths: Sequence[str], *, shuffled: bool = False) -> Files:
     scratch = Scratch()
     groups = RowGroups(scratch if shuffled else None)
 
-    def open_one(path: str) -> Part:
-        version, name = Version.of(path), path.lower()
+    def open_one(version: Version) -> Part:
+        path, name = version.path, version.path.lower()
         if name.endswith(".parquet"):
             return Rows(version, groups)
         if name.endswith(".arrow"):
@@ -203,7 +203,7 @@ def open_files(paths: Sequence[str], *, shuffled: bool = False) -> Files:
         return open_text(UnpackedBytes(raw, scratch))
 
     versions = [Version.of(path) for path in paths]
-    return Files([open_one(path) for path in paths], versions)
+    return Files([open_one(version) for version in versions], versions)
 
 
 def files_in(folder: str) -> list[str]:

@@ -1,6 +1,8 @@
 """Tokenize on a Ray cluster of two nodes, processes on this machine, while workers and then a node are killed.
 
 python ray_run.py CONVERSATIONS OUT calm|killed   ->   OUT.json
+python ray_run.py ADDRESS_FILE - serve            ->   a cluster, until stdin ends
+python ray_run.py CONVERSATIONS OUT ADDRESS       ->   a driver on it
 """
 
 from __future__ import annotations
@@ -53,11 +55,25 @@ def kill(cluster: Cluster, node: object, out: Path, killed: dict[str, object]) -
     killed["parts_at_node"] = len([*out.glob("part-*.words")])
 
 
-def main(conversations: str, out: Path, how: str) -> None:
-    job.LEAST_CONVERSATIONS = 100
+def start() -> tuple[Cluster, object]:
+    """Two nodes of one core each."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     second = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
+    return cluster, second
+
+
+def serve(address: Path) -> None:
+    """Write the address of a cluster, and keep it until stdin ends."""
+    cluster, _ = start()
+    address.with_suffix(".new").write_text(cluster.address)
+    address.with_suffix(".new").rename(address)
+    sys.stdin.read()
+    cluster.shutdown()
+
+
+def main(conversations: str, out: Path, how: str) -> None:
+    cluster, second = start()
     engine = on_ray(cluster.address)
     killed: dict[str, object] = {"nodes": len(ray.nodes())}
     killer = threading.Thread(target=kill, args=(cluster, second, out, killed))
@@ -72,4 +88,10 @@ def main(conversations: str, out: Path, how: str) -> None:
     cluster.shutdown()
 
 
-main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
+job.LEAST_CONVERSATIONS = 100
+if sys.argv[3] == "serve":
+    serve(Path(sys.argv[1]))
+elif sys.argv[3] in ("calm", "killed"):
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
+else:
+    tokenize([sys.argv[1]] * 2, "chat32k", sys.argv[2], engine=on_ray(sys.argv[3]))
