@@ -16,15 +16,15 @@ Item = TypeVar("Item")
 
 
 def announced(
-    items: Iterable[Item], n: int, message: str, size: Callable[[Item], int] = lambda item: 1
+    items: Iterable[Item], n: int, message: str, *, of: Callable[[Item], int] = lambda item: 1
 ) -> Iterator[Item]:
-    """Yield the items; where that takes long, log the message, which formats (how many so far, n, seconds so far).
+    """Yield the items, of n conversations; where that takes long, log how far it is.
 
-    An item counts as `size` says of it.
+    The message formats (conversations so far, n, seconds so far); `of` returns how many of them an item has.
     """
     began, patience, done = time.perf_counter(), PATIENCE, 0
     for item in items:
-        done += size(item)
+        done += of(item)
         if (spent := time.perf_counter() - began) >= patience:
             patience *= 2
             log.warning(message, done, n, spent)

@@ -141,6 +141,6 @@ def _announced(read_all: ReadAll) -> ReadAll:
 
     def read_and_announce(indices: Iterable[int]) -> Iterator[Chunk]:
         indices = list(indices)
-        return announced(read_all(indices), len(indices), _COUNTING, lambda chunk: len(chunk.lengths))
+        return announced(read_all(indices), len(indices), _COUNTING, of=lambda chunk: len(chunk.lengths))
 
     return read_and_announce
