@@ -125,6 +125,8 @@ class Batch:
     """True for the batch that reaches the end of the data (of all `epochs` if given) and for every later one."""
     word_pieces: Sequence[tuple[Piece, ...]]
     """For each row its pieces over the T + 1 words that the row is cut from: the word in column T is only a target."""
+    work: float = 0.0
+    """Cost of its documents by `balance`, each with its last target; 0.0 without."""
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Yield `inputs` and `targets`."""

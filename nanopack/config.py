@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Literal, TypeAlias, get_args
 
 from nanopack.checks import check_bool, check_choice, check_int
+from nanopack.packing.cost import Cost
 from nanopack.packing.packings import BestFit, Packing
 from nanopack.render.templates import Template
 
@@ -36,6 +37,8 @@ EXTRAS: tuple[Extra, ...] = get_args(Extra)
 TEMPLATES = get_args(TemplateName)
 ON_ERROR = get_args(OnError)
 SHARDS = get_args(ShardBy)
+
+BALANCE_WINDOW = 8
 
 # A column of a flattened batch is an int32 in cu_seqlens.
 MAX_POSITIONS = 2**31 - 1
@@ -63,6 +66,8 @@ class LoaderConfig:
     rank: int = 0
     world_size: int = 1
     shard: ShardBy = "rank"
+    balance: Cost | None = None
+    balance_window: int | None = None
     on_error: OnError = "raise"
 
     def __post_init__(self) -> None:
@@ -77,6 +82,25 @@ class LoaderConfig:
                 f"max_pieces={self.max_pieces} has no meaning without cu_seqlens; "
                 f'leave it out, or add "cu_seqlens" to extras'
             )
+
+        self._check_balance()
+
+    def _check_balance(self) -> None:
+        """Complete `balance_window`; raise ValueError where it, or the packing, does not fit."""
+        check_int("balance_window", self.balance_window, least=1, or_none=True)
+        if self.balance is None:
+            if self.balance_window is not None:
+                raise ValueError(
+                    f"balance_window={self.balance_window} has no meaning without balance; leave it out, or pass "
+                    f"balance, such as the config of the model"
+                )
+            return
+        if self.packing.splits:
+            raise ValueError(
+                f"balance has no meaning with packing={self.packing.name!r}, whose documents continue in the next row; "
+                f"leave it out, or use packing='best_fit'"
+            )
+        object.__setattr__(self, "balance_window", self.balance_window or BALANCE_WINDOW)
 
     def _check_choices(self) -> None:
         check_choice("loss", self.loss, LOSSES)

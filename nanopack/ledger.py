@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 from nanopack.notes import Notes, Skipped
 
 DROPPED = ("untrained",)
+OF_POSITIONS = ("positions", "targets", "work")
 CUT = ("max_document_tokens", "seq_len", "crop")
 
 
@@ -56,6 +57,7 @@ class LoaderReport(SourceReport):
 
     positions: PositionCounts
     targets: dict[str, int]
+    work: float
     skipped: dict[str, Skipped]
     ignored_keys: dict[str, int]
     texts_with_special_tokens: int
@@ -99,6 +101,8 @@ class Ledger:
     positions_tokens: int = 0
     positions_padding: int = 0
     targets_in_loss: int = 0
+    work: float = 0.0
+    """What the documents cost by `balance`; 0.0 without."""
 
     def skip(self) -> None:
         """Count a bad conversation that is skipped."""
@@ -158,13 +162,11 @@ class Ledger:
 
     def only_positions(self) -> Ledger:
         """Return a ledger with the counters of positions alone."""
-        return Ledger(
-            **{name: value for name, value in vars(self).items() if name.startswith(("positions", "targets"))}
-        )
+        return Ledger(**{name: value for name, value in vars(self).items() if name.startswith(OF_POSITIONS)})
 
     def without_positions(self) -> Ledger:
         """Return a ledger with the counters of documents alone."""
-        return Ledger(**{name: v for name, v in self.state().items() if not name.startswith(("positions", "targets"))})
+        return Ledger(**{name: v for name, v in self.state().items() if not name.startswith(OF_POSITIONS)})
 
     def imbalances(self) -> list[str]:
         """Return in words what does not add up; nothing in a sound ledger."""
@@ -222,6 +224,7 @@ class Ledger:
                 "padding": self.positions_padding,
             },
             "targets": {"in_loss": self.targets_in_loss},
+            "work": self.work,
             "skipped": notes.skipped,
             "ignored_keys": notes.ignored_keys,
             "texts_with_special_tokens": notes.texts_with_special_tokens,

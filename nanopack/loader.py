@@ -33,6 +33,7 @@ from nanopack.conversations.records import Conversations, open_conversations
 from nanopack.distributed import group_to_agree_in, knows_its_rank, rank_and_world_size, refuse_late_ranks
 from nanopack.explain import Explanation, explain
 from nanopack.ledger import LedgerReport, report_of
+from nanopack.packing.cost import Balance, as_cost
 from nanopack.packing.packings import Packing, PackingName, as_packing
 from nanopack.passes import NOT_A_DATA_SET, Pass, warn_of_empty_loop
 from nanopack.producer.start import START_METHODS, StartMethod
@@ -102,6 +103,11 @@ class Loader:
             and `mesh["dp"].size()`, to each.
         shard: `"rank"`: each rank packs one shard of the conversations; `"row"`: each row of the batches of all ranks
             together does, so that these do not depend on the number of ranks, and a run can resume with another.
+        balance: the cost of documents by which rows are dealt to steps, so that a step costs every rank about the same:
+            a pair (a, b) for a * L + b * L^2 of a document of L tokens, a `nanopack.ModelSizes`, or a transformers
+            config; None: rows stay where they were packed. See docs/balance.md: of no use below 8k tokens a row.
+        balance_window: batches that are dealt together, and that the packing is ahead; with the number of accumulated
+            batches a step of the optimizer has exactly the rows that it had without. None: 8, with `balance`.
 
     How they are made: free to change between runs.
 
@@ -167,6 +173,8 @@ class Loader:
         rank: int | None = None,
         world_size: int | None = None,
         shard: ShardBy = "rank",
+        balance: Balance | None = None,
+        balance_window: int | None = None,
         # how they are made: free to change between runs
         device: str | torch.device | None = None,
         executor: Executor | None = None,
@@ -199,6 +207,8 @@ class Loader:
             rank=rank,
             world_size=world_size,
             shard=shard,
+            balance=None if balance is None else as_cost(balance),
+            balance_window=balance_window,
             on_error=on_error,
         )
         check_int("num_workers", num_workers, least=0)

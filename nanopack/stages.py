@@ -100,4 +100,5 @@ def as_batch(outputs: Outputs, facts: BatchFacts, step: int, layout: Layout) -> 
         progress=facts.progress,
         last=facts.last,
         word_pieces=PieceTable(facts.pieces, facts.pieces_per_row),
+        work=facts.work,
     )

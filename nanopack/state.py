@@ -13,6 +13,7 @@ A state is plain data (JSON-able):
         packer        the packer's own state and counters
         ledger        counters of the shard, see ledger.py
         sources       the same for each source of a mixture; [] without one
+        ahead         with balance: the rows packed and not delivered, batch by batch, see producer/ahead.py
         notes         what was skipped and ignored, and why, as JSON text; see notes.py
     batches       in all epochs, where that is known; else None
     fingerprint   of data, tokenizer and arguments
@@ -74,6 +75,8 @@ def fingerprint(source: Source, sample: str, tokenizer: AnyTokenizer, config: Lo
         del arguments["first_assistant"]
     if config.turns == "all":
         del arguments["turns"]
+    if config.balance is None:
+        del arguments["balance"], arguments["balance_window"]
     if config.shard == "row":
         # the global batch is what counts, however many ranks share it
         del arguments["batch_size"], arguments["world_size"]
@@ -269,7 +272,7 @@ def _of_today(shard: Mapping[str, Any]) -> dict[str, Any]:
     def renamed(ledger: Mapping[str, Any]) -> dict[str, Any]:
         cut = {_RENAMED.get(reason, reason): tokens for reason, tokens in ledger["tokens_cut"].items()}
         counts = {_RENAMED_COUNTERS.get(name, name): count for name, count in ledger.items()}
-        return {**counts, "conversations_copies": 0, "tokens_cut": cut}
+        return {"work": 0.0, **counts, "conversations_copies": 0, "tokens_cut": cut}
 
     sources = [renamed(ledger) for ledger in shard["sources"]]
     return {"notes": Notes().dump(), **shard, "ledger": renamed(shard["ledger"]), "sources": sources}

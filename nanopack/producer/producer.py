@@ -90,9 +90,9 @@ class Producer:
         if self._status is not None:
             self._status.set(FILLING)
         facts, counts = slot.fill([row for own in rows for row in (*own, *[[]] * (size - len(own)))])
-        of_shards = counts.reshape(len(self._shards), size, 2).sum(axis=1).tolist()
-        for packer, (tokens, loss_tokens) in zip(self._shards, of_shards, strict=True):
-            packer.count_positions(tokens, loss_tokens)
+        of_shards = counts.reshape(len(self._shards), size, -1).sum(axis=1).tolist()
+        for packer, (tokens, loss_tokens, *lengths) in zip(self._shards, of_shards, strict=True):
+            packer.count_positions(tokens, loss_tokens, self._work(*lengths))
         self._step += 1
         progress, last = zip(*(packer.progress() for packer in self._shards), strict=True)
         return facts._replace(
@@ -100,8 +100,12 @@ class Producer:
             progress=fsum(progress) / len(progress),
             last=all(last),
             longest_wait_rows=max(packer.longest_wait for packer in self._shards),
+            work=self._work(*counts[:, 2:].sum(axis=0).tolist()),
             state=self.state_bytes(),
         )
+
+    def _work(self, tokens: int, squares: int) -> float:
+        return 0.0 if self._config.balance is None else self._config.balance.of(tokens, squares)
 
     def state_bytes(self) -> bytes:
         """Return the state after the last call of `produce`, as `state_of` reads it."""

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import logging
 import pickle
-import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -25,7 +25,9 @@ from nanopack.conversations.source import Source
 from nanopack.errors import NEVER_SKIPPED, ConversationError, EncoderError
 from nanopack.ledger import Ledger
 from nanopack.notes import Notes
+from nanopack.packing.balance import BalancedPacker
 from nanopack.packing.rows import Packer, Row
+from nanopack.producer.ahead import digest, name_row, plain_rows, reads_in, rows_of
 from nanopack.producer.reader import ReadDocument, Reader, weigh
 
 log = logging.getLogger("nanopack")
@@ -87,10 +89,23 @@ class ShardPacker:
         # conversations that gave no document since the last one that did, and how many reads that took
         self._fruitless: set[int] = set()
         self._in_vain = 0
-        self._packer: Packer = self._config.packing.build(
-            self._next_document, batch_size=self._config.shard_rows, seq_len=self._config.seq_len
-        )
+        self._packer = self._make_packer()
         self._documents = self._documents_from(0)
+
+    def _make_packer(self) -> Packer | BalancedPacker:
+        config = self._config
+        build = partial(config.packing.build, batch_size=config.shard_rows, seq_len=config.seq_len)
+        if config.balance is None:
+            return build(self._next_document)
+        return BalancedPacker(
+            build,
+            self._next_document,
+            config.shard_rows,
+            cost=config.balance,
+            window=config.balance_window or 1,
+            seed=config.seed,
+            name=name_row,
+        )
 
     def next_rows(self) -> list[Row]:
         """Return the rows of the next batch; at the end of the data fewer than there should be, then none.
@@ -117,13 +132,17 @@ class ShardPacker:
             self._config, document.own_weight, int(np.count_nonzero(document.words >= self._loss_bit))
         )
 
-    def count_positions(self, tokens: int, loss_tokens: int) -> None:
-        """Count the positions of this shard's rows in a batch: those with tokens, and the targets in the loss."""
+    def count_positions(self, tokens: int, loss_tokens: int, work: float) -> None:
+        """Count the positions of this shard's rows in a batch: those with tokens, and the targets in the loss.
+
+        `work` is what their documents cost by `balance`.
+        """
         positions = self._config.shard_rows * self._config.seq_len
         self.positions.positions += positions
         self.positions.positions_tokens += tokens
         self.positions.positions_padding += positions - tokens
         self.positions.targets_in_loss += loss_tokens
+        self.positions.work += work
 
     @property
     def longest_wait(self) -> int:
@@ -160,13 +179,20 @@ class ShardPacker:
         return {
             # what waits is named by its reads
             "waiting": [document.read for document in waiting],
-            "digest": _digest(waiting),
+            "digest": digest(waiting),
             "packer": self._packer.state(),
             "ledger": vars(self.positions),
             "sources": [vars(ledger) for ledger in self.sources],
             "mixed": bool(self._source.names),
             "notes": vars(self.notes),
+            **self._ahead(),
         }
+
+    def _ahead(self) -> dict[str, Any]:
+        """Return the rows that are packed and not delivered, batch by batch, as `name_row` names them."""
+        if not isinstance(self._packer, BalancedPacker):
+            return {}
+        return {"ahead": [[held.named for held in batch] for batch in self._packer.ahead()]}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore a saved state; only the documents that waited are read again.
@@ -183,18 +209,21 @@ class ShardPacker:
         self._num_read = whole.conversations_read
         if state["packer"].keys() != self._packer.state().keys():
             raise ValueError("the state is of another packing; resume with the packing that the run began with")
-        numbers = sorted(set(state["waiting"]))
+        ahead = state.get("ahead", [])
+        numbers = sorted({*state["waiting"], *reads_in(ahead)})
         documents = dict(zip(numbers, self._read_all(self.shard.at(np.array(numbers, np.int64))), strict=True))
         for number, document in documents.items():
             self._check_again(document)
             document.read, document.source = number, self._source.source_of(document.conversation)
         waiting = [(documents[number], len(documents[number].words)) for number in state["waiting"]]
+        if isinstance(self._packer, BalancedPacker):
+            self._packer.hold(rows_of(ahead, documents), lambda document: len(document.words))
         self._packer.restore(state["packer"], waiting)
         # of a waiting document without remaining tokens, the stream repeats only the last one
         remaining = dict(self._packer.remaining())
         for document, length in waiting:
             document.taken = length - remaining.get(document, 0)
-        if (self._packer.waiting_tokens, _digest(self._packer.waiting())) != (whole.tokens_waiting, state["digest"]):
+        if (self._packer.waiting_tokens, digest(self._packer.waiting())) != (whole.tokens_waiting, state["digest"]):
             raise ValueError(
                 f"the documents that waited had {whole.tokens_waiting} tokens when the state was saved, and have "
                 f"{self._packer.waiting_tokens} now, or others: the data or the tokenizer have changed; resume with "
@@ -290,11 +319,6 @@ class ShardPacker:
             )
 
 
-def _digest(documents: Iterable[ReadDocument]) -> int:
-    """Return a checksum of documents that wait."""
-    return zlib.crc32(b"".join([document.checksum for document in documents]))
-
-
 def pack_state(step: int, shards: Iterable[ShardPacker]) -> bytes:
     """Return the state after `step` batches, pickled: it is made for every batch, and few are ever looked at."""
     return pickle.dumps((step, {str(packer.shard.number): packer.state() for packer in shards}))
@@ -310,5 +334,7 @@ def state_of(packed: bytes) -> dict[str, Any]:
         shard["ledger"] = Ledger.total(map(Ledger.of, (shard["ledger"], *shard["sources"]))).state()
         if not shard.pop("mixed"):
             shard["sources"] = []
+        if "ahead" in shard:
+            shard["ahead"] = plain_rows(shard["ahead"])
         shard["notes"] = Notes(**shard["notes"]).dump()
     return {"step": step, "lanes": shards}

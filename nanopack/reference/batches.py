@@ -28,6 +28,7 @@ from nanopack.reference.arguments import (
     check_ranges,
     packing_and_options,
 )
+from nanopack.reference.balance import balanced, cost_of, cost_of_documents
 from nanopack.reference.documents import chat_of, check_ids, render
 from nanopack.reference.files import open_records
 from nanopack.reference.messages import choose
@@ -73,6 +74,8 @@ def batches(
     rank: int = 0,
     world_size: int = 1,
     shard: str = "rank",
+    balance: Any = None,
+    balance_window: int | None = None,
     on_error: str = "raise",
 ) -> Iterator[Batch]:
     """Return the batches of one rank, on the CPU; endless where `epochs` is None. Arguments as of `Loader`.
@@ -87,6 +90,11 @@ def batches(
         raise ValueError(f"loss={loss!r} and turns='each' contradict each other. Leave one out.")
     check_counts(batch_size=batch_size, seq_len=seq_len, world_size=world_size)
     check_counts(or_none=True, max_pieces=max_pieces, max_document_tokens=max_document_tokens, epochs=epochs)
+    check_counts(or_none=True, balance_window=balance_window)
+    if balance_window is not None and balance is None:
+        raise ValueError(f"balance_window={balance_window} needs balance. Leave it out, or pass balance.")
+    if balance is not None and packing == "stream":
+        raise ValueError("balance moves rows of whole documents, and packing='stream' splits them. Leave one out.")
     check_ranges(rank, world_size, seed, max_pieces, seq_len)
     coder = for_template(load_tokenizer(tokenizer), template)
     needed = template.special_tokens if isinstance(template, Template) else SPECIAL_TOKENS[template]
@@ -142,13 +150,18 @@ def batches(
             return PackedShard(reader, pack_stream(reader, shard_rows, seq_len, bool(options["overlap"])))
         # One document a row is the choice among one.
         window, refill, max_age = options.get("window", 1), options.get("refill", 1), options.get("max_age", math.inf)
-        return PackedShard(reader, pack_rows(reader, packing, shard_rows, seq_len, window, refill, max_age))
+        packed = pack_rows(reader, packing, shard_rows, seq_len, window, refill, max_age)
+        if cost is not None:
+            packed = balanced(packed, cost, balance_window or 8, seed)
+        return PackedShard(reader, packed)
+
+    cost = None if balance is None else cost_of_documents(balance)
 
     def longest() -> int:
         """The number of batches of the longest shard of all ranks."""
         return max(sum(1 for _ in pack_shard(number).packed) for number in range(num_shards)) if world_size > 1 else 0
 
-    build = partial(_batch, packing, seq_len, loss_weights, extras, max_pieces, coder.bos_id, ignore_index)
+    build = partial(_batch, packing, seq_len, loss_weights, extras, max_pieces, coder.bos_id, ignore_index, cost)
     # Lazy: each batch is built, with the progress of its readers, before the next one is packed.
     packed = _side_by_side([pack_shard(number) for number in own], shard_rows, longest)
     return (build(step, rows, shards) for step, (rows, shards) in enumerate(packed))
@@ -203,7 +216,9 @@ def _side_by_side(
 
 def _batch(
     packing: str, seq_len: int, loss_weights: str | None, extras: Collection[str],
-    max_pieces: int | None, bos_id: int, ignore_index: int, step: int, rows: Rows, shards: list[PackedShard],
+    max_pieces: int | None,
+    bos_id: int, ignore_index: int, cost: tuple[float, float] | None,
+    step: int, rows: Rows, shards: list[PackedShard],
 ) -> Batch:  # fmt: skip
     inputs, targets, target_weights, positions, doc_ids, starts = [], [], [], [], [], []
     padding = Document(-1, [(bos_id, False)] * (seq_len + 1), 0.0)
@@ -242,6 +257,7 @@ def _batch(
         progress=math.fsum(progress) / len(shards),
         last=all(last),
         word_pieces=tuple(tuple(_pieces(row)) for row in rows),
+        work=0.0 if cost is None else cost_of(rows, cost),
     )
 
 

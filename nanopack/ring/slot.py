@@ -75,8 +75,9 @@ class Slot:
         """Write a batch, and return its facts (without progress and state) and the counts of each row.
 
         `rows` are B lists of runs, whose documents have `words` ((n,) of the layout's word type), `weight` and
-        `conversation`; an empty list becomes a row of padding. The counts are (B, 2) int64: tokens in `inputs`, and
-        targets in the loss. Raises ValueError where the batch has more segments than cu_seqlens has room for.
+        `conversation`; an empty list becomes a row of padding. The counts are (B, 4) int64: tokens in `inputs`, targets
+        in the loss, and the sums of the pieces' lengths and of their squares. Raises ValueError where the batch has
+        more segments than cu_seqlens has room for.
         """
         layout = self.layout
         runs = [run for row in rows for run in row]
@@ -106,7 +107,8 @@ class Slot:
             pieces=pieces.tobytes(),
             pieces_per_row=np.diff(places.bounds).tobytes(),
         )
-        return facts, np.stack([row_tokens, row_loss_tokens], axis=1)
+        row_squares = np.diff(_sums(places.lengths**2)[places.bounds])
+        return facts, np.stack([row_tokens, row_loss_tokens, places.row_lengths, row_squares], axis=1)
 
     def _write_words(self, rows: Sequence[Row], places: Places) -> None:
         """Write the words, and zeros from the end of each row to the start of the next."""

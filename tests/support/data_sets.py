@@ -66,6 +66,9 @@ def rendered_elsewhere(draw):
 data_sets = st.lists(chats() | plain_texts | rendered_elsewhere(), min_size=1, max_size=12)
 
 
+costs = st.tuples(st.floats(0, 1e5), st.floats(0.001, 1e5))
+
+
 @st.composite
 def drawn_arguments(draw, packing):
     arguments = {
@@ -83,6 +86,8 @@ def drawn_arguments(draw, packing):
         "epochs": draw(st.none() | st.integers(1, 3)),
     }
     arguments["rank"] = draw(st.integers(0, arguments["world_size"] - 1))
+    if packing != "stream" and (balance := draw(st.none() | costs)) is not None:
+        arguments |= {"balance": balance, "balance_window": draw(st.none() | st.integers(1, 5))}
     if "cu_seqlens" in arguments["extras"]:
         arguments["max_pieces"] = arguments["seq_len"]
     options = {"window": st.integers(1, 6), "refill": st.integers(1, 3), "max_age": st.integers(1, 5)}
