@@ -12,12 +12,13 @@ rows that its K batches held before: with K accumulated batches a step of the op
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
+from operator import mul
 from typing import Any, NamedTuple
 
 from nanopack.packing.cost import Cost
-from nanopack.packing.rows import COUNTERS, Packer, Read, Row, State
+from nanopack.packing.rows import Packer, Row, State
 
 _BITS64 = 2**64 - 1
 
@@ -27,21 +28,20 @@ class HeldRow(NamedTuple):
 
     row: Row
     """Empty: a row of padding."""
-    lengths: list[int]
-    """Tokens of each run's document, whole: more than the run's where the document is cropped."""
     cost: float
+    tokens: int
     named: bytes
     """The row as a state names it, made once: a state is made for every batch."""
 
 
 Held = list[HeldRow]
-NO_ROW = HeldRow([], [], 0.0, b"")
+NO_ROW = HeldRow([], 0.0, 0, b"")
 
 
 def cost_of_row(row: Row, cost: Cost) -> float:
     """Return the cost of a row's documents; padding costs nothing."""
     lengths = [run[2] for run in row]
-    return cost.of(sum(lengths), sum([length * length for length in lengths]))
+    return cost.of(sum(lengths), sum(map(mul, lengths, lengths)))
 
 
 def deal(costs: Sequence[float], heaps: int) -> list[list[int]]:
@@ -60,6 +60,21 @@ def deal(costs: Sequence[float], heaps: int) -> list[list[int]]:
         for heap, row in zip(turn, order[start : start + heaps], strict=True):
             heap.append(row)
     return [sorted(heap) for heap in dealt]
+
+
+def deal_across(costs: Sequence[float], steps: int, ranks: int) -> list[list[list[int]]]:
+    """Return the rows of each rank in each step of a window, by index, where the costs of all ranks' rows are known.
+
+    A step gets rows of like cost, from the dearest down, so that it has the same rows on any number of ranks; they are
+    dealt to the ranks as `deal` does. The number of rows is a multiple of steps * ranks.
+
+    >>> deal_across([1.0, 5.0, 2.0, 9.0, 4.0, 3.0, 6.0, 8.0], steps=2, ranks=2)
+    [[[1, 3], [6, 7]], [[0, 4], [2, 5]]]
+    """
+    order = sorted(range(len(costs)), key=costs.__getitem__, reverse=True)
+    size = len(order) // steps
+    slices = [sorted(order[start : start + size]) for start in range(0, len(order), size)]
+    return [[[own[i] for i in heap] for heap in deal([costs[i] for i in own], ranks)] for own in slices]
 
 
 def order_of_steps(seed: int | None, window: int, steps: int) -> list[int]:
@@ -84,22 +99,21 @@ class BalancedPacker:
 
     The packing itself is untouched. It is K batches ahead: once they are packed they are dealt, and as each of them is
     delivered one of the next window is packed, so that the work is spread evenly. Documents in rows that are not yet
-    delivered count as waiting, but are not in `waiting()`: they are in `ahead()`.
+    delivered count as waiting, but are not in `waiting()`: they are in `ahead()`. What is cropped to fill a row counts
+    as cropped once the row is packed.
 
     Args:
-        build: makes the packer that reads with a function; see `Packing.build`.
-        read: returns the next document and its length.
+        packer: packs the rows; nobody else takes rows of it.
         batch_size: rows of a batch.
         cost: of a document.
         window: batches that are dealt together, K.
         seed: of the order of the steps in a window.
-        name: returns a row as a state names it.
+        name: is called with each row as it is packed, and returns it as a state names it.
     """
 
     def __init__(
         self,
-        build: Callable[[Read], Packer],
-        read: Read,
+        packer: Packer,
         batch_size: int,
         *,
         cost: Cost,
@@ -107,22 +121,18 @@ class BalancedPacker:
         seed: int | None,
         name: Callable[[Row], bytes] = lambda row: b"",
     ) -> None:
-        self._packer = build(self._read)
-        self._read_next = read
+        self._packer = packer
         self._batch_size, self._cost, self._window, self._seed = batch_size, cost, window, seed
         self._name = name
-        # of documents that are read, and in no batch yet
-        self._lengths: dict[Any, int] = {}
         self._dealt: deque[Held] = deque()
         self._collected: list[Held] = []
         self._windows = 0
-        self.emitted = self.cropped = self.packed = 0
+        self.emitted = self.packed = 0
 
-    def _read(self) -> tuple[Any, int] | None:
-        item = self._read_next()
-        if item is not None:
-            self._lengths[item[0]] = item[1]
-        return item
+    @property
+    def cropped(self) -> int:
+        """Tokens cut from documents that were placed in part."""
+        return self._packer.cropped
 
     @property
     def longest_wait(self) -> int:
@@ -132,20 +142,22 @@ class BalancedPacker:
     def next_rows(self) -> list[Row]:
         """Return the rows of the next batch; at the end of the data some may be empty, then none."""
         while len(self._dealt) + len(self._collected) < self._window and (rows := self._packer.next_rows()):
-            self._collected.append(
-                [self._as_held(row, [self._lengths.pop(run.document) for run in row]) for row in rows]
-            )
+            self._collected.append([self._held(row) for row in rows])
         if not self._dealt:
             self._deal()
         if not self._dealt:
             return []
         batch = self._dealt.popleft()
-        for name, count in _counts(batch).items():
-            setattr(self, name, getattr(self, name) + count)
+        self.emitted += sum([held.tokens for held in batch])
+        self.packed += sum([len(held.row) for held in batch])
         return [held.row for held in batch]
 
-    def _as_held(self, row: Row, lengths: list[int]) -> HeldRow:
-        return HeldRow(row, lengths, cost_of_row(row, self._cost), self._name(row)) if row else NO_ROW
+    def _held(self, row: Row) -> HeldRow:
+        if not row:
+            return NO_ROW
+        lengths = [run[2] for run in row]
+        tokens = sum(lengths)
+        return HeldRow(row, self._cost.of(tokens, sum(map(mul, lengths, lengths))), tokens, self._name(row))
 
     def _deal(self) -> None:
         """Deal the batches that are collected: a window, at the end of the data fewer."""
@@ -168,46 +180,34 @@ class BalancedPacker:
 
     def remaining(self) -> list[tuple[Any, int]]:
         """Return each document with tokens still to come, and their number."""
-        ahead = chain.from_iterable(self.ahead())
-        in_rows = ((run.document, length) for held in ahead for run, length in zip(held.row, held.lengths, strict=True))
-        return [*self._packer.remaining(), *in_rows]
+        rows = (held.row for held in chain.from_iterable(self.ahead()))
+        return [*self._packer.remaining(), *((run.document, run.length) for row in rows for run in row)]
 
     @property
     def waiting_documents(self) -> int:
         """Documents read that have tokens still to come."""
-        return self._packer.waiting_documents + sum(len(held.row) for held in chain.from_iterable(self.ahead()))
+        return self._packer.waiting_documents + sum([len(held.row) for held in chain.from_iterable(self.ahead())])
 
     @property
     def waiting_tokens(self) -> int:
         """Their tokens that are still to come."""
-        return self._packer.waiting_tokens + sum(sum(held.lengths) for held in chain.from_iterable(self.ahead()))
+        return self._packer.waiting_tokens + sum([held.tokens for held in chain.from_iterable(self.ahead())])
 
     def state(self) -> State:
         """Return the packer's own state with the counters of what is delivered, and the place in the window."""
-        own = {name: getattr(self, name) for name in COUNTERS}
-        return {**self._packer.state(), **own, "windows": self._windows, "dealt": len(self._dealt)}
+        delivered = {"emitted": self.emitted, "packed": self.packed}
+        return {**self._packer.state(), **delivered, "windows": self._windows, "dealt": len(self._dealt)}
 
-    def hold(self, ahead: Sequence[Sequence[Row]], length_of: Callable[[Any], int]) -> None:
-        """Take the batches of `ahead()`, before `restore`; `length_of` returns how long a document is."""
-        self._collected = [
-            [self._as_held(row, [length_of(run.document) for run in row]) for row in rows] for rows in ahead
-        ]
+    def hold(self, ahead: Sequence[Sequence[Row]]) -> None:
+        """Take the rows of `ahead()`, to restore them with the rest."""
+        self._collected = [[self._held(row) for row in rows] for rows in ahead]
 
     def restore(self, state: State, waiting: Sequence[tuple[Any, int]]) -> None:
-        """Restore a saved state: `state()`, and (document, length) of each document of `waiting()`."""
-        self._lengths = dict(waiting)
-        placed = _counts(chain.from_iterable(self._collected))
-        for name in placed:
-            setattr(self, name, state[name])
-        self._packer.restore({**state, **{name: state[name] + count for name, count in placed.items()}}, waiting)
-        self._windows = state["windows"]
+        """Restore a saved state: `state()`, and (document, length) of each document of `waiting()`; `hold` first."""
+        rows = list(chain.from_iterable(self._collected))
+        emitted = state["emitted"] + sum(held.tokens for held in rows)
+        packed = state["packed"] + sum(len(held.row) for held in rows)
+        self._packer.restore({**state, "emitted": emitted, "packed": packed}, waiting)
+        self.emitted, self.packed, self._windows = state["emitted"], state["packed"], state["windows"]
         self._dealt = deque(self._collected[: state["dealt"]])
         self._collected = self._collected[state["dealt"] :]
-
-
-def _counts(rows: Iterable[HeldRow]) -> dict[str, int]:
-    """Return the amounts that rows add to the counters of a packer."""
-    rows = list(rows)
-    emitted = sum(run.length for held in rows for run in held.row)
-    whole = sum(sum(held.lengths) for held in rows)
-    return {"emitted": emitted, "cropped": whole - emitted, "packed": sum(len(held.row) for held in rows)}

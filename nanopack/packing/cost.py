@@ -41,7 +41,7 @@ class ModelSizes:
     """The sizes of a decoder-only transformer from which its cost follows.
 
     >>> ModelSizes(layers=32, hidden=4096, heads=32, kv_heads=8, mlp=14336, vocab=128256).cost()
-    Cost(per_token=45029523456.0, per_pair=786432.0)
+    Cost(per_token=45027950592.0, per_pair=786432.0)
     """
 
     layers: int

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import logging
 import pickle
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -27,7 +27,7 @@ from nanopack.ledger import Ledger
 from nanopack.notes import Notes
 from nanopack.packing.balance import BalancedPacker
 from nanopack.packing.rows import Packer, Row
-from nanopack.producer.ahead import digest, name_row, plain_rows, reads_in, rows_of
+from nanopack.producer.ahead import changed_error, name_row, plain_rows, reads_in, rows_of
 from nanopack.producer.reader import ReadDocument, Reader, weigh
 
 log = logging.getLogger("nanopack")
@@ -94,18 +94,22 @@ class ShardPacker:
 
     def _make_packer(self) -> Packer | BalancedPacker:
         config = self._config
-        build = partial(config.packing.build, batch_size=config.shard_rows, seq_len=config.seq_len)
+        packer = config.packing.build(self._next_document, batch_size=config.shard_rows, seq_len=config.seq_len)
         if config.balance is None:
-            return build(self._next_document)
+            return packer
         return BalancedPacker(
-            build,
-            self._next_document,
+            packer,
             config.shard_rows,
             cost=config.balance,
             window=config.balance_window or 1,
             seed=config.seed,
-            name=name_row,
+            name=self._crop_and_name,
         )
+
+    def _crop_and_name(self, row: Row) -> bytes:
+        """Name a row that is packed, and will be delivered later."""
+        self._crop_last(row)
+        return name_row(row)
 
     def next_rows(self) -> list[Row]:
         """Return the rows of the next batch; at the end of the data fewer than there should be, then none.
@@ -113,10 +117,9 @@ class ShardPacker:
         Raises ConversationError for a bad conversation (with on_error="raise"), ValueError where nothing can be packed.
         """
         rows = self._packer.next_rows()
-        crops = self._config.packing.crops
+        for row in rows:
+            self._crop_last(row)
         for document, offset, length in chain.from_iterable(rows):
-            if crops and length < len(document.words):
-                self._crop(document, length)
             new = offset + length - document.taken
             # the stream repeats a token that two rows or batches share
             if new > 0:
@@ -124,9 +127,14 @@ class ShardPacker:
                 self.sources[document.source].emit(new, ends=document.taken == len(document.words))
         return rows
 
+    def _crop_last(self, row: Row) -> None:
+        """Crop the last document of a row where only a part of it was placed, and count what is cut."""
+        if self._config.packing.crops and row and (cut := len(row[-1].document.words) - row[-1].length):
+            self.sources[row[-1].document.source].crop(cut)
+            self._crop(row[-1].document, row[-1].length)
+
     def _crop(self, document: ReadDocument, length: int) -> None:
         """Cut a document to the part that was placed, and weigh it by that."""
-        self.sources[document.source].crop(len(document.words) - length)
         document.words = document.words[:length]
         document.weight = weigh(
             self._config, document.own_weight, int(np.count_nonzero(document.words >= self._loss_bit))
@@ -179,7 +187,7 @@ class ShardPacker:
         return {
             # what waits is named by its reads
             "waiting": [document.read for document in waiting],
-            "digest": digest(waiting),
+            "digest": _digest(waiting),
             "packer": self._packer.state(),
             "ledger": vars(self.positions),
             "sources": [vars(ledger) for ledger in self.sources],
@@ -217,18 +225,14 @@ class ShardPacker:
             document.read, document.source = number, self._source.source_of(document.conversation)
         waiting = [(documents[number], len(documents[number].words)) for number in state["waiting"]]
         if isinstance(self._packer, BalancedPacker):
-            self._packer.hold(rows_of(ahead, documents), lambda document: len(document.words))
+            self._packer.hold(rows_of(ahead, documents, self._crop if self._config.packing.crops else None))
         self._packer.restore(state["packer"], waiting)
         # of a waiting document without remaining tokens, the stream repeats only the last one
         remaining = dict(self._packer.remaining())
         for document, length in waiting:
             document.taken = length - remaining.get(document, 0)
-        if (self._packer.waiting_tokens, digest(self._packer.waiting())) != (whole.tokens_waiting, state["digest"]):
-            raise ValueError(
-                f"the documents that waited had {whole.tokens_waiting} tokens when the state was saved, and have "
-                f"{self._packer.waiting_tokens} now, or others: the data or the tokenizer have changed; resume with "
-                f"what was used"
-            )
+        if (self._packer.waiting_tokens, _digest(self._packer.waiting())) != (whole.tokens_waiting, state["digest"]):
+            raise changed_error(whole.tokens_waiting, self._packer.waiting_tokens)
         self._documents = self._documents_from(self._num_read)
 
     def _check_again(self, document: ReadDocument) -> None:
@@ -317,6 +321,11 @@ class ShardPacker:
                 f"nothing to pack: in a whole pass over the data ({n} conversations) each one was dropped because "
                 f"nothing in it is in the loss, or skipped as bad; look at the first, or use loss='all'"
             )
+
+
+def _digest(documents: Iterable[ReadDocument]) -> int:
+    """Return a checksum of documents that wait."""
+    return zlib.crc32(b"".join([document.checksum for document in documents]))
 
 
 def pack_state(step: int, shards: Iterable[ShardPacker]) -> bytes:
