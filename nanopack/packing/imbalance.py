@@ -8,6 +8,7 @@ only: no token is read.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Sequence
 from statistics import mean
 from typing import NamedTuple
@@ -43,6 +44,15 @@ def row_costs(packing: Packing, lengths: Iterable[int], seq_len: int, cost: Cost
     while rows := packer.next_rows():
         found += [cost_of_row(row, cost) for row in rows]
     return found
+
+
+def drawn(costs: Sequence[float], *, ranks: int, batch_size: int, window: int, windows: int) -> Imbalance | None:
+    """Return the imbalance of a number of windows of rows drawn from these, at random and with repetition."""
+    if not costs:
+        return None
+    count = windows * ranks * batch_size * window
+    rows = random.Random(0).choices(costs, k=count)
+    return imbalance(rows, ranks=ranks, batch_size=batch_size, window=window)
 
 
 def imbalance(costs: Sequence[float], *, ranks: int, batch_size: int, window: int) -> Imbalance | None:
