@@ -71,6 +71,7 @@ def parse(
     inspect: Command,
     bench: Command,
     demo_train: Command,
+    doctor: Command,
 ) -> Any:
     """Return the parsed options, with the function to call in `.command`. SystemExit after --help or an error."""
     parser = Parser(prog="nanopack", description=manual)
@@ -103,6 +104,10 @@ def parse(
     _add_bench_options(command(bench, "bench", "measure nanopack, what it replaces, and its bounds"))
     what = "train a small GPT on the conversations that ship with nanopack"
     _add_demo_options(commands.add_parser("demo-train", help=what, description=getdoc(demo_train)), demo_train)
+    what = "look at this machine, and verify a small batch on it: what a bug report needs"
+    examined = commands.add_parser("doctor", help=what, description=getdoc(doctor))
+    examined.set_defaults(command=doctor)
+    examined.add_argument("--json", action="store_true", help="print one JSON object to stdout, and nothing else")
     return parser.parse_args(argv)
 
 

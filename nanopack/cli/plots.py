@@ -32,7 +32,7 @@ def load_matplotlib(path: Path) -> Any:
     try:
         return importlib.import_module("matplotlib.figure").Figure
     except ImportError as error:
-        raise ImportError(f"{path} needs matplotlib; pip install nanopack[plot]") from error
+        raise ImportError(f"{path} needs matplotlib; pip install nanopack-gpu[plot]") from error
 
 
 def save_curve(

@@ -9,24 +9,23 @@ Only lengths are kept, 8 bytes a conversation. No torch, no GPU.
 from __future__ import annotations
 
 import contextlib
-import logging
 import multiprocessing
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 
 import numpy as np
 
+from nanopack.conversations.announced import announced
 from nanopack.conversations.order import Shard
 from nanopack.packing.simulate import simulate
 from nanopack.producer.reader import ReadDocument, Reader, read_in_turn
 from nanopack.producer.shard import ReadAll, describe_or_raise, shards_of
 from nanopack.producer.workers import Workers
 
-log = logging.getLogger("nanopack")
-
-# Seconds of counting that are worth a warning, and again at each doubling.
-PATIENCE = 1.5
+_COUNTING = (
+    "counting the batches: %d of %d conversations are rendered after %.1f s; `iter(loader)`, as in "
+    "tqdm(iter(loader)), needs no count, and with process_group each rank counts only its own"
+)
 
 Counting = Generator[None, None, tuple[int, int]]
 """Yields between any two conversations; its value are the batches and tokens."""
@@ -127,16 +126,8 @@ def _measure(reader: Reader, shards: Iterable[Shard], read_all: ReadAll) -> Gene
 def _announced(read_all: ReadAll) -> ReadAll:
     """Return a `read_all` that logs how far it is where that takes long."""
 
-    def announced(indices: Iterable[int]) -> Iterator[ReadDocument]:
-        indices, began, patience = list(indices), time.perf_counter(), PATIENCE
-        for done, document in enumerate(read_all(indices), start=1):
-            if (spent := time.perf_counter() - began) >= patience:
-                patience *= 2
-                log.warning(
-                    "counting the batches: %d of %d conversations are rendered after %.1f s; `iter(loader)`, as in "
-                    "tqdm(iter(loader)), needs no count, and with process_group each rank counts only its own",
-                    *(done, len(indices), spent),
-                )
-            yield document
+    def read_and_announce(indices: Iterable[int]) -> Iterator[ReadDocument]:
+        indices = list(indices)
+        return announced(read_all(indices), len(indices), _COUNTING)
 
-    return announced
+    return read_and_announce

@@ -32,9 +32,9 @@ from nanopack.producer.reader import ReadDocument, Reader, weigh
 
 log = logging.getLogger("nanopack")
 
-# A run that skips so many conversations of a shard in a row stops: its data are wrong, not a few of its records.
+# A run that skips this many conversations of a shard in a row stops: its data are wrong, not a few of its records.
 MOST_SKIPPED_IN_A_ROW = 100
-# So does one that has skipped more than half of those read, once it has read so many.
+# So does one that has skipped more than half of those read, once it has read this many.
 JUDGED_AFTER = 1000
 
 ReadAll = Callable[[Iterable[int]], Iterator[ReadDocument]]

@@ -321,7 +321,7 @@ def _for_training(chat: Any) -> Any:
     try:
         from trl.chat_template_utils import get_training_chat_template
     except ModuleNotFoundError as error:
-        raise ImportError("template='hf-training' needs trl; pip install 'nanopack[hf]'") from error
+        raise ImportError("template='hf-training' needs trl; pip install 'nanopack-gpu[hf]'") from error
     if not chat.chat_template:
         raise ValueError("template='hf-training' is trl's chat template in place of a tokenizer's own, and it has none")
     try:

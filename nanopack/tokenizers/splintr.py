@@ -96,7 +96,7 @@ class FastTokenizer(Tokenizer):
         try:
             splintr = importlib.import_module("splintr")
         except ImportError as error:
-            raise ImportError("encoder='fast' needs splintr-rs; pip install nanopack[fast]") from error
+            raise ImportError("encoder='fast' needs splintr-rs; pip install nanopack-gpu[fast]") from error
         ranks = self.encoding._mergeable_ranks.items()
         lines = b"".join([base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks])
         try:

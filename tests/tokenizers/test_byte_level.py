@@ -14,7 +14,7 @@ from nanopack import EncoderError, Loader
 from nanopack.tokenizers import huggingface
 from nanopack.tokenizers.tokenizer import load_tokenizer
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack[hf]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack-gpu[hf]'")
 
 from fuzz_texts import TEXTS, fuzz
 from split_patterns import O200K, PATTERNS
