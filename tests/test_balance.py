@@ -102,7 +102,7 @@ def test_the_state_counts_what_is_packed_ahead_as_waiting():
     loader = Loader(CHATS, SMALL, 2, 24, balance=(1, 1), balance_window=4, epochs=1)
     next(loader)
     shard = loader.state_dict()["lanes"]["0"]
-    ahead = [length for batch in shard["ahead"] for _, lengths in batch for length in lengths]
+    ahead = [length for _, lengths, _ in shard["ahead"] for length in lengths]
     assert len(shard["ahead"]) == 3 and len(ahead) > 6
     assert loader.ledger()["conversations"]["waiting"] == len(shard["waiting"]) + len(ahead)
     assert loader.ledger()["balanced"]
@@ -113,7 +113,7 @@ def test_a_document_that_changed_while_its_row_waited_is_noticed():
     loader = Loader(CHATS, SMALL, **arguments)
     next(loader)
     state = loader.state_dict()
-    read = next(read for batch in state["lanes"]["0"]["ahead"] for reads, _ in batch for read in reads if read % 13)
+    read = next(read for reads, *_ in state["lanes"]["0"]["ahead"] for read in reads if read % 13)
     changed = [*CHATS]
     changed[read] = {"text": changed[read]["text"] + "!"}
     with pytest.raises(ValueError, match="the data or the tokenizer have changed"):

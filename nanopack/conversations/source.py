@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import numpy as np
+
 
 class Source(ABC):
     """Random-access conversations. Implementations must subclass it."""
@@ -15,6 +17,8 @@ class Source(ABC):
     """Names of the sources that it mixes; none where it is one."""
     runs_foreign_code = False
     """Whether a record is read by code of the user's, which may hold locks and draw random numbers."""
+    rendered = False
+    """Whether the records are tokens that a template rendered before, so that none is needed here."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -34,9 +38,32 @@ class Source(ABC):
         """Return the number, in `names`, of the source that the record is from; 0 where there is only one."""
         return 0
 
+    def sources_of(self, indices: np.ndarray) -> np.ndarray:
+        """Return `source_of` of records, (n,) int64."""
+        if not self.names:
+            return np.zeros(len(indices), np.int64)
+        return np.array([self.source_of(index) for index in indices.tolist()], np.int64)
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        """Where its records are: the sources that it mixes, theirs in place of those that mix; else itself."""
+        return (self,)
+
+    def find(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return for records, (n,) int64, which of the `parts` each is in, and its index there: (n,) int64 each."""
+        return np.zeros(len(indices), np.int64), indices
+
     def picks_digest(self) -> str:
         """Return a digest of which records are mixed or split; "" where nothing is."""
         return ""
+
+    def fingerprint(self) -> str:
+        """Return a digest of all records, where it is known without reading them; "" elsewhere."""
+        return ""
+
+    def messages_of(self, index: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Return the token that each message of a record begins with, and its role, where it was `rendered`."""
+        return (), ()
 
     def drawn_as(self, index: int) -> int:
         """Return the number that decides which random numbers are drawn while the record is read."""
@@ -45,3 +72,7 @@ class Source(ABC):
     def is_copy(self, index: int) -> bool:
         """Return whether the record repeats the history of the one before it, for a later answer."""
         return False
+
+    def are_copies(self, indices: np.ndarray) -> np.ndarray | None:
+        """Return `is_copy` of records, (n,) bool; None where none ever is."""
+        return None

@@ -13,68 +13,53 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import chain
-from operator import mul
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import numpy as np
 
 from nanopack.packing.cost import Cost
-from nanopack.packing.rows import Packer, Row, State
+from nanopack.packing.rows import Packer, Rows, State
 
 _BITS64 = 2**64 - 1
 
 
-class HeldRow(NamedTuple):
-    """A row that is packed, and waits for its turn."""
-
-    row: Row
-    """Empty: a row of padding."""
-    cost: float
-    tokens: int
-    named: bytes
-    """The row as a state names it, made once: a state is made for every batch."""
+def costs_of(rows: Rows, cost: Cost) -> np.ndarray:
+    """Return the cost of each row's documents, (rows,) float64; padding costs nothing."""
+    found: np.ndarray = cost.of(_sums_in(rows.lengths, rows), _sums_in(rows.lengths**2, rows))
+    return found
 
 
-Held = list[HeldRow]
-NO_ROW = HeldRow([], 0.0, 0, b"")
+def _sums_in(values: np.ndarray, rows: Rows) -> np.ndarray:
+    sums = np.zeros(len(values) + 1, np.int64)
+    np.cumsum(values, out=sums[1:])
+    return np.diff(sums[rows.bounds])
 
 
-def cost_of_row(row: Row, cost: Cost) -> float:
-    """Return the cost of a row's documents; padding costs nothing."""
-    lengths = [run[2] for run in row]
-    return cost.of(sum(lengths), sum(map(mul, lengths, lengths)))
+def deal(costs: np.ndarray, heaps: int) -> np.ndarray:
+    """Return the rows of each heap, (heaps, n) int64, by index in ascending order: n each, of nearly the same cost.
 
+    `costs` are (heaps * n,). From the dearest to the cheapest, the first among equals first, rows are dealt to the
+    heaps 0, 1, ..., last, last, ..., 1, 0, 0, 1, ...: the k-th heap has the k-th dearest, or those close to it.
 
-def deal(costs: Sequence[float], heaps: int) -> list[list[int]]:
-    """Return the rows of each heap, by index in ascending order: equally many, of nearly the same cost in all.
-
-    The number of rows is a multiple of `heaps`. From the dearest to the cheapest, the first among equals first, they
-    are dealt to the heaps 0, 1, ..., n - 1, n - 1, ..., 1, 0, 0, 1, ...: the k-th is the k-th dearest, or close to it.
-
-    >>> deal([1.0, 5.0, 2.0, 9.0, 4.0, 3.0], heaps=3)
+    >>> deal(np.array([1.0, 5.0, 2.0, 9.0, 4.0, 3.0]), heaps=3).tolist()
     [[0, 3], [1, 2], [4, 5]]
     """
-    order = sorted(range(len(costs)), key=costs.__getitem__, reverse=True)
-    dealt: list[list[int]] = [[] for _ in range(heaps)]
-    for start in range(0, len(order), heaps):
-        turn = dealt if start // heaps % 2 == 0 else dealt[::-1]
-        for heap, row in zip(turn, order[start : start + heaps], strict=True):
-            heap.append(row)
-    return [sorted(heap) for heap in dealt]
+    turns = np.argsort(-costs, kind="stable").reshape(-1, heaps)
+    turns[1::2] = turns[1::2, ::-1]
+    return np.sort(turns.T, axis=1)
 
 
-def deal_across(costs: Sequence[float], steps: int, ranks: int) -> list[list[list[int]]]:
-    """Return the rows of each rank in each step of a window, by index, where the costs of all ranks' rows are known.
+def deal_across(costs: np.ndarray, steps: int, ranks: int) -> np.ndarray:
+    """Return the rows of each rank in each step, (steps, ranks, n), where the costs of all ranks' rows are known.
 
     A step gets rows of like cost, from the dearest down, so that it has the same rows on any number of ranks; they are
-    dealt to the ranks as `deal` does. The number of rows is a multiple of steps * ranks.
+    dealt to the ranks as `deal` does. `costs` are (steps * ranks * n,).
 
-    >>> deal_across([1.0, 5.0, 2.0, 9.0, 4.0, 3.0, 6.0, 8.0], steps=2, ranks=2)
+    >>> deal_across(np.array([1.0, 5.0, 2.0, 9.0, 4.0, 3.0, 6.0, 8.0]), steps=2, ranks=2).tolist()
     [[[1, 3], [6, 7]], [[0, 4], [2, 5]]]
     """
-    order = sorted(range(len(costs)), key=costs.__getitem__, reverse=True)
-    size = len(order) // steps
-    slices = [sorted(order[start : start + size]) for start in range(0, len(order), size)]
-    return [[[own[i] for i in heap] for heap in deal([costs[i] for i in own], ranks)] for own in slices]
+    slices = np.sort(np.argsort(-costs, kind="stable").reshape(steps, -1), axis=1)
+    return np.stack([own[deal(costs[own], ranks)] for own in slices])
 
 
 def order_of_steps(seed: int | None, window: int, steps: int) -> list[int]:
@@ -94,6 +79,21 @@ def _mix(x: int) -> int:
     return x ^ x >> 31
 
 
+class HeldRows(NamedTuple):
+    """A batch that is packed, and waits for its turn."""
+
+    rows: Rows
+    named: tuple[bytes, bytes, bytes]
+    """Documents, their lengths, and the documents of each row, int64: made once, as a state is made for every batch."""
+
+    @classmethod
+    def of(cls, rows: Rows) -> HeldRows:
+        """Hold these rows."""
+        return cls(
+            rows, (rows.documents.tobytes(), rows.lengths.tobytes(), (rows.bounds[1:] - rows.bounds[:-1]).tobytes())
+        )
+
+
 class BalancedPacker:
     """A packer of whole documents whose rows are dealt by cost, window by window.
 
@@ -108,7 +108,7 @@ class BalancedPacker:
         cost: of a document.
         window: batches that are dealt together, K.
         seed: of the order of the steps in a window.
-        name: is called with each row as it is packed, and returns it as a state names it.
+        on_packed: is called with the rows of each batch as they are packed.
     """
 
     def __init__(
@@ -119,13 +119,13 @@ class BalancedPacker:
         cost: Cost,
         window: int,
         seed: int | None,
-        name: Callable[[Row], bytes] = lambda row: b"",
+        on_packed: Callable[[Rows], object] = lambda rows: None,
     ) -> None:
         self._packer = packer
         self._batch_size, self._cost, self._window, self._seed = batch_size, cost, window, seed
-        self._name = name
-        self._dealt: deque[Held] = deque()
-        self._collected: list[Held] = []
+        self._on_packed = on_packed
+        self._dealt: deque[HeldRows] = deque()
+        self._collected: list[HeldRows] = []
         self._windows = 0
         self.emitted = self.packed = 0
 
@@ -139,75 +139,107 @@ class BalancedPacker:
         """Most rows that a document has waited for its row; how long the row waited for its turn is not counted."""
         return self._packer.longest_wait
 
-    def next_rows(self) -> list[Row]:
+    def next_rows(self) -> Rows:
         """Return the rows of the next batch; at the end of the data some may be empty, then none."""
-        while len(self._dealt) + len(self._collected) < self._window and (rows := self._packer.next_rows()):
-            self._collected.append([self._held(row) for row in rows])
+        while len(self._dealt) + len(self._collected) < self._window and (rows := self._packer.next_rows()).num_rows:
+            self._on_packed(rows)
+            self._collected.append(HeldRows.of(rows))
         if not self._dealt:
             self._deal()
         if not self._dealt:
-            return []
-        batch = self._dealt.popleft()
-        self.emitted += sum([held.tokens for held in batch])
-        self.packed += sum([len(held.row) for held in batch])
-        return [held.row for held in batch]
-
-    def _held(self, row: Row) -> HeldRow:
-        if not row:
-            return NO_ROW
-        lengths = [run[2] for run in row]
-        tokens = sum(lengths)
-        return HeldRow(row, self._cost.of(tokens, sum(map(mul, lengths, lengths))), tokens, self._name(row))
+            return NO_ROWS
+        rows = self._dealt.popleft().rows
+        self.emitted += int(rows.lengths.sum())
+        self.packed += len(rows.lengths)
+        return rows
 
     def _deal(self) -> None:
         """Deal the batches that are collected: a window, at the end of the data fewer."""
         if not (steps := len(self._collected)):
             return
-        rows = list(chain.from_iterable(self._collected))
-        rows += [NO_ROW] * (steps * self._batch_size - len(rows))
-        heaps = deal([held.cost for held in rows], steps)
-        self._dealt.extend([rows[i] for i in heaps[step]] for step in order_of_steps(self._seed, self._windows, steps))
+        rows = joined([held.rows for held in self._collected])
+        costs = np.zeros(steps * self._batch_size)
+        costs[: rows.num_rows] = costs_of(rows, self._cost)
+        heaps = deal(costs, steps)
+        order = order_of_steps(self._seed, self._windows, steps)
+        self._dealt.extend(map(HeldRows.of, split(chosen(rows, heaps[order].ravel()), self._batch_size)))
         self._collected.clear()
         self._windows += 1
 
-    def ahead(self) -> list[Held]:
+    def ahead(self) -> list[HeldRows]:
         """Return the batches that are packed and not delivered: first those that are dealt, as many as `state` says."""
         return [*self._dealt, *self._collected]
 
-    def waiting(self) -> list[Any]:
+    def documents_ahead(self) -> np.ndarray:
+        """Return the documents of these batches, int64."""
+        return joined([held.rows for held in self.ahead()]).documents
+
+    def waiting(self) -> list[int]:
         """Return the documents that wait for a row, in the order that `restore` takes."""
         return self._packer.waiting()
 
-    def remaining(self) -> list[tuple[Any, int]]:
+    def remaining(self) -> list[tuple[int, int]]:
         """Return each document with tokens still to come, and their number."""
-        rows = (held.row for held in chain.from_iterable(self.ahead()))
-        return [*self._packer.remaining(), *((run.document, run.length) for row in rows for run in row)]
+        rows = joined([held.rows for held in self.ahead()])
+        return [*self._packer.remaining(), *zip(rows.documents.tolist(), rows.lengths.tolist(), strict=True)]
 
     @property
     def waiting_documents(self) -> int:
-        """Documents read that have tokens still to come."""
-        return self._packer.waiting_documents + sum([len(held.row) for held in chain.from_iterable(self.ahead())])
+        """Documents taken that have tokens still to come."""
+        return self._packer.waiting_documents + sum(len(held.rows.lengths) for held in self.ahead())
 
     @property
     def waiting_tokens(self) -> int:
         """Their tokens that are still to come."""
-        return self._packer.waiting_tokens + sum([held.tokens for held in chain.from_iterable(self.ahead())])
+        return self._packer.waiting_tokens + sum(int(held.rows.lengths.sum()) for held in self.ahead())
 
     def state(self) -> State:
         """Return the packer's own state with the counters of what is delivered, and the place in the window."""
         delivered = {"emitted": self.emitted, "packed": self.packed}
         return {**self._packer.state(), **delivered, "windows": self._windows, "dealt": len(self._dealt)}
 
-    def hold(self, ahead: Sequence[Sequence[Row]]) -> None:
-        """Take the rows of `ahead()`, to restore them with the rest."""
-        self._collected = [[self._held(row) for row in rows] for rows in ahead]
+    def hold(self, ahead: Sequence[Rows]) -> None:
+        """Take the batches of `ahead()`, to restore them with the rest."""
+        self._collected = [HeldRows.of(rows) for rows in ahead]
 
-    def restore(self, state: State, waiting: Sequence[tuple[Any, int]]) -> None:
+    def restore(self, state: State, waiting: Sequence[tuple[int, int]]) -> None:
         """Restore a saved state: `state()`, and (document, length) of each document of `waiting()`; `hold` first."""
-        rows = list(chain.from_iterable(self._collected))
-        emitted = state["emitted"] + sum(held.tokens for held in rows)
-        packed = state["packed"] + sum(len(held.row) for held in rows)
+        rows = joined([held.rows for held in self._collected])
+        emitted, packed = state["emitted"] + int(rows.lengths.sum()), state["packed"] + len(rows.lengths)
         self._packer.restore({**state, "emitted": emitted, "packed": packed}, waiting)
         self.emitted, self.packed, self._windows = state["emitted"], state["packed"], state["windows"]
         self._dealt = deque(self._collected[: state["dealt"]])
         self._collected = self._collected[state["dealt"] :]
+
+
+_NONE = np.empty(0, np.int64)
+NO_ROWS = Rows(_NONE, _NONE, _NONE, np.zeros(1, np.int64))
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """Return the rows of all, in order."""
+    if not parts:
+        return NO_ROWS
+    documents, offsets, lengths, _ = zip(*parts, strict=True)
+    counts = np.concatenate([np.diff(part.bounds) for part in parts])
+    bounds = np.concatenate([[0], np.cumsum(counts)])
+    return Rows(np.concatenate(documents), np.concatenate(offsets), np.concatenate(lengths), bounds)
+
+
+def split(rows: Rows, size: int) -> list[Rows]:
+    """Return parts of this many rows each."""
+    parts = []
+    for first in range(0, rows.num_rows, size):
+        bounds = rows.bounds[first : first + size + 1]
+        runs = slice(int(bounds[0]), int(bounds[-1]))
+        parts.append(Rows(rows.documents[runs], rows.offsets[runs], rows.lengths[runs], bounds - bounds[0]))
+    return parts
+
+
+def chosen(rows: Rows, index: np.ndarray) -> Rows:
+    """Return the rows of these indices, (k,) int64; one beyond the last is empty."""
+    index = np.minimum(index, rows.num_rows)
+    counts = np.append(np.diff(rows.bounds), 0)[index]
+    bounds = np.concatenate([[0], np.cumsum(counts)])
+    runs = (rows.bounds[index] - bounds[:-1]).repeat(counts) + np.arange(bounds[-1])
+    return Rows(rows.documents[runs], rows.offsets[runs], rows.lengths[runs], bounds)

@@ -28,10 +28,10 @@ class Cost(NamedTuple):
     per_token: float
     per_pair: float
 
-    def of(self, tokens: int, squares: int) -> float:
-        """Return the cost of documents with this sum of lengths, and of their squares.
+    def of(self, tokens: Any, squares: Any) -> Any:
+        """Return the cost of documents with this sum of lengths, and of their squares, or an array for arrays.
 
-        The sums are ints, so that the result does not depend on the order of the documents.
+        The sums are integers, so that the result does not depend on the order of the documents.
         """
         return self.per_token * tokens + self.per_pair * squares
 

@@ -8,12 +8,12 @@ only: no token is read.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Sequence
-from statistics import mean
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from nanopack.packing.balance import cost_of_row, deal, deal_across
+import numpy as np
+
+from nanopack.packing.balance import costs_of, deal, deal_across
 from nanopack.packing.cost import Cost
 from nanopack.packing.packings import Packing
 
@@ -31,49 +31,46 @@ class Imbalance(NamedTuple):
     """If the rows of all ranks were dealt together."""
 
 
-def row_costs(packing: Packing, lengths: Iterable[int], seq_len: int, cost: Cost) -> list[float]:
-    """Return the cost of each row that documents of these lengths are packed into, in order."""
-    documents = enumerate(lengths)
-
-    def read() -> tuple[int, int] | None:
-        item = next(documents, None)
-        return None if item is None else (item[0], min(item[1], seq_len + 1) if packing.cuts_to_row else item[1])
-
-    packer = packing.build(read, batch_size=1, seq_len=seq_len)
-    found = []
-    while rows := packer.next_rows():
-        found += [cost_of_row(row, cost) for row in rows]
-    return found
+def row_costs(packing: Packing, lengths: Iterable[int], seq_len: int, cost: Cost) -> np.ndarray:
+    """Return the cost of each row that documents of these lengths are packed into, in order: (rows,) float64."""
+    known = np.fromiter(lengths, np.int64)
+    documents = iter([(np.arange(len(known)), np.minimum(known, seq_len + 1) if packing.cuts_to_row else known)])
+    packer = packing.build(lambda: next(documents, None) if len(known) else None, batch_size=64, seq_len=seq_len)
+    found = [np.empty(0)]
+    while (rows := packer.next_rows()).num_rows:
+        found.append(costs_of(rows, cost))
+    return np.concatenate(found)
 
 
-def drawn(costs: Sequence[float], *, ranks: int, batch_size: int, window: int, windows: int) -> Imbalance | None:
+def drawn(costs: np.ndarray, *, ranks: int, batch_size: int, window: int, windows: int) -> Imbalance | None:
     """Return the imbalance of a number of windows of rows drawn from these, at random and with repetition."""
-    if not costs:
+    if not len(costs):
         return None
-    count = windows * ranks * batch_size * window
-    rows = random.Random(0).choices(costs, k=count)
+    rows = np.random.default_rng(0).choice(costs, windows * ranks * batch_size * window)
     return imbalance(rows, ranks=ranks, batch_size=batch_size, window=window)
 
 
-def imbalance(costs: Sequence[float], *, ranks: int, batch_size: int, window: int) -> Imbalance | None:
+def imbalance(costs: np.ndarray, *, ranks: int, batch_size: int, window: int) -> Imbalance | None:
     """Return the imbalance of rows that ranks take in turns, `batch_size` a step; None for too few for a window.
 
     Rows that do not fill a window of this many steps are left out.
     """
     size = ranks * batch_size * window
-    windows = [costs[start : start + size] for start in range(0, len(costs) - size + 1, size)]
-    steps: list[tuple[float, float, float]] = []
-    for rows in windows:
-        of_ranks = [rows[rank::ranks] for rank in range(ranks)]
-        packed = [[own[step * batch_size :][:batch_size] for own in of_ranks] for step in range(window)]
-        dealt = [[[own[i] for i in heap] for heap in deal(own, window)] for own in of_ranks]
-        balanced = zip(*dealt, strict=True)
-        across = [[[rows[i] for i in heap] for heap in heaps] for heaps in deal_across(rows, window, ranks)]
-        steps += zip(*(map(_slowest, way) for way in (packed, balanced, across)), strict=True)
-    return Imbalance(*map(mean, zip(*steps, strict=True))) if steps else None
+    whole = costs[: len(costs) // size * size].reshape(-1, size)
+    found = [_of_window(rows, ranks, batch_size, window) for rows in whole]
+    return Imbalance(*np.mean(found, axis=0).tolist()) if found else None
 
 
-def _slowest(heaps: Iterable[Sequence[float]]) -> float:
-    """Return the work of the slowest rank over the mean, from the costs of each rank's rows."""
-    work = [sum(heap) for heap in heaps]
-    return max(work) / mean(work) if any(work) else 1.0
+def _of_window(rows: np.ndarray, ranks: int, batch_size: int, window: int) -> tuple[float, float, float]:
+    of_ranks = rows.reshape(-1, ranks).T
+    packed = of_ranks.reshape(ranks, window, batch_size).transpose(1, 0, 2)
+    balanced = np.stack([own[deal(own, window)] for own in of_ranks], axis=1)
+    across = rows[deal_across(rows, window, ranks)]
+    return _slowest(packed), _slowest(balanced), _slowest(across)
+
+
+def _slowest(costs: np.ndarray) -> float:
+    """Return the work of the slowest rank over the mean, on average, from the costs (steps, ranks, rows)."""
+    work = costs.sum(axis=2)
+    mean = work.mean(axis=1)
+    return float(np.where(mean > 0, work.max(axis=1) / np.where(mean > 0, mean, 1), 1.0).mean())
