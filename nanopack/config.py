@@ -22,7 +22,7 @@ Loss: TypeAlias = Literal["assistant", "last", "all"]
 Turns: TypeAlias = Literal["all", "each"]
 FirstAssistant: TypeAlias = Literal["keep", "raise", "drop", "empty_user"]
 LossWeights: TypeAlias = Literal["token", "conversation"]
-Extra: TypeAlias = Literal["positions", "doc_ids", "cu_seqlens"]
+Extra: TypeAlias = Literal["positions", "doc_ids", "cu_seqlens", "cu_seqlens_real"]
 TemplateName: TypeAlias = Literal["nanochat", "chatml", "llama3", "hf", "hf-training"]
 OnError: TypeAlias = Literal["raise", "skip"]
 ShardBy: TypeAlias = Literal["rank", "row"]
@@ -66,6 +66,7 @@ class LoaderConfig:
     rank: int = 0
     world_size: int = 1
     shard: ShardBy = "rank"
+    document_align: int = 1
     balance: Cost | None = None
     balance_window: int | None = None
     on_error: OnError = "raise"
@@ -83,7 +84,24 @@ class LoaderConfig:
                 f'leave it out, or add "cu_seqlens" to extras'
             )
 
+        self._check_align()
         self._check_balance()
+
+    def _check_align(self) -> None:
+        """Raise ValueError where documents cannot take multiples of `document_align` tokens."""
+        check_int("document_align", self.document_align, least=1)
+        if self.document_align == 1:
+            return
+        if self.packing.splits or self.packing.crops:
+            raise ValueError(
+                f"document_align={self.document_align} has no meaning with packing={self.packing.name!r}, which does "
+                f"not keep documents whole; leave it out, or use packing='best_fit'"
+            )
+        if self.seq_len % self.document_align:
+            raise ValueError(
+                f"document_align={self.document_align} does not divide seq_len={self.seq_len}; use a seq_len that is a "
+                f"multiple of it"
+            )
 
     def _check_balance(self) -> None:
         """Complete `balance_window`; raise ValueError where it, or the packing, does not fit."""
@@ -187,4 +205,6 @@ def _checked_extras(extras: object) -> tuple[Extra, ...]:
     for extra in extras:
         if extra not in EXTRAS:
             raise ValueError(f"extras={extras!r}: {extra!r} is not known; use any of {allowed}")
-    return tuple(extra for extra in EXTRAS if extra in extras)
+    # the real lengths are of the segments that cu_seqlens list
+    wanted = {*extras, *(["cu_seqlens"] if "cu_seqlens_real" in extras else [])}
+    return tuple(extra for extra in EXTRAS if extra in wanted)

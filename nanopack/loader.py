@@ -92,7 +92,7 @@ class Loader:
         boundary_loss: False: the first token of a document is never a target.
         ignore_index: value of `targets` outside the loss.
         max_document_tokens: longer documents are cut to this many tokens (and the cut is counted); None: no limit.
-        extras: any of `"positions"`, `"doc_ids"`, `"cu_seqlens"`.
+        extras: any of `"positions"`, `"doc_ids"`, `"cu_seqlens"`, `"cu_seqlens_real"`.
         max_pieces: capacity of `cu_seqlens` in pieces per row, 1 to T; None: T // 8 + 1.
         seed: seed of a new order of the conversations in each pass, the same on all ranks; None: their own order.
         epochs: passes over the data, all of it delivered, the last rows padded; None: endless. All ranks deliver
@@ -103,6 +103,9 @@ class Loader:
             and `mesh["dp"].size()`, to each.
         shard: `"rank"`: each rank packs one shard of the conversations; `"row"`: each row of the batches of all ranks
             together does, so that these do not depend on the number of ranks, and a run can resume with another.
+        document_align: every document takes a multiple of this many tokens in its row; the rest is padding inside its
+            piece, the bos and out of the loss. It divides `seq_len`: 16 for FP8, 128 for the tiles of flex attention, 2
+            * the ranks of context parallelism. See docs/align.md.
         balance: the cost of documents by which rows are dealt to steps, so that a step costs every rank about the same:
             a pair (a, b) for a * L + b * L^2 of a document of L tokens, a `nanopack.ModelSizes`, or a transformers
             config; None: rows stay where they were packed. See docs/balance.md: of no use below 8k tokens a row.
@@ -173,6 +176,7 @@ class Loader:
         rank: int | None = None,
         world_size: int | None = None,
         shard: ShardBy = "rank",
+        document_align: int = 1,
         balance: Balance | None = None,
         balance_window: int | None = None,
         # how they are made: free to change between runs
@@ -207,6 +211,7 @@ class Loader:
             rank=rank,
             world_size=world_size,
             shard=shard,
+            document_align=document_align,
             balance=None if balance is None else as_cost(balance),
             balance_window=balance_window,
             on_error=on_error,

@@ -75,6 +75,8 @@ def fingerprint(source: Source, sample: str, tokenizer: AnyTokenizer, config: Lo
         del arguments["first_assistant"]
     if config.turns == "all":
         del arguments["turns"]
+    if config.document_align == 1:
+        del arguments["document_align"]
     if config.balance is None:
         del arguments["balance"], arguments["balance_window"]
     if config.shard == "row":

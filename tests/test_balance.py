@@ -10,6 +10,7 @@ import pytest
 from data_sets import SMALL, costs, data_sets, drawn_arguments
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stores import store_of
 
 import nanopack
 from nanopack import merge_states
@@ -180,6 +181,19 @@ def test_what_it_cannot_do_is_refused_at_construction_by_the_reference_too(argum
     assert message in str(caught.value)
     with pytest.raises((ValueError, TypeError, AttributeError)):
         next(iter(nanopack.reference.batches(CHATS, SMALL, **arguments)))
+
+
+def test_a_store_gives_the_same_and_resumes_within_a_window(tmp_path):
+    store = store_of(tmp_path / "store", CHATS, SMALL)
+    arguments = dict(batch_size=3, seq_len=24, balance=(1, 1), balance_window=4, epochs=1, seed=7)
+    expected = list(Loader(CHATS, SMALL, **arguments))
+    loader, got = Loader(store, SMALL, **arguments), []
+    while (batch := next(loader, None)) is not None:
+        got.append(batch)
+        state = json.loads(json.dumps(loader.state_dict()))
+        loader = Loader(store, SMALL, **arguments)
+        loader.load_state_dict(state)
+    assert [first_difference(a, b) for a, b in zip(expected, got, strict=True)] == [None] * len(expected)
 
 
 def test_an_endless_run_with_a_producer_process_gives_what_the_reference_gives():

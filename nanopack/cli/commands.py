@@ -49,7 +49,7 @@ from nanopack.render.renderer import Renderer
 from nanopack.tokenizers.tokenizer import load_tokenizer
 from nanopack.verify import compare, compare_with_witness, expected_batches
 
-SAVED = ("inputs", "targets", "weights", "positions", "doc_ids", "cu_seqlens")
+SAVED = ("inputs", "targets", "weights", "positions", "doc_ids", "cu_seqlens", "cu_seqlens_real")
 
 
 def pack(options: Namespace) -> int:

@@ -100,7 +100,7 @@ class Lengths:
         A document of which cutting leaves no token in the loss counts here; a loader may drop it.
         """
         kept = self.tokens[self.in_loss > 0] if packing.drops_untrained(config.loss) else self.tokens
-        return simulate(packing, kept.tolist(), config.seq_len).padding
+        return simulate(packing, kept.tolist(), config.seq_len, align=config.document_align).padding
 
     def imbalance(self, config: LoaderConfig) -> dict[int, Imbalance]:
         """Return the imbalance of work, by number of ranks, of the rows that these documents are packed into.

@@ -210,6 +210,7 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
     option("rank", "which shard of the conversations to read", "0", metavar="R", type=int)
     option("world_size", "number of shards", metavar="W", type=int)
     option("shard", "what reads a shard: a rank, or each row of all ranks' batches", choices=SHARDS)
+    option("document_align", "give every document a multiple of this many tokens in its row", metavar="N", type=int)
     option(
         "balance",
         "deal rows by the cost a * L + b * L^2 of a document, so that a step costs every rank about the same",

@@ -99,7 +99,10 @@ def counting(reader: Reader, read_all: ReadAll, *, all_ranks: bool) -> Counting:
     batches = tokens = 0
     for shard in shards:
         own = lengths[_order(reader, shard)]
-        packed = yield from simulating(config.packing, own[own > 0], config.seq_len, batch_size=config.shard_rows)
+        own = own[own > 0]
+        packed = yield from simulating(
+            config.packing, own, config.seq_len, batch_size=config.shard_rows, align=config.document_align
+        )
         batches, tokens = max(batches, packed.batches), tokens + packed.emitted
     return batches, tokens
 

@@ -21,6 +21,7 @@ from nanopack.conversations.order import Shard
 from nanopack.errors import ConversationError
 from nanopack.ledger import Ledger
 from nanopack.notes import Notes
+from nanopack.packing.align import build
 from nanopack.packing.balance import BalancedPacker
 from nanopack.packing.rows import Packer, Rows
 from nanopack.producer.ahead import changed_error, plain, rows_of
@@ -65,7 +66,12 @@ class ShardPacker:
 
     def _make_packer(self) -> Packer | BalancedPacker:
         config = self._config
-        packer = config.packing.build(self._arrivals.read, batch_size=config.shard_rows, seq_len=config.seq_len)
+        packer = build(
+            *(config.packing, self._arrivals.read),
+            batch_size=config.shard_rows,
+            seq_len=config.seq_len,
+            align=config.document_align,
+        )
         if config.balance is None:
             return packer
         return BalancedPacker(

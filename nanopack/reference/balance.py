@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from nanopack.reference.packing import Rows, Word
+from nanopack.reference.packing import TAIL, Rows, Word
 
 BITS64 = 2**64 - 1
 
@@ -53,9 +53,11 @@ def _of_config(config: Any) -> tuple[dict[str, int], int | None, int | None, int
 
 
 def lengths_in(row: list[Word]) -> list[int]:
-    """Return the number of words of each document in a row."""
+    """Return the number of words of each document in a row, without tails."""
     counts: dict[int, int] = {}
     for word in row:
+        if word.id == TAIL:
+            continue
         counts[id(word.document)] = counts.get(id(word.document), 0) + 1
     return list(counts.values())
 

@@ -27,7 +27,7 @@ class Places:
     """Where the P pieces of a batch land, row by row, and its B rows. All arrays are int64."""
 
     def __init__(self, lengths: np.ndarray, bounds: np.ndarray, first_word: int) -> None:
-        """Lay out pieces of these lengths, (P,), in rows that begin with these of them, (B + 1,).
+        """Lay out pieces of these lengths, (P,), tails included, in rows that begin with these of them, (B + 1,).
 
         The first row is at `first_word` (in words from the front of the slot).
         """
@@ -87,12 +87,18 @@ class Slot:
         cu_seqlens has room for.
         """
         layout = self.layout
-        places = Places(pieces.lengths, pieces.bounds, layout.first_word)
+        lengths = pieces.lengths
+        if layout.align > 1:
+            # a document of T + 1 words has no tail: its last is only a target
+            lengths = np.minimum(round_up(lengths, layout.align), layout.seq_len + 1)
+        places = Places(lengths, pieces.bounds, layout.first_word)
         segments = None
         if layout.max_segments is not None:
             segments = places.segments(layout.seq_len)
             if len(segments) - 1 > layout.max_segments:
                 raise _too_many_pieces(len(segments) - 1, layout)
+            if layout.real:
+                segments = self._with_real_lengths(segments, pieces, places)
         self._write_words(pieces, places)
         used = self._write_tables(places, pieces.weights, segments)
         table = np.empty((len(pieces.lengths), 4), np.int64)
@@ -101,9 +107,10 @@ class Slot:
         table[:, 2] = pieces.lengths
         table[:, 3] = pieces.offsets
         counts = np.empty((layout.batch_size, 4), np.int64)
-        counts[:, 0] = np.minimum(places.row_lengths, layout.seq_len)
+        row_tokens = np.diff(sums(pieces.lengths)[pieces.bounds])
+        counts[:, 0] = np.minimum(row_tokens, layout.seq_len)
         counts[:, 1], weight_sum = self._count_loss_tokens(places, pieces.weights)
-        counts[:, 2] = places.row_lengths
+        counts[:, 2] = row_tokens
         counts[:, 3] = np.diff(sums(pieces.lengths**2)[pieces.bounds])
         num_tokens, num_loss_tokens, *_ = counts.sum(axis=0).tolist()
         facts = BatchFacts(
@@ -118,15 +125,46 @@ class Slot:
         )
         return facts, counts
 
+    def _with_real_lengths(self, segments: np.ndarray, pieces: Pieces, places: Places) -> np.ndarray:
+        """Return the starts of segments, filled up to `real_at`, then the sums of their real lengths, as many."""
+        layout = self.layout
+        at = (np.arange(layout.batch_size) * layout.seq_len).repeat(places.counts) + places.columns
+        real = np.zeros(layout.max_segments or 0, np.int64)
+        inside = places.columns < layout.seq_len
+        lengths = np.minimum(pieces.lengths, layout.seq_len - places.columns)[inside]
+        real[np.searchsorted(segments, at[inside])] = lengths
+        filling = np.full(layout.real_at - len(segments), layout.batch_size * layout.seq_len)
+        return np.concatenate([segments, filling, sums(real)])
+
     def _write_words(self, pieces: Pieces, places: Places) -> None:
         """Write the words, and zeros from the end of each row to the start of the next."""
         num, out = len(pieces.lengths), self.words[places.starts[0] : places.starts[-1]]
-        if num and len(pieces.arrays) == 1 and len(out) < LONG_PIECES * num:
+        if self.layout.align > 1:
+            self._place_words(pieces, places, out)
+        elif num and len(pieces.arrays) == 1 and len(out) < LONG_PIECES * num:
             self._gather_words(pieces, places, out)
         elif num:
             self._copy_words(pieces, places, out)
         if pieces.marks is not None:
             self._mark(pieces, places)
+        if self.layout.align > 1:
+            self._write_tails(pieces, places)
+
+    def _place_words(self, pieces: Pieces, places: Places, out: np.ndarray) -> None:
+        """Write each piece by itself, and zeros between them."""
+        out.fill(0)
+        columns = (pieces.array, pieces.starts, pieces.lengths, places.words)
+        for array, start, length, word in zip(*(column.tolist() for column in columns), strict=True):
+            self.words[word : word + length] = pieces.arrays[array][start : start + length]
+
+    def _write_tails(self, pieces: Pieces, places: Places) -> None:
+        """Fill up the documents that take more words than they have; what follows such a tail is not in the loss."""
+        ends = places.words + pieces.lengths
+        tails = np.flatnonzero(places.lengths > pieces.lengths)
+        for begin, end in zip(ends[tails].tolist(), (places.words + places.lengths)[tails].tolist(), strict=True):
+            self.words[begin:end] = self.layout.pad_id
+        following = tails[~np.isin(tails + 1, places.bounds)] + 1
+        self.words[places.words[following]] &= ~self._loss_bit
 
     def _gather_words(self, pieces: Pieces, places: Places, out: np.ndarray) -> None:
         gaps = -places.row_lengths % ROW_ALIGN

@@ -37,6 +37,7 @@ GIVEN = {
     "rank": (["--rank", "1"], 1),
     "world_size": (["--world-size", "2"], 2),
     "shard": (["--shard", "row"], "row"),
+    "document_align": (["--document-align", "8"], 8),
     "balance": (["--balance", "57000,1"], (57000.0, 1.0)),
     "balance_window": (["--balance-window", "16"], 16),
     "seed": (["--seed", "6"], 6),
