@@ -69,6 +69,7 @@ class LoaderConfig:
     document_align: int = 1
     balance: Cost | None = None
     balance_window: int | None = None
+    balance_across: bool = False
     on_error: OnError = "raise"
 
     def __post_init__(self) -> None:
@@ -106,7 +107,10 @@ class LoaderConfig:
     def _check_balance(self) -> None:
         """Complete `balance_window`; raise ValueError where it, or the packing, does not fit."""
         check_int("balance_window", self.balance_window, least=1, or_none=True)
+        check_bool("balance_across", self.balance_across)
         if self.balance is None:
+            if self.balance_across:
+                raise ValueError("balance_across=True has no meaning without balance; leave it out, or pass balance")
             if self.balance_window is not None:
                 raise ValueError(
                     f"balance_window={self.balance_window} has no meaning without balance; leave it out, or pass "

@@ -111,6 +111,8 @@ class Loader:
             config; None: rows stay where they were packed. See docs/balance.md: of no use below 8k tokens a row.
         balance_window: batches that are dealt together, and that the packing is ahead; with the number of accumulated
             batches a step of the optimizer has exactly the rows that it had without. None: 8, with `balance`.
+        balance_across: deal the rows of all ranks together instead of each shard's own: nearly perfect. Every rank
+            packs the lengths of all, so the data must be a token store; what is loaded are the merged states of all.
 
     How they are made: free to change between runs.
 
@@ -179,6 +181,7 @@ class Loader:
         document_align: int = 1,
         balance: Balance | None = None,
         balance_window: int | None = None,
+        balance_across: bool = False,
         # how they are made: free to change between runs
         device: str | torch.device | None = None,
         executor: Executor | None = None,
@@ -214,6 +217,7 @@ class Loader:
             document_align=document_align,
             balance=None if balance is None else as_cost(balance),
             balance_window=balance_window,
+            balance_across=balance_across,
             on_error=on_error,
         )
         check_int("num_workers", num_workers, least=0)
@@ -283,7 +287,8 @@ class Loader:
 
         For a mixture, `sources` has the counts of each source by name.
         """
-        return report_of(self._run.shards().values(), self.source.names)
+        shards = self._run.shards().values()
+        return report_of(shards, self.source.names, dealt=self.config.balance_across)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run after the batch delivered last: plain data (JSON-able), kilobytes.

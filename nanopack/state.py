@@ -79,6 +79,8 @@ def fingerprint(source: Source, sample: str, tokenizer: AnyTokenizer, config: Lo
         del arguments["document_align"]
     if config.balance is None:
         del arguments["balance"], arguments["balance_window"]
+    if not config.balance_across:
+        del arguments["balance_across"]
     if config.shard == "row":
         # the global batch is what counts, however many ranks share it
         del arguments["batch_size"], arguments["world_size"]
@@ -176,7 +178,7 @@ def check_state(state: Any, ours: Mapping[str, Any], config: LoaderConfig, *, st
             f"the state belongs to another run: {'; '.join(differences)}; resume with what the run was started with, "
             f"or pass strict=False to resume all the same"
         )
-    wanted = [str(number) for number in config.shards]
+    wanted = [str(number) for number in (config.all_shards if config.balance_across else config.shards)]
     if missing := [number for number in wanted if number not in state["lanes"]]:
         what = "rank" if config.shard == "rank" else "row"
         raise ValueError(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from stores import store_of
 
 import nanopack
-from nanopack import merge_states
+from nanopack import merge_states, reference
 from nanopack.verify import first_difference
 
 Loader = functools.partial(nanopack.Loader, num_workers=0)
@@ -170,6 +170,7 @@ WRONG = [
     (dict(balance_window=4), "balance_window=4 has no meaning without balance"),
     (dict(balance=(1, 1), balance_window=0), "balance_window=0 is not allowed"),
     (dict(balance=(1, 1), packing="stream"), "balance has no meaning with packing='stream'"),
+    (dict(balance_across=True), "balance_across=True has no meaning without balance"),
     (dict(balance="llama"), "balance='llama' is not allowed"),
 ]
 
@@ -194,6 +195,99 @@ def test_a_store_gives_the_same_and_resumes_within_a_window(tmp_path):
         loader = Loader(store, SMALL, **arguments)
         loader.load_state_dict(state)
     assert [first_difference(a, b) for a, b in zip(expected, got, strict=True)] == [None] * len(expected)
+
+
+ACROSS = dict(seq_len=24, balance=(3, 1), balance_window=4, balance_across=True, seed=2, epochs=1)
+
+
+@pytest.mark.parametrize("shard", ["rank", "row"])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_across_ranks_a_store_gives_what_the_reference_gives(tmp_path, packing, shard):
+    store = store_of(tmp_path / "store", CHATS, SMALL)
+    arguments = dict(batch_size=2, packing=packing, shard=shard, world_size=3, loss_weights="conversation", **ACROSS)
+    for rank in range(3):
+        loader = Loader(store, SMALL, rank=rank, **arguments)
+        got = list(loader)
+        expected = list(reference.batches(CHATS, SMALL, rank=rank, **arguments))
+        assert [first_difference(a, b) for a, b in zip(expected, got, strict=True)] == [None] * len(expected)
+        assert len(loader) == len(got) and loader.ledger()["balanced"]
+
+
+@settings(max_examples=20)
+@given(data=st.data(), cost=costs, window=st.integers(1, 5))
+def test_across_ranks_a_window_has_the_rows_that_it_had_and_nothing_is_lost(data, cost, window):
+    packing, world_size = data.draw(st.sampled_from(PACKINGS)), data.draw(st.integers(1, 4))
+    conversations = data.draw(data_sets)
+    arguments = {**data.draw(drawn_arguments(packing)), "epochs": 2, "world_size": world_size, "rank": 0}
+    plain = {name: value for name, value in arguments.items() if not name.startswith("balance")}
+    dealt = {**plain, "balance": cost, "balance_window": window, "balance_across": True}
+    before, after = (
+        [list(reference.batches(conversations, SMALL, **{**given_, "rank": rank})) for rank in range(world_size)]
+        for given_ in (plain, dealt)
+    )
+    assert [len(batches) for batches in before] == [len(batches) for batches in after]
+    for start in range(0, len(before[0]), window):
+        was, now = ([b for batches in ranks for b in batches[start : start + window]] for ranks in (before, after))
+        assert rows_of(was) == rows_of(now)
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "best_fit_crop"])
+def test_across_ranks_a_run_resumes_at_every_step_of_a_window_on_another_number_of_ranks(tmp_path, packing):
+    """A step has the same rows on any number of ranks; which rank has which differs."""
+    store, rows = store_of(tmp_path / "store", CHATS, SMALL), 6
+
+    def ranks(world_size):
+        shape = dict(batch_size=rows // world_size, world_size=world_size, packing=packing, shard="row")
+        return [Loader(store, SMALL, rank=rank, **shape, **ACROSS) for rank in range(world_size)]
+
+    def step(loaders):
+        return rows_of([next(loader) for loader in loaders])
+
+    expected = [step(whole) for whole in [ranks(1)] for _ in range(10)]
+    for stop, before, after in zip(range(10), itertools.cycle([1, 2, 3, 6]), itertools.cycle([3, 6, 1]), strict=False):
+        loaders = ranks(before)
+        assert [step(loaders) for _ in range(stop)] == expected[:stop]
+        state = json.loads(json.dumps(merge_states([loader.state_dict() for loader in loaders])))
+        loaders = ranks(after)
+        for loader in loaders:
+            loader.load_state_dict(state)
+        assert merge_states([loader.state_dict() for loader in loaders])["lanes"] == state["lanes"]
+        assert [step(loaders) for _ in range(stop, 10)] == expected[stop:]
+        assert all(loader.ledger()["balanced"] for loader in loaders)
+
+
+def test_across_ranks_the_ledgers_of_all_ranks_add_up(tmp_path):
+    store = store_of(tmp_path / "store", CHATS, SMALL)
+    loaders = [Loader(store, SMALL, 2, world_size=3, rank=rank, **ACROSS) for rank in range(3)]
+    delivered = [list(loader) for loader in loaders]
+    ledgers = [loader.ledger() for loader in loaders]
+    assert sum(ledger["conversations"]["packed"] for ledger in ledgers) == len(CHATS)
+    for ledger, batches in zip(ledgers, delivered, strict=True):
+        assert ledger["positions"]["tokens"] == sum(batch.num_tokens for batch in batches)
+        assert ledger["work"] == sum(batch.work for batch in batches)
+
+
+def test_across_ranks_each_rank_does_about_the_same_in_each_step(tmp_path):
+    store = store_of(tmp_path / "store", CHATS * 3, SMALL)
+    arguments = {**ACROSS, "balance": (1, 1), "balance_window": 8, "packing": "pad"}
+    delivered = [list(Loader(store, SMALL, 2, world_size=4, rank=rank, **arguments)) for rank in range(4)]
+    work = [[batch.work for batch in step] for step in zip(*delivered, strict=True)][:-8]
+    assert sum(map(max, work)) / (sum(map(sum, work)) / 4) < 1.1
+
+
+def test_without_a_store_dealing_across_ranks_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match="only a token store knows"):
+        Loader(CHATS, SMALL, 2, world_size=2, rank=0, **ACROSS)
+    # one rank reads all there is anyway
+    assert nanopack.verify(CHATS, SMALL, batch_size=2, num_workers=0, **ACROSS)
+
+
+def test_a_state_of_one_rank_alone_is_refused_across_ranks_with_the_remedy(tmp_path):
+    store = store_of(tmp_path / "store", CHATS, SMALL)
+    loader = Loader(store, SMALL, 2, world_size=2, rank=1, shard="row", **ACROSS)
+    next(loader)
+    with pytest.raises(ValueError, match="merge_states"):
+        Loader(store, SMALL, 2, world_size=2, rank=1, shard="row", **ACROSS).load_state_dict(loader.state_dict())
 
 
 def test_an_endless_run_with_a_producer_process_gives_what_the_reference_gives():

@@ -39,6 +39,7 @@ BATCHES = dict(
     packing="best_fit", template="nanochat", first_assistant="keep", turns="all", loss="assistant", loss_weights=None,
     boundary_loss=True, ignore_index=-100, max_document_tokens=None, extras=(), max_pieces=None, seed=None,
     epochs=None, rank=None, world_size=None, shard="rank", document_align=1, balance=None, balance_window=None,
+    balance_across=False,
 )  # fmt: skip
 MAKING = dict(
     device=None, executor=None, encoder=None, num_workers=1, prefetch=4, static=False, on_error="raise",

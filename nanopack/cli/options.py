@@ -217,6 +217,7 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
         metavar="A,B",
         type=_pair,
     )
+    option("balance_across", "deal the rows of all ranks together; needs a token store", action="store_true")
     option("balance_window", "batches that are dealt together", str(BALANCE_WINDOW), metavar="K", type=int)
     option("seed", "shuffle, in another order each epoch", metavar="S", type=int)
     option("epochs", "passes over the conversations", "1", metavar="N", type=int)

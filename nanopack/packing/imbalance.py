@@ -38,7 +38,7 @@ def row_costs(packing: Packing, lengths: Iterable[int], seq_len: int, cost: Cost
     packer = packing.build(lambda: next(documents, None) if len(known) else None, batch_size=64, seq_len=seq_len)
     found = [np.empty(0)]
     while (rows := packer.next_rows()).num_rows:
-        found.append(costs_of(rows, cost))
+        found.append(costs_of(rows.lengths, rows.bounds, cost))
     return np.concatenate(found)
 
 

@@ -23,6 +23,7 @@ from nanopack.ledger import Ledger
 from nanopack.notes import Notes
 from nanopack.packing.align import build
 from nanopack.packing.balance import BalancedPacker
+from nanopack.packing.holding import HoldingPacker
 from nanopack.packing.rows import Packer, Rows
 from nanopack.producer.ahead import changed_error, plain, rows_of
 from nanopack.producer.arrivals import Arrivals, describe_or_raise
@@ -64,7 +65,7 @@ class ShardPacker:
         self._last = -1, 0
         self._arrivals.start(self._chunks_from(0), 0, 0)
 
-    def _make_packer(self) -> Packer | BalancedPacker:
+    def _make_packer(self) -> Packer | HoldingPacker:
         config = self._config
         packer = build(
             *(config.packing, self._arrivals.read),
@@ -74,6 +75,8 @@ class ShardPacker:
         )
         if config.balance is None:
             return packer
+        if config.balance_across:
+            return HoldingPacker(packer, on_packed=self._count_cropped)
         return BalancedPacker(
             packer,
             config.shard_rows,
@@ -115,21 +118,22 @@ class ShardPacker:
             marks=self._reader.marks(own_weights),
         )
         if self._config.packing.crops:
-            if packer is not self._balanced:
+            if packer is not self.holding:
                 self._count_cropped(rows)
             self._weigh_cropped(rows, at, pieces)
         self._count_placed(rows, at)
         return pieces
 
     @property
-    def _balanced(self) -> BalancedPacker | None:
-        return self._packer if isinstance(self._packer, BalancedPacker) else None
+    def holding(self) -> HoldingPacker | None:
+        """The packer, where it is ahead of what it delivers: with `balance`."""
+        return self._packer if isinstance(self._packer, HoldingPacker) else None
 
     def _needed(self) -> list[int]:
         """Return the documents that later rows need, ascending."""
-        if self._balanced is None:
+        if self.holding is None:
             return self._packer.waiting()
-        return sorted([*self._packer.waiting(), *self._balanced.documents_ahead().tolist()])
+        return sorted([*self._packer.waiting(), *self.holding.documents_ahead().tolist()])
 
     def _count_cropped(self, rows: Rows) -> None:
         """Count what is cut off from documents that fill a row."""
@@ -233,7 +237,7 @@ class ShardPacker:
             "sources": [vars(ledger) for ledger in self._arrivals.sources],
             "mixed": bool(self._source.names),
             "notes": vars(self.notes),
-            **({} if self._balanced is None else {"ahead": [held.named for held in self._balanced.ahead()]}),
+            **({} if self.holding is None else {"ahead": [held.named for held in self.holding.ahead()]}),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -253,9 +257,9 @@ class ShardPacker:
         ahead = rows_of(state.get("ahead", ()))
         digest = self._read_again(state["waiting"], {read for rows in ahead for read in rows.documents.tolist()})
         lengths = self._live.lengths[self._live.find(np.array(state["waiting"], np.int64))].tolist()
-        if self._balanced is not None:
+        if self.holding is not None:
             self._check_ahead(ahead)
-            self._balanced.hold(ahead)
+            self.holding.hold(ahead)
         self._packer.restore(state["packer"], list(zip(state["waiting"], lengths, strict=True)))
         remaining = self._packer.remaining()
         if self._config.packing.splits and state["waiting"]:

@@ -12,6 +12,8 @@ from typing import Any
 
 from nanopack.reference.packing import TAIL, Rows, Word
 
+Row = list[Word]
+
 BITS64 = 2**64 - 1
 
 
@@ -96,14 +98,62 @@ def _deal(batches: list[Rows], cost: tuple[float, float], number: int, seed: int
     """Return the rows of a window, dealt to as many batches, in the order of their delivery."""
     rows = [row for batch in batches for row in batch]
     steps = len(batches)
-    # Python's sort keeps the order of equals: the first packed comes first.
-    ranking = sorted(range(len(rows)), key=lambda index: -cost_of([rows[index]], cost))
-    heaps: list[list[int]] = [[] for _ in range(steps)]
-    for place, index in enumerate(ranking):
-        # There and back: 0, 1, ..., steps - 1, steps - 1, ..., 1, 0, 0, 1, ...
-        turn, heap = divmod(place, steps)
-        heaps[heap if turn % 2 == 0 else steps - 1 - heap].append(index)
+    heaps = _heaps([cost_of([row], cost) for row in rows], steps)
     return [[rows[index] for index in sorted(heaps[step])] for step in _order(steps, number, seed)]
+
+
+def _heaps(costs: list[float], count: int) -> list[list[int]]:
+    """Deal the indices of these costs to heaps, from the dearest on: 0, 1, ..., last, last, ..., 1, 0, 0, 1, ..."""
+    heaps: list[list[int]] = [[] for _ in range(count)]
+    # Python's sort keeps the order of equals: the first packed comes first.
+    for place, index in enumerate(sorted(range(len(costs)), key=lambda index: -costs[index])):
+        turn, heap = divmod(place, count)
+        heaps[heap if turn % 2 == 0 else count - 1 - heap].append(index)
+    return heaps
+
+
+def across_ranks(
+    shards: list[Iterator[tuple[Rows, int]]],
+    cost: tuple[float, float],
+    window: int,
+    seed: int | None,
+    rows_of_a_rank: int,
+    ranks: int,
+    rank: int,
+) -> Iterator[tuple[Rows, list[int]]]:
+    """Yield the rows of one rank in each batch, and how many documents of each shard have been placed by then.
+
+    The rows of all shards, which are those of all ranks, are dealt together: to steps by like cost, and the rows of a
+    step to the ranks, there and back.
+    """
+    number, placed, steps = 0, [0] * len(shards), 0
+    coming: list[list[Row]] = [[] for _ in shards]
+    dealt: list[list[tuple[int, Row]]] = []
+    while True:
+        while len(dealt) + steps < window:
+            items = [next(packed, None) for packed in shards]
+            if not any(items):
+                break
+            steps += 1
+            for own, item in zip(coming, items, strict=True):
+                own += [row for row in item[0] if row] if item else []
+        if not dealt:
+            if steps == 0:
+                return
+            rows = [(shard, row) for shard, own in enumerate(coming) for row in own]
+            rows += [(0, [])] * (steps * rows_of_a_rank * ranks - len(rows))
+            ranking = sorted(range(len(rows)), key=lambda index: -cost_of([rows[index][1]], cost))
+            size = rows_of_a_rank * ranks
+            dealt = [
+                [rows[index] for index in sorted(ranking[step * size : (step + 1) * size])]
+                for step in _order(steps, number, seed)
+            ]
+            coming, steps, number = [[] for _ in shards], 0, number + 1
+        of_step, *dealt = dealt
+        for shard, row in of_step:
+            placed[shard] += len(lengths_in(row))
+        heap = _heaps([cost_of([row], cost) for _, row in of_step], ranks)[rank]
+        yield [of_step[index][1] for index in sorted(heap)], placed
 
 
 def _order(steps: int, number: int, seed: int | None) -> list[int]:

@@ -29,7 +29,7 @@ from nanopack.reference.arguments import (
     check_ranges,
     packing_and_options,
 )
-from nanopack.reference.balance import balanced, cost_of, cost_of_documents
+from nanopack.reference.balance import across_ranks, balanced, cost_of, cost_of_documents
 from nanopack.reference.documents import chat_of, check_ids, render
 from nanopack.reference.files import open_records
 from nanopack.reference.messages import choose
@@ -78,6 +78,7 @@ def batches(
     document_align: int = 1,
     balance: Any = None,
     balance_window: int | None = None,
+    balance_across: bool = False,
     on_error: str = "raise",
 ) -> Iterator[Batch]:
     """Return the batches of one rank, on the CPU; endless where `epochs` is None. Arguments as of `Loader`.
@@ -100,6 +101,8 @@ def batches(
     check_counts(or_none=True, balance_window=balance_window)
     if balance_window is not None and balance is None:
         raise ValueError(f"balance_window={balance_window} needs balance. Leave it out, or pass balance.")
+    if balance_across and balance is None:
+        raise ValueError("balance_across=True needs balance. Leave it out, or pass balance.")
     if balance is not None and packing == "stream":
         raise ValueError("balance moves rows of whole documents, and packing='stream' splits them. Leave one out.")
     if "cu_seqlens_real" in extras:
@@ -161,7 +164,7 @@ def batches(
         # One document a row is the choice among one.
         window, refill, max_age = options.get("window", 1), options.get("refill", 1), options.get("max_age", math.inf)
         packed = pack_rows(reader, packing, shard_rows, seq_len, window, refill, max_age, document_align)
-        if cost is not None:
+        if cost is not None and not balance_across:
             packed = balanced(packed, cost, balance_window or 8, seed)
         return PackedShard(reader, packed)
 
@@ -173,7 +176,14 @@ def batches(
 
     build = partial(_batch, packing, seq_len, loss_weights, extras, max_pieces, coder.bos_id, ignore_index, cost)
     # Lazy: each batch is built, with the progress of its readers, before the next one is packed.
-    packed = _side_by_side([pack_shard(number) for number in own], shard_rows, longest)
+    if cost is not None and balance_across:
+        shards = [pack_shard(number) for number in range(num_shards)]
+        rows_across = across_ranks(
+            [one.packed for one in shards], cost, balance_window or 8, seed, batch_size, world_size, rank
+        )
+        packed = _with_shards(rows_across, shards)
+    else:
+        packed = _side_by_side([pack_shard(number) for number in own], shard_rows, longest)
     return (build(step, rows, shards) for step, (rows, shards) in enumerate(packed))
 
 
@@ -219,6 +229,16 @@ def _side_by_side(
             return
         yield rows, shards
         batches += 1
+
+
+def _with_shards(
+    dealt: Iterator[tuple[Rows, list[int]]], shards: list[PackedShard]
+) -> Iterator[tuple[Rows, list[PackedShard]]]:
+    """Yield the rows of each batch, with the shards of all ranks as they are then."""
+    for rows, placed in dealt:
+        for shard, own in zip(shards, placed, strict=True):
+            shard.placed = own
+        yield rows, shards
 
 
 # The batch: lists first, tensors at the very end.

@@ -39,6 +39,7 @@ GIVEN = {
     "shard": (["--shard", "row"], "row"),
     "document_align": (["--document-align", "8"], 8),
     "balance": (["--balance", "57000,1"], (57000.0, 1.0)),
+    "balance_across": (["--balance-across"], True),
     "balance_window": (["--balance-window", "16"], 16),
     "seed": (["--seed", "6"], 6),
     "epochs": (["--epochs", "4"], 4),

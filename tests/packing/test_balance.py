@@ -163,7 +163,7 @@ def test_step_k_of_each_rank_is_its_kth_dearest_where_it_has_one_row(lengths):
 
 def test_padding_costs_nothing_and_a_document_as_many_pairs_as_its_square():
     rows = Rows(np.arange(3), np.zeros(3, int), np.array([3, 5, 4]), np.array([0, 2, 2, 3]))
-    assert costs_of(rows, Cost(2.0, 10.0)).tolist() == [2 * 8 + 10 * (9 + 25), 0, 2 * 4 + 10 * 16]
+    assert costs_of(rows.lengths, rows.bounds, Cost(2.0, 10.0)).tolist() == [2 * 8 + 10 * (9 + 25), 0, 2 * 4 + 10 * 16]
 
 
 def test_balancing_costs_a_row_about_a_microsecond():
@@ -180,6 +180,8 @@ def test_balancing_costs_a_row_about_a_microsecond():
 
     class Again:
         """Gives the batches that were packed."""
+
+        cropped = longest_wait = 0
 
         def __init__(self):
             self.next_rows = iter([*batches, batches[-1]._replace(bounds=np.zeros(1, int))]).__next__
