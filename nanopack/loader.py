@@ -54,10 +54,10 @@ class Loader:
             `nanopack.mixture`), the folder of a token store (`nanopack tokenize`; docs/store.md), or path(s), folders
             or globs of `.jsonl`, `.ndjson`, `.json` (also `.gz`, `.zst`), `.parquet`, `.arrow`. A conversation is
             `{"messages": [{"role", "content"}, ...]}`, ShareGPT's `{"conversations": [{"from", "value"}, ...]}`, a
-            bare list of messages, `{"prompt", "completion"}`, `{"instruction", "input", "output"}`, `{"text": ...}`,
-            or tokens, `{"input_ids": ...}` with `"labels"` or `"loss_mask"`; `"weight"` (a float >= 0) is its own loss
-            weight; 0 keeps it out of the loss. docs/data.md
-            says what every key does; one that matters and cannot be honoured is an error.
+            bare list of messages, `{"prompt", "completion"}`, `{"instruction", "input", "output"}`, `{"text": ...}`, or
+            tokens, `{"input_ids": ...}` with `"labels"` or `"loss_mask"`; `"weight"` (a float >= 0) is its own loss
+            weight; 0 keeps it out of the loss. docs/data.md says what every key does; one that matters and cannot be
+            honoured is an error.
         tokenizer: a `tiktoken.Encoding`, a nanochat tokenizer folder or its `tokenizer.pkl`, an object whose `.enc` is
             an `Encoding`, a fast Hugging Face tokenizer, or `"chat32k"`, which ships with nanopack. None: of a token
             store, which needs none; one that is given must be the one that made it.

@@ -186,7 +186,10 @@ class Run:
         """Let a chat template that writes a date write that of the run which is resumed."""
         if isinstance(self.tokenizer, HuggingFaceTokenizer) and clock not in (None, self.tokenizer.clock):
             self.tokenizer = self.tokenizer.at(clock)
-            self.reader = reader_of(self.source, self.tokenizer, self.config)
+            # its encoder may be another
+            encoding = self.reader.tokenizer
+            assert isinstance(encoding, HuggingFaceTokenizer)
+            self.reader = reader_of(self.source, encoding.at(clock), self.config)
             self._fingerprint = fingerprint(self.source, self._sample, self.tokenizer, self.config)
 
     @functools.cached_property

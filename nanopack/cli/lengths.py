@@ -16,7 +16,7 @@ import numpy as np
 from nanopack.config import BALANCE_WINDOW, LoaderConfig
 from nanopack.conversations.records import Conversation, check
 from nanopack.conversations.source import Source
-from nanopack.packing import Packing, simulate
+from nanopack.packing import Packed, Packing, simulate
 from nanopack.packing.imbalance import LLAMA_3_8B, Imbalance, drawn, row_costs
 from nanopack.render.document import Document
 
@@ -94,13 +94,14 @@ class Lengths:
             bins.append(Bin(least, most, len(inside), int(inside.sum())))
         return bins
 
-    def padding(self, config: LoaderConfig, packing: Packing) -> float:
-        """Return the padding fraction (0 to 1) of one pass over these documents with this packing; 0.0 without any.
+    def pack(self, config: LoaderConfig, packing: Packing) -> Packed:
+        """Pack these documents in one pass with this packing.
 
         A document of which cutting leaves no token in the loss counts here; a loader may drop it.
         """
         kept = self.tokens[self.in_loss > 0] if packing.drops_untrained(config.loss) else self.tokens
-        return simulate(packing, kept.tolist(), config.seq_len, align=config.document_align).padding
+        align = 1 if packing.splits or packing.crops else config.document_align
+        return simulate(packing, kept.tolist(), config.seq_len, align=align)
 
     def imbalance(self, config: LoaderConfig) -> dict[int, Imbalance]:
         """Return the imbalance of work, by number of ranks, of the rows that these documents are packed into.
@@ -113,7 +114,8 @@ class Lengths:
         kept = self.tokens[self.in_loss > 0] if config.drops_untrained else self.tokens
         cut = min([config.row_tokens, *(limit for _, limit in config.limits)])
         lengths = np.minimum(kept[:MEASURED], cut).tolist()
-        costs = row_costs(config.packing, lengths, config.seq_len, config.balance or LLAMA_3_8B)
+        cost, align = config.balance or LLAMA_3_8B, config.document_align
+        costs = row_costs(config.packing, lengths, config.seq_len, cost, align=align)
         shape = {"batch_size": config.batch_size, "window": config.balance_window or BALANCE_WINDOW}
         found = {ranks: drawn(costs, ranks=ranks, windows=2, **shape) for ranks in RANKS}
         return {ranks: one for ranks, one in found.items() if one is not None}

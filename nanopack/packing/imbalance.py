@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nanopack.packing.align import build
 from nanopack.packing.balance import costs_of, deal, deal_across
 from nanopack.packing.cost import Cost
 from nanopack.packing.packings import Packing
@@ -31,11 +32,12 @@ class Imbalance(NamedTuple):
     """If the rows of all ranks were dealt together."""
 
 
-def row_costs(packing: Packing, lengths: Iterable[int], seq_len: int, cost: Cost) -> np.ndarray:
+def row_costs(packing: Packing, lengths: Iterable[int], seq_len: int, cost: Cost, *, align: int = 1) -> np.ndarray:
     """Return the cost of each row that documents of these lengths are packed into, in order: (rows,) float64."""
     known = np.fromiter(lengths, np.int64)
-    documents = iter([(np.arange(len(known)), np.minimum(known, seq_len + 1) if packing.cuts_to_row else known)])
-    packer = packing.build(lambda: next(documents, None) if len(known) else None, batch_size=64, seq_len=seq_len)
+    cut = np.minimum(known, seq_len + 1) if packing.cuts_to_row else known
+    documents = iter([(np.arange(len(known)), cut)] if len(known) else [])
+    packer = build(packing, lambda: next(documents, None), batch_size=64, seq_len=seq_len, align=align)
     found = [np.empty(0)]
     while (rows := packer.next_rows()).num_rows:
         found.append(costs_of(rows.lengths, rows.bounds, cost))

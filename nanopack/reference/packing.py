@@ -132,7 +132,7 @@ def _refill(reader: Reader[Document], waiting: WaitingList, window: int, refill:
 
 
 def _taken(document: Document, align: int, seq_len: int) -> int:
-    """Return what a document takes of a row: with its tail a multiple of `align`, or T + 1 words and no tail."""
+    """Return how many words of a row a document takes: with its tail a multiple of `align`, or T + 1 and no tail."""
     length = len(document.tokens)
     return length if align == 1 or length == seq_len + 1 else math.ceil(length / align) * align
 

@@ -114,6 +114,8 @@ class Manifest:
     columns: tuple[File, ...]
     roles: tuple[str, ...] = ()
     """The role that each number of the column `roles` stands for."""
+    data: str = ""
+    """Digest of a sample of the data."""
     version: str = ""
     """Of nanopack, which wrote it."""
 
@@ -124,10 +126,15 @@ class Manifest:
 
     @classmethod
     def read(cls, path: str) -> Manifest:
-        """Return the manifest of a folder. ValueError where it is not one, or of another format."""
-        file = os.path.join(path, MANIFEST)
+        """Return the manifest of a folder on this machine. ValueError where it is not one, or of another format."""
+        return cls.of(Folder(path))
+
+    @classmethod
+    def of(cls, folder: Folder) -> Manifest:
+        """Return the manifest of a folder. ValueError as `read`."""
+        file = os.path.join(folder.path, MANIFEST)
         try:
-            found = json.loads(Folder(path).read(MANIFEST))
+            found = json.loads(folder.read(MANIFEST))
         except (OSError, ValueError) as error:
             raise ValueError(f"{file} cannot be read as the manifest of a token store ({error})") from error
         if not _is_ours(found):
@@ -150,7 +157,7 @@ class Manifest:
         kept["columns"] = tuple(File(**one) for one in kept["columns"])
         return cls(**kept | {"roles": tuple(kept["roles"])})
 
-    def write(self, folder: Any) -> None:
+    def write(self, folder: Folder) -> None:
         """Write it into a Folder, atomically."""
         text = json.dumps({"kind": KIND, "format": FORMAT, **dataclasses.asdict(self)}, indent=1)
         folder.write(MANIFEST, [text.encode()])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from nanopack.conversations.data_sets import open_conversations
@@ -16,6 +15,7 @@ from nanopack.conversations.source import Source
 from nanopack.render.templates import Template, Turn
 from nanopack.store.format import Settings, is_store
 from nanopack.store.store import Documents, Store
+from nanopack.tokenizers.absent import NoTokenizer
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 from nanopack.tokenizers.tokenizer import AnyTokenizer, for_template, load_tokenizer
 
@@ -30,34 +30,14 @@ DEFAULTS: dict[str, Any] = {
 
 def open_data(conversations: Any, *, shuffled: bool = False) -> Source:
     """Return the store of a folder that `nanopack tokenize` wrote, else the conversations as `open_conversations`."""
-    if isinstance(conversations, (str, os.PathLike)) and is_store(conversations):
-        return Store(conversations)
+    paths = [conversations] if isinstance(conversations, (str, os.PathLike)) else conversations
+    if isinstance(paths, (list, tuple)):
+        stores = [path for path in paths if isinstance(path, (str, os.PathLike)) and is_store(path)]
+        if stores and len(paths) > 1:
+            raise ValueError(f"conversations has {len(paths)} paths, and {stores[0]} is a token store; use a mixture")
+        if stores:
+            return Store(stores[0])
     return open_conversations(conversations, shuffled=shuffled)
-
-
-class NoTokenizer:
-    """What stands for the tokenizer of documents that are tokens already, where none was given."""
-
-    encoder = "none"
-    special_tokens: frozenset[str] = frozenset()
-    added_tokens: frozenset[str] = frozenset()
-    clock = ""
-
-    def __init__(self, vocab_size: int, bos_id: int, digest: str, name: str) -> None:
-        self.vocab_size, self.bos_id, self.name = vocab_size, bos_id, name or "of a token store"
-        self._digest = digest
-
-    def fingerprint(self) -> str:
-        """Return the fingerprint of the tokenizer that made the documents."""
-        return self._digest
-
-    def encode_batch(self, texts: Sequence[str | bytes]) -> Any:
-        """Raise ValueError: there is nothing to encode with."""
-        raise ValueError("there is no tokenizer to encode a text with; give Loader the one that made the store")
-
-    def decode(self, ids: Any) -> str:
-        """Raise ValueError: there is nothing to decode with."""
-        raise ValueError("there is no tokenizer to decode ids with; give Loader the one that made the store")
 
 
 def settle(source: Source, tokenizer: Any, arguments: dict[str, Any]) -> tuple[AnyTokenizer, dict[str, Any]]:

@@ -12,7 +12,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -69,7 +69,9 @@ def write_store(
     return Store(path)
 
 
-def write_shard(folder: Any, name: str, documents: Iterable[Rendered], settings: Settings) -> tuple[ShardFile, Columns]:
+def write_shard(
+    folder: Folder, name: str, documents: Iterable[Rendered], settings: Settings
+) -> tuple[ShardFile, Columns]:
     """Write the words of documents as one file, and return its facts and the columns of its documents."""
     parts: list[Columns] = []
     facts = folder.write(name, _words(iter(documents), settings, parts))
@@ -123,13 +125,14 @@ def join(parts: Sequence[Columns]) -> Columns:
 
 
 def finish(
-    folder: Any,
+    folder: Folder,
     shards: Sequence[ShardFile],
     columns: Sequence[Columns],
     settings: Settings,
     *,
     conversations: int,
     skipped: int,
+    data: str = "",
 ) -> Manifest:
     """Write the columns of all documents, then the manifest: from then on it is a store."""
     joined = join(columns)
@@ -147,6 +150,7 @@ def finish(
         shards=tuple(shards),
         columns=tuple(_write_columns(folder, _needed(joined, settings))),
         roles=ROLES,
+        data=data,
         version=_version(),
     )
     manifest.write(folder)
@@ -160,7 +164,7 @@ def _needed(columns: Columns, settings: Settings) -> Mapping[str, np.ndarray]:
     return {name: column for name, column in columns.items() if name not in left_out}
 
 
-def _write_columns(folder: Any, columns: Mapping[str, np.ndarray]) -> Iterator[File]:
+def _write_columns(folder: Folder, columns: Mapping[str, np.ndarray]) -> Iterator[File]:
     for name, column in columns.items():
         buffer = io.BytesIO()
         np.lib.format.write_array(buffer, column, allow_pickle=False)

@@ -9,7 +9,6 @@ import pickle
 import sys
 import threading
 import unicodedata
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,11 +202,6 @@ def test_what_splintr_refuses_is_reported_with_its_reason(monkeypatch):
     monkeypatch.setattr(fast, "plain", lambda pattern: "(")
     with pytest.raises(ValueError, match=r"cannot take 'chat32k': splintr-rs says: Regex .*; leave encoder out"):
         choose_encoder("fast", TOKENIZER, CHATS)
-
-
-def test_another_tokenizer_than_tiktokens_is_refused():
-    with pytest.raises(ValueError, match="encoder='fast' is for tiktoken's encodings, and 'of HF' is not one; leave"):
-        choose_encoder("fast", SimpleNamespace(name="of HF"), CHATS)
 
 
 @pytest.mark.parametrize("encoder", ["slow", "", True, 5, "FAST"])
