@@ -93,6 +93,7 @@ class LoaderConfig:
         check_int("document_align", self.document_align, least=1)
         if self.document_align == 1:
             return
+        self._refuse_whole_passes("document_align")
         if self.packing.splits or self.packing.crops:
             raise ValueError(
                 f"document_align={self.document_align} has no meaning with packing={self.packing.name!r}, which does "
@@ -117,12 +118,20 @@ class LoaderConfig:
                     f"balance, such as the config of the model"
                 )
             return
+        self._refuse_whole_passes("balance")
         if self.packing.splits:
             raise ValueError(
                 f"balance has no meaning with packing={self.packing.name!r}, whose documents continue in the next row; "
                 f"leave it out, or use packing='best_fit'"
             )
         object.__setattr__(self, "balance_window", self.balance_window or BALANCE_WINDOW)
+
+    def _refuse_whole_passes(self, name: str) -> None:
+        if self.packing.whole_passes:
+            raise ValueError(
+                f"{name} and packing={self.packing!r} do not go together: leave one out, or use a window of documents, "
+                f"such as nanopack.BestFit(window=4096)"
+            )
 
     def _check_choices(self) -> None:
         check_choice("loss", self.loss, LOSSES)

@@ -14,16 +14,25 @@ import numpy as np
 
 from nanopack.packing.packings import Packing
 from nanopack.packing.rows import Packer, Read, Rows, State, set_counters
+from nanopack.packing.whole_pass import RowOrder
 
 
-def build(packing: Packing, read: Read, *, batch_size: int, seq_len: int, align: int = 1) -> Packer:
+def build(
+    packing: Packing,
+    read: Read,
+    *,
+    batch_size: int,
+    seq_len: int,
+    align: int = 1,
+    row_order: RowOrder | None = None,
+) -> Packer:
     """Return a packer that fills rows of seq_len + 1 tokens, of which each document takes a multiple of `align`.
 
     As `Packing.build`, for packings that neither split nor crop documents if `align` is more than 1; it divides
     `seq_len`. A document of seq_len + 1 tokens fits: its last is only a target.
     """
     if align == 1:
-        return packing.build(read, batch_size=batch_size, seq_len=seq_len)
+        return packing.build(read, batch_size=batch_size, seq_len=seq_len, row_order=row_order)
     return AlignedPacker(packing, read, batch_size=batch_size, seq_len=seq_len, align=align)
 
 

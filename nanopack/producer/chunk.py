@@ -85,44 +85,54 @@ class Live:
         """(n,) int64 each: the number of the read, then as in `Chunk`."""
         self.own_weights: np.ndarray | None = None
         self.arrays: Sequence[np.ndarray] = ()
-        self._joined = False
-        self._new: list[tuple[np.ndarray, np.ndarray, Chunk]] = []
+        self._joined = self._has_no_gap = False
+        self._first = 0
+        self._new: list[tuple[np.ndarray, np.ndarray | slice, Chunk]] = []
         self._checksums: dict[int, bytes] = {}
 
     def add(self, first: int, chunk: Chunk, kept: np.ndarray) -> None:
         """Add the documents of a chunk, whose first read has the number `first`; `kept`, (n,) bool, says which."""
-        positions = np.flatnonzero(kept)
-        self._new.append((positions + first, positions, chunk))
+        if kept.all():
+            self.put(np.arange(first, first + len(kept)), chunk)
+        else:
+            positions = np.flatnonzero(kept)
+            self._new.append((positions + first, positions, chunk))
 
     def put(self, numbers: np.ndarray, chunk: Chunk) -> None:
         """Add all documents of a chunk, with these numbers, (n,) int64, ascending."""
-        self._new.append((numbers, np.arange(len(numbers)), chunk))
+        self._new.append((numbers, slice(None), chunk))
 
     def find(self, numbers: np.ndarray) -> np.ndarray:
         """Return the index of documents, given by number, in the columns: (k,) int64."""
         if self._new:
             self._take_in()
-        return np.searchsorted(self.numbers, numbers)
+        # without a gap, as the stream's are, the numbers say where they stand
+        return numbers - self._first if self._has_no_gap else self.numbers.searchsorted(numbers)
+
+    def _look_for_gaps(self) -> None:
+        self._first = int(self.numbers[0]) if len(self.numbers) else 0
+        self._has_no_gap = len(self.numbers) > 0 and int(self.numbers[-1]) - self._first == len(self.numbers) - 1
 
     def _take_in(self) -> None:
         new, self._new = self._new, []
         numbers, positions, chunks = zip(*new, strict=True)
         pairs = list(zip(positions, chunks, strict=True))
 
-        def joined(name: str) -> np.ndarray:
-            return np.concatenate([getattr(self, name), *(getattr(chunk, name)[at] for at, chunk in pairs)])
+        def joined(before: np.ndarray, *more: np.ndarray) -> np.ndarray:
+            return np.concatenate([before, *more]) if len(before) or len(more) > 1 else more[0]
 
         weighted = self.own_weights is not None or any(chunk.own_weights is not None for chunk in chunks)
         if weighted:
             own = np.ones(len(self.numbers)) if self.own_weights is None else self.own_weights
-            more = [np.ones(len(at)) if chunk.own_weights is None else chunk.own_weights[at] for at, chunk in pairs]
-            self.own_weights = np.concatenate([own, *more])
-        self.array = np.concatenate([self.array, *self._numbers_of_arrays(pairs)])
+            weights = [np.ones(len(c.lengths)) if c.own_weights is None else c.own_weights for c in chunks]
+            self.own_weights = joined(own, *(one[at] for one, at in zip(weights, positions, strict=True)))
+        self.array = joined(self.array, *self._numbers_of_arrays(pairs))
         for name in ("conversations", "lengths", "loss_tokens", "starts"):
-            setattr(self, name, joined(name))
-        self.numbers = np.concatenate([self.numbers, *numbers])
+            setattr(self, name, joined(getattr(self, name), *(getattr(chunk, name)[at] for at, chunk in pairs)))
+        self.numbers = joined(self.numbers, *numbers)
+        self._look_for_gaps()
 
-    def _numbers_of_arrays(self, pairs: Sequence[tuple[np.ndarray, Chunk]]) -> Iterator[np.ndarray]:
+    def _numbers_of_arrays(self, pairs: Sequence[tuple[np.ndarray | slice, Chunk]]) -> Iterator[np.ndarray]:
         """Yield for each chunk in which of the arrays its documents are, and add the arrays that are new."""
         for at, chunk in pairs:
             # a store's are always the same
@@ -137,9 +147,10 @@ class Live:
         """Forget all documents but those of the numbers `wanted`, ascending, and those from number `since` on."""
         self.find(_NONE)
         keep = self.numbers >= since
-        keep[np.searchsorted(self.numbers, np.asarray(wanted, np.int64))] = True
+        keep[self.numbers.searchsorted(np.asarray(wanted, np.int64))] = True
         for name in ("numbers", "conversations", "lengths", "loss_tokens", "array", "starts"):
             setattr(self, name, getattr(self, name)[keep])
+        self._look_for_gaps()
         if self.own_weights is not None:
             self.own_weights = self.own_weights[keep]
         if self._joined:

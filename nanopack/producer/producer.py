@@ -14,15 +14,17 @@ from math import fsum
 from typing import Any, NamedTuple
 
 from nanopack.notes import Notes
+from nanopack.packing.balance import costs_of
 from nanopack.producer.across import AcrossRanks
 from nanopack.producer.chunk import Chunk
 from nanopack.producer.counting import BackgroundCount, counting
+from nanopack.producer.packed_state import pack_state
 from nanopack.producer.reader import Reader, read_in_turn
-from nanopack.producer.shard import ShardPacker, pack_state, shards_of
+from nanopack.producer.shard import ShardPacker, shards_of
 from nanopack.producer.start import DEFAULT_START_METHOD, StartMethod
 from nanopack.producer.workers import Workers
 from nanopack.ring.facts import BatchFacts
-from nanopack.ring.pieces import stack
+from nanopack.ring.pieces import Pieces, stack
 from nanopack.ring.ring import COUNTING, FILLING, READING, ProducerStatus
 from nanopack.ring.slot import Slot
 
@@ -103,10 +105,10 @@ class Producer:
             pieces = stack([part.padded_to(size) for part in parts])
         else:
             pieces = self._across.own_rows(parts)
-        facts, counts = slot.fill(pieces)
-        of_shards = counts.reshape(len(self._own), size, -1).sum(axis=1).tolist()
-        for packer, (tokens, loss_tokens, *lengths) in zip(self._own, of_shards, strict=True):
-            packer.count_positions(tokens, loss_tokens, self._work(*lengths))
+        facts, counts = slot.fill(pieces, len(self._own))
+        work = self._works(pieces)
+        for packer, (tokens, loss_tokens), one in zip(self._own, counts, work, strict=True):
+            packer.count_positions(tokens, loss_tokens, one)
         self._step += 1
         progress, last = zip(*(packer.progress() for packer in self._shards), strict=True)
         return facts._replace(
@@ -114,12 +116,18 @@ class Producer:
             progress=fsum(progress) / len(progress),
             last=all(last),
             longest_wait_rows=max(packer.longest_wait for packer in self._shards),
-            work=self._work(*counts[:, 2:].sum(axis=0).tolist()),
+            work=self._works(pieces, shards=1)[0],
             state=self.state_bytes(),
         )
 
-    def _work(self, tokens: int, squares: int) -> float:
-        return 0.0 if self._config.balance is None else float(self._config.balance.of(tokens, squares))
+    def _works(self, pieces: Pieces, shards: int | None = None) -> list[float]:
+        """Return what the documents in the rows of each of so many shards cost by `balance`; None: this rank's."""
+        shards = shards or len(self._own)
+        if self._config.balance is None:
+            return [0.0] * shards
+        bounds = pieces.bounds[:: pieces.num_rows // shards]
+        found: list[float] = costs_of(pieces.lengths, bounds, self._config.balance).tolist()
+        return found
 
     def state_bytes(self) -> bytes:
         """Return the state after the last call of `produce`, as `state_of` reads it."""

@@ -10,14 +10,13 @@ no GPU.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from nanopack.config import LoaderConfig
-from nanopack.conversations.order import Shard
+from nanopack.conversations.order import Shard, permute
 from nanopack.errors import ConversationError
 from nanopack.ledger import Ledger
 from nanopack.notes import Notes
@@ -25,9 +24,9 @@ from nanopack.packing.align import build
 from nanopack.packing.balance import BalancedPacker
 from nanopack.packing.holding import HoldingPacker
 from nanopack.packing.rows import Packer, Rows
-from nanopack.producer.ahead import changed_error, plain, rows_of
+from nanopack.producer.ahead import changed_error, rows_of
 from nanopack.producer.arrivals import Arrivals, describe_or_raise
-from nanopack.producer.chunk import Chunk, Live, checksum, digest_of, weigh
+from nanopack.producer.chunk import Chunk, Live, weigh
 from nanopack.producer.reader import Reader
 from nanopack.producer.stored import TOGETHER, StoreReader
 from nanopack.ring.pieces import Pieces
@@ -61,6 +60,9 @@ class ShardPacker:
         self.positions = Ledger()
         """The positions of the batches, which belong to no source."""
         self._packer = self._make_packer()
+        self._whole_passes = self._config.packing.whole_passes
+        # documents that were left when some were last forgotten
+        self._kept = 0
         # the document placed last, and before which of its tokens: the stream repeats one in the next row
         self._last = -1, 0
         self._arrivals.start(self._chunks_from(0), 0, 0)
@@ -72,6 +74,7 @@ class ShardPacker:
             batch_size=config.shard_rows,
             seq_len=config.seq_len,
             align=config.document_align,
+            row_order=None if self.shard.seed is None else self._row_order,
         )
         if config.balance is None:
             return packer
@@ -86,10 +89,17 @@ class ShardPacker:
             on_packed=self._count_cropped,
         )
 
+    def _row_order(self, places: np.ndarray, n: int, first: int) -> np.ndarray:
+        """Return which rows of a pass come at these places; see `packing.whole_pass`."""
+        assert self.shard.seed is not None
+        return permute(places, n, self.shard.seed, np.full(len(places), self.shard.pass_of(first)))
+
     def _chunks_from(self, read: int) -> Iterator[Chunk]:
         epochs = self._config.epochs
         stop = None if epochs is None else self.shard.num_reads(epochs)
         if isinstance(self._reader, StoreReader):
+            if self._whole_passes:
+                return self._reader.passes(self.shard, read, stop)
             return self._reader.chunks(self.shard, read, stop, max(64, TOGETHER // len(self._config.shards)))
         return self._read_all(self.shard.conversations(read, stop))
 
@@ -99,13 +109,16 @@ class ShardPacker:
         Raises ConversationError for a bad conversation (with on_error="raise"), ValueError where nothing can be packed.
         """
         packer, live = self._packer, self._live
-        if len(live.numbers) > 2 * (packer.waiting_documents + self._arrivals.ahead):
-            live.keep(self._needed(), self._arrivals.num_read)
+        if len(live.numbers) > 2 * self._kept + TOGETHER:
+            since = self._arrivals.num_read
+            live.keep(self._needed(), self.shard.start_of_pass(max(0, since - 1)) if self._whole_passes else since)
+            self._kept = len(live.numbers)
         rows = packer.next_rows()
         self._arrivals.settle(packer.packed + packer.waiting_documents)
         at = live.find(rows.documents)
         own_weights = None if live.own_weights is None else live.own_weights[at]
         loss_tokens = live.loss_tokens[at] if self._config.loss_weights == "conversation" else at
+        splits = self._config.packing.splits
         pieces = Pieces(
             lengths=rows.lengths,
             offsets=rows.offsets,
@@ -113,15 +126,18 @@ class ShardPacker:
             conversations=live.conversations[at],
             weights=weigh(self._config, own_weights, loss_tokens),
             arrays=live.arrays,
-            array=live.array[at],
-            starts=live.starts[at] + rows.offsets,
+            array=live.array[at] if len(live.arrays) > 1 else None,
+            starts=live.starts[at] + rows.offsets if splits else live.starts[at],
             marks=self._reader.marks(own_weights),
         )
         if self._config.packing.crops:
             if packer is not self.holding:
                 self._count_cropped(rows)
             self._weigh_cropped(rows, at, pieces)
-        self._count_placed(rows, at)
+        if splits and len(at):
+            self._count_stream(rows, at)
+        else:
+            self._count_placed(rows.lengths, np.ones(len(at), bool), at)
         return pieces
 
     @property
@@ -157,26 +173,36 @@ class ShardPacker:
                 own = None if live.own_weights is None else live.own_weights[index]
                 pieces.weights[piece : piece + 1] = weigh(self._config, own, count)
 
-    def _count_placed(self, rows: Rows, at: np.ndarray) -> None:
-        """Count the tokens that were placed, each once, and the documents that ended."""
-        new, ended = rows.lengths, np.ones(len(at), bool)
-        if self._config.packing.splits and len(at):
+    def _count_stream(self, rows: Rows, at: np.ndarray) -> None:
+        """Count the tokens of the stream's rows, each once: it repeats a token that two rows or batches share."""
+        if len(self._arrivals.sources) > 1:
             ends = rows.offsets + rows.lengths
-            # the stream repeats a token that two rows or batches share
             same = np.empty(len(at), bool)
             same[0], same[1:] = rows.documents[0] == self._last[0], rows.documents[1:] == rows.documents[:-1]
             before = np.concatenate([[self._last[1]], ends[:-1]])
             new = ends - np.where(same, before, rows.offsets)
-            ended = (ends == self._live.lengths[at]) & (new > 0)
+            self._count_placed(new, (ends == self._live.lengths[at]) & (new > 0), at)
             self._last = int(rows.documents[-1]), int(ends[-1])
+            return
+        # all documents from the first to the last, but for what was placed of the first
+        first, last, live = int(at[0]), int(at[-1]), self._live
+        document, end = int(rows.documents[-1]), int(rows.offsets[-1]) + int(rows.lengths[-1])
+        placed = self._last[1] if self._last[0] == int(rows.documents[0]) else 0
+        tokens = int(np.add.reduce(live.lengths[first:last])) + end - placed
+        ended = last - first + (end == int(live.lengths[last])) - (placed == int(live.lengths[first]))
+        self._arrivals.sources[0].emit(tokens, ended=ended)
+        self._last = document, end
+
+    def _count_placed(self, tokens: np.ndarray, ended: np.ndarray, at: np.ndarray) -> None:
+        """Count tokens placed, (P,), and whether a document ended with them, (P,) bool, by source."""
         sources = self._arrivals.sources
         if len(sources) == 1:
-            sources[0].emit(int(new.sum()), ended=int(np.count_nonzero(ended)))
+            sources[0].emit(int(np.add.reduce(tokens)), ended=int(np.count_nonzero(ended)))
             return
         of = self._source.sources_of(self._live.conversations[at])
         for source in np.unique(of).tolist():
             own = of == source
-            sources[source].emit(int(new[own].sum()), ended=int(np.count_nonzero(ended[own])))
+            sources[source].emit(int(tokens[own].sum()), ended=int(np.count_nonzero(ended[own])))
 
     def count_positions(self, tokens: int, loss_tokens: int, work: float) -> None:
         """Count the positions of this shard's rows in a batch: those with tokens, and the targets in the loss.
@@ -254,6 +280,8 @@ class ShardPacker:
         arrivals.notes = Notes.of(state.get("notes", ""))
         if state["packer"].keys() != self._packer.state().keys():
             raise ValueError("the state is of another packing; resume with the packing that the run began with")
+        if self._whole_passes:
+            return self._restore_pass(state, whole)
         ahead = rows_of(state.get("ahead", ()))
         digest = self._read_again(state["waiting"], {read for rows in ahead for read in rows.documents.tolist()})
         lengths = self._live.lengths[self._live.find(np.array(state["waiting"], np.int64))].tolist()
@@ -268,6 +296,19 @@ class ShardPacker:
             raise changed_error(whole.tokens_waiting, self._packer.waiting_tokens)
         read, taken = whole.conversations_read, self._packer.packed + self._packer.waiting_documents
         arrivals.start(self._chunks_from(read), read, taken)
+
+    def _restore_pass(self, state: dict[str, Any], whole: Ledger) -> None:
+        """Restore a state in the middle of a pass: plan it again."""
+        read, arrivals = whole.conversations_read, self._arrivals
+        start = self.shard.start_of_pass(max(0, state["packer"]["first"]))
+        arrivals.start(self._chunks_from(start), start, 0, counted=read)
+        self._packer.restore(state["packer"], [])
+        arrivals.took(self._packer.packed + self._packer.waiting_documents)
+        if self._packer.waiting_tokens != whole.tokens_waiting:
+            raise ValueError(
+                f"{whole.tokens_waiting} tokens waited when the state was saved, and {self._packer.waiting_tokens} do "
+                f"now: the data or the tokenizer have changed; resume with what was used"
+            )
 
     def _check_ahead(self, ahead: list[Rows]) -> None:
         """Raise ValueError where a document in these rows has another length now."""
@@ -306,35 +347,3 @@ class ShardPacker:
         if (dropped := chunk.dropped(self._config)).any():
             where = self._source.where(int(chunk.conversations[int(dropped.argmax())]))
             raise ValueError(f"{where} has changed: nothing in it is in the loss any more")
-
-
-def pack_state(step: int, shards: Iterable[ShardPacker]) -> bytes:
-    """Return the state after `step` batches, pickled: it is made for every batch, and few are ever looked at."""
-    return pickle.dumps((step, {str(packer.shard.number): packer.state() for packer in shards}))
-
-
-def state_of(packed: bytes) -> dict[str, Any]:
-    """Return a packed state as plain data (JSON-able): {"step", "lanes": {number: state of the shard}}.
-
-    Keys as state.py describes them; the digest of stored documents is None until `add_digests`.
-    """
-    step, shards = pickle.loads(packed)
-    for shard in shards.values():
-        shard["ledger"] = Ledger.total(map(Ledger.of, (shard["ledger"], *shard["sources"]))).state()
-        if not shard.pop("mixed"):
-            shard["sources"] = []
-        if "ahead" in shard:
-            shard["ahead"] = plain(shard["ahead"])
-        shard["notes"] = Notes(**shard["notes"]).dump()
-    return {"step": step, "lanes": shards}
-
-
-def add_digests(state: dict[str, Any], reader: Reader) -> None:
-    """Find the digests that a state lacks: those of stored documents."""
-    for number, shard_state in state["lanes"].items():
-        if shard_state["digest"] is None:
-            count = len(reader.config.all_shards)
-            shard = Shard(len(reader.source), int(number), count, reader.config.seed)
-            chunk = reader.read(shard.at(np.array(shard_state["waiting"], np.int64)))
-            words = (reader.words(chunk, position) for position in range(len(chunk.lengths)))
-            shard_state["digest"] = digest_of(map(checksum, words))
