@@ -124,6 +124,7 @@ def test_a_state_of_another_alignment_is_refused_by_name():
 WRONG = [
     (dict(document_align=0), "document_align=0 is not allowed"),
     (dict(document_align=7), "document_align=7 does not divide seq_len=64"),
+    (dict(document_align=8, packing=nanopack.BestFit(window="all")), "document_align and packing=BestFit"),
     (dict(document_align=8, packing="stream"), "has no meaning with packing='stream'"),
     (dict(document_align=8, packing="best_fit_crop"), "has no meaning with packing='best_fit_crop'"),
 ]

@@ -169,6 +169,7 @@ def test_a_state_of_another_balance_is_refused_by_name():
 WRONG = [
     (dict(balance_window=4), "balance_window=4 has no meaning without balance"),
     (dict(balance=(1, 1), balance_window=0), "balance_window=0 is not allowed"),
+    (dict(balance=(1, 1), packing=nanopack.BestFit(window="all")), "balance and packing=BestFit"),
     (dict(balance=(1, 1), packing="stream"), "balance has no meaning with packing='stream'"),
     (dict(balance_across=True), "balance_across=True has no meaning without balance"),
     (dict(balance="llama"), "balance='llama' is not allowed"),

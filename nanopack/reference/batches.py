@@ -101,6 +101,8 @@ def batches(
     check_counts(or_none=True, balance_window=balance_window)
     if balance_window is not None and balance is None:
         raise ValueError(f"balance_window={balance_window} needs balance. Leave it out, or pass balance.")
+    if options.get("window") == "all" and (document_align > 1 or balance is not None):
+        raise ValueError("window='all' knows neither document_align nor balance. Leave one out.")
     if balance_across and balance is None:
         raise ValueError("balance_across=True needs balance. Leave it out, or pass balance.")
     if balance is not None and packing == "stream":
