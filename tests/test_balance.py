@@ -253,6 +253,8 @@ def test_across_ranks_a_run_resumes_at_every_step_of_a_window_on_another_number_
         for loader in loaders:
             loader.load_state_dict(state)
         assert merge_states([loader.state_dict() for loader in loaders])["lanes"] == state["lanes"]
+        # its own, also before its first batch
+        assert [len(loader.state_dict()["lanes"]) for loader in loaders] == [rows // after] * after
         assert [step(loaders) for _ in range(stop, 10)] == expected[stop:]
         assert all(loader.ledger()["balanced"] for loader in loaders)
 
@@ -289,6 +291,15 @@ def test_a_state_of_one_rank_alone_is_refused_across_ranks_with_the_remedy(tmp_p
     next(loader)
     with pytest.raises(ValueError, match="merge_states"):
         Loader(store, SMALL, 2, world_size=2, rank=1, shard="row", **ACROSS).load_state_dict(loader.state_dict())
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_rows_ahead_are_not_forgotten_when_documents_are(tmp_path, monkeypatch, across):
+    monkeypatch.setattr("nanopack.producer.shard.TOGETHER", 8)
+    arguments = dict(batch_size=2, seq_len=24, balance=(1, 1), balance_window=16, balance_across=across)
+    got = list(itertools.islice(Loader(CHATS, SMALL, **arguments), 60))
+    expected = itertools.islice(reference.batches(CHATS, SMALL, **arguments), 60)
+    assert [first_difference(a, b) for a, b in zip(expected, got, strict=True)] == [None] * 60
 
 
 def test_an_endless_run_with_a_producer_process_gives_what_the_reference_gives():
