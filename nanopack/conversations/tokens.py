@@ -62,7 +62,7 @@ def ready_tokens(record: Mapping[str, Any]) -> Tokens:
 
 
 def plain_tokens(record: dict[Any, Any]) -> Tokens | None:
-    """Return what `ready_tokens` does of a record of input_ids and one loss_mask or labels, the usual one, faster.
+    """Return the tokens of a record of input_ids and one loss_mask or labels, the usual one, as `ready_tokens` does.
 
     They are arrays, or lists of ints. None: the record takes a closer look, whether it is right or wrong.
     """

@@ -25,9 +25,9 @@ from nanopack.producer.chunk import Chunk, Live, Trouble
 
 log = logging.getLogger("nanopack")
 
-# A run that skips so many conversations of a shard in a row stops: its data are wrong, not a few of its records.
+# A run that skips this many conversations of a shard in a row stops: its data are wrong, not a few of its records.
 MOST_SKIPPED_IN_A_ROW = 100
-# So does one that has skipped more than half of those read, once it has read so many.
+# So does one that has skipped more than half of those read, once it has read this many.
 JUDGED_AFTER = 1000
 
 
@@ -65,7 +65,7 @@ class Arrivals:
         self._in_vain = 0
 
     def start(self, chunks: Iterator[Chunk], read: int, taken: int, counted: int | None = None) -> None:
-        """Go on with these chunks, whose first read has the number `read`; `taken` documents are with the packer.
+        """Continue with these chunks, whose first read has the number `read`; `taken` documents are with the packer.
 
         The reads before number `counted` are counted already; None: those before `read`.
         """

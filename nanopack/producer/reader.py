@@ -109,7 +109,7 @@ class Reader:
         return self._prepare(numbers, planned, rendered, troubles)
 
     def _trouble(self, conversation: Conversation, plan: Plan | Document) -> Trouble | None:
-        """Return what is to be said of a sound conversation, if there is anything."""
+        """Return the note on a sound conversation; None where there is nothing to say."""
         keys, special_token, weight = conversation.ignored_keys, "", conversation.weight
         if self.config.loss_weights is None and weight not in (0, 1):
             keys += (UNUSED_WEIGHT,)

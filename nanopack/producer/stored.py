@@ -62,7 +62,9 @@ class StoreReader(Reader):
         # all bits are set already where the store says so, but for documents of weight 0
         has_all = all(store.settings.loss == "all" and not store.all_in_loss for store in self._stores)
         self._mark_all = config.loss == "all" and (weighted or not has_all)
-        self._mark_all |= any(store.all_in_loss for store in self._stores)
+        bare = any(store.all_in_loss for store in self._stores)
+        self._mark_all |= bare
+        self._bare = tokenizer.vocab_size if bare and all(store.all_in_loss for store in self._stores) else None
 
     @property
     def fits(self) -> bool:
@@ -84,7 +86,7 @@ class StoreReader(Reader):
         """Do nothing: stored documents need no template."""
 
     def chunks(self, shard: Shard, start: int, stop: int | None, together: int) -> Iterator[Chunk]:
-        """Yield the documents of the reads `start` to `stop` - 1 of a shard, so many `together`; None: without end."""
+        """Yield the documents of the reads `start` to `stop` - 1 of a shard, `together` at a time; None: endless."""
         while stop is None or start < stop:
             end = start + together if stop is None else min(stop, start + together)
             yield self.read(shard.at(np.arange(start, end, dtype=np.int64)))
@@ -161,7 +163,7 @@ class StoreReader(Reader):
             without = own_weights == 0
         if not self._mark_all and self.config.boundary_loss and without is None:
             return None
-        return Marks(all=self._mark_all, first=not self.config.boundary_loss, without=without)
+        return Marks(self._mark_all, self._bare, first=not self.config.boundary_loss, without=without)
 
     def words(self, chunk: Chunk, position: int) -> np.ndarray:
         """Return the words of a document as a slot has them."""

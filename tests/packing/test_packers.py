@@ -22,7 +22,7 @@ windows = st.integers(1, 8)
 
 
 def reader(lengths: list[int], together: int = 1):
-    """Give documents with these lengths, numbered from 0, so many at once."""
+    """Give documents with these lengths, numbered from 0, `together` at a time."""
     starts = iter(range(0, len(lengths), together))
 
     def read():
