@@ -26,9 +26,9 @@ from nanopack.ledger import Ledger
 from nanopack.passes import warn_of_same_order
 from nanopack.producer.caching import cached
 from nanopack.producer.counting import count_batches
+from nanopack.producer.packed_state import add_digests, state_of
 from nanopack.producer.producer import Start, initial_state
 from nanopack.producer.reader import Reader
-from nanopack.producer.shard import add_digests, state_of
 from nanopack.producer.start import DEFAULT_START_METHOD
 from nanopack.producer.stored import StoreReader, reader_of
 from nanopack.stages import Processes, Stages, as_batch, start_producer
@@ -114,6 +114,10 @@ class Run:
             self._stages.close()
         self._stages = Stages(self._device, self.feed, ring, self._make_outputs, self._kernel, static=self.static)
         self.upload, self.prefetcher = self._stages.upload, self._stages.prefetcher
+        own = {str(number) for number in self.config.shards}
+        if state is not None:
+            # with balance_across a rank loads those of all ranks
+            state = {**state, "lanes": {number: one for number, one in state["lanes"].items() if number in own}}
         self._first_state = state or state_of(initial_state(self.reader))
         self.step = self._first_state["step"]
         self._stats = Stats(ring_bytes=self._stages.ring_bytes, encoder=self._encoder)

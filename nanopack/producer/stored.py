@@ -32,6 +32,11 @@ def reader_of(source: Source, tokenizer: AnyTokenizer, config: LoaderConfig) -> 
         reader = StoreReader(source, tokenizer, config)
         if reader.fits:
             return reader
+    if config.balance_across and config.world_size > 1:
+        raise ValueError(
+            "balance_across=True needs the lengths of all ranks' documents, and only a token store knows them without "
+            "reading: make one with `nanopack tokenize`, or leave balance_across out, and each shard deals its own rows"
+        )
     if config.packing.whole_passes:
         raise ValueError(
             "BestFit(window='all') needs the lengths of all documents beforehand: make a token store of the "

@@ -32,8 +32,8 @@ def test_a_sound_machine_has_no_fault_and_the_report_names_what_a_bug_report_nee
 def test_a_wrong_batch_is_a_fault_with_its_first_difference(run, monkeypatch):
     fill = Slot.fill
 
-    def flip(self, rows):
-        facts = fill(self, rows)
+    def flip(self, *batch):
+        facts = fill(self, *batch)
         self.words[self.layout.first_word + 1] ^= 1
         return facts
 
