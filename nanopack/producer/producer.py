@@ -123,7 +123,7 @@ class Producer:
         )
 
     def _works(self, pieces: Pieces, shards: int | None = None) -> list[float]:
-        """Return what the documents in the rows of each of so many shards cost by `balance`; None: this rank's."""
+        """Return the cost, by `balance`, of the documents in the rows of each of `shards` shards; None: this rank's."""
         shards = shards or len(self._own)
         if self._config.balance is None:
             return [0.0] * shards

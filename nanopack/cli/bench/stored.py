@@ -76,7 +76,7 @@ Work = Callable[[], int]
 
 
 def to_slots(documents: Documents, profile: Profile, packing: PackingName, seed: int | None) -> Work:
-    """Return what fills a slot, and returns its tokens."""
+    """Make the work that fills a slot and returns its tokens."""
     config = LoaderConfig(
         batch_size=profile.batch_size, seq_len=profile.seq_len, packing=as_packing(packing), seed=seed
     )
@@ -92,13 +92,13 @@ def to_slots(documents: Documents, profile: Profile, packing: PackingName, seed:
 
 
 def to_batches(documents: Documents, profile: Profile) -> Work:
-    """Return what gives a batch on the CPU, and returns its tokens."""
+    """Make the work that takes a batch on the CPU and returns its tokens."""
     loader = Loader(documents, None, profile.batch_size, profile.seq_len, seed=1, num_workers=0, device="cpu")
     return lambda: next(loader).num_tokens
 
 
 def copy(documents: Documents, profile: Profile) -> Work:
-    """Return what copies the words of a batch."""
+    """Make the work that copies the words of a batch."""
     words, tokens = documents.shards[0], profile.batch_size * profile.seq_len
     places = itertools.cycle(range(0, len(words) - tokens + 1, tokens))
     slot = np.empty(tokens, words.dtype)
