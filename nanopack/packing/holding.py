@@ -96,7 +96,7 @@ class HoldingPacker:
         return rows
 
     def ahead(self) -> list[HeldRows]:
-        """Return the rows that are packed and not delivered: first the steps that are dealt, as many as `state` says."""
+        """Return the rows packed and not delivered: first the steps that are dealt, as many as `state` says."""
         return [*self._dealt, *self._collected]
 
     def documents_ahead(self) -> np.ndarray:
