@@ -90,6 +90,7 @@ class Mixture(Source):
         return repr((versions, self.picks_digest())) if all(versions) else ""
 
     def sources_of(self, indices: np.ndarray) -> np.ndarray:
+        """Return `source_of` of records, (n,) int64."""
         sources: np.ndarray = np.searchsorted(self._starts, self._picks[indices], "right") - 1
         return sources
 
@@ -98,6 +99,7 @@ class Mixture(Source):
         return tuple(part for source in self._sources for part in source.parts)
 
     def find(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return for records, (n,) int64, which of the `parts` each is in, and its index there: (n,) int64 each."""
         picks = self._picks[indices].astype(np.int64)
         sources = np.searchsorted(self._starts, picks, "right") - 1
         parts, inner, before = np.empty(len(picks), np.int64), picks - np.array(self._starts)[sources], 0
