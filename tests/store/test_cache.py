@@ -11,6 +11,7 @@ import signal
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data_sets import PACKINGS, SHIPPED, SMALL, data_sets, drawn_arguments
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 import nanopack
 from nanopack.store import Store
-from nanopack.store.cache import CachedStore
+from nanopack.store.cache import HEAD, CachedStore
 from nanopack.verify import compare
 
 Loader = functools.partial(nanopack.Loader, num_workers=0)
@@ -105,14 +106,19 @@ def test_a_run_that_is_killed_and_resumed_continues_the_cache(tmp_path):
     os.kill(loader.producer_pid, signal.SIGKILL)
     loader.close()
     spooled = {path: path.stat().st_size for path in tmp_path.glob("*/spool/*")}
-    # as a kill in the middle of a write leaves it
-    torn = next(path for path, size in spooled.items() if size)
+    # as a kill in the middle of a write leaves them: too short, or with zeros for the last conversation's words
+    torn, other = list(spooled)[:2]
     with torn.open("ab") as file:
         file.write(b"\1\0\0\0torn")
+    lengths = np.array([2485], "<i8").tobytes() + np.ones(1, "<f8").tobytes() + np.array([5, 0], "<u4").tobytes()
+    with other.open("ab") as file:
+        file.write(HEAD.pack(1, 0, 5, 0) + lengths + bytes(10))
     with Loader(SHIPPED, "chat32k", cache=tmp_path, **arguments) as resumed:
         resumed.load_state_dict(state)
         assert compare(iter(expected[20:]), iter(resumed))
     assert len(Store(*stores(tmp_path))) == 2486
+    with Loader(SHIPPED, "chat32k", cache=tmp_path, **arguments) as again:
+        assert compare(iter(expected), iter(again))
 
 
 def test_a_state_goes_from_a_run_with_a_cache_to_one_without_and_back(tmp_path):

@@ -136,6 +136,7 @@ def test_a_saved_dataset_is_read_in_place_as_its_records(tmp_path, packing, colu
     saved = datasets.load_from_disk(tmp_path / "saved")
     for data in (tmp_path / "saved", saved):
         store = open_arrow(data, SMALL)
+        assert not store[0]["loss_mask"].any() and store[1]["loss_mask"].any()
         assert same_batches(store, records, packing=packing, loss_weights="token")
         assert same_batches(pickle.loads(pickle.dumps(store)), records, packing=packing)
     with pytest.raises(ValueError, match="call flatten_indices"):
