@@ -60,7 +60,7 @@ class ShardPacker:
             self._arrivals.read,
             batch_size=self._config.shard_rows,
             seq_len=self._config.seq_len,
-            row_order=None if shard.seed is None else self._row_order,
+            shuffle=None if shard.seed is None else self._shuffle,
         )
         self._whole_passes = self._config.packing.whole_passes
         # documents that were left when some were last forgotten
@@ -69,8 +69,8 @@ class ShardPacker:
         self._last = -1, 0
         self._arrivals.start(self._chunks_from(0), 0, 0)
 
-    def _row_order(self, places: np.ndarray, n: int, first: int) -> np.ndarray:
-        """Return which rows of a pass come at these places; see `packing.whole_pass`."""
+    def _shuffle(self, places: np.ndarray, n: int | np.ndarray, first: int) -> np.ndarray:
+        """Return which of n things of a pass come at these places; see `packing.whole_pass`."""
         assert self.shard.seed is not None
         return permute(places, n, self.shard.seed, np.full(len(places), self.shard.pass_of(first)))
 
