@@ -219,6 +219,15 @@ def _add_making_options(option: Callable[..., None]) -> None:
     option("first_assistant", "what to do with a chat that begins with the assistant", choices=FIRST_ASSISTANTS)
 
 
+def _window(text: str) -> int | str:
+    """Return a window: a number of documents, or "all", which BestFit takes where lengths are known."""
+    return text if text == "all" else int(text)
+
+
+# what argparse calls a text that is none
+_window.__name__ = "int"
+
+
 def _add_data_options(group: argparse._ArgumentGroup) -> None:
     option = _option(group)
     _add_making_options(option)
@@ -239,7 +248,13 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
     )
     option("max_pieces", "pieces a row for which cu_seqlens has room", "T // 8 + 1", metavar="N", type=int)
     option("max_document_tokens", "cut documents to this many tokens", metavar="N", type=int)
-    option("window", "best_fit...: documents to choose from", _packing_defaults("window"), metavar="N", type=int)
+    option(
+        "window",
+        "best_fit...: documents to choose from; best_fit, of a token store: all",
+        _packing_defaults("window"),
+        metavar="N",
+        type=_window,
+    )
     option("max_age", "best_fit: rows that a document may wait", _packing_defaults("max_age"), metavar="N", type=int)
     option("refill", "best_fit...: documents to read at a time", "1", metavar="N", type=int)
     option("overlap", "stream: the last target of a batch is the first input of the next", action="store_true")

@@ -92,10 +92,10 @@ def evenly_spaced(n: int, most: int) -> list[int]:
     return sorted({round(k * (n - 1) / (most - 1)) for k in range(most)})
 
 
-def permute(index: np.ndarray, n: int, seed: int, epoch: np.ndarray) -> np.ndarray:
+def permute(index: np.ndarray, n: int | np.ndarray, seed: int, epoch: np.ndarray) -> np.ndarray:
     """Return the images, (k,) int64, of indices 0 to n - 1 under the permutation of each one's epoch (from 0).
 
-    `index` and `epoch` are (k,) int64.
+    `index` and `epoch` are (k,) int64; so may n be, for a permutation of its own size each.
 
     A Feistel network (Luby and Rackoff, 1988) over the next power of four, walked along its cycle until it is back
     below n (Black and Rogaway, 2002); its rounds are keyed and mixed by splitmix64 (Steele and others, 2014).
@@ -103,7 +103,7 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: np.ndarray) -> np.ndarr
     >>> permute(np.arange(5), 5, seed=2, epoch=np.zeros(5, int)).tolist()
     [2, 0, 4, 3, 1]
     """
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    half, most = _half(n), n
     if len(index) and epoch.min() == epoch.max():
         # one pass, as nearly always: the keys are numbers
         epoch = epoch[:1]
@@ -115,15 +115,26 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: np.ndarray) -> np.ndarr
         walking = np.flatnonzero(value >= n)
         while len(walking):
             own = keys if len(epoch) == 1 else [key[walking] for key in keys]
+            if isinstance(n, np.ndarray):
+                half, most = _half(n[walking]), n[walking]
             value[walking] = walked = _rounds(value[walking], own, half)
-            walking = walking[walked >= n]
+            walking = walking[walked >= most]
     return value.astype(np.int64)
 
 
-def _rounds(value: np.ndarray, keys: list[np.ndarray], half: np.uint64) -> np.ndarray:
+def _half(n: int | np.ndarray) -> np.ndarray:
+    """Return half the bits of the least power of four that is n or more, and 4 or more; uint64."""
+    # frexp gives the bit length, exactly below 2**53
+    bits = np.frexp(np.asarray(n, np.float64) - 1)[1]
+    half: np.ndarray = np.maximum(1, (bits + 1) // 2).astype(np.uint64)
+    return half
+
+
+def _rounds(value: np.ndarray, keys: list[np.ndarray], half: np.ndarray) -> np.ndarray:
     """Return the images of values of twice `half` bits under all rounds."""
     mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = value >> half, value & mask
+    left: np.ndarray = value >> half
+    right: np.ndarray = value & mask
     for key in keys:
         mixed = _mix(right + key)
         mixed &= mask

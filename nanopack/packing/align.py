@@ -14,7 +14,7 @@ import numpy as np
 
 from nanopack.packing.packings import Packing
 from nanopack.packing.rows import Packer, Read, Rows, State, set_counters
-from nanopack.packing.whole_pass import RowOrder
+from nanopack.packing.whole_pass import Shuffle
 
 
 def build(
@@ -24,7 +24,7 @@ def build(
     batch_size: int,
     seq_len: int,
     align: int = 1,
-    row_order: RowOrder | None = None,
+    shuffle: Shuffle | None = None,
 ) -> Packer:
     """Return a packer that fills rows of seq_len + 1 tokens, of which each document takes a multiple of `align`.
 
@@ -32,7 +32,7 @@ def build(
     `seq_len`. A document of seq_len + 1 tokens fits: its last is only a target.
     """
     if align == 1:
-        return packing.build(read, batch_size=batch_size, seq_len=seq_len, row_order=row_order)
+        return packing.build(read, batch_size=batch_size, seq_len=seq_len, shuffle=shuffle)
     return AlignedPacker(packing, read, batch_size=batch_size, seq_len=seq_len, align=align)
 
 

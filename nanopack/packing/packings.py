@@ -18,7 +18,7 @@ from nanopack.packing.best_fit import BestFitPacker
 from nanopack.packing.pad import PadPacker
 from nanopack.packing.rows import Packer, Read
 from nanopack.packing.stream import StreamPacker
-from nanopack.packing.whole_pass import RowOrder, WholePassPacker
+from nanopack.packing.whole_pass import Shuffle, WholePassPacker
 
 PackingName: TypeAlias = Literal["best_fit", "stream", "best_fit_pad", "best_fit_crop", "pad"]
 
@@ -49,12 +49,12 @@ class Packing(ABC):
             check_int(name, value, least=1)
 
     @abstractmethod
-    def build(self, read: Read, *, batch_size: int, seq_len: int, row_order: RowOrder | None = None) -> Packer:
+    def build(self, read: Read, *, batch_size: int, seq_len: int, shuffle: Shuffle | None = None) -> Packer:
         """Return a packer that fills batches of `batch_size` rows of seq_len + 1 tokens.
 
         `read()` returns the numbers of the next documents, ascending from 0, and their lengths (tokens, from 1), or
         None at the end of the data. The packer reads when its rule needs another document; of several that it gets at
-        once it takes one by one. `row_order` is for `whole_passes`, which need all documents of a pass at once.
+        once it takes one by one. `shuffle` is for `whole_passes`, which need all documents of a pass at once.
         """
 
     def options(self) -> dict[str, Any]:
@@ -78,7 +78,8 @@ class BestFit(Packing):
 
     Args:
         window: documents to choose from; `"all"`: those of a whole pass, for data whose lengths are known, such as a
-            token store. Documents of like lengths then meet, and with a seed the rows are delivered in a random order.
+            token store. Documents of like lengths then meet; with a seed rows, and documents of equal length, come in
+            a random order.
         max_age: a document that has waited this many rows opens the next one; not with window="all".
         refill: documents to read at a time when fewer than `window` wait; not with window="all".
     """
@@ -102,10 +103,10 @@ class BestFit(Packing):
         """Whether all documents of a pass are placed together."""
         return self.window == "all"
 
-    def build(self, read: Read, *, batch_size: int, seq_len: int, row_order: RowOrder | None = None) -> Packer:
+    def build(self, read: Read, *, batch_size: int, seq_len: int, shuffle: Shuffle | None = None) -> Packer:
         """Return the packer; see `Packing.build`."""
         if self.window == "all":
-            return WholePassPacker(read, batch_size, seq_len + 1, row_order)
+            return WholePassPacker(read, batch_size, seq_len + 1, shuffle)
         return BestFitPacker(
             read, batch_size, seq_len + 1, window=self.window, refill=self.refill, max_age=self.max_age
         )
@@ -127,7 +128,7 @@ class BestFitPad(Packing):
     name = "best_fit_pad"
     cuts_to_row = True
 
-    def build(self, read: Read, *, batch_size: int, seq_len: int, row_order: RowOrder | None = None) -> Packer:
+    def build(self, read: Read, *, batch_size: int, seq_len: int, shuffle: Shuffle | None = None) -> Packer:
         """Return the packer; see `Packing.build`."""
         return BestFitPacker(read, batch_size, seq_len + 1, window=self.window, refill=self.refill)
 
@@ -146,7 +147,7 @@ class BestFitCrop(Packing):
     name = "best_fit_crop"
     crops = True
 
-    def build(self, read: Read, *, batch_size: int, seq_len: int, row_order: RowOrder | None = None) -> Packer:
+    def build(self, read: Read, *, batch_size: int, seq_len: int, shuffle: Shuffle | None = None) -> Packer:
         """Return the packer; see `Packing.build`."""
         return BestFitPacker(read, batch_size, seq_len + 1, window=self.window, refill=self.refill, crop=True)
 
@@ -168,7 +169,7 @@ class Stream(Packing):
         """Raise ValueError unless `overlap` is a bool."""
         check_bool("overlap", self.overlap)
 
-    def build(self, read: Read, *, batch_size: int, seq_len: int, row_order: RowOrder | None = None) -> Packer:
+    def build(self, read: Read, *, batch_size: int, seq_len: int, shuffle: Shuffle | None = None) -> Packer:
         """Return the packer; see `Packing.build`."""
         return StreamPacker(read, batch_size, seq_len, overlap=self.overlap)
 
@@ -181,7 +182,7 @@ class Pad(Packing):
     cuts_to_row = True
     drops = True
 
-    def build(self, read: Read, *, batch_size: int, seq_len: int, row_order: RowOrder | None = None) -> Packer:
+    def build(self, read: Read, *, batch_size: int, seq_len: int, shuffle: Shuffle | None = None) -> Packer:
         """Return the packer; see `Packing.build`."""
         return PadPacker(read, batch_size)
 

@@ -5,7 +5,7 @@ lengths of a whole pass   ->   patterns of lengths, and how often each   ->   Wh
 
 With everything waiting, a row depends only on how many documents there are of each length: it takes the longest that
 fits, again and again. So rows come in runs that are alike, and a run is planned at once: a pass of ten million has some
-thousand patterns. Of equal lengths a row gets the documents read first.
+thousand patterns. Of equal lengths a row gets the first in the order that the pass is given in, or in a random order.
 """
 
 from __future__ import annotations
@@ -18,16 +18,27 @@ import numpy as np
 
 from nanopack.packing.rows import Read, Rows, State, counters, set_counters
 
-RowOrder = Callable[[np.ndarray, int, int], np.ndarray]
-"""row_order(places, n, first): which rows of a pass come at these places, (k,) int64 each, of n rows in all; `first` is
-the number of the first document of the pass."""
+Shuffle = Callable[[np.ndarray, "int | np.ndarray", int], np.ndarray]
+"""shuffle(places, n, first): which of n things come at these places, (k,) int64 each; n is one number or (k,) int64.
+`first` is the number of the first document of the pass: each pass has an order of its own."""
+# Batches whose documents are looked up together.
+TOGETHER = 16
+
+
+_NONE = np.empty(0, np.int64)
+_Pieces = tuple[np.ndarray, np.ndarray, np.ndarray]
+_NOTHING: tuple[int, _Pieces, np.ndarray] = (0, (_NONE, _NONE, _NONE), np.zeros(1, np.int64))
 
 
 class _Plan(NamedTuple):
     """The rows of a pass. Arrays are int64."""
 
     documents: np.ndarray
-    """(n,): numbers, by length, longest first; among equals in the order of reading."""
+    """(n,): numbers, by length, longest first; among equals in the order given."""
+    counts: np.ndarray
+    """(T + 2,): documents of each length."""
+    begins: np.ndarray
+    """(T + 2,): index of the first of each length in `documents`."""
     first_rows: np.ndarray
     """(patterns + 1,): the first row of each pattern; the last entry is the number of rows."""
     bounds: np.ndarray
@@ -47,19 +58,22 @@ class WholePassPacker:
         read: returns all documents of the next pass at once; see `Packing.build`.
         batch_size: rows of a batch. One may have rows of two passes.
         capacity: tokens of a row, T + 1.
-        row_order: the order in which a pass's rows are delivered; None: as they are planned, fullest first.
+        shuffle: puts a pass's rows, and its documents of one length, in a random order; None: rows are delivered as
+            they are planned, fullest first, and of equal lengths the first given comes first.
     """
 
     cropped = longest_wait = 0
 
-    def __init__(self, read: Read, batch_size: int, capacity: int, row_order: RowOrder | None) -> None:
+    def __init__(self, read: Read, batch_size: int, capacity: int, shuffle: Shuffle | None) -> None:
         self._read = read
         self._batch_size = batch_size
         self._capacity = capacity
-        self._row_order = row_order
+        self._shuffle = shuffle
         self._plan: _Plan | None = None
         # the next row of this pass, and its first document
         self._row, self._first = 0, -1
+        # the first row of some that are looked up, their pieces, and the first piece of each
+        self._ahead = _NOTHING
         self.waiting_documents = self.waiting_tokens = 0
         self.emitted = self.packed = 0
 
@@ -81,25 +95,36 @@ class WholePassPacker:
         if state["first"] >= 0:
             if not self._next_pass() or self._first != state["first"] or state["row"] > self._left():
                 raise ValueError("the pass has other documents than when the state was saved: the data have changed")
-            self._count(self._pieces(np.arange(state["row"])))
             self._row = state["row"]
+            self._uncount(self._row)
 
     def next_rows(self) -> Rows:
         """Return the rows of the next batch; at the end of the data fewer than its rows, then none."""
-        parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        parts: list[_Pieces] = []
         missing = self._batch_size
         while missing and (self._left() or self._next_pass()):
             count = min(missing, self._left())
-            parts.append(self._pieces(np.arange(self._row, self._row + count)))
+            parts.append(self._next_pieces(count))
             self.emitted += self._count(parts[-1])
             self.packed += len(parts[-1][0])
             self._row += count
             missing -= count
-        nothing = np.empty(0, np.int64)
-        documents, lengths, counts = map(np.concatenate, zip((nothing, nothing, nothing), *parts, strict=True))
+        documents, lengths, counts = map(np.concatenate, zip((_NONE, _NONE, _NONE), *parts, strict=True))
         bounds = np.zeros(len(counts) + 1, np.int64)
         np.cumsum(counts, out=bounds[1:])
         return Rows(documents, np.zeros(len(documents), np.int64), lengths, bounds)
+
+    def _uncount(self, rows: int) -> None:
+        """Count the documents of the first rows as no longer waiting."""
+        plan = self._plan
+        assert plan is not None
+        places = np.arange(rows)
+        if self._shuffle is not None:
+            places = self._shuffle(places, int(plan.first_rows[-1]), self._first)
+        of_patterns = np.bincount(plan.first_rows.searchsorted(places, "right") - 1, minlength=len(plan.bounds) - 1)
+        tokens = np.add.reduceat(plan.lengths, plan.bounds[:-1])
+        self.waiting_documents -= int(of_patterns @ (plan.bounds[1:] - plan.bounds[:-1]))
+        self.waiting_tokens -= int(of_patterns @ tokens)
 
     def _left(self) -> int:
         """Rows that are left of the pass."""
@@ -112,25 +137,41 @@ class WholePassPacker:
         numbers, lengths = (np.asarray(one) for one in item)
         self._plan = _plan(numbers, lengths, self._capacity)
         self._row, self._first = 0, int(numbers[0])
+        self._ahead = _NOTHING
         self.waiting_documents, self.waiting_tokens = len(lengths), int(lengths.sum(dtype=np.int64))
         return True
 
-    def _pieces(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _next_pieces(self, count: int) -> _Pieces:
+        """Return the pieces of the next rows of the pass, `count` of them."""
+        begin, ahead, bounds = self._ahead
+        if not begin <= self._row <= self._row + count <= begin + len(ahead[2]):
+            stop = min(self._row + TOGETHER * count, self._row + self._left())
+            begin, ahead = self._row, self._pieces(np.arange(self._row, stop))
+            bounds = np.cumsum([0, *ahead[2].tolist()])
+            self._ahead = begin, ahead, bounds
+        at = self._row - begin
+        part = slice(int(bounds[at]), int(bounds[at + count]))
+        return ahead[0][part], ahead[1][part], ahead[2][at : at + count]
+
+    def _pieces(self, places: np.ndarray) -> _Pieces:
         """Return documents and lengths of the rows at these places of the pass, and how many each row has."""
         plan = self._plan
         assert plan is not None
         rows = places
-        if self._row_order is not None:
-            rows = self._row_order(places, int(plan.first_rows[-1]), self._first)
+        if self._shuffle is not None:
+            rows = self._shuffle(places, int(plan.first_rows[-1]), self._first)
         patterns = plan.first_rows.searchsorted(rows, "right") - 1
         counts = plan.bounds[patterns + 1] - plan.bounds[patterns]
         before = np.cumsum(counts) - counts
         pieces = np.arange(int(counts.sum())) + (plan.bounds[patterns] - before).repeat(counts)
         further = (rows - plan.first_rows[patterns]).repeat(counts)
-        documents = plan.documents[plan.firsts[pieces] + further * plan.steps[pieces]]
-        return documents, plan.lengths[pieces], counts
+        index, lengths = plan.firsts[pieces] + further * plan.steps[pieces], plan.lengths[pieces]
+        if self._shuffle is not None:
+            begins = plan.begins[lengths]
+            index = begins + self._shuffle(index - begins, plan.counts[lengths], self._first)
+        return plan.documents[index], lengths, counts
 
-    def _count(self, pieces: tuple[np.ndarray, np.ndarray, np.ndarray]) -> int:
+    def _count(self, pieces: _Pieces) -> int:
         """Count pieces as no longer waiting, and return their tokens."""
         tokens = int(pieces[1].sum())
         self.waiting_documents -= len(pieces[1])
@@ -152,7 +193,7 @@ def _plan(numbers: np.ndarray, lengths: np.ndarray, capacity: int) -> _Plan:
     sizes = [len(pieces) for _, pieces in patterns]
     table = np.array([piece for _, pieces in patterns for piece in pieces], np.int64).reshape(-1, 3)
     first_rows, bounds = (np.cumsum([0, *column], dtype=np.int64) for column in (repeats, sizes))
-    return _Plan(documents, first_rows, bounds, *(np.ascontiguousarray(column) for column in table.T))
+    return _Plan(documents, counts, begins, first_rows, bounds, *(np.ascontiguousarray(column) for column in table.T))
 
 
 def _patterns(counts: np.ndarray, begins: np.ndarray) -> list[tuple[int, list[tuple[int, int, int]]]]:

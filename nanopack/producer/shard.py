@@ -74,7 +74,7 @@ class ShardPacker:
             batch_size=config.shard_rows,
             seq_len=config.seq_len,
             align=config.document_align,
-            row_order=None if self.shard.seed is None else self._row_order,
+            shuffle=None if self.shard.seed is None else self._shuffle,
         )
         if config.balance is None:
             return packer
@@ -89,8 +89,8 @@ class ShardPacker:
             on_packed=self._count_cropped,
         )
 
-    def _row_order(self, places: np.ndarray, n: int, first: int) -> np.ndarray:
-        """Return which rows of a pass come at these places; see `packing.whole_pass`."""
+    def _shuffle(self, places: np.ndarray, n: int | np.ndarray, first: int) -> np.ndarray:
+        """Return which of n things of a pass come at these places; see `packing.whole_pass`."""
         assert self.shard.seed is not None
         return permute(places, n, self.shard.seed, np.full(len(places), self.shard.pass_of(first)))
 

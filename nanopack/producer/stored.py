@@ -93,12 +93,16 @@ class StoreReader(Reader):
             start = end
 
     def passes(self, shard: Shard, start: int, stop: int | None) -> Iterator[Chunk]:
-        """Yield all documents of each pass of a shard, from the one that begins with read `start` on."""
+        """Yield all documents of each pass of a shard, in the data's order, from that of read `start` on."""
         while stop is None or start < stop:
             end = shard.end_of_pass(start)
-            reads = range(start, end, TOGETHER)
-            indices = [shard.at(np.arange(at, min(end, at + TOGETHER), dtype=np.int64)) for at in reads]
-            yield self.read(np.concatenate(indices))
+            if shard.count == 1:
+                indices = np.arange(shard.n)
+            else:
+                reads = range(start, end, TOGETHER)
+                parts = [shard.at(np.arange(at, min(end, at + TOGETHER), dtype=np.int64)) for at in reads]
+                indices = np.sort(np.concatenate(parts))
+            yield self.read(indices)
             start = end
 
     def read(self, indices: Iterable[int]) -> Chunk:

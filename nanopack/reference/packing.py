@@ -125,7 +125,8 @@ def pack_rows(
 def pack_passes(reader: Reader[Document], batch_size: int, seq_len: int) -> Iterator[tuple[Rows, int]]:
     """Yield the rows of each batch, and how many conversations have been placed by then; window="all".
 
-    All documents of a pass wait at once. With a seed its rows come in a random order.
+    All documents of a pass wait at once, in the order of the data. With a seed those of each length are in a random
+    order, and so are the rows that are made of them.
     """
     rows: Rows = []
     placed = barren = 0
@@ -134,6 +135,9 @@ def pack_passes(reader: Reader[Document], batch_size: int, seq_len: int) -> Iter
         waiting: WaitingList = []
         while (document := reader.next_document(within=number)) is not None:
             waiting.append((document, 0))
+        waiting.sort(key=lambda one: one[0].conversation)
+        if reader.seed is not None:
+            waiting = _shuffled_by_length(waiting, reader.seed, number)
         barren = 0 if waiting else barren + 1
         if reader.epochs is None and barren > reader.n:
             raise ValueError("conversations: each is bad or has no token in the loss. Check the data and loss=.")
@@ -152,6 +156,15 @@ def pack_passes(reader: Reader[Document], batch_size: int, seq_len: int) -> Iter
             yield batch, placed
     if rows:
         yield rows + [[]] * (batch_size - len(rows)), placed + sum(len({w.document for w in row}) for row in rows)
+
+
+def _shuffled_by_length(waiting: WaitingList, seed: int, number: int) -> WaitingList:
+    """Return the documents by length, those of each length in a random order."""
+    found: WaitingList = []
+    for length in sorted({len(document.tokens) for document, _ in waiting}):
+        alike = [one for one in waiting if len(one[0].tokens) == length]
+        found += [alike[k] for k in shuffled(len(alike), seed, number)]
+    return found
 
 
 def _refill(reader: Reader[Document], waiting: WaitingList, window: int, refill: int, row_number: int) -> None:

@@ -35,6 +35,7 @@ class Places:
         self.counts = bounds[1:] - bounds[:-1]
         """(B,): pieces of each row."""
         ends = sums(lengths)
+        self.tokens = int(ends[-1])
         row_ends = ends[bounds]
         self.row_lengths = row_ends[1:] - row_ends[:-1]
         """(B,)"""
@@ -143,7 +144,9 @@ class Slot:
         if self.layout.align > 1:
             self._place_words(pieces, places, out)
         elif num > 1 and pieces.array is None and int(pieces.starts[1]) - int(pieces.starts[0]) in _next_to(pieces):
-            self._copy_words(*_joined(pieces), places, out)
+            begins = _begins(pieces)
+            if not self._copy_rows(pieces, begins, places, out):
+                self._copy_words(*_joined(pieces, begins), places, out)
         elif num and pieces.array is None and len(out) < LONG_PIECES * num:
             self._gather_words(pieces, places, out)
         elif num:
@@ -169,6 +172,25 @@ class Slot:
             self.words[begin:end] = self.layout.pad_id
         following = tails[~np.isin(tails + 1, places.bounds)] + 1
         self.words[places.words[following]] &= ~self._loss_bit
+
+    def _copy_rows(self, pieces: Pieces, begins: np.ndarray, places: Places, out: np.ndarray) -> bool:
+        """Copy all rows at once where these are full and evenly spaced in the array; return whether they are.
+
+        `begins` as `_begins` returns it. So a batch of the stream is copied where documents come in their own order.
+        """
+        rows, length = len(places.row_lengths), self.layout.seq_len + 1
+        if places.tokens < rows * length or rows == 1 or np.count_nonzero(begins) > rows:
+            return False
+        starts = pieces.starts[places.bounds[:-1]]
+        steps = starts[1:] - starts[:-1]
+        begin, step, size = int(starts[0]), int(steps[0]), pieces.arrays[0].itemsize
+        if step < 1 or (steps != step).any():
+            return False
+        part = pieces.arrays[0][begin : begin + (rows - 1) * step + length]
+        table = out.reshape(rows, -1)
+        table[:, :length] = np.lib.stride_tricks.as_strided(part, (rows, length), (step * size, size))
+        table[:, length:] = 0
+        return True
 
     def _gather_words(self, pieces: Pieces, places: Places, out: np.ndarray) -> None:
         full = slice(None) if places.is_full else places.counts > 0
@@ -268,17 +290,22 @@ def _next_to(pieces: Pieces) -> tuple[int, int]:
     return length, length - 1
 
 
-def _joined(pieces: Pieces) -> tuple[Pieces, np.ndarray]:
-    """Return the pieces, joined where they are adjacent in a row and in the array, and the new bounds of the rows."""
-    ends = pieces.starts + pieces.lengths
-    begins = np.empty(len(ends), bool)
-    begins[1:] = pieces.starts[1:] != ends[:-1]
+def _begins(pieces: Pieces) -> np.ndarray:
+    """Return which pieces are not adjacent, in the array, to the one before them in their row: (P,) bool."""
+    begins = np.empty(len(pieces.lengths), bool)
+    begins[1:] = pieces.starts[1:] != pieces.starts[:-1] + pieces.lengths[:-1]
     first_pieces = pieces.bounds[:-1]
-    begins[first_pieces[first_pieces < len(ends)]] = True
+    begins[first_pieces[first_pieces < len(begins)]] = True
+    return begins
+
+
+def _joined(pieces: Pieces, begins: np.ndarray) -> tuple[Pieces, np.ndarray]:
+    """Return the pieces, joined where they are adjacent in a row and in the array, and the new bounds of the rows."""
     firsts = np.flatnonzero(begins)
     starts = pieces.starts[firsts]
-    lasts = np.append(firsts[1:], len(ends)) - 1
-    return pieces._replace(starts=starts, lengths=ends[lasts] - starts), firsts.searchsorted(pieces.bounds)
+    lasts = np.append(firsts[1:], len(begins)) - 1
+    lengths = pieces.starts[lasts] + pieces.lengths[lasts] - starts
+    return pieces._replace(starts=starts, lengths=lengths), firsts.searchsorted(pieces.bounds)
 
 
 def sums(numbers: np.ndarray, first: int = 0) -> np.ndarray:

@@ -240,17 +240,18 @@ def test_each_pass_has_its_own_rows_in_the_order_that_is_asked_for_and_resumes(p
         return n - 1 - places if first % 2 else places
 
     def build(first=0):
-        return BestFit(window="all").build(
-            passes_of(*passes, first=first), batch_size=B, seq_len=8, row_order=backwards
-        )
+        return BestFit(window="all").build(passes_of(*passes, first=first), batch_size=B, seq_len=8, shuffle=backwards)
 
     packer = build()
     batches = packed(packer)
     rows, begin = [], 0
     for lengths in passes:
         own = best_fit_by_scanning(lengths, 9, len(lengths), 1, None, False)
-        own = [[run._replace(document=run.document + begin) for run in row] for row in own]
-        rows += own[::-1] if begin % 2 else own
+        alike = {n: [d for d, length in enumerate(lengths) if length == n] for n in lengths}
+        mirrored = {d: other for same in alike.values() for d, other in zip(same, same[::-1], strict=True)}
+        if begin % 2:
+            own = [[run._replace(document=mirrored[run.document]) for run in row] for row in own[::-1]]
+        rows += [[run._replace(document=run.document + begin) for run in row] for row in own]
         begin += len(lengths)
     assert [row for batch in batches for row in batch] == rows
     first = build()
