@@ -187,6 +187,23 @@ def test_pack_bytes_counts_what_the_kernel_moves(monkeypatch, extras, word_bytes
     assert len(watch.read) + len(watch.written) == counted
 
 
+@interpreted
+def test_a_row_of_a_thousand_pieces_costs_ten_loads_more_than_a_row_of_one(monkeypatch):
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    load, calls = builder.create_masked_load, []
+    monkeypatch.setattr(builder, "create_masked_load", lambda *args: (calls.append(0), load(*args))[1])
+    loads = []
+    for pieces in (1, 512, 513, 1024):
+        row = full_row(1024, [(c, 1.0) for c in range(pieces)])
+        slot = make_slot([row], 1024, 2, ALL_EXTRAS)
+        calls.clear()
+        pack(*slot.views(), *poisoned((1, 1024), ALL_EXTRAS, len(slot.cu)).values(), **NUMBERS)
+        loads.append(len(calls))
+    blocks = 2
+    assert [n - loads[0] for n in loads] == [0, 9 * blocks, 10 * blocks, 10 * blocks]
+
+
 def test_the_example_of_pack_bytes_is_true():
     # kernels/ is not where pytest looks for examples: under that name it refuses to be imported.
     assert doctest.testmod(sys.modules[pack_bytes.__module__]) == (0, 1)
