@@ -155,7 +155,7 @@ def pack(
     assert words.dtype in (torch.int16, torch.int32) and table.dtype is torch.int32
     assert cu_seqlens is None or cu_seqlens.numel() % CU_ALIGN == 0
     batch_size, seq_len = inputs.shape
-    block = _block(seq_len)
+    block = block_of(seq_len)
     blocks = triton.cdiv(seq_len, block)
     cu_groups = 0 if cu_seqlens is None else cu_seqlens.numel() // CU_ALIGN
     cu_rows = triton.cdiv(cu_groups * CU_ALIGN, block * blocks)
@@ -163,15 +163,20 @@ def pack(
         words, table,
         inputs, targets, weights, positions, doc_ids, cu_seqlens,
         batch_size, cu_groups, bos_id, ignore_index,
-        SEQ_LEN=seq_len, BLOCK=block, CU_ALIGN=CU_ALIGN, num_warps=max(1, block // (_COLUMNS * _WARP)),
+        SEQ_LEN=seq_len, BLOCK=block, CU_ALIGN=CU_ALIGN, num_warps=warps_of(block),
     )  # fmt: skip
 
 
-def _block(seq_len: int) -> int:
+def block_of(seq_len: int) -> int:
     """Columns per program: of 128, 256, 512 the largest that divides T, else the smallest that covers T, or 512."""
     if seq_len % 128 == 0:
         return min(512, seq_len & -seq_len)
     return max(128, min(512, triton.next_power_of_2(seq_len)))
+
+
+def warps_of(block: int) -> int:
+    """Warps of a program that writes `block` columns."""
+    return max(1, block // (_COLUMNS * _WARP))
 
 
 # In its own file, so that the twin runs without Triton.
