@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from nanopack.batch import Batch, Piece
@@ -147,6 +147,10 @@ def _tokens(
     for piece in pieces:
         conversation = choose(check(peek(source, piece.conversation, config.seed)), config.loss, config.first_assistant)
         document, where = render(conversation), source.where(piece.conversation)
+        roles = None
+        if source.rendered:
+            starts, roles = source.messages_of(piece.conversation)
+            document = replace(document, starts=starts)
         for column in range(max(piece.start, columns[0]), min(piece.start + piece.length, columns[-1] + 1)):
             offset = piece.offset + column - piece.start
             was = ids[column - columns[0]] if column - columns[0] < len(ids) else None
@@ -155,7 +159,7 @@ def _tokens(
                     f"{where} is not what the batch was made of: its token {offset} is another one. The data set has "
                     f"changed since it was read; or, with static=True, a later batch is in these tensors"
                 )
-            found[column] = _token(piece.conversation, where, offset, conversation, document, tokenizer, config)
+            found[column] = _token(piece.conversation, where, offset, conversation, document, roles, tokenizer, config)
     return [found.get(column) for column in columns]
 
 
@@ -165,23 +169,30 @@ def _token(
     offset: int,
     conversation: Conversation,
     document: Document,
+    roles: Sequence[str] | None,
     tokenizer: AnyTokenizer,
     config: LoaderConfig,
 ) -> Token:
     # a merged system message starts where the user's does: take the later one
     message = bisect_right(document.starts, offset) - 1
     token_id = int(document.ids[offset])
+    tokens = conversation.tokens
+    if roles is None:
+        roles = [said.role for said in conversation.messages]
+    elif roles or document.mask.all():
+        # what became tokens before they were stored
+        tokens = None
     return Token(
         conversation=index,
         where=where,
         offset=offset,
         message=message if message >= 0 else None,
-        role=conversation.messages[message].role if message >= 0 else None,
+        role=roles[message] if message >= 0 else None,
         id=token_id,
         text=text_of([token_id], tokenizer),
         in_loss=bool(config.loss == "all" or document.mask[offset]) and (config.boundary_loss or offset > 0),
-        tokenized=conversation.tokens is not None,
-        masked=conversation.tokens is not None and conversation.tokens.mask is not None,
+        tokenized=tokens is not None,
+        masked=tokens is not None and tokens.mask is not None,
     )
 
 

@@ -29,7 +29,7 @@ from nanopack.config import (
     Turns,
 )
 from nanopack.conversations.answers import Answers
-from nanopack.conversations.records import Conversations, open_conversations
+from nanopack.conversations.data_sets import Conversations
 from nanopack.distributed import group_to_agree_in, knows_its_rank, rank_and_world_size, refuse_late_ranks
 from nanopack.explain import Explanation, explain
 from nanopack.ledger import LedgerReport, report_of
@@ -40,7 +40,8 @@ from nanopack.render.templates import Template
 from nanopack.run import Run
 from nanopack.stages import Processes
 from nanopack.stats import StatsReport
-from nanopack.tokenizers.tokenizer import AnyTokenizer, TokenizerLike, for_template, load_tokenizer
+from nanopack.store.opening import open_data, settle
+from nanopack.tokenizers.tokenizer import AnyTokenizer, TokenizerLike
 from nanopack.upload.device import open_device
 
 
@@ -49,14 +50,16 @@ class Loader:
 
     Args:
         conversations: a data set (any object with `len` and `[int]`: a list, a `datasets.Dataset`, a
-            `nanopack.mixture`), or path(s), folders or globs of `.jsonl`, `.ndjson`, `.json` (also `.gz`, `.zst`),
-            `.parquet`, `.arrow`. A conversation is `{"messages": [{"role", "content"}, ...]}`, ShareGPT's
-            `{"conversations": [{"from", "value"}, ...]}`, a bare list of messages, `{"prompt", "completion"}`,
-            `{"instruction", "input", "output"}`, `{"text": ...}`, or tokens, `{"input_ids": ...}` with `"labels"` or
-            `"loss_mask"`; `"weight"` (a float >= 0) is its own loss weight; 0 keeps it out of the loss. docs/data.md
-            says what every key does; one that matters and cannot be honoured is an error.
+            `nanopack.mixture`), the folder of a token store (`nanopack tokenize`; docs/store.md), or path(s), folders
+            or globs of `.jsonl`, `.ndjson`, `.json` (also `.gz`, `.zst`), `.parquet`, `.arrow`. A conversation is
+            `{"messages": [{"role", "content"}, ...]}`, ShareGPT's `{"conversations": [{"from", "value"}, ...]}`, a
+            bare list of messages, `{"prompt", "completion"}`, `{"instruction", "input", "output"}`, `{"text": ...}`, or
+            tokens, `{"input_ids": ...}` with `"labels"` or `"loss_mask"`; `"weight"` (a float >= 0) is its own loss
+            weight; 0 keeps it out of the loss. docs/data.md says what every key does; one that matters and cannot be
+            honoured is an error.
         tokenizer: a `tiktoken.Encoding`, a nanochat tokenizer folder or its `tokenizer.pkl`, an object whose `.enc` is
-            an `Encoding`, a fast Hugging Face tokenizer, or `"chat32k"`, which ships with nanopack.
+            an `Encoding`, a fast Hugging Face tokenizer, or `"chat32k"`, which ships with nanopack. None: of a token
+            store, which needs none; one that is given must be the one that made it.
         batch_size: rows of a batch, B.
         seq_len: tokens of a row, T.
 
@@ -146,7 +149,7 @@ class Loader:
     def __init__(
         self,
         conversations: Conversations,
-        tokenizer: TokenizerLike,
+        tokenizer: TokenizerLike | None = None,
         batch_size: int = 32,
         seq_len: int = 2048,
         *,
@@ -180,14 +183,14 @@ class Loader:
     ) -> None:
         self._knows_its_rank = knows_its_rank(rank)
         rank, world_size = rank_and_world_size(rank, world_size)
+        source = open_data(conversations, shuffled=seed is not None)
+        asked = dict(template=template, first_assistant=first_assistant, turns=turns, loss=loss)
+        settled, made = settle(source, tokenizer, asked)
         self.config = LoaderConfig(
             batch_size=batch_size,
             seq_len=seq_len,
             packing=as_packing(packing),
-            template=template,
-            first_assistant=first_assistant,
-            turns=turns,
-            loss=loss,
+            **made,
             loss_weights=loss_weights,
             boundary_loss=boundary_loss,
             ignore_index=ignore_index,
@@ -206,11 +209,10 @@ class Loader:
         check_bool("static", static)
         check_choice("start_method", start_method, START_METHODS)
         group = group_to_agree_in(process_group, epochs, world_size)
-        source = open_conversations(conversations, shuffled=seed is not None)
-        self.source = Answers(source, first_assistant, seed) if turns == "each" else source
+        self.source = Answers(source, first_assistant, seed) if turns == "each" and not source.rendered else source
         self._run = Run(
             self.source,
-            for_template(load_tokenizer(tokenizer), template),
+            settled,
             self.config,
             open_device(device),
             Processes(num_workers, prefetch, start_method),

@@ -26,12 +26,13 @@ from nanopack.checks import check_choice, check_int
 from nanopack.config import TemplateName
 from nanopack.conversations.fetch import peek
 from nanopack.conversations.files import Files
-from nanopack.conversations.records import Conversation, check, open_conversations, short
+from nanopack.conversations.records import Conversation, check, short
 from nanopack.conversations.source import Source
 from nanopack.errors import NEVER_SKIPPED
 from nanopack.render.document import Document
 from nanopack.render.renderer import Renderer
 from nanopack.render.templates import Template
+from nanopack.store.opening import open_data
 from nanopack.tokenizers.tokenizer import TokenizerLike, for_template, load_tokenizer
 
 SharesBy: TypeAlias = Literal["conversation", "token"]
@@ -170,7 +171,7 @@ def _open(place: str, number: int, item: object) -> tuple[Fraction, str, Source]
     if not _is_weight(weight):
         raise ValueError(f"{place}: weight={short(weight)} is not allowed; give a number above 0, or drop the source")
     try:
-        source = open_conversations(conversations, shuffled=True)
+        source = open_data(conversations, shuffled=True)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
     # The decimal as written, so that no binary rounding decides how many picks a pass has.

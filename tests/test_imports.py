@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the data to the user. A stage imports only those before it, also through other modules.
 ORDER = (
-    *("errors", "packing", "conversations", "tokenizers", "render", "config", "ring", "producer", "upload", "loader"),
-    *("reference", "adapters", "cli"),
+    *("errors", "packing", "conversations", "tokenizers", "render", "config", "ring", "store"),
+    *("producer", "upload", "loader", "reference", "adapters", "cli"),
 )
 
 

@@ -72,7 +72,7 @@ def test_the_signature_of_the_loader_is_what_the_batches_are_and_then_how_they_a
     named = [p for p in given if p.kind == p.KEYWORD_ONLY]
     first = [(p.name, p.default) for p in given if p.kind == p.POSITIONAL_OR_KEYWORD]
     empty = inspect.Parameter.empty
-    assert first == [("conversations", empty), ("tokenizer", empty), ("batch_size", 32), ("seq_len", 2048)]
+    assert first == [("conversations", empty), ("tokenizer", None), ("batch_size", 32), ("seq_len", 2048)]
     assert [(p.name, p.default) for p in named] == [*BATCHES.items(), *MAKING.items()]
     assert len(given) == len(first) + len(named)
 

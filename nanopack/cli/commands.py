@@ -37,6 +37,7 @@ from nanopack.data import CONVERSATIONS
 from nanopack.loader import Loader
 from nanopack.producer.shard import shards_of
 from nanopack.render.renderer import Renderer
+from nanopack.store.format import Manifest, is_store
 from nanopack.tokenizers.tokenizer import load_tokenizer
 from nanopack.verify import compare, compare_with_witness, expected_batches
 
@@ -246,8 +247,16 @@ def _loader_options(options: Namespace) -> dict[str, Any]:
     return {"epochs": 1, **given}
 
 
+def _tokenizer(options: Namespace) -> Any:
+    """Return the tokenizer asked for, else the one that ships with nanopack; None for a store of another one."""
+    if "tokenizer" in options:
+        return find_tokenizer(options.tokenizer)
+    made = {Manifest.read(path).settings.tokenizer for path in _conversations(options) if is_store(path)}
+    return "chat32k" if made <= {load_tokenizer("chat32k").fingerprint()} else None
+
+
 def _loader(options: Namespace) -> Loader:
-    tokenizer = find_tokenizer(getattr(options, "tokenizer", "chat32k"))
+    tokenizer = _tokenizer(options)
     return Loader(_conversations(options), tokenizer, **_loader_options(options))
 
 
@@ -302,7 +311,8 @@ def _measure(loader: Loader) -> Lengths:
                 show(count / len(read), f"{count:,} conversations")
 
         config = loader.config
-        render = Renderer(loader.tokenizer, config.template, config.loss, config.first_assistant)
+        template = "nanochat" if loader.source.rendered else config.template
+        render = Renderer(loader.tokenizer, template, config.loss, config.first_assistant)
         return measure(source, indices(), render)
 
 

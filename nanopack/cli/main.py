@@ -4,6 +4,8 @@
     nanopack verify [FILES...]    compare every batch with the slow reference packer's
     nanopack inspect [FILES...]   how long the conversations are, and the rows of a batch, drawn
     nanopack bench [FILES...]     measure nanopack, the loaders it replaces and the tokenizer alone; takes minutes
+    nanopack tokenize IN... OUT   tokenize them once, into a folder that the other commands and Loader read as data
+    nanopack store COMMAND OUT    check, info: the files of such a folder, and what is in it
     nanopack demo-train           train a small GPT on the conversations that ship with nanopack, in about a minute
 
 FILES are .jsonl, .ndjson, .json (.gz, .zst), .parquet, .arrow, or folders of these (docs/data.md says what they may
@@ -31,7 +33,10 @@ from collections.abc import Sequence
 from nanopack.cli.commands import bench, demo_train, inspect, pack, verify
 from nanopack.cli.options import parse
 from nanopack.cli.progress import warnings_on_stderr
+from nanopack.cli.store import store_check, store_info, tokenize
 from nanopack.cli.text import printable
+
+STORE_COMMANDS = {"check": store_check, "info": store_info}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
-        options = parse(argv, __doc__ or "", pack, verify, inspect, bench, demo_train)
+        options = parse(argv, __doc__ or "", pack, verify, inspect, bench, demo_train, tokenize, STORE_COMMANDS)
     except SystemExit as end:
         return int(end.code or 0)
     with warnings_on_stderr(verbose=getattr(options, "verbose", False)):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import getdoc
 from pathlib import Path
 from typing import Any, NoReturn
@@ -69,6 +69,8 @@ def parse(
     inspect: Command,
     bench: Command,
     demo_train: Command,
+    tokenize: Command,
+    of_stores: Mapping[str, Command],
 ) -> Any:
     """Return the parsed options, with the function to call in `.command`. SystemExit after --help or an error."""
     parser = Parser(prog="nanopack", description=manual)
@@ -76,7 +78,7 @@ def parse(
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(run: Command, name: str, what: str) -> Parser:
-        one: Parser = commands.add_parser(name, help=what, description=getdoc(run))
+        one = commands.add_parser(name, help=what, description=getdoc(run))
         one.set_defaults(command=run)
         one.add_argument("files", nargs="*", metavar="FILES", help=FILES_HELP)
         one.add_argument("-v", "--verbose", action="store_true", help="print a line for each skipped conversation")
@@ -99,6 +101,10 @@ def parse(
     for one in (packer, verifier, inspector):
         _add_data_options(one.add_argument_group("which batches"))
     _add_bench_options(command(bench, "bench", "measure nanopack, what it replaces, and its bounds"))
+    _add_tokenize_options(command(tokenize, "tokenize", "tokenize conversations once, into a folder"))
+    _add_store_commands(
+        commands.add_parser("store", help="check a folder of tokens, or report what is in it"), of_stores
+    )
     what = "train a small GPT on the conversations that ship with nanopack"
     _add_demo_options(commands.add_parser("demo-train", help=what, description=getdoc(demo_train)), demo_train)
     return parser.parse_args(argv)
@@ -158,16 +164,50 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="OUT.png", type=_path(".png"), help="plot the numbers too (needs matplotlib)")
 
 
-def _add_data_options(group: argparse._ArgumentGroup) -> None:
+def _add_tokenize_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("which tokens")
+    option = _option(group)
+    _add_making_options(option)
+    option("loss", "which tokens are in the loss", choices=LOSSES)
+    option("on_error", "what to do about an invalid conversation", choices=ON_ERROR)
+    option("num_workers", "processes; 0: none; the bytes are the same", "as many as cores", metavar="N", type=_from(0))
+
+
+def _add_store_commands(parser: argparse.ArgumentParser, of_stores: Mapping[str, Command]) -> None:
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, run in of_stores.items():
+        doc = getdoc(run) or ""
+        one = commands.add_parser(name, help=doc.splitlines()[0].rstrip("."), description=doc)
+        one.set_defaults(command=run)
+        one.add_argument("store", metavar="OUT", help="folder that nanopack tokenize wrote")
+        one.add_argument("--json", action="store_true", help="print one JSON object to stdout, and nothing else")
+
+
+def _option(group: argparse._ArgumentGroup) -> Callable[..., None]:
+    """Return the function that adds an option: its name as of Loader, what it is, its default for the help."""
+
     def option(name: str, what: str, default: object = "", **settings: Any) -> None:
         shown = default or CONFIG_DEFAULTS.get(name)
         what += "" if shown is None or isinstance(shown, (bool, tuple)) else f" (default: {shown})"
         group.add_argument(f"--{name.replace('_', '-')}", help=what, default=argparse.SUPPRESS, **settings)
 
+    return option
+
+
+def _add_making_options(option: Callable[..., None]) -> None:
+    """Add what decides the tokens of a document."""
     option("tokenizer", TOKENIZERS, "chat32k")
     option(
         "encoder", "fast: splintr-rs, the same ids faster, checked against tiktoken", "tiktoken", choices=ENCODERS[1:]
     )
+    option("template", "chat template", choices=TEMPLATES)
+    option("turns", "each: a document of every answer, with what was said before it", choices=TURNS)
+    option("first_assistant", "what to do with a chat that begins with the assistant", choices=FIRST_ASSISTANTS)
+
+
+def _add_data_options(group: argparse._ArgumentGroup) -> None:
+    option = _option(group)
+    _add_making_options(option)
     option("batch_size", "rows of a batch, B", metavar="B", type=int)
     option("seq_len", "tokens of a row, T", metavar="T", type=int)
     option("packing", PACKING_HELP, "best_fit", choices=list(PACKINGS))
@@ -184,9 +224,6 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
         type=lambda text: text.split(","),
     )
     option("max_pieces", "pieces a row for which cu_seqlens has room", "T // 8 + 1", metavar="N", type=int)
-    option("template", "chat template", choices=TEMPLATES)
-    option("turns", "each: a document of every answer, with what was said before it", choices=TURNS)
-    option("first_assistant", "what to do with a chat that begins with the assistant", choices=FIRST_ASSISTANTS)
     option("max_document_tokens", "cut documents to this many tokens", metavar="N", type=int)
     option("window", "best_fit...: documents to choose from", _packing_defaults("window"), metavar="N", type=int)
     option("max_age", "best_fit: rows that a document may wait", _packing_defaults("max_age"), metavar="N", type=int)

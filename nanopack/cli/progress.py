@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from nanopack.cli.text import printable
 
@@ -25,8 +25,8 @@ Show = Callable[[float, str], None]
 
 
 @contextlib.contextmanager
-def progress(title: str) -> Iterator[Show]:
-    """Show a bar while the block runs; yield the function that updates it."""
+def progress(title: str, *, eta: bool = False) -> Iterator[Show]:
+    """Show a bar while the block runs, with `eta` the time that is left; yield the function that updates it."""
     title_column, label_column = (
         TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[label]")
     )
@@ -35,6 +35,7 @@ def progress(title: str) -> Iterator[Show]:
         BarColumn(),
         TaskProgressColumn(),
         label_column,
+        *([TimeRemainingColumn()] if eta else []),
         console=STDERR,
         # drawn by hand: a thread that draws would be forked into the loader's processes
         auto_refresh=False,

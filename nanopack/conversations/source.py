@@ -15,6 +15,8 @@ class Source(ABC):
     """Names of the sources that it mixes; none where it is one."""
     runs_foreign_code = False
     """Whether a record is read by code of the user's, which may hold locks and draw random numbers."""
+    rendered = False
+    """Whether the records are tokens that a template rendered before, so that none is needed here."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -37,6 +39,14 @@ class Source(ABC):
     def picks_digest(self) -> str:
         """Return a digest of which records are mixed or split; "" where nothing is."""
         return ""
+
+    def fingerprint(self) -> str:
+        """Return a digest of all records, where it is known without reading them; "" elsewhere."""
+        return ""
+
+    def messages_of(self, index: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Return the token that each message of a record begins with, and its role, where it was `rendered`."""
+        return (), ()
 
     def drawn_as(self, index: int) -> int:
         """Return the number that decides which random numbers are drawn while the record is read."""

@@ -94,7 +94,8 @@ class Reader:
         self.tokenizer = tokenizer
         self.config = config
         self.layout = _layout(config, tokenizer.vocab_size)
-        self.render = Renderer(tokenizer, config.template, config.loss, config.first_assistant)
+        template = "nanochat" if source.rendered else config.template
+        self.render = Renderer(tokenizer, template, config.loss, config.first_assistant)
         self._loss_bit = self.layout.word_dtype.type(self.layout.loss_bit)
         self._special = re.compile("|".join(map(re.escape, sorted(tokenizer.special_tokens))) or r"(?!)")
 

@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from nanopack.reference.stored import is_stored, stored_records
+
 Stored = tuple[str, Callable[[], object]]
 
 
@@ -30,6 +32,8 @@ def open_records(conversations: Any, seed: int | None = None) -> list[Stored]:
     """For every conversation its location, for errors, and a function that reads it; `seed` is the loader's."""
     paths = [conversations] if isinstance(conversations, (str, os.PathLike)) else conversations
     if isinstance(paths, (list, tuple)) and paths and isinstance(paths[0], (str, os.PathLike)):
+        if len(paths) == 1 and is_stored(os.fspath(paths[0])):
+            return stored_records(os.fspath(paths[0]))
         return [record for path in paths for file in _files(os.fspath(path)) for record in _file(file)]
     if type(conversations).__name__ == "Series":
         # by position, not by label

@@ -25,6 +25,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import tiktoken
 
+from nanopack.tokenizers.absent import NoTokenizer
 from nanopack.tokenizers.buffers import joined
 from nanopack.tokenizers.byte_level import LONG_TEXT
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer, is_hugging_face, mended_text
@@ -255,6 +256,10 @@ def load_tokenizer(tokenizer: object) -> AnyTokenizer:
     """
     if isinstance(tokenizer, (Tokenizer, HuggingFaceTokenizer)):
         return tokenizer
+    if isinstance(tokenizer, NoTokenizer):
+        # it has all that a rendered document asks of one
+        none: Any = tokenizer
+        return none  # type: ignore[no-any-return]
     encoding = getattr(tokenizer, "enc", tokenizer)
     if isinstance(encoding, tiktoken.Encoding):
         return Tokenizer(encoding)
