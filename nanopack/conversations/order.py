@@ -48,17 +48,15 @@ class Shard:
         """Yield the conversations of the reads `start` to `stop` - 1; without `stop`, of all from `start` on."""
         while stop is None or start < stop:
             end = start + _CHUNK if stop is None else min(stop, start + _CHUNK)
-            yield from self.at(np.arange(start, end, dtype=np.int64))
+            yield from self.at(np.arange(start, end, dtype=np.int64)).tolist()
             start = end
 
-    def at(self, reads: np.ndarray) -> list[int]:
-        """Return the conversations of these reads, (k,) int64."""
+    def at(self, reads: np.ndarray) -> np.ndarray:
+        """Return the conversations of these reads, (k,) int64 each."""
         index = self.number + reads * self.count
         if self.seed is None:
-            found: list[int] = (index % self.n).tolist()
-        else:
-            found = permute(index % self.n, self.n, self.seed, index // self.n).tolist()
-        return found
+            return index % self.n
+        return permute(index % self.n, self.n, self.seed, index // self.n)
 
     def epoch(self, read: int) -> int:
         """Return the epoch, from 1, once `read` conversations have been read: 1 + wraps so far."""

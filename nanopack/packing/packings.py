@@ -46,8 +46,9 @@ class Packing(ABC):
     def build(self, read: Read, *, batch_size: int, seq_len: int) -> Packer:
         """Return a packer that fills batches of `batch_size` rows of seq_len + 1 tokens.
 
-        `read()` returns (document, length in tokens, from 1), or None at the end of the data. A document is any
-        hashable object equal only to itself. The packer reads when its rule needs another document.
+        `read()` returns the numbers of the next documents, ascending from 0, and their lengths (tokens, from 1), or
+        None at the end of the data. The packer reads when its rule needs another document; of several that it gets at
+        once it takes one by one.
         """
 
     def options(self) -> dict[str, int]:
