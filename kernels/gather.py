@@ -9,8 +9,9 @@ In: all words of the data, and the table of a batch, (n, 4) int32 as one contigu
                            entry first_piece + k, for piece k of row b: first column, weight's bits, origin
 A piece is a run of words in columns of a row; pieces are in column order, without gaps, and the first begins in column
 0. Column c of a piece is words[origin + c]; origin is an int64 in two int32, low first, and may be negative or beyond
-2^31. The weight is a float32 >= 0; its sign bit says that the piece begins its document. A segment is a piece that
-begins before column T, or the padding of a row; first_segment counts those of the rows before.
+2^31. The weight is a float32 >= 0. With `marked`, its sign bit takes the first word of the piece out of the loss, and
+all other bits set take all of its words out. A segment is a piece that begins before column T, or the padding of a row;
+first_segment counts those of the rows before.
 With `counter`, (3,) int64, the table is one of many in the buffer: its entry is in record r = min(counter[1],
 counter[2]), the int64 8 * r of the buffer; kernels/advance.py says what else a record holds.
 Only the words of pieces are read, only the entries above, and the first columns of no first piece.
@@ -22,11 +23,11 @@ Out: contiguous tensors that the caller allocates. Each element is written once,
     positions   (B,T) int32    col - first column of the piece that owns word col; in padding col - length
     doc_ids     (B,T) int32    number of the piece that owns word col, from 0 in each row; in padding -1
     cu_seqlens  (C,)  int32    first columns of all segments in the flattened batch, then B*T; C % CU_ALIGN == 0
-The last four are None if not requested. With `all_in_loss` every word is in the loss, whatever its bit says; without
-`boundary_loss` the first word of a document is not.
+The last four are None if not requested. With `all_in_loss` every word is in the loss whatever its bit says, but for
+those that are marked.
 
 Bytes, for N words of w bytes in P pieces in B rows that all have some (gather_bytes counts them):
-    read     w * N + 12 * B + 4 * (P - B) + 8 * P; for weights 4 * P; for cu_seqlens 4 * B more
+    read     w * N + 12 * B + 4 * (P - B) + 8 * P; for weights or with marked 4 * P; for cu_seqlens 4 * B more
     written  12 * B*T + 4 * B*T for each of weights, positions, doc_ids + 4 * C
 Not counted: a word is read twice (the shift by one) and an entry once per column block; all but the first read come
 from a cache. Words are read one by one: a run begins anywhere.
@@ -49,7 +50,7 @@ def _gather(
     words_ptr, table_ptr, long_ptr, counter_ptr,
     inputs_ptr, targets_ptr, weights_ptr, positions_ptr, doc_ids_ptr, cu_seqlens_ptr,
     batch_size: tl.int32, cu_groups: tl.int32, bos_id: tl.int32, ignore_index: tl.int64,
-    ALL_IN_LOSS: tl.constexpr, BOUNDARY_LOSS: tl.constexpr,
+    ALL_IN_LOSS: tl.constexpr, MARKED: tl.constexpr,
     SEQ_LEN: tl.constexpr, BLOCK: tl.constexpr, CU_ALIGN: tl.constexpr,
 ):  # fmt: skip
     """A program writes BLOCK columns of a row, or, beyond the last row, BLOCK elements of cu_seqlens.
@@ -70,7 +71,7 @@ def _gather(
             words_ptr, table_ptr, long_ptr,
             inputs_ptr, targets_ptr, weights_ptr, positions_ptr, doc_ids_ptr,
             bos_id, ignore_index, row, col, inside,
-            ALL_IN_LOSS, BOUNDARY_LOSS, SEQ_LEN,
+            ALL_IN_LOSS, MARKED, SEQ_LEN,
         )  # fmt: skip
     elif cu_seqlens_ptr is not None:
         item = (row - batch_size) * tl.num_programs(1) * BLOCK + col
@@ -91,7 +92,7 @@ def _gather_row(
     words_ptr, table_ptr, long_ptr,
     inputs_ptr, targets_ptr, weights_ptr, positions_ptr, doc_ids_ptr,
     bos_id, ignore_index, row, col, inside,
-    ALL_IN_LOSS: tl.constexpr, BOUNDARY_LOSS: tl.constexpr, SEQ_LEN: tl.constexpr,
+    ALL_IN_LOSS: tl.constexpr, MARKED: tl.constexpr, SEQ_LEN: tl.constexpr,
 ):  # fmt: skip
     """Columns `col` of row `row`, in every output but cu_seqlens."""
     length = tl.load(table_ptr + row * 4)
@@ -110,10 +111,10 @@ def _gather_row(
     LARGEST: tl.constexpr = 0x7FFF if words_ptr.dtype.element_ty == tl.int16 else 0x7FFFFFFF
     # Beyond the row a word is 0, which is not in the loss.
     in_loss = follows if ALL_IN_LOSS else next_word < 0
-    if weights_ptr is not None or not BOUNDARY_LOSS:
+    if weights_ptr is not None or MARKED:
         bits = tl.load(piece_ptr + owner * 4 + 1, mask=follows, other=0)
-        if not BOUNDARY_LOSS:
-            in_loss = in_loss & ((owner == piece) | (bits >= 0))
+        if MARKED:
+            in_loss = in_loss & ((owner == piece) | (bits >= 0)) & ((bits & 0x7FFFFFFF) != 0x7FFFFFFF)
     out = row.to(tl.int64) * SEQ_LEN + col
     tl.store(inputs_ptr + out, tl.where(real, word & LARGEST, bos_id), mask=inside)
     target = tl.where(in_loss, (next_word & LARGEST).to(tl.int64), ignore_index)
@@ -140,7 +141,7 @@ def gather(
     bos_id: int,
     ignore_index: int,
     all_in_loss: bool,
-    boundary_loss: bool,
+    marked: bool,
     counter: Tensor | None = None,
 ) -> None:
     """Fill the outputs from `words` and `table`, by one launch on the current stream.
@@ -158,7 +159,7 @@ def gather(
         words, table, table.view(torch.int64), counter,
         inputs, targets, weights, positions, doc_ids, cu_seqlens,
         batch_size, cu_groups, bos_id, ignore_index,
-        ALL_IN_LOSS=all_in_loss, BOUNDARY_LOSS=boundary_loss,
+        ALL_IN_LOSS=all_in_loss, MARKED=marked,
         SEQ_LEN=seq_len, BLOCK=block, CU_ALIGN=CU_ALIGN, num_warps=warps_of(block),
     )  # fmt: skip
 

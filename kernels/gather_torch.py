@@ -28,7 +28,7 @@ def gather_torch(
     bos_id: int,
     ignore_index: int,
     all_in_loss: bool,
-    boundary_loss: bool,
+    marked: bool,
     counter: Tensor | None = None,
     scratch: Scratch | None = None,
 ) -> None:
@@ -51,10 +51,11 @@ def gather_torch(
     bits = table.index_select(0, entries + 1)
     if all_in_loss:
         rows.bitwise_or_(torch.iinfo(rows.dtype).min)
-    if not boundary_loss:
-        # A document begins where the owner becomes a piece that begins one.
-        first = (owner[:, 1:] != owner[:, :-1]) & (bits < 0).index_select(0, owner[:, 1:].flatten()).view_as(targets)
-        rows[:, 1:].bitwise_and_(torch.where(first, torch.iinfo(rows.dtype).max, -1))
+    if marked:
+        # A piece begins where the owner changes; column 0 is no target.
+        of_next = bits.index_select(0, owner[:, 1:].flatten()).view_as(targets)
+        out = ((owner[:, 1:] != owner[:, :-1]) & (of_next < 0)) | ((of_next & 0x7FFFFFFF) == 0x7FFFFFFF)
+        rows[:, 1:].bitwise_and_(torch.where(out, torch.iinfo(rows.dtype).max, -1))
     in_loss = write_tokens(scratch, length, inputs, targets, bos_id=bos_id, ignore_index=ignore_index)
     if weights is not None:
         own = (bits & 0x7FFFFFFF).index_select(0, owner[:, 1:].flatten())

@@ -93,11 +93,16 @@ class ShardPacker:
             array=live.array[at],
             starts=live.starts[at] + rows.offsets,
             marks=self._reader.marks(own_weights),
+            loss_tokens=self._known_loss_tokens(rows, at) if self._reader.layout.resident else None,
         )
         if self._config.packing.crops:
             self._crop(rows, at, pieces)
         self._count_placed(rows, at)
         return pieces
+
+    def _known_loss_tokens(self, rows: Rows, at: np.ndarray) -> np.ndarray:
+        """Return the tokens in the loss of pieces that are whole documents, -1 for others: (P,) int64."""
+        return np.where(rows.lengths == self._live.lengths[at], self._live.loss_tokens[at], -1)
 
     def _crop(self, rows: Rows, at: np.ndarray, pieces: Pieces) -> None:
         """Count what is cut off from documents that fill a row, and weigh these by the part that was placed."""

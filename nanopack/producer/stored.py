@@ -8,6 +8,8 @@ It gives what `Reader` gives for the same documents as records. Only of document
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -26,21 +28,32 @@ from nanopack.tokenizers.tokenizer import AnyTokenizer
 TOGETHER = 4096
 
 
-def reader_of(source: Source, tokenizer: AnyTokenizer, config: LoaderConfig) -> Reader:
-    """Return a reader of these data: of documents by number where all are stored in the words of the ring."""
+def reader_of(source: Source, tokenizer: AnyTokenizer, config: LoaderConfig, *, resident: bool = False) -> Reader:
+    """Return a reader of these data: of documents by number where all are stored in the words of the ring.
+
+    `resident`: the words will be on the device; ValueError where the documents are not so stored.
+    """
     if all(isinstance(part, Documents) for part in source.parts):
-        reader = StoreReader(source, tokenizer, config)
+        reader = StoreReader(source, tokenizer, config, resident=resident)
         if reader.fits:
             return reader
+    if resident:
+        raise ValueError(
+            "resident needs documents that are tokens already, all with loss bits or all without: make a store of the "
+            "conversations (nanopack tokenize; docs/store.md), or leave it out"
+        )
     return Reader(source, tokenizer, config)
 
 
 class StoreReader(Reader):
     """Reads documents of stores."""
 
-    def __init__(self, source: Source, tokenizer: AnyTokenizer, config: LoaderConfig) -> None:
+    def __init__(
+        self, source: Source, tokenizer: AnyTokenizer, config: LoaderConfig, *, resident: bool = False
+    ) -> None:
         """Raise as `Reader` does."""
         super().__init__(source, tokenizer, config)
+        self.layout = dataclasses.replace(self.layout, resident=resident)
         self._stores: list[Any] = list(source.parts)
         self._arrays = [_unsigned(shard) for store in self._stores for shard in store.shards]
         firsts = np.cumsum([0, *(len(store.shards) for store in self._stores)])
@@ -51,6 +64,28 @@ class StoreReader(Reader):
         has_all = all(store.settings.loss == "all" and not store.all_in_loss for store in self._stores)
         self._mark_all = config.loss == "all" and (weighted or not has_all)
         self._mark_all |= any(store.all_in_loss for store in self._stores)
+
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        """The words of all documents, each (n,) of unsigned integers, as `Pieces.arrays` are."""
+        return self._arrays
+
+    @property
+    def all_in_loss(self) -> bool:
+        """Whether every token is in the loss, but for those that are marked."""
+        return self._mark_all
+
+    @property
+    def mean_length(self) -> float:
+        """Mean length of the documents, cut to a row."""
+        most = self.config.seq_len + 1
+        total = sum(int(np.minimum(store.lengths, most).sum(dtype=np.int64)) for store in self._stores)
+        return total / sum(len(store.lengths) for store in self._stores)
+
+    @property
+    def marked(self) -> bool:
+        """Whether tokens of some documents are taken out of the loss."""
+        return not self.config.boundary_loss or (self._weighted and self.config.loss != "all")
 
     @property
     def fits(self) -> bool:
@@ -66,7 +101,8 @@ class StoreReader(Reader):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StoreReader, (self.source, self.tokenizer, self.config)
+        make = functools.partial(StoreReader, resident=self.layout.resident)
+        return make, (self.source, self.tokenizer, self.config)
 
     def check_template(self) -> None:
         """Do nothing: stored documents need no template."""
@@ -111,7 +147,7 @@ class StoreReader(Reader):
         """Make the counts of whole documents those of what is packed of them."""
         config, counts = self.config, chunk.loss_tokens
         # nothing else asks for them
-        if not config.drops_untrained and config.loss_weights != "conversation":
+        if not (config.drops_untrained or config.loss_weights == "conversation" or self.layout.resident):
             return
         if self._mark_all:
             counts[:] = chunk.lengths

@@ -60,6 +60,15 @@ class Places:
         padding = (at + self.row_lengths)[self.row_lengths < seq_len]
         return np.sort(np.concatenate([pieces, padding, [len(at) * seq_len]]))
 
+    def count_segments(self, seq_len: int) -> np.ndarray:
+        """Return the number of segments of each row, (B,) int64."""
+        # only the last piece of a row may begin in column T
+        beyond = np.zeros(len(self.counts), np.int64)
+        filled = self.counts > 0
+        beyond[filled] = self.columns[self.bounds[1:][filled] - 1] == seq_len
+        segments: np.ndarray = self.counts - beyond + (self.row_lengths < seq_len)
+        return segments
+
     def max_seqlen(self, seq_len: int) -> int:
         """Return the length of the longest segment."""
         padding = seq_len - int(self.row_lengths.min())
@@ -91,29 +100,11 @@ class Slot:
         if layout.max_segments is not None:
             segments = places.segments(layout.seq_len)
             if len(segments) - 1 > layout.max_segments:
-                raise _too_many_pieces(len(segments) - 1, layout)
+                raise too_many_pieces(len(segments) - 1, layout)
         self._write_words(pieces, places)
         used = self._write_tables(places, pieces.weights, segments)
-        table = np.empty((len(pieces.lengths), 4), np.int64)
-        table[:, 0] = pieces.conversations
-        table[:, 1] = places.columns
-        table[:, 2] = pieces.lengths
-        table[:, 3] = pieces.offsets
-        counts = np.empty((layout.batch_size, 2), np.int64)
-        counts[:, 0] = np.minimum(places.row_lengths, layout.seq_len)
-        counts[:, 1], weight_sum = self._count_loss_tokens(places, pieces.weights)
-        num_tokens, num_loss_tokens = counts.sum(axis=0).tolist()
-        facts = BatchFacts(
-            slot=self.number,
-            used_bytes=4 * used,
-            num_loss_tokens=num_loss_tokens,
-            num_tokens=num_tokens,
-            weight_sum=float(num_loss_tokens) if weight_sum is None else weight_sum,
-            max_seqlen=places.max_seqlen(layout.seq_len),
-            pieces=table.tobytes(),
-            pieces_per_row=places.counts.tobytes(),
-        )
-        return facts, counts
+        of_rows, weight_sum = self._count_loss_tokens(places, pieces.weights)
+        return facts_of(pieces, places, self.number, 4 * used, of_rows, weight_sum, layout.seq_len)
 
     def _write_words(self, pieces: Pieces, places: Places) -> None:
         """Write the words, and zeros from the end of each row to the start of the next."""
@@ -209,6 +200,36 @@ class Slot:
         return np.diff(sums(of_pieces)[places.bounds]), weight_sum
 
 
+def facts_of(
+    pieces: Pieces,
+    places: Places,
+    slot: int,
+    used_bytes: int,
+    loss_tokens: np.ndarray,
+    weight_sum: float | None,
+    seq_len: int,
+) -> tuple[BatchFacts, np.ndarray]:
+    """Return what `Slot.fill` returns: `loss_tokens` (B,) are targets in the loss; weight_sum None: all weigh 1."""
+    table = np.empty((len(pieces.lengths), 4), np.int64)
+    table[:, 0] = pieces.conversations
+    table[:, 1] = places.columns
+    table[:, 2] = pieces.lengths
+    table[:, 3] = pieces.offsets
+    counts = np.stack([np.minimum(places.row_lengths, seq_len), loss_tokens], axis=1)
+    num_tokens, num_loss_tokens = counts.sum(axis=0).tolist()
+    facts = BatchFacts(
+        slot=slot,
+        used_bytes=used_bytes,
+        num_loss_tokens=num_loss_tokens,
+        num_tokens=num_tokens,
+        weight_sum=float(num_loss_tokens) if weight_sum is None else weight_sum,
+        max_seqlen=places.max_seqlen(seq_len),
+        pieces=table.tobytes(),
+        pieces_per_row=places.counts.tobytes(),
+    )
+    return facts, counts
+
+
 def sums(numbers: Any) -> np.ndarray:
     """Return the sums of the first 0, 1, 2, …, n of n numbers, (n + 1,) int64."""
     found = np.zeros(len(numbers) + 1, np.int64)
@@ -216,7 +237,8 @@ def sums(numbers: Any) -> np.ndarray:
     return found
 
 
-def _too_many_pieces(segments: int, layout: Layout) -> ValueError:
+def too_many_pieces(segments: int, layout: Layout) -> ValueError:
+    """Return the error for a batch with more segments than cu_seqlens has room for."""
     per_row = (layout.max_segments or 0) // layout.batch_size
     return ValueError(
         f"max_pieces={per_row} is too small: a batch has {segments} pieces with its padding, and cu_seqlens has room "

@@ -119,6 +119,12 @@ class Cuda(Device):
     def number(self, memory: torch.Tensor) -> int:
         return _number(memory)
 
+    def free_bytes(self) -> tuple[int, int]:
+        """Return the bytes of device memory that can be allocated, and all there are."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return free + cached, total
+
     def copy(self, to: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
         # One cudaMemcpyAsync, asynchronous if the driver knows `source` as pinned. Torch does not track memory that
         # it did not pin itself.

@@ -1,7 +1,7 @@
 """Fill the halves with the tables of the next batches, and count which of them were loaded.
 
-    take(): a table and its facts, from the ring   ->   Refills.refill(replayed)   ->   facts of batches that are ready
-                                                             halves.py                  for so many loads
+    take(): a table and its facts, from the ring   ->   Refills.refill()   ->   facts of the batches that are ready, one
+                                                         halves.py              for each load
 
 A half, in units of 64 bytes, with all numbers from the front of both halves:
 
@@ -12,7 +12,7 @@ A half, in units of 64 bytes, with all numbers from the front of both halves:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,42 @@ def half_bytes(batches: int, batch_size: int, table_bytes: int) -> int:
     return -(-((batches + 2) * RECORD_BYTES + padding + table_bytes) // RECORD_BYTES) * RECORD_BYTES
 
 
+class HostTables:
+    """What stands in place of an `Upload` for a prefetcher: it copies tables out of the ring, one at a time."""
+
+    def __init__(self, slots: Sequence[np.ndarray]) -> None:
+        """`slots`: (slot_bytes,) uint8 each."""
+        self._slots = slots
+        self._tables: list[np.ndarray] = []
+        self._copied: list[int] = []
+
+    all_in_use = False
+
+    @property
+    def can_submit(self) -> bool:
+        """Whether there is no table that was not delivered."""
+        return not self._tables
+
+    @property
+    def can_deliver(self) -> bool:
+        """Whether there is one."""
+        return bool(self._tables)
+
+    def submit(self, slot: int, used_bytes: int) -> None:
+        """Copy the table in a slot."""
+        self._tables.append(self._slots[slot][:used_bytes].copy())
+        self._copied.append(slot)
+
+    def deliver(self) -> np.ndarray:
+        """Return the table, (used_bytes,) uint8."""
+        return self._tables.pop()
+
+    def reclaim(self, *, wait: bool = False) -> list[int]:
+        """Return the slots that were copied since."""
+        copied, self._copied = self._copied, []
+        return copied
+
+
 class Refills:
     """The batches of both halves. `ready` are those that may be loaded, in order."""
 
@@ -60,28 +96,35 @@ class Refills:
         self._held: tuple[np.ndarray, BatchFacts] | None = None
         self._begin_filling()
 
-    def refill(self, replayed: int) -> list[BatchFacts]:
-        """Count loads since the last call, and return the facts of the batches that are ready now; none at the end.
+    def count(self, loaded: int) -> list[BatchFacts]:
+        """Count loads since the last call; return the facts of the batches that they were of.
 
-        ValueError for more loads than there were batches ready, RuntimeError where the device counted others.
+        ValueError for more loads than there were batches ready.
         """
-        if not 0 <= replayed <= len(self.ready):
+        if not 0 <= loaded <= len(self.ready):
             raise ValueError(
-                f"replayed={replayed} is not allowed: {len(self.ready)} batches were ready, and each is loaded once; "
-                f"a load too many gives a batch of padding"
+                f"loaded={loaded} is not allowed: {len(self.ready)} batches were ready, and each is loaded once; a "
+                f"load too many gives a batch of padding"
             )
         self._halves.follow()
-        del self.ready[:replayed]
-        self._loads += replayed
+        done, self.ready = self.ready[:loaded], self.ready[loaded:]
+        self._loads += loaded
+        return done
+
+    def refill(self) -> list[BatchFacts]:
+        """Return the facts of the batches that are ready, of the next ones where none are left; none at the end.
+
+        RuntimeError where the device counted other loads.
+        """
         if not self.ready:
             self._next_half()
         return self.ready
 
-    def begin(self, take: Take) -> None:
+    def begin(self) -> None:
         """Begin again with other batches; those that are ready are forgotten."""
         self._halves.follow()
         self._leave(None)
-        self._take, self._held = take, None
+        self._held = None
         self.ready = []
         self._begin_filling()
 
@@ -113,7 +156,7 @@ class Refills:
         if expected is not None and seen != expected:
             raise RuntimeError(
                 f"refill was given {expected} loads in all, and the device counted {seen}: pass the number of times "
-                f"that load ran since the last refill, replayed graphs and warm-up together"
+                f"that load ran since the last refill, replays and warm-up together"
             )
 
     def _begin_filling(self) -> None:

@@ -52,11 +52,9 @@ from pack_oracle import (
     poisoned,
 )
 
-AS_STORED = {"all_in_loss": False, "boundary_loss": True}
-LOSSES = [{"all_in_loss": everything, "boundary_loss": boundary} for everything in (False, True) for boundary in (1, 0)]
-each_loss = pytest.mark.parametrize(
-    "loss", LOSSES, ids=["as stored", "no boundary", "all in the loss", "all but boundaries"]
-)
+AS_STORED = {"all_in_loss": False, "marked": False}
+LOSSES = [{"all_in_loss": everything, "marked": marked} for everything in (False, True) for marked in (False, True)]
+each_loss = pytest.mark.parametrize("loss", LOSSES, ids=["as stored", "marked", "all in the loss", "all but marked"])
 
 
 def gather_torch_elsewhere(*args, **kwargs) -> None:
@@ -92,7 +90,8 @@ def check(executor: Callable, laid: Laid, seq_len: int, extras: frozenset[str], 
 @settings(max_examples=60)
 def test_any_batch_equals_plain_python(executor, seed, batch_size, seq_len, word_bytes, extras, loss):
     rows = make_rows(seed, batch_size, seq_len, word_bytes)
-    check(executor, lay_out(rows, seq_len, word_bytes, seed), seq_len, extras, loss)
+    laid = lay_out(rows, seq_len, word_bytes, seed, marked=loss["marked"])
+    check(executor, laid, seq_len, extras, loss)
 
 
 @each_executor
@@ -110,7 +109,8 @@ def test_every_combination_of_extras_equals_plain_python(executor, word_bytes, e
 @pytest.mark.parametrize("edge", EDGES)
 def test_edges_equal_plain_python(executor, word_bytes, loss, edge):
     seq_len, rows = EDGES[edge]
-    check(executor, lay_out(rows, seq_len, word_bytes), seq_len, ALL_EXTRAS, loss)
+    laid = lay_out(rows, seq_len, word_bytes, marked=loss["marked"])
+    check(executor, laid, seq_len, ALL_EXTRAS, loss)
 
 
 @each_executor
@@ -275,9 +275,9 @@ def test_the_twins_never_wait_for_an_accelerator(loss):
 @each_width
 @pytest.mark.parametrize("seq_len", [1, 127, 128, 129, 640, 1000, 2048])
 def test_both_executors_agree_on_a_gpu_and_neither_waits(seq_len, word_bytes):
-    laid = lay_out(make_rows(3, 5, seq_len, word_bytes), seq_len, word_bytes)
-    words, table = laid.words.cuda(), laid.table.cuda()
     for loss in LOSSES:
+        laid = lay_out(make_rows(3, 5, seq_len, word_bytes), seq_len, word_bytes, marked=loss["marked"])
+        words, table = laid.words.cuda(), laid.table.cuda()
         for extras in SINGLES:
             by_kernel, by_twin = (poisoned((5, seq_len), extras, len(laid.cu), "cuda") for _ in range(2))
             with syncs_raise():

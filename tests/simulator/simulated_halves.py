@@ -85,7 +85,7 @@ class Simulation:
 
     def train(self, batches: int, lies: int = 0) -> None:
         """Load and read about so many batches. `lies`: loads too many, once in a while."""
-        ready = self.refills.refill(0)
+        ready = self.refills.refill()
         while ready and self.seen < batches:
             count = self.random.randrange(1, len(ready) + 1)
             for facts in ready[:count]:
@@ -95,7 +95,8 @@ class Simulation:
                 self.load(None)
             if self.random.random() < 0.3:
                 self.switch()
-            ready = self.refills.refill(count)
+            self.refills.count(count)
+            ready = self.refills.refill()
 
     def load(self, facts: BatchFacts | None) -> None:
         """Queue a load, and a step that looks at what it wrote; None: a load too many."""

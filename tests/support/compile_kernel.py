@@ -75,7 +75,7 @@ def launch(
     else:
         if kernel == "gather":
             counter = None
-        gather.gather(words, data, *outputs, **numbers, all_in_loss=False, boundary_loss=True, counter=counter)
+        gather.gather(words, data, *outputs, **numbers, all_in_loss=False, marked=False, counter=counter)
 
 
 FUNCTIONS = {"pack": pack._pack, "gather": gather._gather, "graph": gather._gather, "advance": advance._advance}

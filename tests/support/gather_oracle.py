@@ -22,27 +22,30 @@ class Laid:
     table: torch.Tensor
     cu: list[int]
     rows: list[Row]
-    begins: list[list[bool]]
-    """For each piece whether it begins its document."""
+    marks: list[list[str]]
+    """For each piece what is taken out of the loss: "", "first" or "all"."""
 
-    def seen(self, *, all_in_loss: bool, boundary_loss: bool) -> list[Row]:
+    def seen(self, *, all_in_loss: bool, marked: bool) -> list[Row]:
         """The rows, with what is in the loss by these arguments."""
         rows = []
-        for row, begins in zip(self.rows, self.begins, strict=True):
+        for row, marks in zip(self.rows, self.marks, strict=True):
             in_loss = [True] * len(row.ids) if all_in_loss else list(row.in_loss)
-            for (column, _), first in zip(row.pieces, begins, strict=True):
-                in_loss[column] &= boundary_loss or not first
+            bounds = pairwise([*(column for column, _ in row.pieces), len(row.ids)])
+            for (begin, end), mark in zip(bounds, marks, strict=False):
+                for column in range(begin, end):
+                    in_loss[column] &= not marked or mark == "" or (mark == "first" and column > begin)
             rows.append(replace(row, in_loss=in_loss))
         return rows
 
 
-def lay_out(rows: list[Row], seq_len: int, word_bytes: int, seed: int = 0) -> Laid:
+def lay_out(rows: list[Row], seq_len: int, word_bytes: int, seed: int = 0, *, marked: bool = False) -> Laid:
     """Scatter the pieces over data that begin and end with the word of a piece; garbage lies between them.
 
     Entries of pieces lie in any order of the rows, with garbage between them, as the contract allows.
     """
     rng = random.Random(seed)
-    begins = [[rng.random() < 0.5 for _ in row.pieces] for row in rows]
+    choice = ["", "", "first", "first", "all"] if marked else [""]
+    marks = [[rng.choice(choice) for _ in row.pieces] for row in rows]
     runs = []
     for b, row in enumerate(rows):
         columns = [column for column, _ in row.pieces]
@@ -61,15 +64,15 @@ def lay_out(rows: list[Row], seq_len: int, word_bytes: int, seed: int = 0) -> La
     words = np.concatenate(parts).astype(f"u{word_bytes}") if at else np.zeros(1, f"u{word_bytes}")
     return Laid(
         torch.from_numpy(words.view(f"i{word_bytes}")),
-        torch.from_numpy(_table(rows, seq_len, begins, origins, rng).reshape(-1)),
+        torch.from_numpy(_table(rows, seq_len, marks, origins, rng).reshape(-1)),
         flat_starts(rows, seq_len),
         rows,
-        begins,
+        marks,
     )
 
 
 def _table(
-    rows: list[Row], seq_len: int, begins: list[list[bool]], origins: dict[tuple[int, int], int], rng: random.Random
+    rows: list[Row], seq_len: int, marks: list[list[str]], origins: dict[tuple[int, int], int], rng: random.Random
 ) -> np.ndarray:
     at = len(rows) + 1
     heads: list[list[int]] = [[] for _ in rows]
@@ -78,7 +81,7 @@ def _table(
         at += rng.randrange(2)
         heads[b] = [len(rows[b].ids), at, len(rows[b].pieces)]
         for k, (column, weight) in enumerate(rows[b].pieces):
-            bits = float_bits(weight) | (-(2**31) if begins[b][k] else 0)
+            bits = {"": float_bits(weight), "first": float_bits(weight) | -(2**31), "all": 2**31 - 1}[marks[b][k]]
             origin = origins[b, k] & (2**64 - 1)
             entries[at] = [column, bits, *np.array([origin], np.uint64).view(np.int32).tolist()]
             at += 1

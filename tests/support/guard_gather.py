@@ -18,7 +18,7 @@ from nanopack.kernels.gather_torch import gather_torch
 from pack_oracle import BOS, IGNORE, SINGLES, WORD_BYTES, assert_exact, full_row, make_rows, poisoned
 
 LAUNCHERS = {"triton": gather, "torch": gather_torch}
-NUMBERS = {"bos_id": BOS, "ignore_index": IGNORE, "all_in_loss": False, "boundary_loss": False}
+NUMBERS = {"bos_id": BOS, "ignore_index": IGNORE, "all_in_loss": False, "marked": True}
 
 
 def guarded(tensor: torch.Tensor, side: str) -> torch.Tensor:
@@ -31,7 +31,7 @@ def gather_beside(executor: str, side: str, laid: Laid, seq_len: int, extras: fr
     words, table = guarded(laid.words, side), guarded(laid.table, side)
     outputs = poisoned((BATCH_SIZE, seq_len), extras, len(laid.cu))
     LAUNCHERS[executor](words, table, *outputs.values(), **NUMBERS)
-    assert_exact(outputs, laid.seen(all_in_loss=False, boundary_loss=False), laid)
+    assert_exact(outputs, laid.seen(all_in_loss=False, marked=True), laid)
 
 
 def gather_all_beside(executor: str, side: str) -> None:
@@ -39,7 +39,7 @@ def gather_all_beside(executor: str, side: str) -> None:
         for word_bytes in WORD_BYTES:
             for extras in SINGLES:
                 rows = make_rows(5, BATCH_SIZE, seq_len, word_bytes)
-                gather_beside(executor, side, lay_out(rows, seq_len, word_bytes), seq_len, extras)
+                gather_beside(executor, side, lay_out(rows, seq_len, word_bytes, marked=True), seq_len, extras)
 
 
 def overrun(executor: str, side: str) -> None:
