@@ -63,6 +63,14 @@ class Shard:
         # With more shards than conversations every read wraps, however often n fits into the count.
         return 1 + (read if self.count > self.n else (self.number + read * self.count) // self.n)
 
+    def end_of_pass(self, read: int) -> int:
+        """Return the first read that lies in a later pass over the data than this one."""
+        return self.num_reads((self.number + read * self.count) // self.n + 1)
+
+    def start_of_pass(self, read: int) -> int:
+        """Return the first read that lies in the same pass over the data as this one."""
+        return self.num_reads((self.number + read * self.count) // self.n)
+
     def num_reads(self, epochs: int) -> int:
         """Return how many reads of this shard lie in `epochs` passes over the data.
 

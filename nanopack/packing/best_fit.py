@@ -71,12 +71,19 @@ class BestFitPacker:
         self._crop = crop
         self._row = 0
         self._keys: list[int] = []
+        # of the keys, where that is known
+        self._numbers: np.ndarray | None = None
         self._ages = _Ages(max_age)
         self.emitted = self.cropped = self.packed = self.longest_wait = 0
 
     def waiting(self) -> list[int]:
         """Return the documents that wait, in the order of reading."""
-        return np.sort(numbers_of(self._keys)).tolist()  # type: ignore[no-any-return]
+        return sorted(self._waiting_numbers().tolist())
+
+    def _waiting_numbers(self) -> np.ndarray:
+        if self._numbers is None:
+            self._numbers = numbers_of(self._keys)
+        return self._numbers
 
     def remaining(self) -> list[tuple[int, int]]:
         """Return each document with tokens still to come, and their number, in the order of reading."""
@@ -84,7 +91,8 @@ class BestFitPacker:
 
     def state(self) -> State:
         """Return the counters, the number of the next row, and the row in which each waiting document was read."""
-        since = self._ages.read_in(np.sort(numbers_of(self._keys)))
+        since = self._ages.read_in(self._waiting_numbers())
+        since.sort()
         return {"row": self._row, "since": since.tolist(), **counters(self)}
 
     def restore(self, state: State, waiting: Sequence[tuple[int, int]]) -> None:
@@ -92,6 +100,7 @@ class BestFitPacker:
         set_counters(self, state)
         self._row = state["row"]
         self._keys = sorted(key_of(document, length) for document, length in waiting)
+        self._numbers = None
         self._ages.restore(np.array([document for document, _ in waiting], np.int64), state["since"])
 
     @property
@@ -106,6 +115,7 @@ class BestFitPacker:
 
     def next_rows(self) -> Rows:
         """Return the rows of the next batch; at the end of the data fewer than its rows, then none."""
+        self._numbers = None
         placed: list[int] = []
         bounds = [0]
         first = self._row
@@ -151,17 +161,26 @@ class BestFitPacker:
         """Return the rows of these keys, the first of number `first`, and count them."""
         documents, lengths = numbers_of(keys), lengths_of(keys)
         if len(keys):
-            rows = np.arange(first, first + len(bounds) - 1).repeat(np.diff(bounds))
-            self.longest_wait = max(self.longest_wait, int((rows - self._ages.read_in(documents)).max()))
-            too_long = np.add.reduceat(lengths, bounds[:-1]) - self._capacity
-            # only the last of a row is cut
-            cut = np.maximum(too_long, 0)
-            lengths[bounds[1:] - 1] -= cut
-            self.cropped += int(cut.sum())
-        self.emitted += int(lengths.sum())
+            # no document has waited longer than the one read first would have until the last of these rows
+            if self._row - 1 - self._ages.read_in_one(int(documents.min())) > self.longest_wait:
+                rows = np.arange(first, first + len(bounds) - 1).repeat(bounds[1:] - bounds[:-1])
+                self.longest_wait = max(self.longest_wait, int((rows - self._ages.read_in(documents)).max()))
+            self.emitted += int(np.add.reduce(lengths))
+            if self._crop or self._ages.due < _NEVER:
+                self._cut(lengths, bounds)
         self.packed += len(keys)
         self._ages.forget(self._keys)
         return Rows(documents, np.zeros(len(keys), np.int64), lengths, bounds)
+
+    def _cut(self, lengths: np.ndarray, bounds: np.ndarray) -> None:
+        """Cut the last document of each row that is too long, and count that."""
+        too_long = np.add.reduceat(lengths, bounds[:-1]) - self._capacity
+        if int(too_long.max()) > 0:
+            cut = np.maximum(too_long, 0)
+            lengths[bounds[1:] - 1] -= cut
+            tokens = int(cut.sum())
+            self.cropped += tokens
+            self.emitted -= tokens
 
 
 class _Ages:
@@ -196,7 +215,11 @@ class _Ages:
         if (known := self._marks.shape[1]) < len(self._rows):
             new = np.array([self._numbers[known:], self._rows[known:]], np.int64)
             self._marks = np.concatenate([self._marks, new], axis=1)
-        return self._marks[1][np.searchsorted(self._marks[0], numbers)]  # type: ignore[no-any-return]
+        return self._marks[1][self._marks[0].searchsorted(numbers)]  # type: ignore[no-any-return]
+
+    def read_in_one(self, number: int) -> int:
+        """Return the row in which a document was read."""
+        return self._rows[bisect_left(self._numbers, number)]
 
     def oldest(self, keys: list[int], row: int, otherwise: int) -> int:
         """Return the index of the document that has waited too long in this row, else `otherwise`."""
@@ -209,7 +232,7 @@ class _Ages:
             order.extend(sorted(keys, key=LAST.__and__, reverse=True))
         assert self._max_age is not None
         number = LAST - (order[0] & LAST)
-        self.due = self._rows[bisect_left(self._numbers, number)] + self._max_age
+        self.due = self.read_in_one(number) + self._max_age
         return bisect_left(keys, order[0]) if self.due <= row else otherwise
 
     def forget(self, keys: Sequence[int]) -> None:

@@ -5,8 +5,9 @@ lengths of documents   ->   simulate()   ->   Packed   ->   len(loader), nanopac
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def simulate(
     >>> simulate(BestFit(), [3, 9, 2], seq_len=4)
     Packed(batches=2, rows=2, tokens=8, emitted=10, cut=4, longest_wait_rows=1, seq_len=4)
     """
-    steps = simulating(packing, np.fromiter(lengths, np.int64), seq_len, batch_size=batch_size, to_end=to_end)
+    steps = simulating(packing, [np.fromiter(lengths, np.int64)], seq_len, batch_size=batch_size, to_end=to_end)
     while True:
         try:
             next(steps)
@@ -57,15 +58,20 @@ def simulate(
 
 
 def simulating(
-    packing: Packing, known: np.ndarray, seq_len: int, *, batch_size: int, to_end: bool = True
+    packing: Packing, parts: Sequence[np.ndarray], seq_len: int, *, batch_size: int, to_end: bool = True
 ) -> Generator[None, None, Packed]:
-    """Simulate as `simulate`, step by step: yield after each batch."""
+    """Simulate as `simulate`, step by step: yield after each batch. `parts` are the lengths of one pass or more."""
+    known = np.concatenate([np.empty(0, np.int64), *parts])
     kept = np.minimum(known, seq_len + 1) if packing.cuts_to_row else known
+    bounds = np.cumsum([0, *map(len, parts)])
+    passes = ((np.arange(begin, end), kept[begin:end]) for begin, end in pairwise(bounds.tolist()) if end > begin)
     asked = 0
 
     def read() -> tuple[np.ndarray, np.ndarray] | None:
         nonlocal asked
         asked += 1
+        if packing.whole_passes:
+            return next(passes, None)
         return (np.arange(len(kept)), kept) if asked == 1 and len(kept) else None
 
     packer = packing.build(read, batch_size=batch_size, seq_len=seq_len)

@@ -23,6 +23,10 @@ class _Planned(NamedTuple):
     rows: Rows
     at: int
     """Where the next token is, once these rows are filled."""
+    document: int
+    """In which of the known documents."""
+    taken: int
+    """How many of these must be taken until then."""
 
 
 class StreamPacker:
@@ -43,28 +47,29 @@ class StreamPacker:
         # the documents that are known, and where each ends, counted in tokens from the first one's beginning
         self._numbers = self._ends = _NONE
         self._taken = 0
-        self._at = 0
+        # the next token, and its document
+        self._at = self._next = 0
         self._carries = False
         self._planned: deque[_Planned] = deque()
         self.emitted = self.cropped = self.packed = self.longest_wait = 0
 
     def waiting(self) -> list[int]:
         """Return the document of the carried token, if there is one, then those with tokens still to come."""
-        carried = [self._document_at(self._at - 1)] if self._carries else []
-        return self._numbers[[*carried, *range(self._document_at(self._at), self._taken)]].tolist()  # type: ignore[no-any-return]
+        carried = [int(self._numbers[self._document_of_carried()])] if self._carries else []
+        queue: list[int] = self._numbers[self._next : self._taken].tolist()
+        return carried + queue
 
     def remaining(self) -> list[tuple[int, int]]:
         """Return each document with tokens still to come, and their number."""
-        first = self._document_at(self._at)
-        left = np.diff(self._ends[first : self._taken], prepend=self._at)
-        return list(zip(self._numbers[first : self._taken].tolist(), left.tolist(), strict=True))
+        waiting = slice(self._next, self._taken)
+        left = np.diff(self._ends[waiting], prepend=self._at)
+        return list(zip(self._numbers[waiting].tolist(), left.tolist(), strict=True))
 
     def state(self) -> State:
         """Return the counters, and the offsets of the carried token (-1: none) and of the next token."""
-        carried, next_document = self._at - 1, self._document_at(self._at)
         return {
-            "carried": carried - self._start(self._document_at(carried)) if self._carries else -1,
-            "offset": self._at - self._start(next_document) if next_document < self._taken else 0,
+            "carried": self._at - 1 - self._start(self._document_of_carried()) if self._carries else -1,
+            "offset": self._at - self._start(self._next) if self._next < self._taken else 0,
             **counters(self),
         }
 
@@ -82,11 +87,12 @@ class StreamPacker:
         self._numbers = np.array([document for document, _ in waiting], np.int64)
         self._ends = np.cumsum([length for _, length in waiting], dtype=np.int64)
         self._taken, self._at = len(waiting), before + state["offset"]
+        self._next = int(self._ends.searchsorted(self._at, "right"))
 
     @property
     def waiting_documents(self) -> int:
         """Documents taken that have tokens still to come."""
-        return self._taken - self._document_at(self._at)
+        return self._taken - self._next
 
     @property
     def waiting_tokens(self) -> int:
@@ -97,18 +103,17 @@ class StreamPacker:
         """Return the rows of the next batch; at the end of the data fewer than its rows, then none."""
         if not self._planned:
             self._plan()
-        rows, at = self._planned.popleft()
+        rows, at, document, taken = self._planned.popleft()
         if rows.num_rows:
-            self.packed += self._document_at(at) - self._document_at(self._at)
+            self.packed += document - self._next
             self.emitted += at - self._at
-            self._carries, self._at = self._overlap, at
-        wanted = int(np.searchsorted(self._ends, at)) + 1
-        self._taken = min(max(self._taken, wanted), len(self._ends))
+            self._carries, self._at, self._next = self._overlap, at, document
+        self._taken = max(self._taken, taken)
         return rows
 
-    def _document_at(self, token: int) -> int:
-        """Return the index, among the known documents, of the one with this token."""
-        return int(np.searchsorted(self._ends, token, "right"))
+    def _document_of_carried(self) -> int:
+        """Return the index, among the known documents, of the one with the token before the next."""
+        return int(self._ends.searchsorted(self._at - 1, "right"))
 
     def _start(self, document: int) -> int:
         return int(self._ends[document - 1]) if document else 0
@@ -123,7 +128,8 @@ class StreamPacker:
             self._numbers = np.concatenate([self._numbers, numbers])
             self._ends = np.concatenate([self._ends, np.cumsum(lengths) + self._start(len(self._ends))])
         if not self._known():
-            self._planned.append(_Planned(Rows(_NONE, _NONE, _NONE, np.zeros(1, np.int64)), self._at))
+            nothing = Rows(_NONE, _NONE, _NONE, np.zeros(1, np.int64))
+            self._planned.append(_Planned(nothing, self._at, self._next, len(self._ends)))
             return
         step = whole if self._overlap else whole + 1
         batches = min(max(1, 1 + (self._known() - wanted) // step), TOGETHER)
@@ -135,11 +141,11 @@ class StreamPacker:
 
     def _forget(self) -> None:
         """Forget the documents whose tokens are all placed, but for that of the carried token."""
-        first = self._document_at(self._at - 1 if self._carries else self._at)
+        first = self._document_of_carried() if self._carries else self._next
         if first:
             start = self._start(first)
             self._numbers, self._ends = self._numbers[first:], self._ends[first:] - start
-            self._taken, self._at = self._taken - first, self._at - start
+            self._taken, self._at, self._next = self._taken - first, self._at - start, self._next - first
 
     def _batches(self, starts: np.ndarray) -> list[_Planned]:
         """Return the rows of the batches that begin at these tokens, (n,) int64."""
@@ -148,8 +154,8 @@ class StreamPacker:
         begins = (starts[:, None] + seq_len * np.arange(size)).reshape(-1)
         begins = begins[begins < end]
         ends = np.minimum(begins + seq_len + 1, end)
-        firsts = np.searchsorted(self._ends, begins, "right")
-        counts = np.searchsorted(self._ends, ends - 1, "right") + 1 - firsts
+        firsts = self._ends.searchsorted(begins, "right")
+        counts = self._ends.searchsorted(ends - 1, "right") + 1 - firsts
         bounds = np.zeros(len(begins) + 1, np.int64)
         np.cumsum(counts, out=bounds[1:])
         index = np.arange(bounds[-1]) + (firsts - bounds[:-1]).repeat(counts)
@@ -158,10 +164,12 @@ class StreamPacker:
         first_tokens = np.maximum(begins.repeat(counts), document_starts)
         lengths = np.minimum(ends.repeat(counts), document_ends) - first_tokens
         documents, offsets = self._numbers[index], first_tokens - document_starts
+        at = ends[np.minimum(np.arange(size, len(ends) + size, size), len(ends)) - 1]
+        following, taken = self._ends.searchsorted(at, "right").tolist(), (self._ends.searchsorted(at) + 1).tolist()
         planned = []
-        for row in range(0, len(begins), size):
+        for number, row in enumerate(range(0, len(begins), size)):
             own = bounds[row : row + size + 1]
             part = slice(own[0], own[-1])
             rows = Rows(documents[part], offsets[part], lengths[part], own - own[0])
-            planned.append(_Planned(rows, int(ends[min(row + size, len(ends)) - 1])))
+            planned.append(_Planned(rows, int(at[number]), following[number], taken[number]))
         return planned

@@ -64,10 +64,13 @@ class Arrivals:
         self._fruitless: set[int] = set()
         self._in_vain = 0
 
-    def start(self, chunks: Iterator[Chunk], read: int, taken: int) -> None:
-        """Go on with these chunks, whose first read has the number `read`; `taken` documents are with the packer."""
+    def start(self, chunks: Iterator[Chunk], read: int, taken: int, counted: int | None = None) -> None:
+        """Go on with these chunks, whose first read has the number `read`; `taken` documents are with the packer.
+
+        The reads before number `counted` are counted already; None: those before `read`.
+        """
         self._chunks = chunks
-        self.num_read = read
+        self.num_read = read if counted is None else counted
         self._ended = False
         self._chunk: Chunk | None = None
         # the first read of the chunk, and the reads of it that were given or passed
@@ -128,10 +131,14 @@ class Arrivals:
                 return position
         return len(chunk.lengths)
 
+    def took(self, taken: int) -> None:
+        """Say how many documents the packer has taken in all, with those given last."""
+        self._taken_before = taken - len(self._numbers)
+
     def settle(self, taken: int) -> None:
         """Count what was read, given how many documents the packer has taken in all."""
         own = taken - self._taken_before
-        if self._ended:
+        if self._ended or (own and self._config.packing.whole_passes):
             self._count_to(self._first + self._given)
         elif own:
             self._count_to(int(self._numbers[own - 1]) + 1)
@@ -158,8 +165,7 @@ class Arrivals:
     def _count(self, ledger: Ledger, chunk: Chunk, part: slice | np.ndarray) -> None:
         """Count these documents of the chunk in a ledger."""
         lengths = chunk.lengths[part]
-        kept = int(lengths.sum())
-        tokens, cut = kept, {}
+        tokens, cut = int(np.add.reduce(lengths)), {}
         if self._has_cut:
             left = chunk.num_tokens[part]
             tokens = int(left.sum())

@@ -85,7 +85,8 @@ class Live:
         """(n,) int64 each: the number of the read, then as in `Chunk`."""
         self.own_weights: np.ndarray | None = None
         self.arrays: Sequence[np.ndarray] = ()
-        self._joined = False
+        self._joined = self._has_no_gap = False
+        self._first = 0
         self._new: list[tuple[np.ndarray, np.ndarray, Chunk]] = []
         self._checksums: dict[int, bytes] = {}
 
@@ -102,7 +103,12 @@ class Live:
         """Return the index of documents, given by number, in the columns: (k,) int64."""
         if self._new:
             self._take_in()
-        return np.searchsorted(self.numbers, numbers)
+        # without a gap, as the stream's are, the numbers say where they stand
+        return numbers - self._first if self._has_no_gap else self.numbers.searchsorted(numbers)
+
+    def _look_for_gaps(self) -> None:
+        self._first = int(self.numbers[0]) if len(self.numbers) else 0
+        self._has_no_gap = len(self.numbers) > 0 and int(self.numbers[-1]) - self._first == len(self.numbers) - 1
 
     def _take_in(self) -> None:
         new, self._new = self._new, []
@@ -121,6 +127,7 @@ class Live:
         for name in ("conversations", "lengths", "loss_tokens", "starts"):
             setattr(self, name, joined(name))
         self.numbers = np.concatenate([self.numbers, *numbers])
+        self._look_for_gaps()
 
     def _numbers_of_arrays(self, pairs: Sequence[tuple[np.ndarray, Chunk]]) -> Iterator[np.ndarray]:
         """Yield for each chunk in which of the arrays its documents are, and add the arrays that are new."""
@@ -137,9 +144,10 @@ class Live:
         """Forget all documents but those of the numbers `wanted`, ascending, and those from number `since` on."""
         self.find(_NONE)
         keep = self.numbers >= since
-        keep[np.searchsorted(self.numbers, np.asarray(wanted, np.int64))] = True
+        keep[self.numbers.searchsorted(np.asarray(wanted, np.int64))] = True
         for name in ("numbers", "conversations", "lengths", "loss_tokens", "array", "starts"):
             setattr(self, name, getattr(self, name)[keep])
+        self._look_for_gaps()
         if self.own_weights is not None:
             self.own_weights = self.own_weights[keep]
         if self._joined:

@@ -98,8 +98,9 @@ def counting(reader: Reader, read_all: ReadAll, *, all_ranks: bool) -> Counting:
     lengths = yield from _measure(reader, shards, read_all)
     batches = tokens = 0
     for shard in shards:
-        own = lengths[_order(reader, shard)]
-        packed = yield from simulating(config.packing, own[own > 0], config.seq_len, batch_size=config.shard_rows)
+        own, epochs = lengths[_order(reader, shard)], range(1, config.epochs or 1)
+        passes = [part[part > 0] for part in np.split(own, [shard.num_reads(epoch) for epoch in epochs])]
+        packed = yield from simulating(config.packing, passes, config.seq_len, batch_size=config.shard_rows)
         batches, tokens = max(batches, packed.batches), tokens + packed.emitted
     return batches, tokens
 

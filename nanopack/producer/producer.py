@@ -92,9 +92,8 @@ class Producer:
             return None
         if self._status is not None:
             self._status.set(FILLING)
-        facts, counts = slot.fill(stack([part.padded_to(size) for part in parts]))
-        of_shards = counts.reshape(len(self._shards), size, 2).sum(axis=1).tolist()
-        for packer, (tokens, loss_tokens) in zip(self._shards, of_shards, strict=True):
+        facts, counts = slot.fill(stack([part.padded_to(size) for part in parts]), len(parts))
+        for packer, (tokens, loss_tokens) in zip(self._shards, counts, strict=True):
             packer.count_positions(tokens, loss_tokens)
         self._step += 1
         progress, last = zip(*(packer.progress() for packer in self._shards), strict=True)

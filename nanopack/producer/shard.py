@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from nanopack.config import LoaderConfig
-from nanopack.conversations.order import Shard
+from nanopack.conversations.order import Shard, permute
 from nanopack.errors import ConversationError
 from nanopack.ledger import Ledger
 from nanopack.notes import Notes
@@ -57,16 +57,29 @@ class ShardPacker:
         self.positions = Ledger()
         """The positions of the batches, which belong to no source."""
         self._packer: Packer = self._config.packing.build(
-            self._arrivals.read, batch_size=self._config.shard_rows, seq_len=self._config.seq_len
+            self._arrivals.read,
+            batch_size=self._config.shard_rows,
+            seq_len=self._config.seq_len,
+            row_order=None if shard.seed is None else self._row_order,
         )
+        self._whole_passes = self._config.packing.whole_passes
+        # documents that were left when some were last forgotten
+        self._kept = 0
         # the document placed last, and before which of its tokens: the stream repeats one in the next row
         self._last = -1, 0
         self._arrivals.start(self._chunks_from(0), 0, 0)
+
+    def _row_order(self, places: np.ndarray, n: int, number: int) -> np.ndarray:
+        """Return which rows of a pass come at these places; see `packing.whole_pass`."""
+        assert self.shard.seed is not None
+        return permute(places, n, self.shard.seed, np.full(len(places), number))
 
     def _chunks_from(self, read: int) -> Iterator[Chunk]:
         epochs = self._config.epochs
         stop = None if epochs is None else self.shard.num_reads(epochs)
         if isinstance(self._reader, StoreReader):
+            if self._whole_passes:
+                return self._reader.passes(self.shard, read, stop)
             return self._reader.chunks(self.shard, read, stop, max(64, TOGETHER // len(self._config.shards)))
         return self._read_all(self.shard.conversations(read, stop))
 
@@ -76,13 +89,16 @@ class ShardPacker:
         Raises ConversationError for a bad conversation (with on_error="raise"), ValueError where nothing can be packed.
         """
         packer, live = self._packer, self._live
-        if len(live.numbers) > 2 * (packer.waiting_documents + self._arrivals.ahead):
-            live.keep(packer.waiting(), self._arrivals.num_read)
+        if len(live.numbers) > 2 * self._kept + TOGETHER:
+            since = self._arrivals.num_read
+            live.keep(packer.waiting(), self.shard.start_of_pass(since - 1) if self._whole_passes else since)
+            self._kept = len(live.numbers)
         rows = packer.next_rows()
         self._arrivals.settle(packer.packed + packer.waiting_documents)
         at = live.find(rows.documents)
         own_weights = None if live.own_weights is None else live.own_weights[at]
         loss_tokens = live.loss_tokens[at] if self._config.loss_weights == "conversation" else at
+        splits = self._config.packing.splits
         pieces = Pieces(
             lengths=rows.lengths,
             offsets=rows.offsets,
@@ -90,14 +106,17 @@ class ShardPacker:
             conversations=live.conversations[at],
             weights=weigh(self._config, own_weights, loss_tokens),
             arrays=live.arrays,
-            array=live.array[at],
-            starts=live.starts[at] + rows.offsets,
+            array=live.array[at] if len(live.arrays) > 1 else None,
+            starts=live.starts[at] + rows.offsets if splits else live.starts[at],
             marks=self._reader.marks(own_weights),
             loss_tokens=self._known_loss_tokens(rows, at) if self._reader.layout.resident else None,
         )
         if self._config.packing.crops:
             self._crop(rows, at, pieces)
-        self._count_placed(rows, at)
+        if splits and len(at):
+            self._count_stream(rows, at)
+        else:
+            self._count_placed(rows.lengths, np.ones(len(at), bool), at)
         return pieces
 
     def _known_loss_tokens(self, rows: Rows, at: np.ndarray) -> np.ndarray:
@@ -119,26 +138,36 @@ class ShardPacker:
                 own = None if live.own_weights is None else live.own_weights[index]
                 pieces.weights[piece : piece + 1] = weigh(self._config, own, count)
 
-    def _count_placed(self, rows: Rows, at: np.ndarray) -> None:
-        """Count the tokens that were placed, each once, and the documents that ended."""
-        new, ended = rows.lengths, np.ones(len(at), bool)
-        if self._config.packing.splits and len(at):
+    def _count_stream(self, rows: Rows, at: np.ndarray) -> None:
+        """Count the tokens of the stream's rows, each once: it repeats a token that two rows or batches share."""
+        if len(self._arrivals.sources) > 1:
             ends = rows.offsets + rows.lengths
-            # the stream repeats a token that two rows or batches share
             same = np.empty(len(at), bool)
             same[0], same[1:] = rows.documents[0] == self._last[0], rows.documents[1:] == rows.documents[:-1]
             before = np.concatenate([[self._last[1]], ends[:-1]])
             new = ends - np.where(same, before, rows.offsets)
-            ended = (ends == self._live.lengths[at]) & (new > 0)
+            self._count_placed(new, (ends == self._live.lengths[at]) & (new > 0), at)
             self._last = int(rows.documents[-1]), int(ends[-1])
+            return
+        # all documents from the first to the last, but for what was placed of the first
+        first, last, live = int(at[0]), int(at[-1]), self._live
+        document, end = int(rows.documents[-1]), int(rows.offsets[-1]) + int(rows.lengths[-1])
+        placed = self._last[1] if self._last[0] == int(rows.documents[0]) else 0
+        tokens = int(np.add.reduce(live.lengths[first:last])) + end - placed
+        ended = last - first + (end == int(live.lengths[last])) - (placed == int(live.lengths[first]))
+        self._arrivals.sources[0].emit(tokens, ended=ended)
+        self._last = document, end
+
+    def _count_placed(self, tokens: np.ndarray, ended: np.ndarray, at: np.ndarray) -> None:
+        """Count tokens placed, (P,), and whether a document ended with them, (P,) bool, by source."""
         sources = self._arrivals.sources
         if len(sources) == 1:
-            sources[0].emit(int(new.sum()), ended=int(np.count_nonzero(ended)))
+            sources[0].emit(int(np.add.reduce(tokens)), ended=int(np.count_nonzero(ended)))
             return
         of = self._source.sources_of(self._live.conversations[at])
         for source in np.unique(of).tolist():
             own = of == source
-            sources[source].emit(int(new[own].sum()), ended=int(np.count_nonzero(ended[own])))
+            sources[source].emit(int(tokens[own].sum()), ended=int(np.count_nonzero(ended[own])))
 
     def count_positions(self, tokens: int, loss_tokens: int) -> None:
         """Count the positions of this shard's rows in a batch: those with tokens, and the targets in the loss."""
@@ -211,6 +240,8 @@ class ShardPacker:
         arrivals.notes = Notes.of(state.get("notes", ""))
         if state["packer"].keys() != self._packer.state().keys():
             raise ValueError("the state is of another packing; resume with the packing that the run began with")
+        if self._whole_passes:
+            return self._restore_pass(state, whole)
         digest = self._read_again(state["waiting"])
         lengths = self._live.lengths[self._live.find(np.array(state["waiting"], np.int64))].tolist()
         self._packer.restore(state["packer"], list(zip(state["waiting"], lengths, strict=True)))
@@ -225,6 +256,19 @@ class ShardPacker:
             )
         read, taken = whole.conversations_read, self._packer.packed + self._packer.waiting_documents
         arrivals.start(self._chunks_from(read), read, taken)
+
+    def _restore_pass(self, state: dict[str, Any], whole: Ledger) -> None:
+        """Restore a state in the middle of a pass: plan it again."""
+        read, arrivals = whole.conversations_read, self._arrivals
+        start = self.shard.start_of_pass(read - 1) if read else 0
+        arrivals.start(self._chunks_from(start), start, 0, counted=read)
+        self._packer.restore(state["packer"], [])
+        arrivals.took(self._packer.packed + self._packer.waiting_documents)
+        if self._packer.waiting_tokens != whole.tokens_waiting:
+            raise ValueError(
+                f"{whole.tokens_waiting} tokens waited when the state was saved, and {self._packer.waiting_tokens} do "
+                f"now: the data or the tokenizer have changed; resume with what was used"
+            )
 
     def _read_again(self, waiting: list[int]) -> int:
         """Read the documents that waited, given by number, and return their digest."""

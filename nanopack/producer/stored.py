@@ -42,6 +42,11 @@ def reader_of(source: Source, tokenizer: AnyTokenizer, config: LoaderConfig, *, 
             "resident needs documents that are tokens already, all with loss bits or all without: make a store of the "
             "conversations (nanopack tokenize; docs/store.md), or leave it out"
         )
+    if config.packing.whole_passes:
+        raise ValueError(
+            "BestFit(window='all') needs the lengths of all documents beforehand: make a token store of the "
+            "conversations with `nanopack tokenize`, and pass its folder; or leave window out"
+        )
     return Reader(source, tokenizer, config)
 
 
@@ -112,6 +117,15 @@ class StoreReader(Reader):
         while stop is None or start < stop:
             end = start + together if stop is None else min(stop, start + together)
             yield self.read(shard.at(np.arange(start, end, dtype=np.int64)))
+            start = end
+
+    def passes(self, shard: Shard, start: int, stop: int | None) -> Iterator[Chunk]:
+        """Yield all documents of each pass of a shard, from the one that begins with read `start` on."""
+        while stop is None or start < stop:
+            end = shard.end_of_pass(start)
+            reads = range(start, end, TOGETHER)
+            indices = [shard.at(np.arange(at, min(end, at + TOGETHER), dtype=np.int64)) for at in reads]
+            yield self.read(np.concatenate(indices))
             start = end
 
     def read(self, indices: Iterable[int]) -> Chunk:

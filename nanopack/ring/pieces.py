@@ -29,8 +29,8 @@ class Pieces(NamedTuple):
     """(P,) float32: loss weight of each of its tokens in the loss; None: 1."""
     arrays: Sequence[np.ndarray]
     """Words, each (n,) of the layout's type: of what is packed, and possibly much more."""
-    array: np.ndarray
-    """In which of the arrays its words are."""
+    array: np.ndarray | None
+    """In which of the arrays its words are; None: there is one."""
     starts: np.ndarray
     """And from where on."""
     marks: Marks | None = None
@@ -72,7 +72,8 @@ def stack(parts: Sequence[Pieces]) -> Pieces:
         for words in part.arrays:
             if numbers.setdefault(id(words), len(arrays)) == len(arrays):
                 arrays.append(words)
-        array.append(np.array([numbers[id(words)] for words in part.arrays], np.int64)[part.array])
+        known = np.array([numbers[id(words)] for words in part.arrays], np.int64)
+        array.append(known.repeat(len(part.lengths)) if part.array is None else known[part.array])
     begins = np.cumsum([0, *(len(part.lengths) for part in parts)])
     bounds = [part.bounds[:-1] + begin for part, begin in zip(parts, begins.tolist(), strict=False)]
     marks = [part.marks for part in parts if part.marks is not None]

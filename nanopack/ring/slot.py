@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import math
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -39,9 +38,13 @@ class Places:
         row_ends = ends[bounds]
         self.row_lengths = row_ends[1:] - row_ends[:-1]
         """(B,)"""
+        self.is_full = bool(self.row_lengths.all())
+        """Whether there is no row of padding alone."""
         self.columns = ends[:-1] - row_ends[:-1].repeat(self.counts)
         """(P,): the first column of each piece in its row."""
-        self.starts = sums(round_up(self.row_lengths, ROW_ALIGN)) + first_word
+        self.gaps = -self.row_lengths & (ROW_ALIGN - 1)
+        """(B,): words from the end of each row to the start of the next."""
+        self.starts = sums(self.row_lengths + self.gaps, first_word)
         """(B + 1,): where each row starts in the slot, in words, and where the last one ends; multiples of ROW_ALIGN"""
 
     @cached_property
@@ -88,11 +91,12 @@ class Slot:
         self._nothing = np.zeros(ROW_ALIGN, layout.word_dtype)
         self._loss_bit = layout.word_dtype.type(layout.loss_bit)
 
-    def fill(self, pieces: Pieces) -> tuple[BatchFacts, np.ndarray]:
-        """Write a batch of B rows, and return its facts (without progress and state) and the counts of each row.
+    def fill(self, pieces: Pieces, shards: int = 1) -> tuple[BatchFacts, list[tuple[int, int]]]:
+        """Write a batch of B rows, and return its facts (without progress and state) and counts.
 
-        A row without pieces becomes padding. The counts are (B, 2) int64: tokens in `inputs`, and targets in the loss.
-        Raises ValueError where the batch has more segments than cu_seqlens has room for.
+        A row without pieces becomes padding. The rows are those of so many shards, equally many each; the counts are,
+        of each shard's: tokens in `inputs`, and targets in the loss. Raises ValueError where the batch has more
+        segments than cu_seqlens has room for.
         """
         layout = self.layout
         places = Places(pieces.lengths, pieces.bounds, layout.first_word)
@@ -103,44 +107,45 @@ class Slot:
                 raise too_many_pieces(len(segments) - 1, layout)
         self._write_words(pieces, places)
         used = self._write_tables(places, pieces.weights, segments)
-        of_rows, weight_sum = self._count_loss_tokens(places, pieces.weights)
-        return facts_of(pieces, places, self.number, 4 * used, of_rows, weight_sum, layout.seq_len)
+        loss_tokens, weight_sum = self._count_loss_tokens(places, pieces.weights, shards)
+        return facts_of(pieces, places, self.number, 4 * used, loss_tokens, weight_sum, layout.seq_len)
 
     def _write_words(self, pieces: Pieces, places: Places) -> None:
         """Write the words, and zeros from the end of each row to the start of the next."""
         num, out = len(pieces.lengths), self.words[places.starts[0] : places.starts[-1]]
-        if num and len(pieces.arrays) == 1 and len(out) < LONG_PIECES * num:
+        if num > 1 and pieces.array is None and int(pieces.starts[1]) - int(pieces.starts[0]) in _next_to(pieces):
+            self._copy_words(*_joined(pieces), places, out)
+        elif num and pieces.array is None and len(out) < LONG_PIECES * num:
             self._gather_words(pieces, places, out)
         elif num:
-            self._copy_words(pieces, places, out)
+            self._copy_words(pieces, pieces.bounds, places, out)
         if pieces.marks is not None:
             self._mark(pieces, places)
 
     def _gather_words(self, pieces: Pieces, places: Places, out: np.ndarray) -> None:
-        gaps = -places.row_lengths % ROW_ALIGN
+        full = slice(None) if places.is_full else places.counts > 0
         lengths = pieces.lengths.copy()
-        last = places.bounds[1:][places.counts > 0] - 1
-        lengths[last] += gaps[places.counts > 0]
+        lengths[places.bounds[1:][full] - 1] += places.gaps[full]
         index = (pieces.starts - (places.words - places.starts[0])).repeat(lengths)
         index += np.arange(len(out))
         # beyond the end of the array nothing but a gap is wanted
         pieces.arrays[0].take(index, out=out, mode="clip")
         ends = places.starts[:-1] + places.row_lengths
-        for end, gap in zip(ends.tolist(), gaps.tolist(), strict=True):
+        for end, gap in zip(ends.tolist(), places.gaps.tolist(), strict=True):
             self.words[end : end + gap] = 0
 
-    def _copy_words(self, pieces: Pieces, places: Places, out: np.ndarray) -> None:
+    def _copy_words(self, pieces: Pieces, bounds: np.ndarray, places: Places, out: np.ndarray) -> None:
         starts, ends = pieces.starts, pieces.starts + pieces.lengths
-        if len(pieces.arrays) == 1:
+        if pieces.array is None:
             parts = list(map(pieces.arrays[0].__getitem__, map(slice, starts.tolist(), ends.tolist())))
         else:
             arrays = map(pieces.arrays.__getitem__, pieces.array.tolist())
             runs = zip(arrays, starts.tolist(), ends.tolist(), strict=True)
             parts = [words[begin:end] for words, begin, end in runs]
-        gaps = (-places.row_lengths % ROW_ALIGN).tolist()
-        for row in range(len(gaps) - 1, -1, -1):
-            if gaps[row]:
-                parts.insert(int(places.bounds[row + 1]), self._nothing[: gaps[row]])
+        ends_of_rows = zip(bounds[1:].tolist(), places.gaps.tolist(), strict=True)
+        for end, gap in reversed(list(ends_of_rows)):
+            if gap:
+                parts.insert(end, self._nothing[:gap])
         np.concatenate(parts, out=out)
 
     def _mark(self, pieces: Pieces, places: Places) -> None:
@@ -180,24 +185,25 @@ class Slot:
             at += len(segments)
         return at
 
-    def _count_loss_tokens(self, places: Places, weights: np.ndarray | None) -> tuple[np.ndarray, float | None]:
-        """Count the targets in the loss of each row, (B,): all tokens with the loss bit but in column 0.
+    def _count_loss_tokens(
+        self, places: Places, weights: np.ndarray | None, shards: int
+    ) -> tuple[list[int], float | None]:
+        """Count the targets in the loss of each shard's rows: all tokens with the loss bit but in column 0.
 
         Also the sum of their weights; None where all are 1.
         """
-        begin, end = int(places.starts[0]), int(places.starts[-1])
-        in_loss = self.words[begin:end] >= self._loss_bit
-        starts = places.starts - begin
-        in_loss[starts[:-1][places.row_lengths > 0]] = False
+        bounds = places.starts.tolist()
+        in_loss = self.words[bounds[0] : bounds[-1]] >= self._loss_bit
+        starts = places.starts[:-1] - bounds[0]
+        in_loss[starts if places.is_full else starts[places.row_lengths > 0]] = False
         if weights is None:
-            bounds = starts.tolist()
-            rows = [np.count_nonzero(in_loss[a:b]) for a, b in itertools.pairwise(bounds)]
-            return np.array(rows, np.int64), None
+            of_shards = [bound - bounds[0] for bound in bounds[:: len(starts) // shards]]
+            return [int(np.count_nonzero(in_loss[a:b])) for a, b in itertools.pairwise(of_shards)], None
         # the words between rows are 0, so what lies between one piece's beginning and the next's is the piece
-        of_pieces = np.add.reduceat(in_loss.view(np.uint8), places.words - begin, dtype=np.int64)
+        of_pieces = np.add.reduceat(in_loss.view(np.uint8), places.words - bounds[0], dtype=np.int64)
         # the product of a count and a float32 is exact in a float64, and fsum adds exactly
         weight_sum = math.fsum((of_pieces * weights.astype(np.float64)).tolist())
-        return np.diff(sums(of_pieces)[places.bounds]), weight_sum
+        return np.diff(sums(of_pieces)[places.bounds[:: len(starts) // shards]]).tolist(), weight_sum
 
 
 def facts_of(
@@ -205,35 +211,60 @@ def facts_of(
     places: Places,
     slot: int,
     used_bytes: int,
-    loss_tokens: np.ndarray,
+    loss_tokens: list[int],
     weight_sum: float | None,
     seq_len: int,
-) -> tuple[BatchFacts, np.ndarray]:
-    """Return what `Slot.fill` returns: `loss_tokens` (B,) are targets in the loss; weight_sum None: all weigh 1."""
+) -> tuple[BatchFacts, list[tuple[int, int]]]:
+    """Return what `Slot.fill` returns: `loss_tokens` are of each shard; weight_sum None: all weigh 1."""
     table = np.empty((len(pieces.lengths), 4), np.int64)
     table[:, 0] = pieces.conversations
     table[:, 1] = places.columns
     table[:, 2] = pieces.lengths
     table[:, 3] = pieces.offsets
-    counts = np.stack([np.minimum(places.row_lengths, seq_len), loss_tokens], axis=1)
-    num_tokens, num_loss_tokens = counts.sum(axis=0).tolist()
+    of_rows = np.minimum(places.row_lengths, seq_len).reshape(len(loss_tokens), -1)
+    tokens = np.add.reduce(of_rows, axis=1).tolist()
     facts = BatchFacts(
         slot=slot,
         used_bytes=used_bytes,
-        num_loss_tokens=num_loss_tokens,
-        num_tokens=num_tokens,
-        weight_sum=float(num_loss_tokens) if weight_sum is None else weight_sum,
+        num_loss_tokens=sum(loss_tokens),
+        num_tokens=sum(tokens),
+        weight_sum=float(sum(loss_tokens)) if weight_sum is None else weight_sum,
         max_seqlen=places.max_seqlen(seq_len),
         pieces=table.tobytes(),
         pieces_per_row=places.counts.tobytes(),
     )
-    return facts, counts
+    return facts, list(zip(tokens, loss_tokens, strict=True))
 
 
-def sums(numbers: Any) -> np.ndarray:
-    """Return the sums of the first 0, 1, 2, …, n of n numbers, (n + 1,) int64."""
-    found = np.zeros(len(numbers) + 1, np.int64)
-    np.cumsum(numbers, out=found[1:])
+def _next_to(pieces: Pieces) -> tuple[int, int]:
+    """Return how far the second piece's words are from the first one's where the two stand in the order of the array.
+
+    In a row they are adjacent; neighbouring rows of the stream share a word.
+    """
+    length = int(pieces.lengths[0])
+    return length, length - 1
+
+
+def _joined(pieces: Pieces) -> tuple[Pieces, np.ndarray]:
+    """Return the pieces, joined where they are adjacent in a row and in the array, and the new bounds of the rows."""
+    ends = pieces.starts + pieces.lengths
+    begins = np.empty(len(ends), bool)
+    begins[1:] = pieces.starts[1:] != ends[:-1]
+    first_pieces = pieces.bounds[:-1]
+    begins[first_pieces[first_pieces < len(ends)]] = True
+    firsts = np.flatnonzero(begins)
+    starts = pieces.starts[firsts]
+    lasts = np.append(firsts[1:], len(ends)) - 1
+    return pieces._replace(starts=starts, lengths=ends[lasts] - starts), firsts.searchsorted(pieces.bounds)
+
+
+def sums(numbers: np.ndarray, first: int = 0) -> np.ndarray:
+    """Return the sums of the first 0, 1, 2, …, n of n numbers, and of `first`: (n + 1,) int64."""
+    found = np.empty(len(numbers) + 1, np.int64)
+    found[0] = first
+    np.add.accumulate(numbers, out=found[1:])
+    if first:
+        found[1:] += first
     return found
 
 

@@ -33,7 +33,7 @@ class TableSlot:
         self._entries = buffer[: len(buffer) // ENTRY_BYTES * ENTRY_BYTES].view(np.int32).reshape(-1, 4)
         self._loss_bit = layout.word_dtype.type(layout.loss_bit)
 
-    def fill(self, pieces: Pieces) -> tuple[BatchFacts, np.ndarray]:
+    def fill(self, pieces: Pieces, shards: int = 1) -> tuple[BatchFacts, list[tuple[int, int]]]:
         """As `Slot.fill`; of `pieces`, `loss_tokens` are known, and the device holds all its arrays end to end."""
         layout = self.layout
         places = Places(pieces.lengths, pieces.bounds, 0)
@@ -47,8 +47,8 @@ class TableSlot:
         if pieces.weights is not None:
             # the product of a count and a float32 is exact in a float64, and fsum adds exactly
             weight_sum = math.fsum((of_pieces * pieces.weights.astype(np.float64)).tolist())
-        of_rows = np.diff(sums(of_pieces)[pieces.bounds])
-        return facts_of(pieces, places, self.number, used, of_rows, weight_sum, layout.seq_len)
+        of_shards = np.diff(sums(of_pieces)[pieces.bounds[:: layout.batch_size // shards]]).tolist()
+        return facts_of(pieces, places, self.number, used, of_shards, weight_sum, layout.seq_len)
 
     def _write(self, pieces: Pieces, places: Places, segments: np.ndarray) -> int:
         """Write the table; return its bytes."""
@@ -63,8 +63,10 @@ class TableSlot:
         head[-1] = ends[-1], 0, 0, 0
         entries[:, 0] = places.columns
         entries[:, 1] = self._weights(pieces)
-        begins = sums([len(array) for array in pieces.arrays])
-        entries.view(np.int64)[:, 1] = begins[pieces.array] + pieces.starts - places.columns
+        origins = pieces.starts - places.columns
+        if pieces.array is not None:
+            origins += sums(np.array([len(array) for array in pieces.arrays]))[pieces.array]
+        entries.view(np.int64)[:, 1] = origins
         return (first + num) * ENTRY_BYTES
 
     def _weights(self, pieces: Pieces) -> np.ndarray:
@@ -83,18 +85,35 @@ class TableSlot:
         assert pieces.loss_tokens is not None
         counts: np.ndarray = pieces.loss_tokens.copy()
         for piece in np.flatnonzero(counts < 0).tolist():
-            counts[piece] = self._in_loss(pieces, piece, int(pieces.lengths[piece]))
-        for piece in places.bounds[:-1][places.counts > 0].tolist():
-            counts[piece] -= self._in_loss(pieces, piece, 1)
+            counts[piece] = self._in_loss(pieces, piece)
+        firsts = pieces.bounds[:-1] if places.is_full else pieces.bounds[:-1][places.counts > 0]
+        counts[firsts] -= self._firsts_in_loss(pieces, firsts)
         return counts
 
-    def _in_loss(self, pieces: Pieces, piece: int, length: int) -> int:
-        """Count the tokens in the loss among the first `length` of a piece."""
-        marks, start = pieces.marks, int(pieces.starts[piece])
+    def _in_loss(self, pieces: Pieces, piece: int) -> int:
+        """Count the tokens in the loss of a piece."""
+        marks, start, length = pieces.marks, int(pieces.starts[piece]), int(pieces.lengths[piece])
         if marks is not None and marks.without is not None and marks.without[piece]:
             return 0
+        array = pieces.arrays[0 if pieces.array is None else int(pieces.array[piece])]
         every = marks is not None and marks.all
-        words = pieces.arrays[int(pieces.array[piece])][start : start + length]
-        count = length if every else int(np.count_nonzero(words >= self._loss_bit))
+        count = length if every else int(np.count_nonzero(array[start : start + length] >= self._loss_bit))
         is_first = marks is not None and marks.first and pieces.offsets[piece] == 0
-        return count - bool(is_first and (every or words[0] >= self._loss_bit))
+        return count - bool(is_first and (every or array[start] >= self._loss_bit))
+
+    def _firsts_in_loss(self, pieces: Pieces, at: np.ndarray) -> np.ndarray:
+        """Return whether the first token of each of these pieces, (k,) int64, is in the loss, (k,) bool."""
+        marks, starts = pieces.marks, pieces.starts[at]
+        # a batch of padding names no arrays
+        if not len(at) or (marks is not None and marks.all):
+            found = np.ones(len(at), bool)
+        elif pieces.array is None:
+            found = pieces.arrays[0][starts] >= self._loss_bit
+        else:
+            places = zip(pieces.array[at].tolist(), starts.tolist(), strict=True)
+            found = np.array([pieces.arrays[array][start] for array, start in places]) >= self._loss_bit
+        if marks is not None and marks.first:
+            found &= pieces.offsets[at] != 0
+        if marks is not None and marks.without is not None:
+            found &= ~marks.without[at]
+        return found

@@ -211,3 +211,55 @@ def test_nanochat_s_packings_keep_documents_without_a_token_in_the_loss(loss):
         if packing.drops_untrained(loss)
     ]
     assert dropping == ([BestFit(), Pad()] if loss == "assistant" else [])
+
+
+def passes_of(*passes: list[int]):
+    """Give all documents of each pass at once, numbered through."""
+    numbered, begin = [], 0
+    for lengths in passes:
+        numbered.append((range(begin, begin + len(lengths)), lengths))
+        begin += len(lengths)
+    items = iter(numbered)
+    return lambda: next(items, None)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=80), batch_sizes, st.integers(1, 20))
+def test_with_everything_waiting_rows_are_those_of_the_rule_row_by_row(lengths, B, T):
+    lengths = cut_to_rows("best_fit", lengths, T)
+    packer = BestFit(window="all").build(passes_of(lengths), batch_size=B, seq_len=T)
+    expected = best_fit_by_scanning(lengths, T + 1, len(lengths), 1, None, False)
+    assert [row for rows in packed(packer) for row in rows] == expected
+    assert (packer.packed, packer.emitted) == (len(lengths), sum(lengths))
+    assert (packer.waiting_documents, packer.waiting_tokens) == (0, 0)
+
+
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=20), max_size=4), batch_sizes, st.integers(0, 9))
+def test_each_pass_has_its_own_rows_in_the_order_that_is_asked_for_and_resumes(passes, B, steps):
+    def backwards(places, n, number):
+        assert (places >= 0).all() and (places < n).all()
+        return n - 1 - places if number % 2 else places
+
+    def build(*left):
+        return BestFit(window="all").build(passes_of(*left), batch_size=B, seq_len=8, row_order=backwards)
+
+    packer = build(*passes)
+    batches = packed(packer)
+    rows, begin = [], 0
+    for number, lengths in enumerate(passes):
+        own = best_fit_by_scanning(lengths, 9, len(lengths), 1, None, False)
+        own = [[run._replace(document=run.document + begin) for run in row] for row in own]
+        rows += own[::-1] if number % 2 else own
+        begin += len(lengths)
+    assert [row for batch in batches for row in batch] == rows
+    first = build(*passes)
+    before = [first.next_rows().runs() for _ in range(min(steps, len(batches)))]
+    state = first.state()
+    again = build(*passes[max(0, state["pass"]) :])
+    # numbers begin again at 0 here
+    again.restore(state, [])
+    skipped = sum(map(len, passes[: max(0, state["pass"])]))
+    rest = [
+        [[run._replace(document=run.document + skipped) for run in row] for row in batch] for batch in packed(again)
+    ]
+    assert before + rest == batches
+    assert again.state() == packer.state()
