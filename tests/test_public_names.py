@@ -41,7 +41,7 @@ BATCHES = dict(
     epochs=None, rank=None, world_size=None, shard="rank",
 )  # fmt: skip
 MAKING = dict(
-    device=None, executor=None, encoder=None, num_workers=1, prefetch=4, static=False, on_error="raise",
+    device=None, executor=None, encoder=None, num_workers=1, prefetch=4, static=False, resident=False, on_error="raise",
     process_group=None, start_method=None,
 )  # fmt: skip
 

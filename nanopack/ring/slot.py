@@ -215,7 +215,7 @@ def facts_of(
     weight_sum: float | None,
     seq_len: int,
 ) -> tuple[BatchFacts, list[tuple[int, int]]]:
-    """Return what `Slot.fill` returns: `loss_tokens` are of each shard; weight_sum None: all weigh 1."""
+    """Return facts and counts as `Slot.fill` does: `loss_tokens` are of each shard; weight_sum None: all weigh 1."""
     table = np.empty((len(pieces.lengths), 4), np.int64)
     table[:, 0] = pieces.conversations
     table[:, 1] = places.columns

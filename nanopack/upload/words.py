@@ -66,7 +66,7 @@ def _as_tensor(array: np.ndarray, dtype: np.dtype[Any]) -> torch.Tensor:
 
 
 def _chunks(arrays: Sequence[np.ndarray], dtype: np.dtype[Any], words: int) -> Iterator[np.ndarray]:
-    """Yield all words as parts of at most so many, each of one array."""
+    """Yield all words as parts of at most `words`, each of one array."""
     for array in arrays:
         for begin in range(0, len(array), words):
             yield array[begin : begin + words]

@@ -84,7 +84,7 @@ class Simulation:
         return np.array([100 + self.taken, 0, 0, 0], np.int32).view(np.uint8), facts
 
     def train(self, batches: int, lies: int = 0) -> None:
-        """Load and read about so many batches. `lies`: loads too many, once in a while."""
+        """Load and read about this many batches. `lies`: loads too many, once in a while."""
         ready = self.refills.refill()
         while ready and self.seen < batches:
             count = self.random.randrange(1, len(ready) + 1)

@@ -115,7 +115,7 @@ def _produced(store: Store, data: Data, resident: bool) -> Measure[float]:
 
 
 def measure(data: Data, pace: Pace) -> list[Table]:
-    """Return what each form costs, and what filling a slot costs the producer."""
+    """Return the costs of each form, and those of filling a slot."""
     documents = at_least(data.documents, QUICK_TOKENS if pace.quick else TOKENS)
     with stored(documents, data) as store:
         forms = in_rounds({name: partial(_measure, store, settings) for name, settings in KINDS.items()}, pace)
