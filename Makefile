@@ -14,7 +14,7 @@ endif
 PYTEST := $(BIN)/python -m pytest
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test slow test-trainers lint bench gpu gpu-tests gpu-memcheck gpu-racecheck gpu-bench clean
+.PHONY: demo test slow test-trainers docs lint bench gpu gpu-tests gpu-memcheck gpu-racecheck gpu-bench clean
 
 demo: .venv/run
 	$(BIN)/nanopack pack
@@ -29,6 +29,10 @@ slow: .venv/dev
 # Trainers train, are killed and resume: minutes, and Lightning besides, so not part of `make test`.
 test-trainers: .venv/trainers
 	$(PYTEST) $(PARALLEL) -m 'trainers and not slow'
+
+# The documentation, in site/; a warning is an error.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -82,10 +86,14 @@ endif
 	$(INSTALL) --editable '.[trainers]'
 	touch $@
 
+.venv/docs: .venv/dev
+	$(INSTALL) --editable '.[docs]'
+	touch $@
+
 # As little as the tests on a GPU need: not what the other tests compare with.
 .venv/gpu: .venv/bin/python setup.py pyproject.toml constraints.txt
 	$(INSTALL) --editable '.[gpu]'
 	touch $@ .venv/run
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf .venv site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -1,6 +1,4 @@
-"""Build nanopack: the folder `nanopack/`, and `kernels/` as the package `nanopack.kernels`."""
-
-from pathlib import Path
+"""Build nanopack: its packages, of which `nanopack.kernels` lies in `kernels/`, and its requirements."""
 
 from setuptools import find_packages, setup
 
@@ -28,13 +26,6 @@ TEST = [
 LINT = ["ruff>=0.6", "mypy>=1.11"]
 
 setup(
-    name="nanopack",
-    version="0.1.0",
-    description="Chat conversations in, exact packed (B, T) training batches out",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license="MIT",
-    python_requires=">=3.10",
     packages=[*find_packages(include=["nanopack", "nanopack.*"]), "nanopack.kernels"],
     package_dir={"nanopack.kernels": "kernels"},
     package_data={"nanopack": ["py.typed", "data/*"]},
@@ -58,7 +49,7 @@ setup(
         "test": TEST,
         "dev": TEST + PLOT + LINT,
         "trainers": HF + LIGHTNING,
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1"],
         "gpu": ["pytest>=8", "hypothesis>=6.100"],
     },
-    entry_points={"console_scripts": ["nanopack = nanopack.cli:main"]},
 )

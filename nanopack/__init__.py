@@ -9,6 +9,7 @@ are imported as usual: `from nanopack.verify import compare`.
 """
 
 from nanopack.batch import Batch, Flat, Piece
+from nanopack.distribution import refuse_other_distribution
 from nanopack.errors import ConversationError, EncoderError, ProducerError, StorageError
 from nanopack.explain import Explanation
 from nanopack.loader import Loader
@@ -17,6 +18,8 @@ from nanopack.packing.packings import BestFit, BestFitCrop, BestFitPad, Pad, Str
 from nanopack.render.templates import Template, Turn
 from nanopack.state import merge_states
 from nanopack.verify import verify
+
+refuse_other_distribution()
 
 __all__ = [
     "Batch",

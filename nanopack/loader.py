@@ -69,15 +69,12 @@ class Loader:
     Args:
         packing: a name, or an object with options:
 
-            ================= ================================ =========================================================
-            `"best_fit"`      `BestFit(window=64,              rows of whole documents, hardly any padding, none waits
-                              max_age=128)`                    long (TRL: "bfd")
-            `"best_fit_pad"`  `BestFitPad(window=100)`         the same, but a document may wait forever: nanochat SFT
-            `"best_fit_crop"` `BestFitCrop(window=1000)`       full rows, by cropping documents: nanochat pretraining
-            `"stream"`        `Stream(overlap=False)`          documents end to end: nanochat midtraining (TRL:
-                                                               "wrapped")
-            `"pad"`           `Pad()`                          one document a row
-            ================= ================================ =========================================================
+            - `"best_fit"`, `BestFit(window=64, max_age=128)`: rows of whole documents, hardly any padding, none waits
+              long (TRL: "bfd")
+            - `"best_fit_pad"`, `BestFitPad(window=100)`: the same, but a document may wait forever: nanochat SFT
+            - `"best_fit_crop"`, `BestFitCrop(window=1000)`: full rows, by cropping documents: nanochat pretraining
+            - `"stream"`, `Stream(overlap=False)`: documents end to end: nanochat midtraining (TRL: "wrapped")
+            - `"pad"`, `Pad()`: one document a row
 
         template: `"nanochat"`, `"chatml"`, `"llama3"`, a `nanopack.Template` of your own, or `"hf"`: the chat template
             of a transformers tokenizer (what {% generation %} marks is in the loss; see `nanopack.render.hf_template`).
@@ -113,8 +110,8 @@ class Loader:
         device: device of the tensors: a CUDA device (ROCm included) or the CPU; None: CUDA where there is one.
         executor: `"torch"` or `"triton"` (on the CPU only under Triton's interpreter, TRITON_INTERPRET=1); None: triton
             on a GPU, torch elsewhere.
-        encoder: `"fast"`: splintr-rs encodes instead of tiktoken, faster (`pip install nanopack[fast]`). The ids are
-            the same: known differences go to tiktoken, and the two are compared on a sample of the data at
+        encoder: `"fast"`: splintr-rs encodes instead of tiktoken, faster (`pip install nanopack-gpu[fast]`). The ids
+            are the same: known differences go to tiktoken, and the two are compared on a sample of the data at
             construction, then on one text in a thousand. None: tiktoken, or the tokenizer itself.
         num_workers: number of tokenizing processes. 0: none, everything runs in the caller's thread; `prefetch` and
             `start_method` have no effect. 1: the producer process tokenizes as well. n >= 2: the producer packs and n
@@ -347,7 +344,7 @@ class Loader:
         return self._run.tokens()
 
     def stats(self) -> StatsReport:
-        """Return where time and memory went so far; see `StatsReport` for names and units."""
+        """Return the time and memory spent so far; see `StatsReport` for names and units."""
         return self._run.stats()
 
     def explain(self, batch: Batch, row: int, col: int) -> Explanation:

@@ -28,7 +28,7 @@ from nanopack.producer.counting import count_batches
 from nanopack.producer.producer import Start, initial_state
 from nanopack.producer.shard import add_digests, state_of
 from nanopack.producer.start import DEFAULT_START_METHOD
-from nanopack.producer.stored import reader_of
+from nanopack.producer.stored import StoreReader, reader_of
 from nanopack.ring.facts import BatchFacts
 from nanopack.stages import Processes, Stages, as_batch, start_producer
 from nanopack.state import FORMAT, batches_of, check_state, clock_of, fingerprint, sample_of
@@ -99,7 +99,8 @@ class Run:
         # in all epochs: as counted, and as delivered in a whole pass, which is no part of a state
         self.known_batches: int | None = None
         self._delivered: int | None = None
-        if group is not None:
+        # the lengths of stored documents are known: each rank counts those of all, when it needs the number
+        if group is not None and not isinstance(self.reader, StoreReader):
             self.known_batches = agree_on_most(group, lambda: self._count(all_ranks=False)[0], device.device)
         self._stages: Stages | None = None
         self._graph: Any = None
@@ -233,7 +234,10 @@ class Run:
         """Let a chat template that writes a date write that of the run which is resumed."""
         if isinstance(self.tokenizer, HuggingFaceTokenizer) and clock not in (None, self.tokenizer.clock):
             self.tokenizer = self.tokenizer.at(clock)
-            self.reader = reader_of(self.source, self.tokenizer, self.config, resident=self._is_resident)
+            # its encoder may be another
+            encoding = self.reader.tokenizer
+            assert isinstance(encoding, HuggingFaceTokenizer)
+            self.reader = reader_of(self.source, encoding.at(clock), self.config, resident=self._is_resident)
             self._fingerprint = fingerprint(self.source, self._sample, self.tokenizer, self.config)
 
     @functools.cached_property

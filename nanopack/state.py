@@ -59,9 +59,9 @@ _FREE = ("rank", "extras", "max_pieces", "on_error")
 
 
 def fingerprint(source: Source, sample: str, tokenizer: AnyTokenizer, config: LoaderConfig) -> dict[str, Any]:
-    """Return what a state depends on: {"conversations": their number, "sample", "tokenizer": digests, "arguments"}.
+    """Return the facts of a run that a state depends on: {"conversations": their number, "sample", "tokenizer", ...}.
 
-    `sample` is `sample_of` the source.
+    `sample` and `tokenizer` are digests, `arguments` are the loader's; `sample` is `sample_of` the source.
     """
     arguments = {
         field.name: _plain(getattr(config, field.name))
@@ -143,13 +143,13 @@ def _bytes_of(conversation: Conversation) -> Iterator[bytes]:
         yield b"" if mask is None else mask.tobytes()
     said = [(message.role, message.content) for message in conversation.messages]
     yield repr((said, conversation.text, conversation.weight)).encode("utf-8", "surrogatepass")
-    beside: list[object] = [
+    besides: list[object] = [
         (index, m.train, m.rest) for index, m in enumerate(conversation.messages) if not m.train or m.rest
     ]
-    beside += [more for more in (conversation.tools, conversation.template_kwargs) if more]
+    besides += [more for more in (conversation.tools, conversation.template_kwargs) if more]
     # most conversations have nothing of this, and are as before it was read
-    if beside:
-        yield repr(beside).encode("utf-8", "surrogatepass")
+    if besides:
+        yield repr(besides).encode("utf-8", "surrogatepass")
 
 
 def _digest(parts: Iterable[bytes]) -> str:

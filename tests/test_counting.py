@@ -14,6 +14,7 @@ from faulty import wait_until, within
 
 import nanopack
 from nanopack import Loader
+from nanopack.conversations import announced
 from nanopack.producer import counting
 
 TEXTS = [{"text": "a" * (k % 23)} for k in range(400)]
@@ -56,7 +57,7 @@ def test_the_length_is_counted_by_as_many_processes_as_tokenize_and_not_by_the_t
 
 
 def test_a_long_count_is_announced_with_the_remedy(monkeypatch, caplog):
-    monkeypatch.setattr(counting, "PATIENCE", 1e-6)
+    monkeypatch.setattr(announced, "PATIENCE", 1e-6)
     with Loader(TEXTS, SMALL, num_workers=0, **ARGUMENTS) as loader, caplog.at_level(logging.WARNING):
         assert len(loader) and len(loader)
     assert "counting the batches: 1 of 400 conversations" in caplog.messages[0] and "iter(loader)" in caplog.messages[0]

@@ -104,7 +104,7 @@ def test_without_matplotlib_the_curve_is_text_and_one_line_says_why(tmp_path, ca
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert cli.main(["demo-train", "--steps", "1", "--out", str(tmp_path), "--device", "cpu"]) == 0
     out, err = capsys.readouterr()
-    assert err == f"nanopack: {tmp_path / 'curve.png'} needs matplotlib; pip install nanopack[plot]\n"
+    assert err == f"nanopack: {tmp_path / 'curve.png'} needs matplotlib; pip install nanopack-gpu[plot]\n"
     assert re.search(r"^steps  training o  held out x  ", out, re.M) and "curve.png" not in out
 
 

@@ -163,7 +163,7 @@ def test_ranks_of_uneven_data_end_together(ranks, shard, grouping, workers):
 
 
 def test_all_ranks_write_the_date_of_the_first(ranks):
-    pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack[hf]'")
+    pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack-gpu[hf]'")
     assert ranks(2, dates_of_a_loader) == [("2025-12-10", "10"), ("2025-12-11", "10")]
 
 

@@ -248,6 +248,6 @@ def test_answers_pickle_for_processes_that_are_not_forked():
 
 
 def test_a_long_count_is_announced(monkeypatch, caplog):
-    monkeypatch.setattr(nanopack.conversations.answers, "PATIENCE", 0.0)
+    monkeypatch.setattr(nanopack.conversations.announced, "PATIENCE", 0.0)
     Answers(open_conversations([[Q, A]] * 3), "keep", None)
     assert 'counting the answers for turns="each": 1 of 3 conversations are read after' in caplog.text

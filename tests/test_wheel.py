@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -53,5 +55,20 @@ def test_a_wheel_holds_the_packages_tracked_files_and_nothing_else(tracked, tree
     # what is built from the sources on PyPI is the same
     with tarfile.open(built("sdist", tree, tmp_path / "sdist")) as archive:
         archive.extractall(tmp_path, filter="data")
-    [unpacked] = tmp_path.glob("nanopack-*")
+    [unpacked] = tmp_path.glob("nanopack_gpu-*")
     assert files_of(built("wheel", unpacked, tmp_path / "again")) == expected
+
+
+def test_the_other_distribution_of_that_import_name_is_named_with_the_remedy(tree, tmp_path):
+    package = tmp_path / "nanopack"
+    shutil.copytree(tree / "nanopack", package)
+    shutil.copytree(tree / "kernels", package / "kernels")
+    importing = [sys.executable, "-c", "import nanopack; print(nanopack.__file__)"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    sound = subprocess.run(importing, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert sound.stdout.strip() == str(package / "__init__.py")
+    # what the tools for nanopore sequencing install
+    (package / "version.py").write_text('__version__ = "1.1.0"')
+    refused = subprocess.run(importing, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert "ImportError" in refused.stderr
+    assert "pip uninstall nanopack, then pip install --force-reinstall --no-deps nanopack-gpu" in refused.stderr

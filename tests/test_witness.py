@@ -10,7 +10,7 @@ import pytest
 from nanopack import verify, witness
 from nanopack.cli.main import main
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack[hf]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack-gpu[hf]'")
 
 from stock_templates import folder, make_stock
 from tiny_hf import MARKED, PLAIN, make_tokenizer

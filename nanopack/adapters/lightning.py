@@ -37,7 +37,7 @@ from nanopack.loader import Loader
 try:
     from lightning.pytorch import LightningDataModule
 except ImportError as error:
-    raise ImportError("this adapter needs lightning: pip install 'nanopack[lightning]'") from error
+    raise ImportError("this adapter needs lightning: pip install 'nanopack-gpu[lightning]'") from error
 
 
 class _Fetched:

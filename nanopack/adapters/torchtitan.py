@@ -30,7 +30,7 @@ try:
     import tyro
     from torchtitan.components.dataloader import BaseDataLoader
 except ImportError as error:
-    raise ImportError("this adapter needs torchtitan>=0.3: pip install 'nanopack[torchtitan]'") from error
+    raise ImportError("this adapter needs torchtitan>=0.3: pip install 'nanopack-gpu[torchtitan]'") from error
 
 
 class PackedDataLoader(BaseDataLoader):

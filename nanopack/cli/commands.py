@@ -279,7 +279,7 @@ def _load_safetensors(path: Path | None) -> Any:
     try:
         return importlib.import_module("safetensors.torch")
     except ImportError as error:
-        raise ImportError(f"{path} needs safetensors; pip install nanopack[safetensors]") from error
+        raise ImportError(f"{path} needs safetensors; pip install nanopack-gpu[safetensors]") from error
 
 
 def _save(batches: list[Batch], path: Path, safetensors: Any) -> dict[str, list[int]]:

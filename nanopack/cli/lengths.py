@@ -16,7 +16,7 @@ import numpy as np
 from nanopack.config import LoaderConfig
 from nanopack.conversations.records import Conversation, check
 from nanopack.conversations.source import Source
-from nanopack.packing import Packing, simulate
+from nanopack.packing import Packed, Packing, simulate
 from nanopack.render.document import Document
 
 # shorter documents share one bin
@@ -90,13 +90,13 @@ class Lengths:
             bins.append(Bin(least, most, len(inside), int(inside.sum())))
         return bins
 
-    def padding(self, config: LoaderConfig, packing: Packing) -> float:
-        """Return the padding fraction (0 to 1) of one pass over these documents with this packing; 0.0 without any.
+    def pack(self, config: LoaderConfig, packing: Packing) -> Packed:
+        """Pack these documents in one pass with this packing.
 
         A document of which cutting leaves no token in the loss counts here; a loader may drop it.
         """
         kept = self.tokens[self.in_loss > 0] if packing.drops_untrained(config.loss) else self.tokens
-        return simulate(packing, kept.tolist(), config.seq_len).padding
+        return simulate(packing, kept.tolist(), config.seq_len)
 
 
 def _fate(config: LoaderConfig) -> str:

@@ -5,8 +5,9 @@
     nanopack inspect [FILES...]   how long the conversations are, and the rows of a batch, drawn
     nanopack bench [FILES...]     measure nanopack, the loaders it replaces and the tokenizer alone; takes minutes
     nanopack tokenize IN... OUT   tokenize them once, into a folder that the other commands and Loader read as data
-    nanopack store COMMAND OUT    check, info: the files of such a folder, and what is in it
+    nanopack store COMMAND OUT    check, info, export: its files, what is in it, other formats
     nanopack demo-train           train a small GPT on the conversations that ship with nanopack, in about a minute
+    nanopack doctor               look at this machine, and verify a small batch on it: what a bug report needs
 
 FILES are .jsonl, .ndjson, .json (.gz, .zst), .parquet, .arrow, or folders of these (docs/data.md says what they may
 hold); the default is the conversations that ship with nanopack. Results go to stdout, as one JSON object with --json;
@@ -19,8 +20,8 @@ progress and errors go to stderr.
     nanopack inspect chats.jsonl --lengths-png lengths.png --html batch.html
     nanopack bench chats.jsonl --only throughput,padding --plot bench.png
 
-Exit code: 0; 1 if nothing was packed, verify finds a difference or the ledger does not balance; 2 for bad input; 130
-after Ctrl-C; 141 if the reader of a pipe has gone.
+Exit code: 0; 1 if nothing was packed, verify or doctor finds a fault, or the ledger does not balance; 2 for bad input;
+130 after Ctrl-C; 141 if the reader of a pipe has gone.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ import sys
 from collections.abc import Sequence
 
 from nanopack.cli.commands import bench, demo_train, inspect, pack, verify
+from nanopack.cli.doctor import doctor
 from nanopack.cli.options import parse
 from nanopack.cli.progress import warnings_on_stderr
-from nanopack.cli.store import store_check, store_info, tokenize
+from nanopack.cli.store import store_check, store_export, store_info, tokenize
 from nanopack.cli.text import printable
 
-STORE_COMMANDS = {"check": store_check, "info": store_info}
+STORE_COMMANDS = {"check": store_check, "info": store_info, "export": store_export}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
-        options = parse(argv, __doc__ or "", pack, verify, inspect, bench, demo_train, tokenize, STORE_COMMANDS)
+        commands = pack, verify, inspect, bench, demo_train, doctor, tokenize
+        options = parse(argv, __doc__ or "", *commands, of_stores=STORE_COMMANDS)
     except SystemExit as end:
         return int(end.code or 0)
     with warnings_on_stderr(verbose=getattr(options, "verbose", False)):

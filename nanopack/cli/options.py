@@ -29,6 +29,7 @@ from nanopack.config import (
     LoaderConfig,
 )
 from nanopack.packing.packings import PACKINGS, Packing
+from nanopack.store.export import FORMATS
 from nanopack.tokenizers.splintr import ENCODERS
 from nanopack.witness import WITNESSES
 
@@ -69,7 +70,9 @@ def parse(
     inspect: Command,
     bench: Command,
     demo_train: Command,
+    doctor: Command,
     tokenize: Command,
+    *,
     of_stores: Mapping[str, Command],
 ) -> Any:
     """Return the parsed options, with the function to call in `.command`. SystemExit after --help or an error."""
@@ -102,11 +105,14 @@ def parse(
         _add_data_options(one.add_argument_group("which batches"))
     _add_bench_options(command(bench, "bench", "measure nanopack, what it replaces, and its bounds"))
     _add_tokenize_options(command(tokenize, "tokenize", "tokenize conversations once, into a folder"))
-    _add_store_commands(
-        commands.add_parser("store", help="check a folder of tokens, or report what is in it"), of_stores
-    )
+    what = "check a folder of tokens, or report what is in it"
+    _add_store_commands(commands.add_parser("store", help=what, description=what), of_stores)
     what = "train a small GPT on the conversations that ship with nanopack"
     _add_demo_options(commands.add_parser("demo-train", help=what, description=getdoc(demo_train)), demo_train)
+    what = "look at this machine, and verify a small batch on it: what a bug report needs"
+    examined = commands.add_parser("doctor", help=what, description=getdoc(doctor))
+    examined.set_defaults(command=doctor)
+    examined.add_argument("--json", action="store_true", help="print one JSON object to stdout, and nothing else")
     return parser.parse_args(argv)
 
 
@@ -180,6 +186,9 @@ def _add_store_commands(parser: argparse.ArgumentParser, of_stores: Mapping[str,
         one = commands.add_parser(name, help=doc.splitlines()[0].rstrip("."), description=doc)
         one.set_defaults(command=run)
         one.add_argument("store", metavar="OUT", help="folder that nanopack tokenize wrote")
+        if name == "export":
+            one.add_argument("output", metavar="OUTPUT", help="what to write, without a suffix")
+            one.add_argument("--to", choices=FORMATS, required=True, help="in which format")
         one.add_argument("--json", action="store_true", help="print one JSON object to stdout, and nothing else")
 
 

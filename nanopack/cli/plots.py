@@ -1,7 +1,7 @@
 """Draw PNG files, with matplotlib.
 
     losses    ->   save_curve()     ->   a loss curve
-    Lengths   ->   save_lengths()   ->   documents by length, and the padding that each packing needs for them
+    Lengths   ->   save_lengths()   ->   documents by length, and what each packing pads and cuts of them
 
 matplotlib is the extra `plot`, imported when something is drawn.
 """
@@ -18,13 +18,15 @@ import numpy as np
 
 from nanopack.cli.lengths import Lengths
 from nanopack.config import LoaderConfig
-from nanopack.packing import BestFit, BestFitPad, Pad
+from nanopack.packing import BestFit, BestFitCrop, BestFitPad, Pad
 
 # From Okabe and Ito's palette, which colour-blind readers can distinguish: https://jfly.uni-koeln.de/color/
 BLUE, VERMILION = "#0072B2", "#D55E00"
 COLOURS = (BLUE, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", VERMILION)
 WINDOWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 DOTS_PER_INCH = 120
+LEAST_PERCENT = 0.01
+"""Where a logarithmic axis of fractions begins."""
 
 
 def load_matplotlib(path: Path) -> Any:
@@ -32,7 +34,7 @@ def load_matplotlib(path: Path) -> Any:
     try:
         return importlib.import_module("matplotlib.figure").Figure
     except ImportError as error:
-        raise ImportError(f"{path} needs matplotlib; pip install nanopack[plot]") from error
+        raise ImportError(f"{path} needs matplotlib; pip install nanopack-gpu[plot]") from error
 
 
 def save_curve(
@@ -56,12 +58,12 @@ def save_curve(
 
 
 def save_lengths(lengths: Lengths, config: LoaderConfig, path: Path, *, title: str) -> None:
-    """Write two panels: documents and their tokens by length, and padding by packing and window."""
+    """Write two panels: documents and their tokens by length, and by window what each packing pads and cuts."""
     figure = load_matplotlib(path)(figsize=(13, 5), layout="constrained")
     figure.suptitle(title, fontsize=13)
     left, right = figure.subplots(1, 2)
     _draw_lengths(left, lengths, config)
-    _draw_padding(right, lengths, config)
+    _draw_losses(right, lengths, config)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
@@ -86,20 +88,22 @@ def _draw_lengths(axes: Any, lengths: Lengths, config: LoaderConfig) -> None:
     axes.set(xlabel="length of a document (tokens)", ylabel="fraction (%)", title="Documents by length")
 
 
-def _draw_padding(axes: Any, lengths: Lengths, config: LoaderConfig) -> None:
-    alone = 100 * lengths.padding(config, Pad())
-    axes.axhline(alone, color="black", linestyle="--", label=f"pad, one document a row: {alone:.0f}%")
-    packings: list[tuple[type[BestFit | BestFitPad], str, str]] = [
-        (BestFit, "o-", BLUE),
-        (BestFitPad, "x--", VERMILION),
-    ]
-    for packing, mark, colour in packings:
-        padding = [100 * lengths.padding(config, packing(window=window)) for window in WINDOWS]
-        axes.plot(WINDOWS, padding, mark, color=colour, label=packing.name)
-    axes.axhline(0, color=COLOURS[2], linewidth=3, label="stream, best_fit_crop: no padding")
+def _draw_losses(axes: Any, lengths: Lengths, config: LoaderConfig) -> None:
+    """Draw the padding by packing and window, and the tokens that are cut off; a stream has neither."""
+    alone = 100 * lengths.pack(config, Pad()).padding
+    axes.axhline(alone, color="black", linestyle="--", label=f"padding of pad, one document a row: {alone:.0f}%")
+    for packing, mark, colour in ((BestFit, "o-", BLUE), (BestFitPad, "x--", VERMILION)):
+        padding = [100 * lengths.pack(config, packing(window=window)).padding for window in WINDOWS]
+        axes.plot(WINDOWS, padding, mark, color=colour, label=f"padding of {packing.name}")
+    cropped = [100 * lengths.pack(config, BestFitCrop(window=window)).cut_fraction for window in WINDOWS]
+    axes.plot(WINDOWS, cropped, "s-", color=COLOURS[3], label="tokens cropped by best_fit_crop")
+    cut = 100 * lengths.pack(config, BestFit()).cut_fraction
+    label = f"tokens cut to a row by best_fit, best_fit_pad, pad: {cut:.2g}%"
+    axes.axhline(cut or LEAST_PERCENT, color=COLOURS[1], linestyle=":", linewidth=2, label=label)
     axes.set_xscale("log", base=2)
     axes.set_xticks(WINDOWS, [f"{window:,}" for window in WINDOWS])
-    title = "Padding by packing and window"
-    axes.set(
-        xlabel="window (documents to choose from)", ylabel="padding (% of the positions)", ylim=(-2, None), title=title
-    )
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda percent, _: f"{percent:g}")
+    title = "Padding and tokens cut off; a stream has neither"
+    label = "% of the positions, % of the tokens"
+    axes.set(xlabel="window (documents to choose from)", ylabel=label, ylim=(LEAST_PERCENT, 100), title=title)

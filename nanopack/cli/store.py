@@ -1,6 +1,6 @@
 """The commands about token stores: make one, check it, say what is in it, write it in another format.
 
-options.py's Namespace   ->   tokenize(), store_check(), store_info()   ->   stdout, files; an exit code
+options.py's Namespace   ->   tokenize(), store_check(), store_info(), store_export()   ->   stdout, files; an exit code
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from argparse import Namespace
 from nanopack.cli.progress import progress
 from nanopack.cli.tokenizer import find_tokenizer
 from nanopack.store.check import check
+from nanopack.store.export import export
 from nanopack.store.format import Manifest
 from nanopack.store.store import Store
 from nanopack.store.tokenize import tokenize as make_store
@@ -51,6 +52,16 @@ def store_check(options: Namespace) -> int:
 def store_info(options: Namespace) -> int:
     """Report what a store holds and how it was made."""
     _print(Store(options.store).manifest, options.store, options.json)
+    return 0
+
+
+def store_export(options: Namespace) -> int:
+    """Write a store as Megatron-LM's .bin and .idx, llm.c's .bin, or Arrow, to OUTPUT with the format's suffixes.
+
+    The first two have no mask: which tokens are in the loss is lost.
+    """
+    written = export(Store(options.store), options.output, options.to)
+    print(json.dumps({"written": written}) if options.json else f"Written: {', '.join(written)}")
     return 0
 
 

@@ -80,5 +80,5 @@ def _transformers() -> Any:
     try:
         import transformers
     except ModuleNotFoundError as error:
-        raise ImportError("a Hugging Face tokenizer needs transformers; pip install 'nanopack[hf]'") from error
+        raise ImportError("a Hugging Face tokenizer needs transformers; pip install 'nanopack-gpu[hf]'") from error
     return transformers

@@ -9,22 +9,18 @@ thoughts are in the loss. Text and tokens stay one document, and so does a conve
 from __future__ import annotations
 
 import hashlib
-import logging
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 
+from nanopack.conversations.announced import announced
 from nanopack.conversations.fetch import fetch, random_numbers_kept, storage_error
 from nanopack.conversations.records import Conversation, check, choose
 from nanopack.conversations.source import Source
 from nanopack.errors import NEVER_SKIPPED, StorageError, is_storage_error
 
-log = logging.getLogger("nanopack")
-
-# Seconds of counting that are worth a line in the log, and again at each doubling.
-PATIENCE = 1.5
+_COUNTING = 'counting the answers for turns="each": %d of %d conversations are read after %.1f s'
 
 
 class Answers(Source):
@@ -41,7 +37,7 @@ class Answers(Source):
         self._source, self._first_assistant = source, first_assistant
         self.names, self.runs_foreign_code = source.names, source.runs_foreign_code
         with random_numbers_kept(source):
-            counts = np.fromiter(_announced(self._counts(seed), len(source)), np.int64, len(source))
+            counts = np.fromiter(announced(self._counts(seed), len(source), _COUNTING), np.int64, len(source))
         # conversation i has the documents _starts[i] to _starts[i + 1]
         self._starts = np.concatenate([[0], counts]).cumsum()
 
@@ -121,15 +117,3 @@ def up_to(conversation: Conversation, answer: int) -> Conversation:
     """Return the conversation up to and including message `answer`, which alone is in the loss."""
     history = (replace(message, train=False) for message in conversation.messages[:answer])
     return replace(conversation, messages=(*history, conversation.messages[answer]))
-
-
-def _announced(counts: Iterator[int], n: int) -> Iterator[int]:
-    """Yield the counts, and log how far that is where it takes long."""
-    began, patience = time.perf_counter(), PATIENCE
-    for done, count in enumerate(counts, start=1):
-        if (spent := time.perf_counter() - began) >= patience:
-            patience *= 2
-            log.warning(
-                'counting the answers for turns="each": %d of %d conversations are read after %.1f s', done, n, spent
-            )
-        yield count

@@ -148,4 +148,4 @@ def _pyarrow(path: str) -> Any:
     try:
         return importlib.import_module("pyarrow")
     except ImportError as error:
-        raise ImportError(f"{path} is Arrow, which needs pyarrow; pip install nanopack[parquet]") from error
+        raise ImportError(f"{path} is Arrow, which needs pyarrow; pip install nanopack-gpu[parquet]") from error

@@ -49,7 +49,7 @@ def _parquet(path: str) -> Any:
     try:
         return importlib.import_module("pyarrow.parquet")
     except ImportError as error:
-        raise ImportError(f"{path} is Parquet, which needs pyarrow; pip install nanopack[parquet]") from error
+        raise ImportError(f"{path} is Parquet, which needs pyarrow; pip install nanopack-gpu[parquet]") from error
 
 
 class RowGroups:

@@ -4,7 +4,7 @@
                                            files.py finds lines in them, unpacked.py decompresses them
 
 What lies in the bytes is not known here. They are read with os.pread: no position is shared and no lock is ours, so
-forked processes and threads may read at the same time. Pickling leaves every open file behind.
+forked processes and threads may read at the same time. Open files are not pickled.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Recent(Generic[Value]):
         return Recent, self._arguments
 
 
-# Bytes of a file that say whether it is still the same: so many at each of so many places, from its head to its tail.
+# Bytes of a file that say whether it is still the same: CHECKED_BYTES at each of CHECKED_PLACES places.
 CHECKED_BYTES = 4 << 10
 CHECKED_PLACES = 8
 
@@ -71,7 +71,7 @@ class Version(NamedTuple):
     def check(self, fd: int, known_mtime_ns: int, *, may_grow: bool) -> int:
         """Return the time at which the open file was last modified; StorageError if its content is another one.
 
-        A file that was only touched, or copied anew, has the same content; with `may_grow`, also one that has more
+        A file that was only touched, or copied again, has the same content; with `may_grow`, also one that has more
         after it. `known_mtime_ns` is the last answer: bytes are compared where it is another one.
         """
         status = os.fstat(fd)

@@ -155,4 +155,4 @@ def import_zstandard(path: str) -> Any:
     try:
         return importlib.import_module("zstandard")
     except ImportError as error:
-        raise ImportError(f"{path} is zstd, which needs zstandard; pip install nanopack[zstd]") from error
+        raise ImportError(f"{path} is zstd, which needs zstandard; pip install nanopack-gpu[zstd]") from error

@@ -35,6 +35,11 @@ class Packed:
         """Fraction (0 to 1) of the positions that is padding; 0.0 without rows."""
         return 1 - self.tokens / (self.rows * self.seq_len) if self.rows else 0.0
 
+    @property
+    def cut_fraction(self) -> float:
+        """Fraction (0 to 1) of the tokens that is cut off; 0.0 without any."""
+        return self.cut / (self.cut + self.emitted) if self.emitted else 0.0
+
 
 def simulate(
     packing: Packing, lengths: Iterable[int], seq_len: int, *, batch_size: int = 1, to_end: bool = True

@@ -14,7 +14,7 @@ import numpy as np
 
 from nanopack.packing.rows import Read, Rows, State, counters, set_counters
 
-# Batches that are planned together, where enough documents are known: so many tables fit into the cache.
+# Batches that are planned together, where enough documents are known: the tables of 16 fit into the cache.
 TOGETHER = 16
 _NONE = np.empty(0, np.int64)
 

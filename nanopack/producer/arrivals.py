@@ -25,9 +25,9 @@ from nanopack.producer.chunk import Chunk, Live, Trouble
 
 log = logging.getLogger("nanopack")
 
-# A run that skips so many conversations of a shard in a row stops: its data are wrong, not a few of its records.
+# A run that skips this many conversations of a shard in a row stops: its data are wrong, not a few of its records.
 MOST_SKIPPED_IN_A_ROW = 100
-# So does one that has skipped more than half of those read, once it has read so many.
+# So does one that has skipped more than half of those read, once it has read this many.
 JUDGED_AFTER = 1000
 
 
@@ -65,7 +65,7 @@ class Arrivals:
         self._in_vain = 0
 
     def start(self, chunks: Iterator[Chunk], read: int, taken: int, counted: int | None = None) -> None:
-        """Go on with these chunks, whose first read has the number `read`; `taken` documents are with the packer.
+        """Continue with these chunks, whose first read has the number `read`; `taken` documents are with the packer.
 
         The reads before number `counted` are counted already; None: those before `read`.
         """
@@ -95,12 +95,16 @@ class Arrivals:
                 self._skip(trouble.error, int(chunk.conversations[self._given]))
                 continue
             begin, self._given = self._given, self._end_of_sound(chunk)
-            kept = np.flatnonzero(~self._dropped[begin : self._given]) + begin
+            if self._has_dropped:
+                kept = np.flatnonzero(~self._dropped[begin : self._given]) + begin
+                lengths = chunk.lengths[kept]
+            else:
+                kept, lengths = np.arange(begin, self._given), chunk.lengths[begin : self._given]
             self._note_fruitless(chunk, begin, kept)
             if len(kept):
                 self._taken_before += len(self._numbers)
                 self._numbers = kept + self._first
-                return self._numbers, chunk.lengths[kept]
+                return self._numbers, lengths
 
     @property
     def ahead(self) -> int:

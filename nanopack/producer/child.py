@@ -147,7 +147,7 @@ def _leave_signals_to_the_trainer() -> None:
         # terminate it. A handler ends with exec.
         signal.signal(number, _ignore)
         if hasattr(signal, "siginterrupt"):
-            # system calls of the data set go on
+            # system calls of the data set are resumed
             signal.siginterrupt(number, False)
     # nor does a process that the data set forks, such as a pool's, ignore them
     if hasattr(os, "register_at_fork"):

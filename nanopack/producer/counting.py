@@ -9,14 +9,13 @@ Only lengths are kept, 8 bytes a conversation. No torch, no GPU.
 from __future__ import annotations
 
 import contextlib
-import logging
 import multiprocessing
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 
 import numpy as np
 
+from nanopack.conversations.announced import announced
 from nanopack.conversations.order import Shard
 from nanopack.packing.simulate import simulating
 from nanopack.producer.arrivals import describe_or_raise
@@ -26,10 +25,10 @@ from nanopack.producer.shard import ReadAll, shards_of
 from nanopack.producer.stored import TOGETHER, StoreReader
 from nanopack.producer.workers import Workers
 
-log = logging.getLogger("nanopack")
-
-# Seconds of counting that are worth a warning, and again at each doubling.
-PATIENCE = 1.5
+_COUNTING = (
+    "counting the batches: %d of %d conversations are rendered after %.1f s; `iter(loader)`, as in "
+    "tqdm(iter(loader)), needs no count, and with process_group each rank counts only its own"
+)
 
 Counting = Generator[None, None, tuple[int, int]]
 """Yields between any two chunks of conversations; its value are the batches and tokens."""
@@ -140,17 +139,8 @@ def _measure(reader: Reader, shards: Iterable[Shard], read_all: ReadAll) -> Gene
 def _announced(read_all: ReadAll) -> ReadAll:
     """Return a `read_all` that logs how far it is where that takes long."""
 
-    def announced(indices: Iterable[int]) -> Iterator[Chunk]:
-        indices, began, patience, done = list(indices), time.perf_counter(), PATIENCE, 0
-        for chunk in read_all(indices):
-            done += len(chunk.lengths)
-            if (spent := time.perf_counter() - began) >= patience:
-                patience *= 2
-                log.warning(
-                    "counting the batches: %d of %d conversations are rendered after %.1f s; `iter(loader)`, as in "
-                    "tqdm(iter(loader)), needs no count, and with process_group each rank counts only its own",
-                    *(done, len(indices), spent),
-                )
-            yield chunk
+    def read_and_announce(indices: Iterable[int]) -> Iterator[Chunk]:
+        indices = list(indices)
+        return announced(read_all(indices), len(indices), _COUNTING, of=lambda chunk: len(chunk.lengths))
 
-    return announced
+    return read_and_announce

@@ -170,7 +170,7 @@ class Process:
         with contextlib.suppress(OSError, IndexError):
             with open(f"/proc/{pid}/stat") as file:
                 state = file.read().rsplit(")", 1)[1].split()[0]
-            stopped = ", stopped by a signal (SIGCONT lets it go on)" if state in "Tt" else ""
+            stopped = ", stopped by a signal (SIGCONT resumes it)" if state in "Tt" else ""
         what = f"waited {waited:.1f} s for the producer process (pid {pid}{stopped}): {self.ring.status.describe()}"
         if self._forked and not stopped and not self.ring.status.sent and waited > 2 * STALL:
             what += '. Nothing came yet: a lock that another thread held at the fork? Then use start_method="spawn"'

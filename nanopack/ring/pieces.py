@@ -55,6 +55,8 @@ class Marks(NamedTuple):
 
     all: bool
     """Set them all; before any is cleared."""
+    bare: int | None
+    """The words are bare ids, which must be below this; None: they have loss bits."""
     first: bool
     """Clear that of the first token of a document."""
     without: np.ndarray | None

@@ -94,7 +94,7 @@ class Slot:
     def fill(self, pieces: Pieces, shards: int = 1) -> tuple[BatchFacts, list[tuple[int, int]]]:
         """Write a batch of B rows, and return its facts (without progress and state) and counts.
 
-        A row without pieces becomes padding. The rows are those of so many shards, equally many each; the counts are,
+        A row without pieces becomes padding. The rows are those of `shards` shards, equally many each; the counts are,
         of each shard's: tokens in `inputs`, and targets in the loss. Raises ValueError where the batch has more
         segments than cu_seqlens has room for.
         """
@@ -153,8 +153,13 @@ class Slot:
         marks = pieces.marks
         assert marks is not None
         if marks.all:
-            for start, length in zip(places.starts.tolist(), places.row_lengths.tolist(), strict=False):
-                self.words[start : start + length] |= self._loss_bit
+            begin, end = int(places.starts[0]), int(places.starts[-1])
+            if marks.bare is not None and int(self.words[begin:end].max(initial=0)) >= marks.bare:
+                raise _unknown_id(pieces, places, self.words, marks.bare)
+            self.words[begin:end] |= self._loss_bit
+            ends = places.starts[:-1] + places.row_lengths
+            for end, gap in zip(ends.tolist(), places.gaps.tolist(), strict=True):
+                self.words[end : end + gap] = 0
         if marks.first:
             self.words[places.words[pieces.offsets == 0]] &= ~self._loss_bit
         for piece in () if marks.without is None else np.flatnonzero(marks.without):
@@ -266,6 +271,16 @@ def sums(numbers: np.ndarray, first: int = 0) -> np.ndarray:
     if first:
         found[1:] += first
     return found
+
+
+def _unknown_id(pieces: Pieces, places: Places, words: np.ndarray, vocab_size: int) -> ValueError:
+    begin = int(places.starts[0])
+    at = begin + int(np.argmax(words[begin : int(places.starts[-1])] >= vocab_size))
+    piece = int(places.words.searchsorted(at, "right")) - 1
+    return ValueError(
+        f"document {int(pieces.conversations[piece])} has the id {int(words[at])}; ids are from 0 to {vocab_size - 1}: "
+        f"give the tokenizer, or the vocab_size, that the tokens were made with"
+    )
 
 
 def too_many_pieces(segments: int, layout: Layout) -> ValueError:

@@ -10,10 +10,12 @@ construction; characters that they split differently, such as those of a newer U
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import groupby, pairwise
 from typing import Any, Literal, TypeAlias, cast, get_args
 
@@ -110,6 +112,10 @@ class ByteLevel:
     """(vocab_size,) int64: blanks that a token begins with, where offsets leave them out; else None."""
     trailing: np.ndarray | None
     """(vocab_size,) int64: likewise, blanks that a token ends with."""
+    encoding: tiktoken.Encoding
+    """Its pattern and ranks; `_ids` has the ids of the ranks."""
+    encoder = "tiktoken"
+    """What encodes texts."""
 
     def __init__(
         self,
@@ -139,7 +145,8 @@ class ByteLevel:
             _refuse_other_splits(lost, ranks, set(products))
         elif lost:
             found = _encoding(pattern, {token: rank for token, rank in ranks.items() if token not in lost})
-        self._encode = found._core_bpe.encode_to_tiktoken_buffer
+        self.pattern, self._found = pattern, found
+        self._encode_texts: Callable[[Sequence[str | bytes]], list[Any]] = partial(_by_tiktoken, found._core_bpe)
         self._describe_tokens(tokens, vocab_size, head["post_processor"])
         self._states: np.ndarray = np.zeros(0x110000, np.int8)
         # Lone surrogates are mended elsewhere.
@@ -178,9 +185,8 @@ class ByteLevel:
 
     def encode_each(self, texts: Sequence[str | bytes]) -> list[Any]:
         """Return a buffer of ids, uint32, of each text; all of them must be taken. Bytes are such a buffer already."""
-        encode = self._encode
         try:
-            buffers = [text if isinstance(text, bytes) else encode(text, _NOTHING) for text in texts]
+            buffers = self._encode_texts(texts)
         except BaseException as error:
             if not (isinstance(error, ValueError) or is_panic(error)):
                 raise
@@ -193,6 +199,22 @@ class ByteLevel:
             buffer if isinstance(buffer, bytes) else self._ids[np.frombuffer(buffer, np.uint32)].tobytes()
             for buffer in buffers
         ]
+
+    def encoded_by(self, encoder: str, make: Callable[[tiktoken.Encoding], Any]) -> ByteLevel:
+        """Return a copy whose texts are encoded by what `make` makes of its pattern and ranks: `_encode_each` of it."""
+        copied = copy.copy(self)
+        copied.encoder = encoder
+        # with a beginning of sequence, which tiktoken's users ask for and no text holds
+        special = {"<|bos|>": max(self._found._mergeable_ranks.values()) + 1}
+        copied._encode_texts = make(
+            tiktoken.Encoding(
+                "byte-level",
+                pat_str=self.pattern,
+                mergeable_ranks=self._found._mergeable_ranks,
+                special_tokens=special,
+            )
+        )
+        return copied
 
     def difference(self, text: str) -> str | None:
         """Describe the first difference between the ids here and the tokenizer's own; None if they are equal."""
@@ -226,6 +248,11 @@ class ByteLevel:
             core.model._clear_cache()
 
 
+def _by_tiktoken(core: Any, texts: Sequence[str | bytes]) -> list[Any]:
+    encode = core.encode_to_tiktoken_buffer
+    return [text if isinstance(text, bytes) else encode(text, _NOTHING) for text in texts]
+
+
 def _encoding(pattern: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
     # With no special token at all, tiktoken would find the empty one before each letter.
     special = {_NEVER: max(ranks.values()) + 1}
@@ -256,7 +283,7 @@ def describe_difference(text: str, expected: Sequence[int], got: Sequence[int]) 
     at = next((i for i, (one, other) in enumerate(both) if one != other), min(len(expected), len(got)))
     shown = text if len(text) <= 200 else f"{text[:200]}…"
     return (
-        f"tiktoken differs from the tokenizer itself at token {at} of the text {shown!r}: "
+        f"the ids differ from the tokenizer's own at token {at} of the text {shown!r}: "
         f"expected {list(expected[at : at + 6])}, got {list(got[at : at + 6])}"
     )
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from datetime import datetime
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from nanopack.tokenizers.byte_level import REMEDY, ByteLevel, NotByteLevel, desc
 from nanopack.tokenizers.core import Core
 from nanopack.tokenizers.rank_files import first_line
 
+Faster: TypeAlias = Callable[[ByteLevel], ByteLevel]
 # What a beginning of sequence may be called where the tokenizer does not say which it is.
 BOS_TOKENS = ("<|bos|>", "<|begin_of_text|>", "<|endoftext|>", "<s>")
 # Every n-th text is compared with the tokenizer's own ids, starting with the first of each process.
@@ -69,13 +70,16 @@ class HuggingFaceTokenizer:
         clock: str | None = None,
         core: Core | None = None,
         training: bool = False,
+        faster: Faster | None = None,
     ) -> None:
         """Take `tokenizer`. ValueError where it has no fast core (a slow one), or no beginning of sequence.
 
         `special`: added tokens that count as special though they are not marked so. `clock`: now, if not given.
         `core`: its core, if known. `training`: its chat template is the one that trl trains by in place of its own.
+        `faster`: makes a faster encoder of its byte-level one.
         """
         self._given, self._special, self._training = tokenizer, tuple(special), training
+        self._faster = faster
         given = getattr(tokenizer, "backend_tokenizer", tokenizer)
         self.name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         self.chat = None if given is tokenizer else _for_training(tokenizer) if training else tokenizer
@@ -99,20 +103,22 @@ class HuggingFaceTokenizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what was given: the core would forget that special tokens are text."""
-        return _unpickled, (self._given, self._special, self.clock, self._training)
+        return _unpickled, (self._given, self._special, self.clock, self._training, self._faster)
 
     @cached_property
     def byte_level(self) -> ByteLevel | None:
         """What encodes texts in place of the tokenizer; None where only the tokenizer itself can."""
         found = self.core.byte_level
         # Its tokens that stand in a word only would have to be looked for in the words.
-        return found if isinstance(found, ByteLevel) and not self._added.single_words else None
+        if not isinstance(found, ByteLevel) or self._added.single_words:
+            return None
+        return self._faster(found) if self._faster else found
 
     @property
     def encoder(self) -> str:
-        """What encodes texts: "tiktoken", or "tokenizers" and why."""
+        """What encodes texts: "tiktoken", with encoder="fast" "splintr-rs", or "tokenizers" and why."""
         if self.byte_level:
-            return "tiktoken"
+            return self.byte_level.encoder
         why = self.core.byte_level
         return f"tokenizers: {why if isinstance(why, NotByteLevel) else 'it has added tokens of single_word=True'}"
 
@@ -139,8 +145,13 @@ class HuggingFaceTokenizer:
         """
         return self if self._training else self._remade(training=True)
 
+    def encoded_by(self, faster: Faster) -> HuggingFaceTokenizer:
+        """Return one whose texts are encoded by what `faster` makes of its byte-level encoder."""
+        return self._remade(faster=faster)
+
     def _remade(self, **changed: Any) -> HuggingFaceTokenizer:
-        same = {"special": self._special, "clock": self.clock, "core": self.core, "training": self._training}
+        same: dict[str, Any] = {"special": self._special, "clock": self.clock, "core": self.core}
+        same |= {"training": self._training, "faster": self._faster}
         return HuggingFaceTokenizer(self._given, **{**same, **changed})
 
     def chat_template(self, *, tools: bool = False) -> str:
@@ -312,8 +323,10 @@ class HuggingFaceTokenizer:
         return text
 
 
-def _unpickled(given: Any, special: Sequence[str], clock: str | None, training: bool) -> HuggingFaceTokenizer:
-    return HuggingFaceTokenizer(given, special=special, clock=clock, training=training)
+def _unpickled(
+    given: Any, special: Sequence[str], clock: str | None, training: bool, faster: Faster | None
+) -> HuggingFaceTokenizer:
+    return HuggingFaceTokenizer(given, special=special, clock=clock, training=training, faster=faster)
 
 
 def _for_training(chat: Any) -> Any:
@@ -321,7 +334,7 @@ def _for_training(chat: Any) -> Any:
     try:
         from trl.chat_template_utils import get_training_chat_template
     except ModuleNotFoundError as error:
-        raise ImportError("template='hf-training' needs trl; pip install 'nanopack[hf]'") from error
+        raise ImportError("template='hf-training' needs trl; pip install 'nanopack-gpu[hf]'") from error
     if not chat.chat_template:
         raise ValueError("template='hf-training' is trl's chat template in place of a tokenizer's own, and it has none")
     try:

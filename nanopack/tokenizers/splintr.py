@@ -1,6 +1,7 @@
 """Encode with splintr-rs instead of tiktoken: the same ids, faster, continuously checked against tiktoken.
 
     Loader(encoder="fast")   ->   choose_encoder()   ->   FastTokenizer, for rendering; all else uses tiktoken's
+                                                           or a HuggingFaceTokenizer whose byte-level texts it encodes
 
 Only split patterns known to split alike are accepted. The two encoders are compared on a sample of the data at
 construction, and on one text in a thousand after that; the tests compare them on far more, for the range of versions
@@ -28,7 +29,8 @@ from nanopack.conversations.records import check
 from nanopack.conversations.source import Source
 from nanopack.errors import EncoderError
 from nanopack.tokenizers.buffers import due_texts
-from nanopack.tokenizers.byte_level import LONG_TEXT
+from nanopack.tokenizers.byte_level import LONG_TEXT, ByteLevel
+from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 from nanopack.tokenizers.split_patterns import PatternError, plain
 from nanopack.tokenizers.tokenizer import AnyTokenizer, Tokenizer
 
@@ -62,15 +64,31 @@ def choose_encoder(encoder: str | None, tokenizer: AnyTokenizer, source: Source)
         return tokenizer
     if encoder != "fast":
         raise ValueError(f"encoder={encoder!r} is not allowed; use one of {', '.join(map(repr, ENCODERS))}")
-    if not isinstance(tokenizer, Tokenizer):
-        raise ValueError(
-            f"encoder='fast' is for tiktoken's encodings, and {tokenizer.name!r} is not one; leave encoder out"
-        )
-    fast = FastTokenizer(tokenizer.encoding)
+    fast = FastTokenizer(tokenizer.encoding) if isinstance(tokenizer, Tokenizer) else _faster(tokenizer)
+    find = fast.difference if isinstance(fast, FastTokenizer) else fast.byte_level.difference  # type: ignore[union-attr]
     for text in _sample(source):
-        if difference := fast.difference(text):
+        if difference := find(text):
             raise ValueError(difference)
     return fast
+
+
+def _faster(tokenizer: HuggingFaceTokenizer) -> HuggingFaceTokenizer:
+    """Return a Hugging Face tokenizer whose texts splintr-rs encodes."""
+    if tokenizer.byte_level is None:
+        raise ValueError(
+            f"encoder='fast' cannot take {tokenizer.name!r}, which is encoded by {tokenizer.encoder}; leave encoder out"
+        )
+    fast = tokenizer.encoded_by(by_splintr)
+    try:
+        assert fast.byte_level
+    except ValueError as error:
+        raise ValueError(str(error).replace("'byte-level'", repr(tokenizer.name))) from error
+    return fast
+
+
+def by_splintr(byte_level: ByteLevel) -> ByteLevel:
+    """Return a copy whose texts splintr-rs encodes; ValueError and ImportError as `FastTokenizer` has them."""
+    return byte_level.encoded_by(FastTokenizer.encoder, lambda encoding: FastTokenizer(encoding)._encode_each)
 
 
 # A subclass: everything but the encoding is unchanged, the fingerprint included.
@@ -96,7 +114,7 @@ class FastTokenizer(Tokenizer):
         try:
             splintr = importlib.import_module("splintr")
         except ImportError as error:
-            raise ImportError("encoder='fast' needs splintr-rs; pip install nanopack[fast]") from error
+            raise ImportError("encoder='fast' needs splintr-rs; pip install nanopack-gpu[fast]") from error
         ranks = self.encoding._mergeable_ranks.items()
         lines = b"".join([base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks])
         try:

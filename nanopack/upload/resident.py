@@ -16,18 +16,20 @@ from nanopack.producer.reader import Reader
 from nanopack.producer.stored import StoreReader
 from nanopack.upload.device import Cpu, Cuda, Kernel
 from nanopack.upload.executor import Gathering, make_gather, make_load
-from nanopack.upload.words import Words, resident_words
+from nanopack.upload.words import Words, check_ids, resident_words
 
 
 class Resident:
     """Holds the words until `release`, until this is dropped, or until the interpreter's exit."""
 
     def __init__(self, reader: Reader, device: Cpu | Cuda, executor: str | None, *, on_host: bool) -> None:
-        """Bring the words to the device. MemoryError as `resident_words`, ValueError as `make_kernel`."""
+        """Bring the words to the device. MemoryError as `resident_words`, ValueError as `make_kernel` and `check_ids`."""
         # reader_of gives no other to a loader whose words are resident
         assert isinstance(reader, StoreReader)
         self.reader = reader
         self._device, self._executor = device, executor
+        if reader.bare is not None:
+            check_ids(reader.arrays, reader.bare)
         words = resident_words(reader.arrays, reader.layout.word_dtype, device, on_host=on_host)
         self.release: Any = weakref.finalize(self, _release, os.getpid(), words)
         self._what = Gathering(

@@ -55,6 +55,16 @@ def resident_words(
     return Words(_on_device(arrays, dtype, nbytes, device, progress or _log).view(_tensor_type(dtype)))
 
 
+def check_ids(arrays: Sequence[np.ndarray], vocab_size: int) -> None:
+    """Raise ValueError for an id that the vocabulary does not have; reads all words."""
+    for number, part in enumerate(_chunks(arrays, CHUNK_BYTES // 4)):
+        if len(part) and (largest := int(part.max())) >= vocab_size:
+            raise ValueError(
+                f"the words (part {number}) have the id {largest}; ids are from 0 to {vocab_size - 1}: give the "
+                f"tokenizer, or the vocab_size, that the tokens were made with"
+            )
+
+
 def _tensor_type(dtype: np.dtype[Any]) -> torch.dtype:
     return torch.int16 if dtype.itemsize == 2 else torch.int32
 
@@ -65,7 +75,7 @@ def _as_tensor(array: np.ndarray, dtype: np.dtype[Any]) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=_tensor_type(dtype))
 
 
-def _chunks(arrays: Sequence[np.ndarray], dtype: np.dtype[Any], words: int) -> Iterator[np.ndarray]:
+def _chunks(arrays: Sequence[np.ndarray], words: int) -> Iterator[np.ndarray]:
     """Yield all words as parts of at most `words`, each of one array."""
     for array in arrays:
         for begin in range(0, len(array), words):
@@ -82,7 +92,7 @@ def _in_host_memory(
             f"refused; raise the limit of locked memory (ulimit -l), or use resident=True or False"
         )
     at = 0
-    for part in _chunks(arrays, dtype, CHUNK_BYTES // dtype.itemsize):
+    for part in _chunks(arrays, CHUNK_BYTES // dtype.itemsize):
         np.copyto(memory[at : at + len(part)], part, casting="unsafe")
         at += len(part)
         progress(at * dtype.itemsize, nbytes)
@@ -104,7 +114,7 @@ def _on_device(
     pinned = device.pin(buffers)
     stream, done = device.current_stream(), [device.new_event(), device.new_event()]
     at = 0
-    for number, part in enumerate(_chunks(arrays, dtype, size // dtype.itemsize)):
+    for number, part in enumerate(_chunks(arrays, size // dtype.itemsize)):
         buffer, event, part_bytes = buffers[number % 2], done[number % 2], len(part) * dtype.itemsize
         device.synchronize(event)
         np.copyto(buffer[:part_bytes].view(dtype), part, casting="unsafe")

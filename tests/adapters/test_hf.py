@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack[hf]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack-gpu[hf]'")
 
 from tiny_hf import DATA, MARKED, make_core, make_loader, make_model, make_tokenizer
 
@@ -154,7 +154,7 @@ def test_documents_would_see_each_other_otherwise(change):
 
 @pytest.mark.trainers
 def test_accelerate_trains_in_a_loop_of_ones_own():
-    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install 'nanopack[hf]'")
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install 'nanopack-gpu[hf]'")
     accelerator = accelerate.Accelerator(cpu=True)
     model = make_model()
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=3e-3))
@@ -178,7 +178,7 @@ def assert_learned(losses: list[float]) -> None:
 
 @pytest.mark.trainers
 def test_a_run_in_accelerate_goes_on_from_its_checkpoint_as_if_it_had_not_ended(tmp_path):
-    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install 'nanopack[hf]'")
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install 'nanopack-gpu[hf]'")
 
     def run(steps: int, *, load: bool = False, save_after: int = 0) -> tuple[list[Any], list[float]]:
         """Train; return the tokens of each batch, and its loss."""
@@ -231,7 +231,7 @@ def losses_of(trainer: Any) -> list[float]:
 
 @pytest.mark.trainers
 def test_transformers_trainer_trains_on_the_loaders_batches(tmp_path):
-    pytest.importorskip("accelerate", reason="needs accelerate: pip install 'nanopack[hf]'")
+    pytest.importorskip("accelerate", reason="needs accelerate: pip install 'nanopack-gpu[hf]'")
     from transformers import Trainer, TrainingArguments
 
     with make_loader(batch_size=8) as loader:
@@ -245,7 +245,7 @@ def test_transformers_trainer_trains_on_the_loaders_batches(tmp_path):
 
 @pytest.mark.trainers
 def test_its_first_loss_is_that_of_all_targets_of_both_batches(tmp_path):
-    pytest.importorskip("accelerate", reason="needs accelerate: pip install 'nanopack[hf]'")
+    pytest.importorskip("accelerate", reason="needs accelerate: pip install 'nanopack-gpu[hf]'")
     from transformers import Trainer, TrainingArguments
 
     with make_loader() as loader:
@@ -262,7 +262,7 @@ def test_its_first_loss_is_that_of_all_targets_of_both_batches(tmp_path):
 
 @pytest.mark.trainers
 def test_trls_sft_trainer_trains_on_the_loaders_batches(tmp_path):
-    trl = pytest.importorskip("trl", reason="needs trl: pip install 'nanopack[hf]'")
+    trl = pytest.importorskip("trl", reason="needs trl: pip install 'nanopack-gpu[hf]'")
     datasets = pytest.importorskip("datasets", reason="needs datasets")
     untouched = datasets.Dataset.from_list([{"input_ids": [0], "labels": [0]}])
     arguments = trainer_arguments(tmp_path) | {"dataset_kwargs": {"skip_prepare_dataset": True}, "bf16": False}

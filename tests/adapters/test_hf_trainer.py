@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack[hf]'")
-pytest.importorskip("accelerate", reason="needs accelerate: pip install 'nanopack[hf]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack-gpu[hf]'")
+pytest.importorskip("accelerate", reason="needs accelerate: pip install 'nanopack-gpu[hf]'")
 
 from hf_run import Seen, digest, losses_of, make_trainer
 from tiny_hf import DATA, MARKED, arguments_of, make_loader, make_model, make_tokenizer
@@ -33,7 +33,7 @@ SCRIPT = Path(__file__).parents[1] / "support" / "hf_run.py"
 
 def needs(trl: bool) -> None:
     if trl:
-        pytest.importorskip("trl", reason="needs trl: pip install 'nanopack[hf]'")
+        pytest.importorskip("trl", reason="needs trl: pip install 'nanopack-gpu[hf]'")
         pytest.importorskip("datasets", reason="needs datasets")
 
 

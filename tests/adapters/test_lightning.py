@@ -13,7 +13,7 @@ import torch
 
 from nanopack import Batch, Loader
 
-pytest.importorskip("lightning", reason="needs lightning: pip install 'nanopack[lightning]'")
+pytest.importorskip("lightning", reason="needs lightning: pip install 'nanopack-gpu[lightning]'")
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("torchtitan", reason="needs torchtitan: pip install 'nanopack[torchtitan]'")
+pytest.importorskip("torchtitan", reason="needs torchtitan: pip install 'nanopack-gpu[torchtitan]'")
 
 import tyro
 from tiny_hf import make_core

@@ -382,7 +382,7 @@ def test_without_matplotlib_the_tables_come_alone_and_say_so(main, monkeypatch, 
     hide(monkeypatch, "matplotlib")
     code, out, _ = main("--quick", "--only", "padding", "--plot", tmp_path / "a.png")
     assert code == 0 and "Each packing with its defaults" in out
-    assert "no plot: matplotlib is not installed; pip install nanopack[plot]" in out
+    assert "no plot: matplotlib is not installed; pip install nanopack-gpu[plot]" in out
     assert json.loads(out.splitlines()[-1])["plot"] is None and not (tmp_path / "a.png").exists()
 
 

@@ -271,8 +271,11 @@ def test_tensors_that_were_not_asked_for_are_not_saved(run, chats, tmp_path):
 @pytest.mark.parametrize(
     ("module", "arguments", "remedy"),
     [
-        ("safetensors.torch", ("pack", "--save", "a.safetensors"), "safetensors; pip install nanopack[safetensors]"),
-        ("matplotlib.figure", ("inspect", "--lengths-png", "a.png"), "matplotlib; pip install nanopack[plot]"),
+        (
+            *("safetensors.torch", ("pack", "--save", "a.safetensors")),
+            "safetensors; pip install nanopack-gpu[safetensors]",
+        ),
+        ("matplotlib.figure", ("inspect", "--lengths-png", "a.png"), "matplotlib; pip install nanopack-gpu[plot]"),
     ],
 )
 def test_a_package_that_is_missing_is_named_before_anything_is_packed(run, module, arguments, remedy, monkeypatch):

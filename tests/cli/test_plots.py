@@ -9,7 +9,7 @@ from nanopack import Loader, demo
 from nanopack.cli.lengths import Lengths, measure
 from nanopack.cli.plots import save_lengths
 from nanopack.config import LoaderConfig
-from nanopack.packing import BestFit, BestFitPad, Pad
+from nanopack.packing import BestFit, BestFitCrop, BestFitPad, Pad
 from nanopack.render.renderer import Renderer
 
 
@@ -27,5 +27,17 @@ def test_the_padding_shown_is_what_the_loader_has(packing):
         positions = loader.ledger()["positions"]
         render = Renderer(loader.tokenizer, "nanochat")
         lengths = measure(loader.source, range(120), render)
-        found = lengths.padding(LoaderConfig(seq_len=64, loss="all"), packing)
+        found = lengths.pack(LoaderConfig(seq_len=64, loss="all"), packing).padding
     assert found == pytest.approx(positions["padding"] / positions["total"], abs=1e-12)
+
+
+def test_the_tokens_shown_as_cut_are_those_of_the_loaders_ledger():
+    conversations = demo.shipped()[:120]
+    config = LoaderConfig(seq_len=64, loss="all")
+    for packing in (BestFitCrop(window=8), BestFit()):
+        with Loader(conversations, "chat32k", 1, 64, packing=packing, loss="all", epochs=1) as loader:
+            list(loader)
+            tokens = loader.ledger()["tokens"]
+            lengths = measure(loader.source, range(120), Renderer(loader.tokenizer, "nanochat"))
+        found = lengths.pack(config, packing).cut_fraction
+        assert found == pytest.approx(sum(tokens["cut"].values()) / tokens["read"], abs=1e-12) and found > 0

@@ -11,7 +11,7 @@ from nanopack.cli.main import main
 from nanopack.cli.tokenizer import find_tokenizer
 from nanopack.tokenizers.tokenizer import load_tokenizer
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack[hf]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack-gpu[hf]'")
 
 from tiny_hf import MARKED, make_core, make_tokenizer
 

@@ -217,7 +217,7 @@ def test_parquet_gives_the_known_columns_and_reads_no_others(tmp_path: Path, mon
 def test_without_pyarrow_a_parquet_file_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_parquet(tmp_path / "chats.parquet", RECORDS)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ImportError, match=r"chats\.parquet .*pip install nanopack\[parquet\]"):
+    with pytest.raises(ImportError, match=r"chats\.parquet .*pip install nanopack-gpu\[parquet\]"):
         open_conversations(path)
 
 

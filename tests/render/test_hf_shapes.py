@@ -16,7 +16,7 @@ from nanopack.render.document import Document, Plan
 from nanopack.render.renderer import Renderer
 from nanopack.tokenizers.tokenizer import load_tokenizer
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack[hf]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack-gpu[hf]'")
 
 from fuzz_texts import PIECES
 from stock_templates import make_stock, names

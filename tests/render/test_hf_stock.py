@@ -18,7 +18,7 @@ from nanopack.reference.records import conversation
 from nanopack.render.renderer import Renderer
 from nanopack.tokenizers.tokenizer import for_template, load_tokenizer
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack[hf]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack-gpu[hf]'")
 
 from stock_templates import TALKS, folder, make_stock, names, source
 from tiny_hf import MARKED, PLAIN, make_core, make_tokenizer

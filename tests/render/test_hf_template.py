@@ -11,7 +11,7 @@ from nanopack.render.document import Document
 from nanopack.render.renderer import Renderer
 from nanopack.tokenizers.tokenizer import load_tokenizer
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack[hf]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack-gpu[hf]'")
 
 from tiny_hf import CALLS, FORGETFUL, MARKED, PLAIN, make_core, make_tokenizer, shipped
 

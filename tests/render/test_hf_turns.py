@@ -6,7 +6,7 @@ import pytest
 
 from nanopack import Loader, verify
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack[hf]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack-gpu[hf]'")
 
 from stock_templates import folder, make_stock
 

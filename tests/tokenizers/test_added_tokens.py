@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nanopack.tokenizers.added_tokens import AddedTokens, any_of
 
-pytest.importorskip("tokenizers", reason="needs transformers: pip install 'nanopack[hf]'")
+pytest.importorskip("tokenizers", reason="needs transformers: pip install 'nanopack-gpu[hf]'")
 
 CONTENTS = ("<a>", "<a>>", "<<", "a>b", "  ", "éé", "<ab>")
 WORDS = st.lists(st.sampled_from([*CONTENTS, *"<a>b é\n\x1c\u3000x"]), max_size=15).map("".join)

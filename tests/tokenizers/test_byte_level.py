@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from nanopack import EncoderError, Loader
+from nanopack import EncoderError, Loader, verify
+from nanopack.errors import TemplateError
 from nanopack.tokenizers import huggingface
+from nanopack.tokenizers.splintr import choose_encoder
 from nanopack.tokenizers.tokenizer import load_tokenizer
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack[hf]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack-gpu[hf]'")
 
 from fuzz_texts import TEXTS, fuzz
 from split_patterns import O200K, PATTERNS
-from tiny_hf import make_core, make_tokenizer, shipped
+from tiny_hf import MARKED, make_core, make_tokenizer, shipped
 
 NUMBERS = r"\p{N}{1,3}"
 DEEPSEEK = [
@@ -262,5 +264,63 @@ def test_a_difference_found_at_construction_leaves_it_to_the_tokenizer(monkeypat
 
     monkeypatch.setattr(byte_level, "of_pre_tokenizer", lambda settings: r"[\s\S]")
     tokenizer = load_tokenizer(make_core())
-    assert tokenizer.encoder.startswith("tokenizers: tiktoken differs from the tokenizer itself at token ")
+    assert tokenizer.encoder.startswith("tokenizers: the ids differ from the tokenizer's own at token ")
     assert np.array_equal(tokenizer.encode("The end"), exact(make_core(), "The end"))
+
+
+# encoder="fast"
+
+
+def fast(how: str) -> Any:
+    pytest.importorskip("splintr", reason="needs splintr-rs: pip install 'nanopack-gpu[fast]'")
+    return choose_encoder("fast", load_tokenizer(make(how)), [])
+
+
+@pytest.mark.parametrize("how", ["gpt2", "llama3", "qwen2", "o200k"])
+def test_splintr_gives_the_tokenizers_own_ids_on_texts_on_which_encoders_may_differ(how):
+    tokenizer, core = fast(how), make(how)
+    assert tokenizer.encoder == "splintr-rs"
+    texts = [*fuzz(load_tokenizer("chat32k")), "a <think> b<b> c <|im_end|>\u180e\u2c2f \U0001fae9 x" * 3]
+    ids, offsets = tokenizer.encode_batch(texts)
+    for place, text in enumerate(texts):
+        assert ids[offsets[place] : offsets[place + 1]].tolist() == exact(core, text), ascii(text[:100])
+
+
+def test_the_batches_are_those_of_the_tokenizer_itself_and_stats_name_the_encoder():
+    chats = shipped(40)
+    tokenizer = make_tokenizer(MARKED, tokenizer_object=make("qwen2"))
+    for template in ("hf", "chatml"):
+        arguments = {"batch_size": 2, "seq_len": 256, "template": template, "epochs": 1, "encoder": "fast"}
+        try:
+            with Loader(chats, tokenizer, num_workers=2, **arguments) as loader:
+                assert loader.stats()["encoder"] == "splintr-rs"
+        except TemplateError:
+            # chatml has a token that this tokenizer lacks
+            assert template == "chatml"
+            continue
+        assert verify(chats, tokenizer, **arguments)
+
+
+@pytest.mark.parametrize("how", ["deepseek", "tekken"])
+def test_a_pattern_that_splintr_is_not_known_to_split_alike_is_refused_by_the_tokenizers_name(how):
+    with pytest.raises(ValueError, match=r"encoder='fast' cannot take 'Tokenizer': .* leave encoder out"):
+        fast(how)
+
+
+def test_a_tokenizer_that_tiktoken_cannot_encode_is_refused_with_the_reason():
+    settings = settings_of(make("gpt2"))
+    settings["model"]["dropout"] = 0.1
+    with pytest.raises(ValueError, match=r"is encoded by tokenizers: its dropout is 0.1; leave encoder out"):
+        choose_encoder("fast", load_tokenizer(remade(settings)), [])
+
+
+def test_a_difference_of_splintrs_stops_the_run(monkeypatch):
+    tokenizer = fast("gpt2")
+    encode = tokenizer.byte_level._encode_texts
+
+    def wrong(texts):
+        return [b"\1\0\0\0" if text == "ab" else ids for text, ids in zip(texts, encode(texts), strict=True)]
+
+    monkeypatch.setattr(tokenizer.byte_level, "_encode_texts", wrong)
+    with pytest.raises(EncoderError, match="at token 0 of the text 'ab'"):
+        tokenizer.encode_batch(["ab"])

@@ -14,7 +14,7 @@ from nanopack import verify
 from nanopack.render.templates import CHATML
 from nanopack.tokenizers.tokenizer import AnyTokenizer, load_tokenizer
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack[hf]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack-gpu[hf]'")
 
 from tiny_hf import SPECIAL_TOKENS, make_core, make_tokenizer, shipped
 

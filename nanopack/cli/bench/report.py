@@ -77,9 +77,9 @@ def head(facts: Mapping[str, Any], data: Mapping[str, Any]) -> str:
 def as_text(table: Table) -> str:
     """Return the table as text: medians, and for speeds and times the minimum and maximum of the rounds."""
     names = _names(table)
-    lines = [[table.axis, *map(_title, names), ""]] if names else []
+    lines = [[table.axis, *map(title, names), ""]] if names else []
     for row in table.rows:
-        lines.append([row.name, *(_cell(name, row.numbers.get(name)) for name in names), row.note])
+        lines.append([row.name, *(cell(name, row.numbers.get(name)) for name in names), row.note])
     return f"{table.title}\n\n{columns(lines, '<' + '>' * len(names) + '<')}"
 
 
@@ -87,13 +87,15 @@ def _names(table: Table) -> list[str]:
     return list(dict.fromkeys(name for row in table.rows for name in row.numbers))
 
 
-def _title(name: str) -> str:
+def title(name: str) -> str:
+    """Return the head of a column."""
     for ending in RATIOS:
         name = name.removesuffix(ending)
     return name.replace("_per_s", "/s").replace("_", " ")
 
 
-def _cell(name: str, number: Number | None) -> str:
+def cell(name: str, number: Number | None) -> str:
+    """Return a number of that name as text: its median, for speeds and times with the minimum and maximum."""
     if number is None:
         return ""
     if not isinstance(number, Spread):
@@ -171,7 +173,7 @@ def _draw_lines(axes: Any, table: Table) -> None:
     for name in (name for name in names if name.rpartition("_")[2] == unit):
         rows = [row for row in table.rows if name in row.numbers]
         medians = [_spread(row.numbers[name]).median for row in rows]
-        axes.plot([int(row.name) for row in rows], medians, marker="o", label=_title(name))
+        axes.plot([int(row.name) for row in rows], medians, marker="o", label=title(name))
     axes.set_xscale("log", base=2)
     if unit == "fraction":
         axes.set_yscale("symlog", linthresh=LEAST_FRACTION)

@@ -20,7 +20,7 @@ from nanopack.cli.progress import progress
 
 ROUNDS, SECONDS = 5, 1.0
 QUICK_ROUNDS, QUICK_SECONDS = 2, 0.1
-NO_PLOT = "matplotlib is not installed; pip install nanopack[plot]"
+NO_PLOT = "matplotlib is not installed; pip install nanopack-gpu[plot]"
 
 
 def run(

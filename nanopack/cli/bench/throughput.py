@@ -43,7 +43,7 @@ FAST: dict[str, dict[str, Any]] = {
     "nanopack, encoder=fast, num_workers=0": {"num_workers": 0, "encoder": "fast"},
     "nanopack, encoder=fast, num_workers=2": {"num_workers": 2, "encoder": "fast"},
 }
-NO_FAST = "splintr-rs is not installed; pip install nanopack[fast]"
+NO_FAST = "splintr-rs is not installed; pip install nanopack-gpu[fast]"
 MIDTRAINING, SFT = "nanochat midtraining", "nanochat SFT"
 PROCESSES = (1, 2)
 
