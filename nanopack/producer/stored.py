@@ -66,7 +66,7 @@ class StoreReader(Reader):
         weighted = any(store.weights is not None for store in self._stores)
         self._weighted = weighted
         # who else asks for the tokens in the loss?
-        self._counts = config.drops_untrained or config.loss_weights == "conversation"
+        self._counts = resident or config.drops_untrained or config.loss_weights == "conversation"
         # all bits are set already where the store says so, but for documents of weight 0
         has_all = all(store.settings.loss == "all" and not store.all_in_loss for store in self._stores)
         self._mark_all = config.loss == "all" and (weighted or not has_all)

@@ -23,7 +23,7 @@ class Resident:
     """Holds the words until `release`, until this is dropped, or until the interpreter's exit."""
 
     def __init__(self, reader: Reader, device: Cpu | Cuda, executor: str | None, *, on_host: bool) -> None:
-        """Bring the words to the device. MemoryError as `resident_words`, ValueError as `make_kernel` and `check_ids`."""
+        """Bring the words to the device; raise as `check_ids`, `resident_words` and `make_kernel`."""
         # reader_of gives no other to a loader whose words are resident
         assert isinstance(reader, StoreReader)
         self.reader = reader
