@@ -45,6 +45,7 @@ setup(
         "fast": FAST,
         "hf": HF,
         "lightning": LIGHTNING,
+        "ray": ["ray>=2.40", "fsspec>=2024.2"],
         "torchtitan": ["torchtitan>=0.3"],
         "test": TEST,
         "dev": TEST + PLOT + LINT,

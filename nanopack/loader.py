@@ -8,6 +8,7 @@ arguments gives the same batches, slowly.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
@@ -132,6 +133,10 @@ class Loader:
             another thread holds just then stays locked in them for ever. `"spawn"` and `"forkserver"` import the main
             module first, seconds, which needs the `if __name__ == "__main__":` guard, and pickle the conversations.
             None: fork on Linux, spawn elsewhere.
+        cache: folder that keeps the rendered documents, under a digest of data, tokenizer and template: what reads them
+            (ranks, runs that are resumed) adds to it, and once all are there they are a token store, which is read from
+            then on. The batches are the same. There is none while a conversation is bad. Data other than files and a
+            datasets.Dataset are read once at construction, to see whether they have changed. None: no cache.
 
     Raises:
         ValueError: an argument is invalid; the message names it, its value and what is allowed.
@@ -182,6 +187,7 @@ class Loader:
         on_error: OnError = "raise",
         process_group: torch.distributed.ProcessGroup | None = None,
         start_method: StartMethod | None = None,
+        cache: str | os.PathLike[str] | None = None,
     ) -> None:
         self._knows_its_rank = knows_its_rank(rank)
         rank, world_size = rank_and_world_size(rank, world_size)
@@ -224,6 +230,7 @@ class Loader:
             static=static,
             resident=resident,
             group=group,
+            cache=cache,
         )
 
     @property

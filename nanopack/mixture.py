@@ -84,6 +84,11 @@ class Mixture(Source):
         """Return the source of the record: its index in the list given, and in `names`."""
         return self._find(index)[0]
 
+    def version(self) -> str:
+        """Return the versions of all sources, "" where one is not known."""
+        versions = [source.version() for source in self._sources]
+        return repr((versions, self.picks_digest())) if all(versions) else ""
+
     def sources_of(self, indices: np.ndarray) -> np.ndarray:
         sources: np.ndarray = np.searchsorted(self._starts, self._picks[indices], "right") - 1
         return sources

@@ -24,14 +24,16 @@ from nanopack.conversations.source import Source
 from nanopack.distributed import agree_on_clock, agree_on_most
 from nanopack.ledger import Ledger
 from nanopack.passes import warn_of_same_order
+from nanopack.producer.caching import cached
 from nanopack.producer.counting import count_batches
 from nanopack.producer.producer import Start, initial_state
+from nanopack.producer.reader import Reader
 from nanopack.producer.shard import add_digests, state_of
 from nanopack.producer.start import DEFAULT_START_METHOD
 from nanopack.producer.stored import StoreReader, reader_of
 from nanopack.ring.facts import BatchFacts
 from nanopack.stages import Processes, Stages, as_batch, start_producer
-from nanopack.state import FORMAT, batches_of, check_state, clock_of, fingerprint, sample_of
+from nanopack.state import FORMAT, batches_of, check_state, clock_of, fingerprint, sample_of, whole_digest
 from nanopack.stats import Stats, StatsReport
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 from nanopack.tokenizers.splintr import choose_encoder
@@ -60,6 +62,7 @@ class Run:
         static: bool,
         resident: bool | str,
         group: Any,
+        cache: str | os.PathLike[str] | None = None,
     ) -> None:
         """Start the stages; raise as `Loader` does."""
         if group is not None and isinstance(tokenizer, HuggingFaceTokenizer):
@@ -75,6 +78,9 @@ class Run:
         self.reader.check_template()
         # read before there is another process that reads
         self._sample = sample_of(source, config.seed)
+        self._cache = cache
+        self._data = self._sample + whole_digest(source, config.seed) if cache is not None else ""
+        self.reader = self._cached(self.reader)
         # ordinary tensors, whatever mode the loader is made in, because they are written to in others
         with torch.inference_mode(False):
             self.resident = None
@@ -106,9 +112,16 @@ class Run:
         self._graph: Any = None
         self._start(None)
 
+    def _cached(self, reader: Reader) -> Reader:
+        """Return a reader of the same documents that reads what is cached, or caches what it reads."""
+        if self._cache is None:
+            return reader
+        return cached(reader, self._cache, self._data, self.tokenizer)
+
     @torch.inference_mode(False)
     def _start(self, state: dict[str, Any] | None) -> None:
         """Set the stages up, from the beginning or from a state (`check_state`)."""
+        self.reader = self._cached(self.reader)
         self.feed, ring = start_producer(self.reader, Start(state, self.known_batches), self._processes)
         if self._stages is not None:
             self._stages.close()
@@ -237,7 +250,8 @@ class Run:
             # its encoder may be another
             encoding = self.reader.tokenizer
             assert isinstance(encoding, HuggingFaceTokenizer)
-            self.reader = reader_of(self.source, encoding.at(clock), self.config, resident=self._is_resident)
+            reader = reader_of(self.source, encoding.at(clock), self.config, resident=self._is_resident)
+            self.reader = self._cached(reader)
             self._fingerprint = fingerprint(self.source, self._sample, self.tokenizer, self.config)
 
     @functools.cached_property

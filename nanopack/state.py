@@ -123,9 +123,16 @@ def sample_of(source: Source, seed: int | None) -> str:
             slow.join()
 
 
-def _sample(source: Source, seed: int | None) -> Iterator[bytes]:
-    """Yield the bytes of evenly spaced conversations."""
-    for index in evenly_spaced(len(source), SAMPLE):
+def whole_digest(source: Source, seed: int | None) -> str:
+    """Return a digest that changes with any conversation; they are all read for it unless the source has a version."""
+    if version := source.version():
+        return version
+    return _digest([source.picks_digest().encode(), *_sample(source, seed, len(source))])
+
+
+def _sample(source: Source, seed: int | None, count: int = SAMPLE) -> Iterator[bytes]:
+    """Yield the bytes of `count` evenly spaced conversations."""
+    for index in evenly_spaced(len(source), max(2, count)):
         try:
             yield from _bytes_of(check(peek(source, index, seed)))
         except NEVER_SKIPPED:

@@ -177,6 +177,9 @@ def _add_tokenize_options(parser: argparse.ArgumentParser) -> None:
     option("loss", "which tokens are in the loss", choices=LOSSES)
     option("on_error", "what to do about an invalid conversation", choices=ON_ERROR)
     option("num_workers", "processes; 0: none; the bytes are the same", "as many as cores", metavar="N", type=_from(0))
+    what = "what runs it: processes here, or a Ray cluster, with IN and OUT where all its nodes see them"
+    group.add_argument("--engine", choices=("local", "ray"), default="local", help=f"{what} (default: local)")
+    group.add_argument("--address", metavar="HOST:PORT", help="of the Ray cluster (default: RAY_ADDRESS, or a new one)")
 
 
 def _add_store_commands(parser: argparse.ArgumentParser, of_stores: Mapping[str, Command]) -> None:

@@ -14,6 +14,8 @@ from nanopack.cli.tokenizer import find_tokenizer
 from nanopack.store.check import check
 from nanopack.store.export import export
 from nanopack.store.format import Manifest
+from nanopack.store.ray import on_ray
+from nanopack.store.remote import open_folder
 from nanopack.store.store import Store
 from nanopack.store.tokenize import tokenize as make_store
 
@@ -32,9 +34,12 @@ def tokenize(options: Namespace) -> int:
         raise ValueError("tokenize takes the conversations and then a folder for the store: IN... OUT")
     given = {name: getattr(options, name) for name in TAKEN if name in options}
     tokenizer = find_tokenizer(getattr(options, "tokenizer", "chat32k"))
+    if options.address and options.engine != "ray":
+        raise ValueError(f"--address={options.address} has no meaning without --engine ray")
+    engine = on_ray(options.address) if options.engine == "ray" else None
     with progress("tokenizing", eta=True) as show:
-        store = make_store(files, tokenizer, out, show=show, **given)
-    _print(store.manifest, out, options.json)
+        make_store(files, tokenizer, out, engine=engine, show=show, **given)
+    _print(Manifest.of(open_folder(out)), out, options.json)
     return 0
 
 

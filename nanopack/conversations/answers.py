@@ -66,6 +66,10 @@ class Answers(Source):
     def source_of(self, index: int) -> int:
         return self._source.source_of(self._find(index)[0])
 
+    def version(self) -> str:
+        """Return the version of the other source."""
+        return self._source.version()
+
     def picks_digest(self) -> str:
         return hashlib.sha256(self._source.picks_digest().encode() + self._starts.tobytes()).hexdigest()
 

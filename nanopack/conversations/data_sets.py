@@ -62,6 +62,11 @@ class Items(Source):
     def where(self, index: int) -> str:
         return f"conversation {index}"
 
+    def version(self) -> str:
+        """Return the fingerprint of a datasets.Dataset, unless it is transformed as it is read."""
+        known = type(self._items).__module__.split(".")[0] == "datasets" and _format_of(self._items) != "custom"
+        return str(getattr(self._items, "_fingerprint", "")) if known else ""
+
 
 def _runs_foreign_code(items: object) -> bool:
     package = type(items).__module__.split(".")[0]

@@ -154,8 +154,8 @@ Part = Lines | Elements | Rows | ArrowRows
 class Files(Source):
     """The records of several files, one file after the other."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self._parts = parts
+    def __init__(self, parts: Sequence[Part], versions: Sequence[Version] = ()) -> None:
+        self._parts, self._versions = parts, versions
         self._ends = list(accumulate(len(part) for part in parts))
 
     def __len__(self) -> int:
@@ -169,6 +169,11 @@ class Files(Source):
         """Return file and line (from 1), or file and row (from 0)."""
         part, row = self._find(index)
         return part.where(row)
+
+    def version(self) -> str:
+        """Return names, sizes and times of the files."""
+        found = [(os.path.basename(one.path), one.size, one.mtime_ns) for one in self._versions]
+        return repr(found) if found else ""
 
     def _find(self, index: int) -> tuple[Part, int]:
         if not 0 <= index < len(self):
@@ -185,8 +190,8 @@ def open_files(paths: Sequence[str], *, shuffled: bool = False) -> Files:
     scratch = Scratch()
     groups = RowGroups(scratch if shuffled else None)
 
-    def open_one(path: str) -> Part:
-        version, name = Version.of(path), path.lower()
+    def open_one(version: Version) -> Part:
+        path, name = version.path, version.path.lower()
         if name.endswith(".parquet"):
             return Rows(version, groups)
         if name.endswith(".arrow"):
@@ -197,7 +202,8 @@ def open_files(paths: Sequence[str], *, shuffled: bool = False) -> Files:
         refuse_other_kinds(path, PlainBytes.head(path), b"\x1f\x8b" if name.endswith(".gz") else b"\x28\xb5\x2f\xfd")
         return open_text(UnpackedBytes(raw, scratch))
 
-    return Files([open_one(path) for path in paths])
+    versions = [Version.of(path) for path in paths]
+    return Files([open_one(version) for version in versions], versions)
 
 
 def files_in(folder: str) -> list[str]:

@@ -61,6 +61,10 @@ class Source(ABC):
         """Return a digest of all records, where it is known without reading them; "" elsewhere."""
         return ""
 
+    def version(self) -> str:
+        """Return a text that changes with any record, where one is known without reading them; "" elsewhere."""
+        return ""
+
     def messages_of(self, index: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """Return the token that each message of a record begins with, and its role, where it was `rendered`."""
         return (), ()

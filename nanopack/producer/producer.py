@@ -88,6 +88,8 @@ class Producer:
         if (passes := self._count_passes()) > self._passes:
             self._passes = passes
             self._report_skipped()
+            if self._reader.cache is not None:
+                self._reader.cache.finish()
         if not any(part.num_rows for part in parts) and self._step >= self._batches_of_the_longest():
             return None
         if self._status is not None:

@@ -25,6 +25,8 @@ from nanopack.render.document import Document, Plan
 from nanopack.render.renderer import Renderer, missing_tokens
 from nanopack.ring.layout import Layout
 from nanopack.ring.pieces import Marks
+from nanopack.store.cache import Cache
+from nanopack.store.rendering import as_rendered
 from nanopack.tokenizers.tokenizer import AnyTokenizer
 
 # Conversations of a chunk: enough that its fixed cost is nothing next to the tokenizing.
@@ -40,9 +42,12 @@ EARLIER_THOUGHT = "thought of an earlier turn"
 class Reader:
     """Reads conversations by index. Nothing in it changes, so any process may use it."""
 
-    def __init__(self, source: Source, tokenizer: AnyTokenizer, config: LoaderConfig) -> None:
-        """Raise as `Renderer` and `Layout` do."""
-        self.source = source
+    def __init__(
+        self, source: Source, tokenizer: AnyTokenizer, config: LoaderConfig, cache: Cache | None = None
+    ) -> None:
+        """Raise as `Renderer` and `Layout` do. `cache` keeps what is rendered, until it is a store and is read."""
+        self.source, self.cache = source, cache
+        self._stored: Reader | None = None
         self.tokenizer = tokenizer
         self.config = config
         self.layout = _layout(config, tokenizer.vocab_size)
@@ -51,9 +56,9 @@ class Reader:
         self._loss_bit = self.layout.word_dtype.type(self.layout.loss_bit)
         self._special = re.compile("|".join(map(re.escape, sorted(tokenizer.special_tokens))) or r"(?!)")
 
-    def __reduce__(self) -> tuple[type[Reader], tuple[Source, AnyTokenizer, LoaderConfig]]:
+    def __reduce__(self) -> tuple[type[Reader], tuple[Source, AnyTokenizer, LoaderConfig, Cache | None]]:
         # closures do not pickle
-        return Reader, (self.source, self.tokenizer, self.config)
+        return Reader, (self.source, self.tokenizer, self.config, self.cache)
 
     def check_template(self) -> None:
         """Raise TemplateError where the first conversation needs special tokens that the tokenizer lacks.
@@ -72,6 +77,10 @@ class Reader:
 
     def read(self, indices: Iterable[int]) -> Chunk:
         """Return the conversations of these indices, or what is wrong with them, in this order."""
+        if self.cache is not None and self._stored is None and (stored := self.cache.stored()) is not None:
+            self._stored = Reader(stored, self.tokenizer, self.config)
+        if self._stored is not None:
+            return self._stored.read(indices)
         with random_numbers_kept(self.source):
             return self._read(indices)
 
@@ -106,6 +115,8 @@ class Reader:
         # one of them is at fault, but which? a tokenizer's panic is no Exception either
         except BaseException:
             rendered = self._fill_in_alone(planned, plans, troubles)
+        if self.cache is not None:
+            self._keep(self.cache, numbers, planned, rendered)
         return self._prepare(numbers, planned, rendered, troubles)
 
     def _trouble(self, conversation: Conversation, plan: Plan | Document) -> Trouble | None:
@@ -119,6 +130,19 @@ class Reader:
         if conversation.text is not None and (found := self._special.search(conversation.text)):
             special_token = found[0]
         return Trouble(None, keys, special_token) if keys or special_token else None
+
+    def _keep(
+        self,
+        cache: Cache,
+        numbers: list[int],
+        planned: Sequence[tuple[int, Conversation]],
+        rendered: Sequence[Document],
+    ) -> None:
+        """Put documents into the cache, uncut."""
+        cache.add(
+            as_rendered(self.source, numbers[position], conversation, one, cache.settings)
+            for (position, conversation), one in zip(planned, rendered, strict=True)
+        )
 
     def _fill_in_alone(
         self,

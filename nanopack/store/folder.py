@@ -80,11 +80,6 @@ class Folder:
         return self.path
 
 
-def open_folder(path: str | os.PathLike[str]) -> Folder:
-    """Return the folder of a path on this machine."""
-    return Folder(path)
-
-
 @contextlib.contextmanager
 def _explained(path: str, temporary: str) -> Iterator[None]:
     """Remove the temporary file where the block fails, and name the file in what an OSError says."""

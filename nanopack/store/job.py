@@ -65,13 +65,13 @@ class Job:
     folder: Folder
     on_error: str = "raise"
     seed: int | None = None
-    count: int = field(default=0)
-    """Conversations of the source, or documents with turns="each"."""
+    size: int = field(default_factory=lambda: LEAST_CONVERSATIONS)
+    """Conversations of a part: `part_size` finds it once, for all that work on the job."""
 
-    @cached_property
-    def size(self) -> int:
-        """Conversations of a part: it follows from the data alone, whatever works on them."""
-        return max(LEAST_CONVERSATIONS, -(-self.count // MOST_PARTS))
+    @property
+    def count(self) -> int:
+        """Conversations of the source, or documents with turns="each"."""
+        return len(self.source)
 
     @property
     def parts(self) -> int:
@@ -101,6 +101,15 @@ class Job:
         """Return the columns of a finished part's documents."""
         with np.load(io.BytesIO(self.folder.read(f"{PARTS}/{part_name(part)}.npz"))) as file:
             return {name: file[name] for name in file.files}
+
+
+def part_size(count: int) -> int:
+    """Return the conversations of a part: it follows from their number alone, whatever works on them.
+
+    >>> part_size(1000), part_size(1_000_000)
+    (512, 3907)
+    """
+    return max(LEAST_CONVERSATIONS, -(-count // MOST_PARTS))
 
 
 def part_name(part: int) -> str:

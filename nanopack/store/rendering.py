@@ -60,7 +60,9 @@ def _render_chunk(
         document = one if isinstance(one, Bad) else next(documents)
         if isinstance(document, Document):
             assert isinstance(one, _Planned)
-            yield _rendered(source, one, document, settings)
+            made = as_rendered(source, one.number, one.conversation, document, settings)
+            # of an answer, the conversation that it is of
+            yield made._replace(conversation=source.drawn_as(one.number))
         else:
             yield document
 
@@ -103,16 +105,12 @@ def _bad(source: Source, index: int, error: Exception) -> Bad:
     return Bad(index, where, reason)
 
 
-def _rendered(source: Source, one: _Planned, document: Document, settings: Settings) -> Rendered:
+def as_rendered(
+    source: Source, number: int, conversation: Conversation, document: Document, settings: Settings
+) -> Rendered:
+    """Return a document as a store keeps it, under the number by which the source knows it."""
     starts = document.starts
-    messages = choose(one.conversation, settings.loss, settings.first_assistant).messages if starts else ()
+    messages = choose(conversation, settings.loss, settings.first_assistant).messages if starts else ()
     mask = document.mask if settings.loss != "all" else document.mask | True
-    return Rendered(
-        document.ids,
-        mask,
-        source.drawn_as(one.number),
-        one.conversation.weight,
-        source.source_of(one.number),
-        starts,
-        [message.role for message in messages],
-    )
+    roles = [message.role for message in messages]
+    return Rendered(document.ids, mask, number, conversation.weight, source.source_of(number), starts, roles)

@@ -26,10 +26,11 @@ from nanopack.errors import short
 from nanopack.render.renderer import missing_tokens
 from nanopack.state import sample_of
 from nanopack.store.engines import Engine, run_here, run_in_processes
-from nanopack.store.folder import TEMPORARY, Folder, open_folder
+from nanopack.store.folder import TEMPORARY, Folder
 from nanopack.store.format import DOCUMENTS, MANIFEST, Manifest, Settings
-from nanopack.store.job import MOST_SKIPPED_IN_A_ROW, PARTS, Job, Part, refuse_many
+from nanopack.store.job import MOST_SKIPPED_IN_A_ROW, PARTS, Job, Part, part_size, refuse_many
 from nanopack.store.opening import open_data, plain_template
+from nanopack.store.remote import count_here, is_url, local_path, open_folder, open_remote
 from nanopack.store.rendering import Bad, render_all
 from nanopack.store.store import Store
 from nanopack.store.writer import finish
@@ -60,8 +61,10 @@ def tokenize(
     num_workers: int | None = None,
     engine: Engine | None = None,
     show: Show = lambda fraction, label: None,
-) -> Store:
+) -> Store | None:
     """Tokenize conversations into a store, and open it; what is there of it already is not made again.
+
+    Conversations and store may be URLs of fsspec (s3://, hf://, …). A store at a URL is not opened, and None returned.
 
     Args:
         conversations, tokenizer, template, first_assistant, turns, loss, encoder: as of `Loader`.
@@ -82,12 +85,21 @@ def tokenize(
     folder = open_folder(path)
     begun = _begun(folder)
     chosen = _at(for_template(load_tokenizer(tokenizer), template), begun)
-    source, files = _open(conversations)
+    source, files = _open(conversations, getattr(engine, "count", count_here))
     how = dict(template=plain_template(template), first_assistant=first_assistant, turns=turns, loss=loss)
     settings = settings_of(chosen, source, **how)
     if turns == "each":
         source = Answers(source, first_assistant, None)
-    job = Job(source, choose_encoder(encoder, chosen, source), template, settings, folder, on_error, None, len(source))
+    job = Job(
+        source,
+        choose_encoder(encoder, chosen, source),
+        template,
+        settings,
+        folder,
+        on_error,
+        None,
+        part_size(len(source)),
+    )
     plan = plan_of(job, files)
     _refuse_other(folder, plan, begun)
     if MANIFEST not in folder.names():
@@ -95,7 +107,7 @@ def tokenize(
         folder.write(PLAN, [json.dumps(plan, indent=1).encode()])
         finish_parts(job, plan, _run(job, engine or _local(num_workers), show))
     _tidy(folder)
-    return Store(folder.path)
+    return None if is_url(folder.path) else Store(folder.path)
 
 
 def _check(**chosen: str) -> None:
@@ -104,14 +116,20 @@ def _check(**chosen: str) -> None:
         check_choice(name, value, allowed[name])
 
 
-def _open(conversations: Any) -> tuple[Source, list[list[Any]]]:
+def _open(conversations: Any, count: Callable[[Sequence[str]], list[int]]) -> tuple[Source, list[list[Any]]]:
     """Return the data, and of each of their files its path, size and time of change."""
-    source = open_data(conversations)
-    if source.rendered:
-        raise ValueError(f"{conversations!r} is a token store already; give what it was made of")
     paths = [conversations] if isinstance(conversations, (str, os.PathLike)) else conversations
-    if not isinstance(paths, (list, tuple)) or not all(isinstance(one, (str, os.PathLike)) for one in paths):
+    are_paths = isinstance(paths, (list, tuple)) and all(isinstance(one, (str, os.PathLike)) for one in paths)
+    if are_paths and any(map(is_url, paths)):
+        if not all(map(is_url, paths)):
+            raise ValueError(f"conversations={short(paths)} mixes URLs with paths; give one kind")
+        return open_remote([os.fspath(path) for path in paths], count)
+    source = open_data([local_path(path) for path in paths] if are_paths else conversations)
+    if source.rendered:
+        raise ValueError(f"{short(conversations)} is a token store already; give what it was made of")
+    if not are_paths:
         return source, []
+    paths = [local_path(path) for path in paths]
     found = [file for path in paths for file in find_files(path)]
     return source, [[os.path.abspath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in found]
 
@@ -135,6 +153,7 @@ def plan_of(job: Job, files: list[list[Any]]) -> dict[str, Any]:
         **dataclasses.asdict(job.settings),
         "on_error": job.on_error,
         "conversations": job.count,
+        "size": job.size,
         "data": sample_of(job.source, job.seed),
         "files": files,
     }
