@@ -60,9 +60,9 @@ def test_packing_a_million_tokens(benchmark, packing):
     lengths = [100 + 37 * i % 900 for i in range(1900)]
 
     def pack():
-        items = iter(enumerate(lengths))
+        items = iter([(range(len(lengths)), lengths)])
         packer = as_packing(packing).build(lambda: next(items, None), batch_size=32, seq_len=2048)
-        while packer.next_rows():
+        while packer.next_rows().num_rows:
             pass
 
     benchmark.pedantic(pack, rounds=5, warmup_rounds=1)

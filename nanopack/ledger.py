@@ -105,26 +105,26 @@ class Ledger:
         self.conversations_read += 1
         self.conversations_skipped += 1
 
-    def read(self, tokens: int, cut: Mapping[str, int], *, dropped: bool) -> None:
-        """Count a document and its tokens, without the `cut` ones (by reason); it waits, unless it is dropped."""
-        self.conversations_read += 1
+    def read(
+        self, documents: int, tokens: int, cut: Mapping[str, int], *, dropped: int = 0, dropped_tokens: int = 0
+    ) -> None:
+        """Count documents and their tokens, without the `cut` ones (by reason); they wait, but for the `dropped`."""
+        self.conversations_read += documents
         self.tokens_read += tokens
         for reason, count in cut.items():
             self.tokens_cut[reason] += count
             tokens -= count
-        if dropped:
-            self.conversations_dropped["untrained"] += 1
-            self.tokens_dropped += tokens
-        else:
-            self.conversations_waiting += 1
-            self.tokens_waiting += tokens
+        self.conversations_dropped["untrained"] += dropped
+        self.tokens_dropped += dropped_tokens
+        self.conversations_waiting += documents - dropped
+        self.tokens_waiting += tokens - dropped_tokens
 
-    def emit(self, tokens: int, *, ends: bool) -> None:
-        """Count tokens that were placed in a row; `ends`: with them the document is placed as a whole."""
+    def emit(self, tokens: int, *, ended: int) -> None:
+        """Count tokens that were placed in a row; with them, `ended` documents are placed as a whole."""
         self.tokens_waiting -= tokens
         self.tokens_emitted += tokens
-        self.conversations_waiting -= ends
-        self.conversations_packed += ends
+        self.conversations_waiting -= ended
+        self.conversations_packed += ended
 
     def crop(self, tokens: int) -> None:
         """Count tokens at the end of a waiting document that are cut off to fill a row."""

@@ -84,6 +84,25 @@ class Mixture(Source):
         """Return the source of the record: its index in the list given, and in `names`."""
         return self._find(index)[0]
 
+    def sources_of(self, indices: np.ndarray) -> np.ndarray:
+        sources: np.ndarray = np.searchsorted(self._starts, self._picks[indices], "right") - 1
+        return sources
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        return tuple(part for source in self._sources for part in source.parts)
+
+    def find(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        picks = self._picks[indices].astype(np.int64)
+        sources = np.searchsorted(self._starts, picks, "right") - 1
+        parts, inner, before = np.empty(len(picks), np.int64), picks - np.array(self._starts)[sources], 0
+        for number, source in enumerate(self._sources):
+            own = np.flatnonzero(sources == number)
+            of_own, inner[own] = source.find(inner[own])
+            parts[own] = of_own + before
+            before += len(source.parts)
+        return parts, inner
+
     def picks_digest(self) -> str:
         """Return a digest of all picks, which depend on the sizes of the sources, their weights and the seed."""
         return hashlib.sha256(self._picks.tobytes()).hexdigest()

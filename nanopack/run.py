@@ -26,9 +26,9 @@ from nanopack.ledger import Ledger
 from nanopack.passes import warn_of_same_order
 from nanopack.producer.counting import count_batches
 from nanopack.producer.producer import Start, initial_state
-from nanopack.producer.reader import Reader
-from nanopack.producer.shard import state_of
+from nanopack.producer.shard import add_digests, state_of
 from nanopack.producer.start import DEFAULT_START_METHOD
+from nanopack.producer.stored import reader_of
 from nanopack.stages import Processes, Stages, as_batch, start_producer
 from nanopack.state import FORMAT, batches_of, check_state, clock_of, fingerprint, sample_of
 from nanopack.stats import Stats, StatsReport
@@ -62,7 +62,7 @@ class Run:
             tokenizer = tokenizer.at(agree_on_clock(group, tokenizer.clock, device.device))
         self.source, self.tokenizer, self.config = source, tokenizer, config
         # only the reader gets the encoder: everything else, users included, sees the tokenizer that was given
-        self.reader = Reader(source, choose_encoder(encoder, tokenizer, source), config)
+        self.reader = reader_of(source, choose_encoder(encoder, tokenizer, source), config)
         # a Hugging Face tokenizer sets its encoding up here, once, before processes are forked
         self._encoder = self.reader.tokenizer.encoder
         self.reader.check_template()
@@ -158,8 +158,9 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """Return the state after the batch delivered last."""
-        own = copy.deepcopy(self._fingerprint)
-        return {"format": FORMAT, **self._state(), "batches": self.known_batches, "fingerprint": own}
+        own, state = copy.deepcopy(self._fingerprint), self._state()
+        add_digests(state, self.reader)
+        return {"format": FORMAT, **state, "batches": self.known_batches, "fingerprint": own}
 
     def load(self, state: Mapping[str, Any], *, strict: bool) -> None:
         """Resume from a state; after an error all is as it was."""
@@ -184,7 +185,7 @@ class Run:
             # its encoder may be another
             encoding = self.reader.tokenizer
             assert isinstance(encoding, HuggingFaceTokenizer)
-            self.reader = Reader(self.source, encoding.at(clock), self.config)
+            self.reader = reader_of(self.source, encoding.at(clock), self.config)
             self._fingerprint = fingerprint(self.source, self._sample, self.tokenizer, self.config)
 
     @functools.cached_property

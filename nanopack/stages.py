@@ -19,6 +19,7 @@ from nanopack.producer.process import Process
 from nanopack.producer.producer import Producer, Start
 from nanopack.producer.reader import Reader
 from nanopack.producer.start import StartMethod
+from nanopack.producer.stored import StoreReader
 from nanopack.ring.facts import BatchFacts
 from nanopack.ring.layout import Layout
 from nanopack.ring.ring import Ring
@@ -41,7 +42,8 @@ def start_producer(reader: Reader, start: Start, processes: Processes) -> tuple[
     if processes.num_workers == 0:
         ring = Ring(reader.layout, slots=1)
         return Inline(Producer(reader, start), ring), ring
-    helpers = processes.num_workers if processes.num_workers > 1 else 0
+    # stored documents are looked up faster than sent
+    helpers = processes.num_workers if processes.num_workers > 1 and not isinstance(reader, StoreReader) else 0
     # one slot more than those that are ready: the one being filled
     process = Process(reader, processes.prefetch + 1, helpers, start, processes.start_method)
     return process, process.ring

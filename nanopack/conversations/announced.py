@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 log = logging.getLogger("nanopack")
@@ -15,10 +15,16 @@ PATIENCE = 1.5
 Item = TypeVar("Item")
 
 
-def announced(items: Iterable[Item], n: int, message: str) -> Iterator[Item]:
-    """Yield the n items; where that takes long, log the message, which formats (items so far, n, seconds so far)."""
-    began, patience = time.perf_counter(), PATIENCE
-    for done, item in enumerate(items, start=1):
+def announced(
+    items: Iterable[Item], n: int, message: str, size: Callable[[Item], int] = lambda item: 1
+) -> Iterator[Item]:
+    """Yield the items, of the total size n; where that takes long, log the message.
+
+    It formats (size so far, n, seconds so far).
+    """
+    began, patience, done = time.perf_counter(), PATIENCE, 0
+    for item in items:
+        done += size(item)
         if (spent := time.perf_counter() - began) >= patience:
             patience *= 2
             log.warning(message, done, n, spent)

@@ -75,6 +75,11 @@ class Answers(Source):
     def is_copy(self, index: int) -> bool:
         return self._find(index)[1] > 0
 
+    def are_copies(self, indices: np.ndarray) -> np.ndarray:
+        # the first document of each conversation is none
+        right, left = (np.searchsorted(self._starts, indices, side) for side in ("right", "left"))
+        return np.equal(right, left)
+
     def _find(self, index: int) -> tuple[int, int]:
         """Return the conversation of a document, and which of its documents this is."""
         if not 0 <= index < len(self):

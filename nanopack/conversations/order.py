@@ -48,22 +48,28 @@ class Shard:
         """Yield the conversations of the reads `start` to `stop` - 1; without `stop`, of all from `start` on."""
         while stop is None or start < stop:
             end = start + _CHUNK if stop is None else min(stop, start + _CHUNK)
-            yield from self.at(np.arange(start, end, dtype=np.int64))
+            yield from self.at(np.arange(start, end, dtype=np.int64)).tolist()
             start = end
 
-    def at(self, reads: np.ndarray) -> list[int]:
-        """Return the conversations of these reads, (k,) int64."""
+    def at(self, reads: np.ndarray) -> np.ndarray:
+        """Return the conversations of these reads, (k,) int64 each."""
         index = self.number + reads * self.count
         if self.seed is None:
-            found: list[int] = (index % self.n).tolist()
-        else:
-            found = permute(index % self.n, self.n, self.seed, index // self.n).tolist()
-        return found
+            return index % self.n
+        return permute(index % self.n, self.n, self.seed, index // self.n)
 
     def epoch(self, read: int) -> int:
         """Return the epoch, from 1, once `read` conversations have been read: 1 + wraps so far."""
         # With more shards than conversations every read wraps, however often n fits into the count.
         return 1 + (read if self.count > self.n else (self.number + read * self.count) // self.n)
+
+    def end_of_pass(self, read: int) -> int:
+        """Return the first read that lies in a later pass over the data than this one."""
+        return self.num_reads((self.number + read * self.count) // self.n + 1)
+
+    def start_of_pass(self, read: int) -> int:
+        """Return the first read that lies in the same pass over the data as this one."""
+        return self.num_reads((self.number + read * self.count) // self.n)
 
     def num_reads(self, epochs: int) -> int:
         """Return how many reads of this shard lie in `epochs` passes over the data.

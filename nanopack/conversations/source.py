@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import numpy as np
+
 
 class Source(ABC):
     """Random-access conversations. Implementations must subclass it."""
@@ -36,6 +38,21 @@ class Source(ABC):
         """Return the number, in `names`, of the source that the record is from; 0 where there is only one."""
         return 0
 
+    def sources_of(self, indices: np.ndarray) -> np.ndarray:
+        """Return `source_of` of records, (n,) int64."""
+        if not self.names:
+            return np.zeros(len(indices), np.int64)
+        return np.array([self.source_of(index) for index in indices.tolist()], np.int64)
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        """Where its records are: the sources that it mixes, theirs in place of those that mix; else itself."""
+        return (self,)
+
+    def find(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return for records, (n,) int64, which of the `parts` each is in, and its index there: (n,) int64 each."""
+        return np.zeros(len(indices), np.int64), indices
+
     def picks_digest(self) -> str:
         """Return a digest of which records are mixed or split; "" where nothing is."""
         return ""
@@ -55,3 +72,7 @@ class Source(ABC):
     def is_copy(self, index: int) -> bool:
         """Return whether the record repeats the history of the one before it, for a later answer."""
         return False
+
+    def are_copies(self, indices: np.ndarray) -> np.ndarray | None:
+        """Return `is_copy` of records, (n,) bool; None where none ever is."""
+        return None

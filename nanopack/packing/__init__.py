@@ -7,8 +7,8 @@ simulate.py   pack lengths only, and count
 """
 
 from nanopack.packing.packings import BestFit, BestFitCrop, BestFitPad, Packing, PackingName, Pad, Stream, as_packing
-from nanopack.packing.rows import Packer, Row, Run
+from nanopack.packing.rows import Packer, Rows, Run
 from nanopack.packing.simulate import Packed, simulate
 
 __all__ = ["BestFit", "BestFitCrop", "BestFitPad", "Packed", "Packer", "Packing", "PackingName", "Pad"]
-__all__ += ["Row", "Run", "Stream", "as_packing", "simulate"]
+__all__ += ["Rows", "Run", "Stream", "as_packing", "simulate"]

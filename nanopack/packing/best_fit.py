@@ -1,4 +1,4 @@
-"""Fill each row with the longest waiting documents that fit, at a cost that does not grow with their number.
+"""Fill each row with the longest waiting documents that fit, at a cost that hardly grows with their number.
 
 lengths of what is read   ->   BestFitPacker.next_rows()   ->   rows of whole documents
       shard.py                                                     slot.py writes them out
@@ -6,12 +6,30 @@ lengths of what is read   ->   BestFitPacker.next_rows()   ->   rows of whole do
 
 from __future__ import annotations
 
-import heapq
-from collections import OrderedDict, deque
+from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from itertools import islice
 
-from nanopack.packing.rows import Read, Row, Run, State, counters, set_counters
+import numpy as np
+
+from nanopack.packing.rows import (
+    BITS,
+    LAST,
+    Read,
+    Rows,
+    State,
+    counters,
+    key_of,
+    keys_in_turn,
+    lengths_of,
+    numbers_of,
+    set_counters,
+)
+
+# The length of a key, where it stands in it.
+_LENGTH = ((1 << 62) - 1) ^ LAST
+_NEVER = 1 << 62
 
 
 class BestFitPacker:
@@ -21,8 +39,11 @@ class BestFitPacker:
     takes the beginning of the shortest (the rest of that document is dropped). nanochat's SFT loader is the plain form,
     its pretraining loader the one with `crop`.
 
+    Documents wait in a sorted list of keys (rows.py), one integer each: a binary search finds the longest that fits,
+    and the first of its length.
+
     Args:
-        read: returns the next document and its length; see `Packing.build`.
+        read: returns the next documents; see `Packing.build`.
         batch_size: rows of a batch.
         capacity: tokens of a row, T + 1.
         window: documents to choose from.
@@ -42,144 +63,185 @@ class BestFitPacker:
         max_age: int | None = None,
         crop: bool = False,
     ) -> None:
-        self._read = read
+        self._ahead = keys_in_turn(read)
         self._batch_size = batch_size
         self._capacity = capacity
         self._window = window
         self._refill = refill
-        self._max_age = max_age
         self._crop = crop
-        self._ended = False
         self._row = 0
-        # document -> (length, row in which it was read); the first entry has waited longest
-        self._waiting: OrderedDict[Any, tuple[int, int]] = OrderedDict()
-        self._lengths = _Lengths(capacity)
-        self.waiting_tokens = 0
+        self._keys: list[int] = []
+        # of the keys, where that is known
+        self._numbers: np.ndarray | None = None
+        self._ages = _Ages(max_age)
         self.emitted = self.cropped = self.packed = self.longest_wait = 0
 
-    def waiting(self) -> list[Any]:
+    def waiting(self) -> list[int]:
         """Return the documents that wait, in the order of reading."""
-        return list(self._waiting)
+        return sorted(self._waiting_numbers().tolist())
 
-    def remaining(self) -> list[tuple[Any, int]]:
-        """Return each document with tokens still to come, and their number."""
-        return [(document, length) for document, (length, _) in self._waiting.items()]
+    def _waiting_numbers(self) -> np.ndarray:
+        if self._numbers is None:
+            self._numbers = numbers_of(self._keys)
+        return self._numbers
+
+    def remaining(self) -> list[tuple[int, int]]:
+        """Return each document with tokens still to come, and their number, in the order of reading."""
+        return sorted(zip(numbers_of(self._keys).tolist(), lengths_of(self._keys).tolist(), strict=True))
 
     def state(self) -> State:
         """Return the counters, the number of the next row, and the row in which each waiting document was read."""
-        return {"row": self._row, "since": [row for _, row in self._waiting.values()], **counters(self)}
+        since = self._ages.read_in(self._waiting_numbers())
+        since.sort()
+        return {"row": self._row, "since": since.tolist(), **counters(self)}
 
-    def restore(self, state: State, waiting: Sequence[tuple[Any, int]]) -> None:
+    def restore(self, state: State, waiting: Sequence[tuple[int, int]]) -> None:
         """Restore a saved state: `state()`, and (document, length) of each document of `waiting()`."""
         set_counters(self, state)
         self._row = state["row"]
-        for (document, length), since in zip(waiting, state["since"], strict=True):
-            self._add(document, length, since)
+        self._keys = sorted(key_of(document, length) for document, length in waiting)
+        self._numbers = None
+        self._ages.restore(np.array([document for document, _ in waiting], np.int64), state["since"])
 
     @property
     def waiting_documents(self) -> int:
-        """Documents read that have tokens still to come."""
-        return len(self._waiting)
+        """Documents taken that have tokens still to come."""
+        return len(self._keys)
 
-    def next_rows(self) -> list[Row]:
+    @property
+    def waiting_tokens(self) -> int:
+        """Their tokens that are still to come."""
+        return int(lengths_of(self._keys).sum())
+
+    def next_rows(self) -> Rows:
         """Return the rows of the next batch; at the end of the data fewer than its rows, then none."""
-        rows: list[Row] = []
-        while len(rows) < self._batch_size and (row := self._next_row()):
-            rows.append(row)
-            self._row += 1
-        return rows
-
-    def _next_row(self) -> Row:
-        row: Row = []
-        room = self._capacity
-        while room:
-            self._read_more()
-            length = self._choose(room, opens=not row)
-            if length is None:
+        self._numbers = None
+        placed: list[int] = []
+        bounds = [0]
+        first = self._row
+        while self._row < first + self._batch_size:
+            self._fill_row(placed)
+            if len(placed) == bounds[-1]:
                 break
-            document = self._lengths.pop(length)
-            taken = min(length, room)
-            self._place(document, taken)
-            row.append(Run(document, 0, taken))
-            room -= taken
-        return row
+            bounds.append(len(placed))
+            self._row += 1
+        return self._rows_of(np.array(placed, np.int64), np.array(bounds, np.int64), first)
 
-    def _read_more(self) -> None:
-        while len(self._waiting) < self._window and not self._ended:
-            for _ in range(self._refill):
-                item = self._read()
-                if item is None:
-                    self._ended = True
+    def _fill_row(self, placed: list[int]) -> None:
+        """Append the keys of the next row's documents, in the order in which they are chosen."""
+        keys, ahead, window, more, place = self._keys, self._ahead, self._window, self._refill - 1, placed.append
+        opens = self._row >= self._ages.due
+        last = 0
+        # the least key that does not fit: the room, plus one token
+        limit = (self._capacity + 1) << BITS
+        while limit > LAST + 1:
+            while len(keys) < window and (key := next(ahead, None)) is not None:
+                insort(keys, last := key)
+                if more:
+                    for last in islice(ahead, more):
+                        insort(keys, last)
+            at = bisect_left(keys, limit) - 1
+            if opens:
+                opens = False
+                if last:
+                    self._ages.mark(last, self._row)
+                at = self._ages.oldest(keys, self._row, at)
+            if at < 0:
+                if not (self._crop and keys):
                     break
-                self._add(*item, self._row)
+                # the first of the shortest
+                at = bisect_left(keys, (keys[0] | LAST) + 1) - 1
+            key = keys.pop(at)
+            place(key)
+            limit -= key & _LENGTH
+        if last:
+            self._ages.mark(last, self._row)
 
-    def _add(self, document: Any, length: int, row: int) -> None:
-        self._waiting[document] = (length, row)
-        self._lengths.add(document, length)
-        self.waiting_tokens += length
+    def _rows_of(self, keys: np.ndarray, bounds: np.ndarray, first: int) -> Rows:
+        """Return the rows of these keys, the first of number `first`, and count them."""
+        documents, lengths = numbers_of(keys), lengths_of(keys)
+        if len(keys):
+            # no document has waited longer than the one read first would have until the last of these rows
+            if self._row - 1 - self._ages.read_in_one(int(documents.min())) > self.longest_wait:
+                rows = np.arange(first, first + len(bounds) - 1).repeat(bounds[1:] - bounds[:-1])
+                self.longest_wait = max(self.longest_wait, int((rows - self._ages.read_in(documents)).max()))
+            self.emitted += int(np.add.reduce(lengths))
+            if self._crop or self._ages.due < _NEVER:
+                self._cut(lengths, bounds)
+        self.packed += len(keys)
+        self._ages.forget(self._keys)
+        return Rows(documents, np.zeros(len(keys), np.int64), lengths, bounds)
 
-    def _choose(self, room: int, *, opens: bool) -> int | None:
-        """Return the length of the document to place next, the first read of that length; None ends the row."""
-        if not self._waiting:
-            return None
-        if opens and self._max_age is not None:
-            length, read_in_row = next(iter(self._waiting.values()))
-            if self._row - read_in_row >= self._max_age:
-                return length
-        fitting = self._lengths.longest(room)
-        return self._lengths.shortest() if fitting is None and self._crop else fitting
-
-    def _place(self, document: Any, taken: int) -> None:
-        length, read_in_row = self._waiting.pop(document)
-        self.waiting_tokens -= length
-        self.emitted += taken
-        self.packed += 1
-        self.cropped += length - taken
-        self.longest_wait = max(self.longest_wait, self._row - read_in_row)
+    def _cut(self, lengths: np.ndarray, bounds: np.ndarray) -> None:
+        """Cut the last document of each row that is too long, and count that."""
+        too_long = np.add.reduceat(lengths, bounds[:-1]) - self._capacity
+        if int(too_long.max()) > 0:
+            cut = np.maximum(too_long, 0)
+            lengths[bounds[1:] - 1] -= cut
+            tokens = int(cut.sum())
+            self.cropped += tokens
+            self.emitted -= tokens
 
 
-class _Lengths:
-    """Waiting documents by length. The cost of adding and choosing does not grow with their number.
+class _Ages:
+    """In which row each waiting document was read, and when the oldest must be placed.
 
-    One queue per length, and one big integer whose bit n says that a document of length n waits: the longest that fits
-    is its highest bit up to the room, the shortest its lowest bit. Documents longer than a row never fit; their lengths
-    are in a heap, of which only the shortest is ever needed.
+    Numbers ascend as they are read, so one mark for each row that reads is enough: the last number read in it.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self._queues: dict[int, deque[Any]] = {}
-        self._bits = 0
-        self._capacity = capacity
-        self._over_long: list[int] = []
+    MOST_MARKS = 4096
 
-    def add(self, document: Any, length: int) -> None:
-        queue = self._queues.get(length)
-        if queue is None:
-            self._queues[length] = deque((document,))
-            if length <= self._capacity:
-                self._bits |= 1 << length
-            else:
-                heapq.heappush(self._over_long, length)
+    def __init__(self, max_age: int | None) -> None:
+        self._max_age = max_age
+        self.due = _NEVER if max_age is None else 0
+        """The next row in which a document may have waited too long."""
+        self._numbers: list[int] = []
+        self._rows: list[int] = []
+        # a copy of both, as arrays, of the first of them
+        self._marks = np.empty((2, 0), np.int64)
+        # keys in the order of reading, of all documents read before any other that waits
+        self._order: deque[int] = deque()
+
+    def mark(self, key: int, row: int) -> None:
+        """Note the last document read in this row; may be called again, with a later one, for the same row."""
+        if self._rows and self._rows[-1] == row and len(self._rows) > self._marks.shape[1]:
+            self._numbers[-1] = LAST - (key & LAST)
         else:
-            queue.append(document)
+            self._numbers.append(LAST - (key & LAST))
+            self._rows.append(row)
 
-    def longest(self, room: int) -> int | None:
-        """Return the greatest waiting length up to `room`, or None."""
-        fitting = self._bits & ((2 << room) - 1)
-        return fitting.bit_length() - 1 if fitting else None
+    def read_in(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the row in which each of these documents was read, int64."""
+        if (known := self._marks.shape[1]) < len(self._rows):
+            new = np.array([self._numbers[known:], self._rows[known:]], np.int64)
+            self._marks = np.concatenate([self._marks, new], axis=1)
+        return self._marks[1][self._marks[0].searchsorted(numbers)]  # type: ignore[no-any-return]
 
-    def shortest(self) -> int:
-        """Return the least waiting length."""
-        return (self._bits & -self._bits).bit_length() - 1 if self._bits else self._over_long[0]
+    def read_in_one(self, number: int) -> int:
+        """Return the row in which a document was read."""
+        return self._rows[bisect_left(self._numbers, number)]
 
-    def pop(self, length: int) -> Any:
-        """Remove and return the first document of that length; above the capacity, only the shortest may be taken."""
-        queue = self._queues[length]
-        document = queue.popleft()
-        if not queue:
-            del self._queues[length]
-            if length <= self._capacity:
-                self._bits ^= 1 << length
-            else:
-                heapq.heappop(self._over_long)
-        return document
+    def oldest(self, keys: list[int], row: int, otherwise: int) -> int:
+        """Return the index of the document that has waited too long in this row, else `otherwise`."""
+        if not keys:
+            return otherwise
+        order = self._order
+        while order and (keys[at] if (at := bisect_left(keys, order[0])) < len(keys) else 0) != order[0]:
+            order.popleft()
+        if not order:
+            order.extend(sorted(keys, key=LAST.__and__, reverse=True))
+        assert self._max_age is not None
+        number = LAST - (order[0] & LAST)
+        self.due = self.read_in_one(number) + self._max_age
+        return bisect_left(keys, order[0]) if self.due <= row else otherwise
+
+    def forget(self, keys: Sequence[int]) -> None:
+        """Forget what is known of documents that do not wait any more, from time to time."""
+        if len(self._rows) > self.MOST_MARKS + len(keys):
+            numbers = np.sort(numbers_of(keys))
+            self.restore(numbers, self.read_in(numbers).tolist())
+
+    def restore(self, numbers: np.ndarray, rows: Sequence[int]) -> None:
+        """Know only these documents, in the order of reading, and the row in which each was read."""
+        self._numbers, self._rows = numbers.tolist(), list(rows)
+        self._marks = np.array([self._numbers, self._rows], np.int64)

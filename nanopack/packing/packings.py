@@ -11,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from nanopack.checks import check_bool, check_choice, check_int
 from nanopack.packing.best_fit import BestFitPacker
 from nanopack.packing.pad import PadPacker
 from nanopack.packing.rows import Packer, Read
 from nanopack.packing.stream import StreamPacker
+from nanopack.packing.whole_pass import RowOrder, WholePassPacker
 
 PackingName: TypeAlias = Literal["best_fit", "stream", "best_fit_pad", "best_fit_crop", "pad"]
 
@@ -37,21 +38,27 @@ class Packing(ABC):
     drops: ClassVar[bool] = False
     """Whether documents without any token in the loss are dropped; see `drops_untrained`."""
 
+    @property
+    def whole_passes(self) -> bool:
+        """Whether all documents of a pass are placed together, so that their lengths must be known beforehand."""
+        return False
+
     def __post_init__(self) -> None:
         """Raise ValueError for an option that is not an int from 1."""
         for name, value in self.options().items():
             check_int(name, value, least=1)
 
     @abstractmethod
-    def build(self, read: Read, *, batch_size: int, seq_len: int) -> Packer:
+    def build(self, read: Read, *, batch_size: int, seq_len: int, row_order: RowOrder | None = None) -> Packer:
         """Return a packer that fills batches of `batch_size` rows of seq_len + 1 tokens.
 
-        `read()` returns (document, length in tokens, from 1), or None at the end of the data. A document is any
-        hashable object equal only to itself. The packer reads when its rule needs another document.
+        `read()` returns the numbers of the next documents, ascending from 0, and their lengths (tokens, from 1), or
+        None at the end of the data. The packer reads when its rule needs another document; of several that it gets at
+        once it takes one by one. `row_order` is for `whole_passes`, which need all documents of a pass at once.
         """
 
-    def options(self) -> dict[str, int]:
-        """Return the options by name: plain ints and bools.
+    def options(self) -> dict[str, Any]:
+        """Return the options by name: plain ints, bools and strings.
 
         >>> BestFit(window=8).options()
         {'window': 8, 'max_age': 128, 'refill': 1}
@@ -70,20 +77,35 @@ class BestFit(Packing):
     Each row takes the longest waiting document that fits, again and again, as in TRL's "bfd" within a window.
 
     Args:
-        window: documents to choose from.
-        max_age: a document that has waited this many rows opens the next one.
-        refill: documents to read at a time when fewer than `window` wait.
+        window: documents to choose from; `"all"`: those of a whole pass, for data whose lengths are known, such as a
+            token store. Documents of like lengths then meet, and with a seed the rows are delivered in a random order.
+        max_age: a document that has waited this many rows opens the next one; not with window="all".
+        refill: documents to read at a time when fewer than `window` wait; not with window="all".
     """
 
-    window: int = 64
+    window: int | Literal["all"] = 64
     max_age: int = 128
     refill: int = 1
     name = "best_fit"
     cuts_to_row = True
     drops = True
 
-    def build(self, read: Read, *, batch_size: int, seq_len: int) -> Packer:
+    def __post_init__(self) -> None:
+        """Raise ValueError for an option that is not an int from 1, or window="all"."""
+        check_int("max_age", self.max_age, least=1)
+        check_int("refill", self.refill, least=1)
+        if self.window != "all":
+            check_int("window", self.window, least=1)
+
+    @property
+    def whole_passes(self) -> bool:
+        """Whether all documents of a pass are placed together."""
+        return self.window == "all"
+
+    def build(self, read: Read, *, batch_size: int, seq_len: int, row_order: RowOrder | None = None) -> Packer:
         """Return the packer; see `Packing.build`."""
+        if self.window == "all":
+            return WholePassPacker(read, batch_size, seq_len + 1, row_order)
         return BestFitPacker(
             read, batch_size, seq_len + 1, window=self.window, refill=self.refill, max_age=self.max_age
         )
@@ -105,7 +127,7 @@ class BestFitPad(Packing):
     name = "best_fit_pad"
     cuts_to_row = True
 
-    def build(self, read: Read, *, batch_size: int, seq_len: int) -> Packer:
+    def build(self, read: Read, *, batch_size: int, seq_len: int, row_order: RowOrder | None = None) -> Packer:
         """Return the packer; see `Packing.build`."""
         return BestFitPacker(read, batch_size, seq_len + 1, window=self.window, refill=self.refill)
 
@@ -124,7 +146,7 @@ class BestFitCrop(Packing):
     name = "best_fit_crop"
     crops = True
 
-    def build(self, read: Read, *, batch_size: int, seq_len: int) -> Packer:
+    def build(self, read: Read, *, batch_size: int, seq_len: int, row_order: RowOrder | None = None) -> Packer:
         """Return the packer; see `Packing.build`."""
         return BestFitPacker(read, batch_size, seq_len + 1, window=self.window, refill=self.refill, crop=True)
 
@@ -146,7 +168,7 @@ class Stream(Packing):
         """Raise ValueError unless `overlap` is a bool."""
         check_bool("overlap", self.overlap)
 
-    def build(self, read: Read, *, batch_size: int, seq_len: int) -> Packer:
+    def build(self, read: Read, *, batch_size: int, seq_len: int, row_order: RowOrder | None = None) -> Packer:
         """Return the packer; see `Packing.build`."""
         return StreamPacker(read, batch_size, seq_len, overlap=self.overlap)
 
@@ -159,7 +181,7 @@ class Pad(Packing):
     cuts_to_row = True
     drops = True
 
-    def build(self, read: Read, *, batch_size: int, seq_len: int) -> Packer:
+    def build(self, read: Read, *, batch_size: int, seq_len: int, row_order: RowOrder | None = None) -> Packer:
         """Return the packer; see `Packing.build`."""
         return PadPacker(read, batch_size)
 

@@ -7,25 +7,27 @@ lengths of what is read   ->   PadPacker.next_rows()   ->   rows of one run each
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import islice
 
-from nanopack.packing.rows import Read, Row, Run, State, counters, set_counters
+import numpy as np
+
+from nanopack.packing.rows import Read, Rows, State, counters, keys_in_turn, lengths_of, numbers_of, set_counters
 
 
 class PadPacker:
     """One document a row. Nothing waits, so its state is its counters."""
 
     def __init__(self, read: Read, batch_size: int) -> None:
-        self._read = read
+        self._ahead = keys_in_turn(read)
         self._batch_size = batch_size
         self.waiting_documents = self.waiting_tokens = 0
         self.emitted = self.cropped = self.packed = self.longest_wait = 0
 
-    def waiting(self) -> list[Any]:
+    def waiting(self) -> list[int]:
         """Return an empty list: no document waits."""
         return []
 
-    def remaining(self) -> list[tuple[Any, int]]:
+    def remaining(self) -> list[tuple[int, int]]:
         """Return an empty list: no document waits."""
         return []
 
@@ -33,16 +35,14 @@ class PadPacker:
         """Return the counters."""
         return counters(self)
 
-    def restore(self, state: State, waiting: Sequence[tuple[Any, int]]) -> None:
+    def restore(self, state: State, waiting: Sequence[tuple[int, int]]) -> None:
         """Restore a saved state."""
         set_counters(self, state)
 
-    def next_rows(self) -> list[Row]:
+    def next_rows(self) -> Rows:
         """Return the rows of the next batch; at the end of the data fewer than its rows, then none."""
-        rows: list[Row] = []
-        while len(rows) < self._batch_size and (item := self._read()) is not None:
-            document, length = item
-            rows.append([Run(document, 0, length)])
-            self.emitted += length
-            self.packed += 1
-        return rows
+        keys = np.array(list(islice(self._ahead, self._batch_size)), np.int64)
+        lengths = lengths_of(keys)
+        self.emitted += int(lengths.sum())
+        self.packed += len(keys)
+        return Rows(numbers_of(keys), np.zeros(len(keys), np.int64), lengths, np.arange(len(keys) + 1))

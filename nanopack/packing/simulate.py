@@ -5,8 +5,11 @@ lengths of documents   ->   simulate()   ->   Packed   ->   len(loader), nanopac
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
 
 from nanopack.packing.packings import Packing
 
@@ -50,29 +53,42 @@ def simulate(
     >>> simulate(BestFit(), [3, 9, 2], seq_len=4)
     Packed(batches=2, rows=2, tokens=8, emitted=10, cut=4, longest_wait_rows=1, seq_len=4)
     """
-    cut = 0
-    ended = False
-    documents = enumerate(lengths)
+    steps = simulating(packing, [np.fromiter(lengths, np.int64)], seq_len, batch_size=batch_size, to_end=to_end)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            found: Packed = end.value
+            return found
 
-    def read() -> tuple[int, int] | None:
-        nonlocal cut, ended
-        item = next(documents, None)
-        if item is None:
-            ended = True
-            return None
-        number, length = item
-        kept = min(length, seq_len + 1) if packing.cuts_to_row else length
-        cut += length - kept
-        return number, kept
+
+def simulating(
+    packing: Packing, parts: Sequence[np.ndarray], seq_len: int, *, batch_size: int, to_end: bool = True
+) -> Generator[None, None, Packed]:
+    """Simulate as `simulate`, step by step: yield after each batch. `parts` are the lengths of one pass or more."""
+    known = np.concatenate([np.empty(0, np.int64), *parts])
+    kept = np.minimum(known, seq_len + 1) if packing.cuts_to_row else known
+    bounds = np.cumsum([0, *map(len, parts)])
+    passes = ((np.arange(begin, end), kept[begin:end]) for begin, end in pairwise(bounds.tolist()) if end > begin)
+    asked = 0
+
+    def read() -> tuple[np.ndarray, np.ndarray] | None:
+        nonlocal asked
+        asked += 1
+        if packing.whole_passes:
+            return next(passes, None)
+        return (np.arange(len(kept)), kept) if asked == 1 and len(kept) else None
 
     packer = packing.build(read, batch_size=batch_size, seq_len=seq_len)
     batches = rows = tokens = 0
-    while (batch := packer.next_rows()) and (to_end or not ended):
+    while (batch := packer.next_rows()).num_rows and (to_end or asked == 1):
+        yield
         batches += 1
-        rows += len(batch)
-        tokens += sum(min(seq_len, sum(run.length for run in row)) for row in batch)
+        rows += batch.num_rows
+        tokens += int(np.minimum(np.add.reduceat(batch.lengths, batch.bounds[:-1]), seq_len).sum())
     # without max_age a document may starve, and would never be counted as placed
     state = packer.state()
     still_waiting = [state["row"] - since for since in state.get("since", ())]
     longest_wait = max([packer.longest_wait, *still_waiting])
-    return Packed(batches, rows, tokens, packer.emitted, cut + packer.cropped, longest_wait, seq_len)
+    cut = int((known - kept).sum()) + packer.cropped
+    return Packed(batches, rows, tokens, packer.emitted, cut, longest_wait, seq_len)

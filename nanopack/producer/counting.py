@@ -17,9 +17,12 @@ import numpy as np
 
 from nanopack.conversations.announced import announced
 from nanopack.conversations.order import Shard
-from nanopack.packing.simulate import simulate
-from nanopack.producer.reader import ReadDocument, Reader, read_in_turn
-from nanopack.producer.shard import ReadAll, describe_or_raise, shards_of
+from nanopack.packing.simulate import simulating
+from nanopack.producer.arrivals import describe_or_raise
+from nanopack.producer.chunk import Chunk
+from nanopack.producer.reader import Reader, read_in_turn
+from nanopack.producer.shard import ReadAll, shards_of
+from nanopack.producer.stored import TOGETHER, StoreReader
 from nanopack.producer.workers import Workers
 
 _COUNTING = (
@@ -28,7 +31,7 @@ _COUNTING = (
 )
 
 Counting = Generator[None, None, tuple[int, int]]
-"""Yields between any two conversations; its value are the batches and tokens."""
+"""Yields between any two chunks of conversations; its value are the batches and tokens."""
 
 
 def count_batches(reader: Reader, *, all_ranks: bool, forked: int = 0) -> tuple[int, int]:
@@ -39,7 +42,7 @@ def count_batches(reader: Reader, *, all_ranks: bool, forked: int = 0) -> tuple[
     """
     config = reader.config
     # a daemonic process may start none
-    if forked and not multiprocessing.current_process().daemon:
+    if forked and not isinstance(reader, StoreReader) and not multiprocessing.current_process().daemon:
         with contextlib.closing(Workers(forked, reader, method="fork")) as processes:
             return finish(counting(reader, _announced(partial(processes.read_all, shards=1)), all_ranks=all_ranks))
     read_all = partial(read_in_turn, reader, batch_tokens=config.batch_size * config.seq_len, raise_interrupts=True)
@@ -94,15 +97,18 @@ def counting(reader: Reader, read_all: ReadAll, *, all_ranks: bool) -> Counting:
     lengths = yield from _measure(reader, shards, read_all)
     batches = tokens = 0
     for shard in shards:
-        own = lengths[_order(reader, shard)]
-        packed = simulate(config.packing, own[own > 0].tolist(), config.seq_len, batch_size=config.shard_rows)
+        own, epochs = lengths[_order(reader, shard)], range(1, config.epochs or 1)
+        passes = [part[part > 0] for part in np.split(own, [shard.num_reads(epoch) for epoch in epochs])]
+        packed = yield from simulating(config.packing, passes, config.seq_len, batch_size=config.shard_rows)
         batches, tokens = max(batches, packed.batches), tokens + packed.emitted
     return batches, tokens
 
 
 def _order(reader: Reader, shard: Shard) -> np.ndarray:
     """Return the conversations of a shard in all epochs, in the order in which they are read, int64."""
-    return np.fromiter(shard.conversations(0, shard.num_reads(reader.config.epochs or 1)), np.int64)
+    reads = shard.num_reads(reader.config.epochs or 1)
+    parts = [shard.at(np.arange(at, min(reads, at + TOGETHER), dtype=np.int64)) for at in range(0, reads, TOGETHER)]
+    return np.concatenate([np.empty(0, np.int64), *parts])
 
 
 def _measure(reader: Reader, shards: Iterable[Shard], read_all: ReadAll) -> Generator[None, None, np.ndarray]:
@@ -113,12 +119,19 @@ def _measure(reader: Reader, shards: Iterable[Shard], read_all: ReadAll) -> Gene
     lengths, wanted = np.zeros(len(reader.source), np.int64), np.zeros(len(reader.source), bool)
     for shard in shards:
         wanted[_order(reader, shard)] = True
-    indices = np.flatnonzero(wanted).tolist()
-    for document in read_all(indices):
-        if document.error is not None:
-            describe_or_raise(document, reader.source, reader.config)
-        elif not document.dropped:
-            lengths[document.conversation] = len(document.words)
+    indices = np.flatnonzero(wanted)
+    chunks: Iterator[Chunk]
+    if isinstance(reader, StoreReader):
+        # lengths are known without reading
+        chunks = (reader.read(indices[at : at + TOGETHER]) for at in range(0, len(indices), TOGETHER))
+    else:
+        chunks = read_all(indices.tolist())
+    for chunk in chunks:
+        for position, trouble in chunk.troubles.items():
+            if trouble.error is not None:
+                conversation = int(chunk.conversations[position])
+                describe_or_raise(trouble.error, conversation, reader.source, reader.config)
+        lengths[chunk.conversations] = np.where(chunk.dropped(reader.config), 0, chunk.lengths)
         yield
     return lengths
 
@@ -126,8 +139,8 @@ def _measure(reader: Reader, shards: Iterable[Shard], read_all: ReadAll) -> Gene
 def _announced(read_all: ReadAll) -> ReadAll:
     """Return a `read_all` that logs how far it is where that takes long."""
 
-    def read_and_announce(indices: Iterable[int]) -> Iterator[ReadDocument]:
+    def read_and_announce(indices: Iterable[int]) -> Iterator[Chunk]:
         indices = list(indices)
-        return announced(read_all(indices), len(indices), _COUNTING)
+        return announced(read_all(indices), len(indices), _COUNTING, lambda chunk: len(chunk.lengths))
 
     return read_and_announce

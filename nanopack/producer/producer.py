@@ -14,12 +14,14 @@ from math import fsum
 from typing import Any, NamedTuple
 
 from nanopack.notes import Notes
+from nanopack.producer.chunk import Chunk
 from nanopack.producer.counting import BackgroundCount, counting
-from nanopack.producer.reader import ReadDocument, Reader, read_in_turn
+from nanopack.producer.reader import Reader, read_in_turn
 from nanopack.producer.shard import ShardPacker, pack_state, shards_of
 from nanopack.producer.start import DEFAULT_START_METHOD, StartMethod
 from nanopack.producer.workers import Workers
 from nanopack.ring.facts import BatchFacts
+from nanopack.ring.pieces import stack
 from nanopack.ring.ring import COUNTING, FILLING, READING, ProducerStatus
 from nanopack.ring.slot import Slot
 
@@ -81,17 +83,16 @@ class Producer:
         Raises as `ShardPacker.next_rows` does.
         """
         size = self._config.shard_rows
-        rows = [packer.next_rows() for packer in self._shards]
+        parts = [packer.next_rows() for packer in self._shards]
         if (passes := self._count_passes()) > self._passes:
             self._passes = passes
             self._report_skipped()
-        if not any(rows) and self._step >= self._batches_of_the_longest():
+        if not any(part.num_rows for part in parts) and self._step >= self._batches_of_the_longest():
             return None
         if self._status is not None:
             self._status.set(FILLING)
-        facts, counts = slot.fill([row for own in rows for row in (*own, *[[]] * (size - len(own)))])
-        of_shards = counts.reshape(len(self._shards), size, 2).sum(axis=1).tolist()
-        for packer, (tokens, loss_tokens) in zip(self._shards, of_shards, strict=True):
+        facts, counts = slot.fill(stack([part.padded_to(size) for part in parts]), len(parts))
+        for packer, (tokens, loss_tokens) in zip(self._shards, counts, strict=True):
             packer.count_positions(tokens, loss_tokens)
         self._step += 1
         progress, last = zip(*(packer.progress() for packer in self._shards), strict=True)
@@ -139,7 +140,7 @@ class Producer:
         assert self._status is not None
         self._status.set(self._reading, conversation)
 
-    def _read_all(self, indices: Iterable[int]) -> Iterator[ReadDocument]:
+    def _read_all(self, indices: Iterable[int]) -> Iterator[Chunk]:
         if self._workers is not None:
             return self._workers.read_all(indices, shards=len(self._config.shards))
         tokens = self._config.shard_rows * self._config.seq_len

@@ -1,41 +1,34 @@
-"""Read one shard of the conversations, document by document, and pack it into rows.
+"""Pack one shard of the conversations into rows, and count what becomes of each document and token.
 
-    documents, in order   ->   ShardPacker.next_rows()   ->   rows of runs of documents
-         reader.py             packing/ decides when to        producer.py writes the rows of all shards into a slot
+    documents, in order   ->   ShardPacker.next_rows()   ->   Pieces of the next batch
+     arrivals.py               packing/ decides when to       producer.py writes those of all shards into a slot
                                read and what goes where
 
-A rank has one shard, or with shard="row" one for each of its rows. Everything that is read is counted here, and a shard
-can save its state and restore it. No torch, no GPU.
+A rank has one shard, or with shard="row" one for each of its rows. A shard can save its state and restore it. No torch,
+no GPU.
 """
 
 from __future__ import annotations
 
-import logging
 import pickle
-import zlib
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from nanopack.config import LoaderConfig
-from nanopack.conversations.order import Shard
-from nanopack.conversations.source import Source
-from nanopack.errors import NEVER_SKIPPED, ConversationError, EncoderError
+from nanopack.conversations.order import Shard, permute
+from nanopack.errors import ConversationError
 from nanopack.ledger import Ledger
 from nanopack.notes import Notes
-from nanopack.packing.rows import Packer, Row
-from nanopack.producer.reader import ReadDocument, Reader, weigh
+from nanopack.packing.rows import Packer, Rows
+from nanopack.producer.arrivals import Arrivals, describe_or_raise
+from nanopack.producer.chunk import Chunk, Live, checksum, digest_of, weigh
+from nanopack.producer.reader import Reader
+from nanopack.producer.stored import TOGETHER, StoreReader
+from nanopack.ring.pieces import Pieces
 
-log = logging.getLogger("nanopack")
-
-# A run that skips this many conversations of a shard in a row stops: its data are wrong, not a few of its records.
-MOST_SKIPPED_IN_A_ROW = 100
-# So does one that has skipped more than half of those read, once it has read this many.
-JUDGED_AFTER = 1000
-
-ReadAll = Callable[[Iterable[int]], Iterator[ReadDocument]]
+ReadAll = Callable[[Iterable[int]], Iterator[Chunk]]
 """Reads the conversations of these indices, in this order."""
 
 
@@ -48,74 +41,128 @@ def shards_of(config: LoaderConfig, n: int, *, all_ranks: bool = False) -> list[
     return [Shard(n, number, len(config.all_shards), config.seed) for number in numbers]
 
 
-def describe_or_raise(document: ReadDocument, source: Source, config: LoaderConfig) -> str:
-    """Raise the error of a document, naming its place; with on_error="skip", return that message instead.
-
-    Errors that are not the conversation's fault are always raised as they are.
-    """
-    error = document.error
-    assert error is not None
-    if isinstance(error, EncoderError):
-        raise EncoderError(f"{source.where(document.conversation)}, {error}") from error
-    if not isinstance(error, Exception) or isinstance(error, NEVER_SKIPPED):
-        raise error
-    what = str(error) if isinstance(error, ConversationError) else f"{type(error).__name__}: {error}"
-    what = f"{source.where(document.conversation)}, {what}"
-    if config.on_error == "raise":
-        raise ConversationError(f'{what}. Fix it or pass on_error="skip".') from error
-    return what
-
-
 class ShardPacker:
     """One shard of the conversations and its packing."""
 
     def __init__(self, shard: Shard, reader: Reader, read_all: ReadAll, told: set[str] | None = None) -> None:
         """`told` is what the log names once, for all shards together: it grows."""
         self.shard = shard
+        self._reader = reader
         self._source = reader.source
         self._config = reader.config
         self._loss_bit = reader.layout.word_dtype.type(reader.layout.loss_bit)
         self._read_all = read_all
-        self.sources = [Ledger() for _ in self._source.names or ("",)]
-        """What became of the documents, by source of a mixture."""
+        self._live = Live()
+        self._arrivals = Arrivals(shard, reader.source, reader.config, self._live, set() if told is None else told)
         self.positions = Ledger()
         """The positions of the batches, which belong to no source."""
-        self.notes = Notes()
-        self._told: set[str] = set() if told is None else told
-        self._num_read = 0
-        self._skipped_in_a_row = 0
-        # conversations that gave no document since the last one that did, and how many reads that took
-        self._fruitless: set[int] = set()
-        self._in_vain = 0
         self._packer: Packer = self._config.packing.build(
-            self._next_document, batch_size=self._config.shard_rows, seq_len=self._config.seq_len
+            self._arrivals.read,
+            batch_size=self._config.shard_rows,
+            seq_len=self._config.seq_len,
+            row_order=None if shard.seed is None else self._row_order,
         )
-        self._documents = self._documents_from(0)
+        self._whole_passes = self._config.packing.whole_passes
+        # documents that were left when some were last forgotten
+        self._kept = 0
+        # the document placed last, and before which of its tokens: the stream repeats one in the next row
+        self._last = -1, 0
+        self._arrivals.start(self._chunks_from(0), 0, 0)
 
-    def next_rows(self) -> list[Row]:
+    def _row_order(self, places: np.ndarray, n: int, number: int) -> np.ndarray:
+        """Return which rows of a pass come at these places; see `packing.whole_pass`."""
+        assert self.shard.seed is not None
+        return permute(places, n, self.shard.seed, np.full(len(places), number))
+
+    def _chunks_from(self, read: int) -> Iterator[Chunk]:
+        epochs = self._config.epochs
+        stop = None if epochs is None else self.shard.num_reads(epochs)
+        if isinstance(self._reader, StoreReader):
+            if self._whole_passes:
+                return self._reader.passes(self.shard, read, stop)
+            return self._reader.chunks(self.shard, read, stop, max(64, TOGETHER // len(self._config.shards)))
+        return self._read_all(self.shard.conversations(read, stop))
+
+    def next_rows(self) -> Pieces:
         """Return the rows of the next batch; at the end of the data fewer than there should be, then none.
 
         Raises ConversationError for a bad conversation (with on_error="raise"), ValueError where nothing can be packed.
         """
-        rows = self._packer.next_rows()
-        crops = self._config.packing.crops
-        for document, offset, length in chain.from_iterable(rows):
-            if crops and length < len(document.words):
-                self._crop(document, length)
-            new = offset + length - document.taken
-            # the stream repeats a token that two rows or batches share
-            if new > 0:
-                document.taken += new
-                self.sources[document.source].emit(new, ends=document.taken == len(document.words))
-        return rows
-
-    def _crop(self, document: ReadDocument, length: int) -> None:
-        """Cut a document to the part that was placed, and weigh it by that."""
-        self.sources[document.source].crop(len(document.words) - length)
-        document.words = document.words[:length]
-        document.weight = weigh(
-            self._config, document.own_weight, int(np.count_nonzero(document.words >= self._loss_bit))
+        packer, live = self._packer, self._live
+        if len(live.numbers) > 2 * self._kept + TOGETHER:
+            since = self._arrivals.num_read
+            live.keep(packer.waiting(), self.shard.start_of_pass(since - 1) if self._whole_passes else since)
+            self._kept = len(live.numbers)
+        rows = packer.next_rows()
+        self._arrivals.settle(packer.packed + packer.waiting_documents)
+        at = live.find(rows.documents)
+        own_weights = None if live.own_weights is None else live.own_weights[at]
+        loss_tokens = live.loss_tokens[at] if self._config.loss_weights == "conversation" else at
+        splits = self._config.packing.splits
+        pieces = Pieces(
+            lengths=rows.lengths,
+            offsets=rows.offsets,
+            bounds=rows.bounds,
+            conversations=live.conversations[at],
+            weights=weigh(self._config, own_weights, loss_tokens),
+            arrays=live.arrays,
+            array=live.array[at] if len(live.arrays) > 1 else None,
+            starts=live.starts[at] + rows.offsets if splits else live.starts[at],
+            marks=self._reader.marks(own_weights),
         )
+        if self._config.packing.crops:
+            self._crop(rows, at, pieces)
+        if splits and len(at):
+            self._count_stream(rows, at)
+        else:
+            self._count_placed(rows.lengths, np.ones(len(at), bool), at)
+        return pieces
+
+    def _crop(self, rows: Rows, at: np.ndarray, pieces: Pieces) -> None:
+        """Count what is cut off from documents that fill a row, and weigh these by the part that was placed."""
+        live = self._live
+        cut = live.lengths[at] - rows.lengths
+        cropped = np.flatnonzero(cut)
+        sources = self._source.sources_of(pieces.conversations[cropped])
+        for piece, source in zip(cropped.tolist(), sources.tolist(), strict=True):
+            self._arrivals.sources[source].crop(int(cut[piece]))
+            if pieces.weights is not None:
+                index = at[piece : piece + 1]
+                words = self._reader.words(live.chunk_of(index, rows.lengths[piece : piece + 1]), 0)
+                count = np.array([np.count_nonzero(words >= self._loss_bit)])
+                own = None if live.own_weights is None else live.own_weights[index]
+                pieces.weights[piece : piece + 1] = weigh(self._config, own, count)
+
+    def _count_stream(self, rows: Rows, at: np.ndarray) -> None:
+        """Count the tokens of the stream's rows, each once: it repeats a token that two rows or batches share."""
+        if len(self._arrivals.sources) > 1:
+            ends = rows.offsets + rows.lengths
+            same = np.empty(len(at), bool)
+            same[0], same[1:] = rows.documents[0] == self._last[0], rows.documents[1:] == rows.documents[:-1]
+            before = np.concatenate([[self._last[1]], ends[:-1]])
+            new = ends - np.where(same, before, rows.offsets)
+            self._count_placed(new, (ends == self._live.lengths[at]) & (new > 0), at)
+            self._last = int(rows.documents[-1]), int(ends[-1])
+            return
+        # all documents from the first to the last, but for what was placed of the first
+        first, last, live = int(at[0]), int(at[-1]), self._live
+        document, end = int(rows.documents[-1]), int(rows.offsets[-1]) + int(rows.lengths[-1])
+        placed = self._last[1] if self._last[0] == int(rows.documents[0]) else 0
+        tokens = int(np.add.reduce(live.lengths[first:last])) + end - placed
+        ended = last - first + (end == int(live.lengths[last])) - (placed == int(live.lengths[first]))
+        self._arrivals.sources[0].emit(tokens, ended=ended)
+        self._last = document, end
+
+    def _count_placed(self, tokens: np.ndarray, ended: np.ndarray, at: np.ndarray) -> None:
+        """Count tokens placed, (P,), and whether a document ended with them, (P,) bool, by source."""
+        sources = self._arrivals.sources
+        if len(sources) == 1:
+            sources[0].emit(int(np.add.reduce(tokens)), ended=int(np.count_nonzero(ended)))
+            return
+        of = self._source.sources_of(self._live.conversations[at])
+        for source in np.unique(of).tolist():
+            own = of == source
+            sources[source].emit(int(tokens[own].sum()), ended=int(np.count_nonzero(ended[own])))
 
     def count_positions(self, tokens: int, loss_tokens: int) -> None:
         """Count the positions of this shard's rows in a batch: those with tokens, and the targets in the loss."""
@@ -126,6 +173,11 @@ class ShardPacker:
         self.positions.targets_in_loss += loss_tokens
 
     @property
+    def notes(self) -> Notes:
+        """What was skipped and ignored."""
+        return self._arrivals.notes
+
+    @property
     def longest_wait(self) -> int:
         """Most rows that a document has waited so far."""
         return self._packer.longest_wait
@@ -133,20 +185,20 @@ class ShardPacker:
     @property
     def passes(self) -> int:
         """Passes over the data that were read to their end."""
-        return self.shard.epoch(self._num_read) - 1
+        return self.shard.epoch(self._arrivals.num_read) - 1
 
     @property
     def epoch(self) -> int:
         """Pass over the data that the reading has reached, from 1."""
-        epoch = self.shard.epoch(self._num_read)
+        epoch = self.shard.epoch(self._arrivals.num_read)
         # the end of the last pass does not begin another
         return min(epoch, self._config.epochs or epoch)
 
     def progress(self) -> tuple[float, bool]:
         """Return the fraction of the data consumed, and whether that is all of it."""
-        shard, passes = self.shard, self._config.epochs or 1
+        shard, passes, read = self.shard, self._config.epochs or 1, self._arrivals.num_read
         stream = self._config.packing.splits
-        done = self._num_read if stream else self._num_read - self._packer.waiting_documents
+        done = read if stream else read - self._packer.waiting_documents
         consumed = shard.number + shard.count * done
         last = consumed >= passes * shard.n
         if self._config.epochs is not None:
@@ -159,11 +211,12 @@ class ShardPacker:
         waiting = self._packer.waiting()
         return {
             # what waits is named by its reads
-            "waiting": [document.read for document in waiting],
-            "digest": _digest(waiting),
+            "waiting": waiting,
+            # of stored documents it can be found whenever it is asked for
+            "digest": None if isinstance(self._reader, StoreReader) else self._live.digest(waiting),
             "packer": self._packer.state(),
             "ledger": vars(self.positions),
-            "sources": [vars(ledger) for ledger in self.sources],
+            "sources": [vars(ledger) for ledger in self._arrivals.sources],
             "mixed": bool(self._source.names),
             "notes": vars(self.notes),
         }
@@ -173,126 +226,75 @@ class ShardPacker:
 
         Raises ValueError where they have changed, or the state is of another packing.
         """
-        whole = Ledger.of(state["ledger"])
+        whole, arrivals = Ledger.of(state["ledger"]), self._arrivals
         sources = [Ledger.of(ledger) for ledger in state["sources"]] or [whole.without_positions()]
-        if len(sources) != len(self.sources):
-            raise ValueError(f"the state is of {len(sources)} sources, and the data have {len(self.sources)}")
-        self.sources = sources
+        if len(sources) != len(arrivals.sources):
+            raise ValueError(f"the state is of {len(sources)} sources, and the data have {len(arrivals.sources)}")
+        arrivals.sources = sources
         self.positions = whole.only_positions()
-        self.notes = Notes.of(state.get("notes", ""))
-        self._num_read = whole.conversations_read
+        arrivals.notes = Notes.of(state.get("notes", ""))
         if state["packer"].keys() != self._packer.state().keys():
             raise ValueError("the state is of another packing; resume with the packing that the run began with")
-        numbers = sorted(set(state["waiting"]))
-        documents = dict(zip(numbers, self._read_all(self.shard.at(np.array(numbers, np.int64))), strict=True))
-        for number, document in documents.items():
-            self._check_again(document)
-            document.read, document.source = number, self._source.source_of(document.conversation)
-        waiting = [(documents[number], len(documents[number].words)) for number in state["waiting"]]
-        self._packer.restore(state["packer"], waiting)
-        # of a waiting document without remaining tokens, the stream repeats only the last one
-        remaining = dict(self._packer.remaining())
-        for document, length in waiting:
-            document.taken = length - remaining.get(document, 0)
-        if (self._packer.waiting_tokens, _digest(self._packer.waiting())) != (whole.tokens_waiting, state["digest"]):
+        if self._whole_passes:
+            return self._restore_pass(state, whole)
+        digest = self._read_again(state["waiting"])
+        lengths = self._live.lengths[self._live.find(np.array(state["waiting"], np.int64))].tolist()
+        self._packer.restore(state["packer"], list(zip(state["waiting"], lengths, strict=True)))
+        remaining = self._packer.remaining()
+        if self._config.packing.splits and state["waiting"]:
+            self._last = self._placed_last(state["waiting"], remaining)
+        if (self._packer.waiting_tokens, digest) != (whole.tokens_waiting, state["digest"]):
             raise ValueError(
                 f"the documents that waited had {whole.tokens_waiting} tokens when the state was saved, and have "
                 f"{self._packer.waiting_tokens} now, or others: the data or the tokenizer have changed; resume with "
                 f"what was used"
             )
-        self._documents = self._documents_from(self._num_read)
+        read, taken = whole.conversations_read, self._packer.packed + self._packer.waiting_documents
+        arrivals.start(self._chunks_from(read), read, taken)
 
-    def _check_again(self, document: ReadDocument) -> None:
-        if document.error is not None:
-            what = describe_or_raise(document, self._source, self._config)
-            raise ConversationError(f"{what}. It could be read before.")
-        if document.dropped:
-            where = self._source.where(document.conversation)
-            raise ValueError(f"{where} has changed: nothing in it is in the loss any more")
-
-    def _documents_from(self, read: int) -> Iterator[ReadDocument]:
-        epochs = self._config.epochs
-        return self._read_all(self.shard.conversations(read, None if epochs is None else self.shard.num_reads(epochs)))
-
-    def _next_document(self) -> tuple[ReadDocument, int] | None:
-        """Read until there is a document to pack; return it and its length, None at the end of the data."""
-        for document in self._documents:
-            if self._accept(document):
-                self._fruitless.clear()
-                self._in_vain = 0
-                return document, len(document.words)
-            self._give_up_on_nothing(document.conversation)
-        return None
-
-    def _accept(self, document: ReadDocument) -> bool:
-        """Count a document, and return whether it is to be packed."""
-        document.read = self._num_read
-        self._num_read += 1
-        document.source = self._source.source_of(document.conversation)
-        ledger = self.sources[document.source]
-        ledger.conversations_copies += self._source.is_copy(document.conversation)
-        if document.error is not None:
-            what = describe_or_raise(document, self._source, self._config)
-            log.debug("skipped %s", what)
-            self.notes.skip(what, self._source.where(document.conversation))
-            ledger.skip()
-            self._refuse_to_skip_more(what)
-            return False
-        self._skipped_in_a_row = 0
-        if document.ignored_keys or document.special_token:
-            self._note(document)
-        ledger.read(document.num_tokens, document.cut, dropped=document.dropped)
-        return not document.dropped
-
-    def _refuse_to_skip_more(self, what: str) -> None:
-        """Raise ConversationError where so much is skipped that hardly anything would be left."""
-        self._skipped_in_a_row += 1
-        skipped = sum(ledger.conversations_skipped for ledger in self.sources)
-        if self._skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
-            how = f"{self._skipped_in_a_row} conversations in a row were skipped"
-        elif self._num_read >= JUDGED_AFTER and 2 * skipped > self._num_read:
-            how = f"{skipped} of {self._num_read} conversations were skipped"
-        else:
-            return
-        raise ConversationError(f'{what}. {how}; on_error="skip" is for a few bad ones: repair the data')
-
-    def _note(self, document: ReadDocument) -> None:
-        """Count what of a record is not read, and name it in the log where it is new."""
-        where, notes = self._source.where(document.conversation), self.notes
-        for key in document.ignored_keys:
-            notes.ignored_keys[key] = notes.ignored_keys.get(key, 0) + 1
-            if key not in self._told:
-                self._told.add(key)
-                log.warning("%s: nothing reads the key %r; it is named once, and counted in the ledger", where, key)
-        if document.special_token:
-            notes.texts_with_special_tokens += 1
-            if "" not in self._told:
-                self._told.add("")
-                log.warning(
-                    "%s: the text spells the special token %r, which stays text; for the token itself give messages or "
-                    "input_ids; it is named once, and counted in the ledger",
-                    where,
-                    document.special_token,
-                )
-
-    def _give_up_on_nothing(self, conversation: int) -> None:
-        """Raise ValueError where further reading can give no document any more."""
-        if self._config.epochs is not None:
-            return
-        n = self.shard.n
-        self._in_vain += 1
-        self._fruitless.add(conversation)
-        # without a shuffle, n reads have covered every conversation that the shard will ever read
-        if len(self._fruitless) == n or (self.shard.seed is None and self._in_vain >= n):
+    def _restore_pass(self, state: dict[str, Any], whole: Ledger) -> None:
+        """Restore a state in the middle of a pass: plan it again."""
+        read, arrivals = whole.conversations_read, self._arrivals
+        start = self.shard.start_of_pass(read - 1) if read else 0
+        arrivals.start(self._chunks_from(start), start, 0, counted=read)
+        self._packer.restore(state["packer"], [])
+        arrivals.took(self._packer.packed + self._packer.waiting_documents)
+        if self._packer.waiting_tokens != whole.tokens_waiting:
             raise ValueError(
-                f"nothing to pack: in a whole pass over the data ({n} conversations) each one was dropped because "
-                f"nothing in it is in the loss, or skipped as bad; look at the first, or use loss='all'"
+                f"{whole.tokens_waiting} tokens waited when the state was saved, and {self._packer.waiting_tokens} do "
+                f"now: the data or the tokenizer have changed; resume with what was used"
             )
 
+    def _read_again(self, waiting: list[int]) -> int:
+        """Read the documents that waited, given by number, and return their digest."""
+        numbers = np.array(sorted(set(waiting)), np.int64)
+        conversations, done = self.shard.at(numbers), 0
+        chunks = [self._reader.read(conversations)] if isinstance(self._reader, StoreReader) else None
+        for chunk in self._read_all(conversations.tolist()) if chunks is None else chunks:
+            self._check_again(chunk)
+            own = numbers[done : done + len(chunk.lengths)]
+            self._live.put(own, chunk)
+            for position, number in enumerate(own.tolist()):
+                self._live.note_words(number, self._reader.words(chunk, position))
+            done += len(own)
+        return self._live.digest(waiting)
 
-def _digest(documents: Iterable[ReadDocument]) -> int:
-    """Return a checksum of documents that wait."""
-    return zlib.crc32(b"".join([document.checksum for document in documents]))
+    def _placed_last(self, waiting: list[int], remaining: list[tuple[int, int]]) -> tuple[int, int]:
+        """Return which document the stream has placed last, and before which of its tokens it stopped."""
+        left = dict(remaining)
+        first = waiting[0]
+        length = int(self._live.lengths[self._live.find(np.array([first], np.int64))][0])
+        return first, length - left.get(first, 0)
+
+    def _check_again(self, chunk: Chunk) -> None:
+        for position, trouble in chunk.troubles.items():
+            if trouble.error is not None:
+                conversation = int(chunk.conversations[position])
+                what = describe_or_raise(trouble.error, conversation, self._source, self._config)
+                raise ConversationError(f"{what}. It could be read before.")
+        if (dropped := chunk.dropped(self._config)).any():
+            where = self._source.where(int(chunk.conversations[int(dropped.argmax())]))
+            raise ValueError(f"{where} has changed: nothing in it is in the loss any more")
 
 
 def pack_state(step: int, shards: Iterable[ShardPacker]) -> bytes:
@@ -303,7 +305,7 @@ def pack_state(step: int, shards: Iterable[ShardPacker]) -> bytes:
 def state_of(packed: bytes) -> dict[str, Any]:
     """Return a packed state as plain data (JSON-able): {"step", "lanes": {number: state of the shard}}.
 
-    Keys as state.py describes them.
+    Keys as state.py describes them; the digest of stored documents is None until `add_digests`.
     """
     step, shards = pickle.loads(packed)
     for shard in shards.values():
@@ -312,3 +314,14 @@ def state_of(packed: bytes) -> dict[str, Any]:
             shard["sources"] = []
         shard["notes"] = Notes(**shard["notes"]).dump()
     return {"step": step, "lanes": shards}
+
+
+def add_digests(state: dict[str, Any], reader: Reader) -> None:
+    """Find the digests that a state lacks: those of stored documents."""
+    for number, shard_state in state["lanes"].items():
+        if shard_state["digest"] is None:
+            count = len(reader.config.all_shards)
+            shard = Shard(len(reader.source), int(number), count, reader.config.seed)
+            chunk = reader.read(shard.at(np.array(shard_state["waiting"], np.int64)))
+            words = (reader.words(chunk, position) for position in range(len(chunk.lengths)))
+            shard_state["digest"] = digest_of(map(checksum, words))

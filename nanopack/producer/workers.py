@@ -24,7 +24,8 @@ import numpy as np
 
 from nanopack.errors import ConversationError, ProducerError
 from nanopack.producer.child import Failure, how_it_ended, leave_parent_behind, log_here, log_to, widen
-from nanopack.producer.reader import CHUNK, Chunk, ReadDocument, Reader
+from nanopack.producer.chunk import Chunk, Trouble
+from nanopack.producer.reader import CHUNK, Reader
 from nanopack.producer.start import DEFAULT_START_METHOD, Handover, StartMethod, end_with, start
 
 # Most requests that may wait for a worker: they must fit into its pipe.
@@ -81,9 +82,9 @@ class Workers:
         self._asked: list[deque[int]] = [deque() for _ in range(count)]
         self._submitted = 0
         self._received = [0] * count
-        self._kept: dict[Ticket, list[ReadDocument]] = {}
+        self._kept: dict[Ticket, Chunk] = {}
 
-    def read_all(self, indices: Iterable[int], *, shards: int) -> Iterator[ReadDocument]:
+    def read_all(self, indices: Iterable[int], *, shards: int) -> Iterator[Chunk]:
         """Yield the conversations of these indices, in this order; `shards` iterators share the workers."""
         numbers, work = iter(indices), deque[Ticket]()
         chunk = max(1, CHUNK // shards)
@@ -92,9 +93,9 @@ class Workers:
         while part := list(itertools.islice(numbers, chunk)):
             work.append(self._submit(part))
             if len(work) > ahead:
-                yield from self._result(work.popleft())
+                yield self._result(work.popleft())
         while work:
-            yield from self._result(work.popleft())
+            yield self._result(work.popleft())
 
     def close(self) -> None:
         """End the processes."""
@@ -116,7 +117,7 @@ class Workers:
             self._requests[ticket.worker].send(indices)
         return ticket
 
-    def _result(self, ticket: Ticket) -> list[ReadDocument]:
+    def _result(self, ticket: Ticket) -> Chunk:
         while ticket not in self._kept:
             self._receive(ticket.worker)
         return self._kept.pop(ticket)
@@ -125,9 +126,9 @@ class Workers:
         if self._on_chunk is not None:
             self._on_chunk(self._asked[worker][0])
         with self._death_named(worker):
-            documents = _receive(self._results[worker])
+            chunk = _receive(self._results[worker])
             self._asked[worker].popleft()
-        self._kept[Ticket(worker, self._received[worker])] = documents
+        self._kept[Ticket(worker, self._received[worker])] = chunk
         self._received[worker] += 1
 
     @contextlib.contextmanager
@@ -165,35 +166,24 @@ def _error(failure: Failure) -> Exception:
 
 
 def _send(chunk: Chunk, results: Connection) -> None:
-    """Send a chunk as two messages: the facts of its documents, and the words of all."""
-    facts = [
-        (
-            document.conversation,
-            len(document.words),
-            document.num_tokens,
-            document.cut,
-            document.weight,
-            document.own_weight,
-            document.dropped,
-            None if document.error is None else Failure.of(document.error),
-            (document.ignored_keys, document.special_token),
-        )
-        for document in chunk.documents
-    ]
-    results.send((facts, chunk.words.dtype.str))
-    results.send_bytes(chunk.words.view(np.uint8).data)
+    """Send a chunk as two messages: its columns, and the words of all documents."""
+    (words,) = chunk.arrays
+    failures = {
+        position: (None if trouble.error is None else Failure.of(trouble.error), *trouble[1:])
+        for position, trouble in chunk.troubles.items()
+    }
+    results.send((chunk._replace(arrays=(), troubles={}), failures, words.dtype.str))
+    results.send_bytes(words.view(np.uint8).data)
 
 
-def _receive(results: Connection) -> list[ReadDocument]:
-    """Receive the documents of a chunk; their words are views of the message."""
+def _receive(results: Connection) -> Chunk:
+    """Receive a chunk; its words are those of the message."""
     while isinstance(message := results.recv(), logging.LogRecord):
         log_here(message)
-    facts, dtype = message
-    words, documents, begin = np.frombuffer(results.recv_bytes(), dtype), [], 0
-    for conversation, length, num_tokens, cut, weight, own_weight, dropped, failure, notes in facts:
-        own, begin = words[begin : begin + length], begin + length
-        error = None if failure is None else _error(failure)
-        document = ReadDocument(conversation, own, num_tokens, cut, weight, own_weight, dropped, error)
-        document.ignored_keys, document.special_token = notes
-        documents.append(document)
-    return documents
+    chunk: Chunk
+    chunk, failures, dtype = message
+    troubles = {
+        position: Trouble(None if failure is None else _error(failure), *notes)
+        for position, (failure, *notes) in failures.items()
+    }
+    return chunk._replace(arrays=[np.frombuffer(results.recv_bytes(), dtype)], troubles=troubles)

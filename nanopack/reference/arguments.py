@@ -6,12 +6,12 @@ A part of the definition. It shares nothing with the fast path but what a templa
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Protocol
+from typing import Any, Protocol
 
 from nanopack.render.templates import Template
 
 # The packings, with their options; window, max_age and refill count documents, rows and documents.
-DEFAULTS: dict[str, dict[str, int]] = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "best_fit": {"window": 64, "max_age": 128, "refill": 1},
     "stream": {"overlap": False},
     "best_fit_pad": {"window": 100, "refill": 1},
@@ -39,7 +39,7 @@ class PackingOptions(Protocol):
         """The name that stands for it with its default options."""
 
 
-def packing_and_options(packing: str | PackingOptions) -> tuple[str, dict[str, int]]:
+def packing_and_options(packing: str | PackingOptions) -> tuple[str, dict[str, Any]]:
     """Return name and options of a packing; no other code of a packing object is used."""
     if isinstance(packing, str):
         return packing, DEFAULTS.get(packing, {})

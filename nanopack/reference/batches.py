@@ -32,7 +32,7 @@ from nanopack.reference.documents import chat_of, check_ids, render
 from nanopack.reference.files import open_records
 from nanopack.reference.messages import choose
 from nanopack.reference.order import Reader
-from nanopack.reference.packing import Document, Rows, Word, pack_rows, pack_stream
+from nanopack.reference.packing import Document, Rows, Word, pack_passes, pack_rows, pack_stream
 from nanopack.reference.records import Record, conversation
 from nanopack.reference.turns import Readable, each_answer
 from nanopack.render.templates import Template
@@ -140,6 +140,8 @@ def batches(
         reader = Reader(len(records), read, number, num_shards, epochs, seed)
         if packing == "stream":
             return PackedShard(reader, pack_stream(reader, shard_rows, seq_len, bool(options["overlap"])))
+        if options.get("window") == "all":
+            return PackedShard(reader, pack_passes(reader, shard_rows, seq_len))
         # One document a row is the choice among one.
         window, refill, max_age = options.get("window", 1), options.get("refill", 1), options.get("max_age", math.inf)
         return PackedShard(reader, pack_rows(reader, packing, shard_rows, seq_len, window, refill, max_age))

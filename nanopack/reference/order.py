@@ -41,11 +41,16 @@ class Reader(Generic[Document]):
         self.cursor = self.rank % self.n
         self.orders: dict[int, list[int]] = {}
 
-    def next_document(self) -> Document | None:
-        """Return the next document, or None at the end of the last epoch."""
+    @property
+    def pass_number(self) -> int:
+        """Which pass over the data, from 0, the next reading is in."""
+        return (self.rank + self.world_size * self.reads) // self.n
+
+    def next_document(self, within: int | None = None) -> Document | None:
+        """Return the next document, or None at the end of the last epoch; `within`: or of that pass, from 0."""
         in_vain = 0
         useless: set[int] = set()
-        while self.epochs is None or self.rank + self.world_size * self.reads < self.epochs * self.n:
+        while (self.epochs is None or self.pass_number < self.epochs) and within in (None, self.pass_number):
             index = self.advance()
             document = self.read(index)
             if document == "skipped":

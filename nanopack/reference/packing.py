@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from nanopack.reference.order import Reader
+from nanopack.reference.order import Reader, shuffled
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +104,36 @@ def pack_rows(
         if not any(rows):
             return
         yield rows, placed
+
+
+def pack_passes(reader: Reader[Document], batch_size: int, seq_len: int) -> Iterator[tuple[Rows, int]]:
+    """Yield the rows of each batch, and how many conversations have been placed by then; window="all".
+
+    All documents of a pass wait at once. With a seed its rows come in a random order.
+    """
+    rows: Rows = []
+    placed = barren = 0
+    while reader.epochs is None or reader.pass_number < reader.epochs:
+        number = reader.pass_number
+        waiting: WaitingList = []
+        while (document := reader.next_document(within=number)) is not None:
+            waiting.append((document, 0))
+        barren = 0 if waiting else barren + 1
+        if reader.epochs is None and barren > reader.n:
+            raise ValueError("conversations: each is bad or has no token in the loss. Check the data and loss=.")
+        made: Rows = []
+        while waiting:
+            row: list[Word] = []
+            while (choice := _choose(waiting, seq_len + 1 - len(row), "best_fit")) is not None:
+                row += waiting.pop(choice)[0].words()
+            made.append(row)
+        rows += made if reader.seed is None else [made[k] for k in shuffled(len(made), reader.seed, number)]
+        while len(rows) >= batch_size:
+            batch, rows = rows[:batch_size], rows[batch_size:]
+            placed += sum(len({word.document for word in row}) for row in batch)
+            yield batch, placed
+    if rows:
+        yield rows + [[]] * (batch_size - len(rows)), placed + sum(len({w.document for w in row}) for row in rows)
 
 
 def _refill(reader: Reader[Document], waiting: WaitingList, window: int, refill: int, row_number: int) -> None:

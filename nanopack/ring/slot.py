@@ -1,51 +1,56 @@
 """Write one batch into a slot: its token words, and the tables of rows, pieces and cu_seqlens.
 
-    rows of runs, words of documents   ->   Slot.fill()   ->   kernels/pack.py
-     packing/       producer/reader.py                          which reads the bytes; BatchFacts
+    Pieces: rows of runs, and where their words are   ->   Slot.fill()   ->   kernels/pack.py
+     producer/shard.py                                                       which reads the bytes; BatchFacts
 
 layout.py defines the format. numpy alone: neither torch nor a GPU.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import cached_property
 
 import numpy as np
 
-from nanopack.packing.rows import Row
 from nanopack.ring.facts import BatchFacts
 from nanopack.ring.layout import ALIGN_BYTES, ROW_ALIGN, Layout, round_up
+from nanopack.ring.pieces import Pieces
+
+# Mean words of a piece from which on copying each by itself is faster than one gather of all words.
+LONG_PIECES = 350
 
 
-class Places(NamedTuple):
-    """Where the P runs of a batch land, row by row, and its B rows. All arrays are int64."""
+class Places:
+    """Where the P pieces of a batch land, row by row, and its B rows. All arrays are int64."""
 
-    lengths: np.ndarray
-    """(P,)"""
-    columns: np.ndarray
-    """(P,): the first column of each run in its row."""
-    bounds: np.ndarray
-    """(B + 1,): the first run of each row; the last entry is P."""
-    row_lengths: np.ndarray
-    """(B,)"""
-    starts: np.ndarray
-    """(B + 1,): where each row starts in the slot, in words, and where the last one ends; multiples of ROW_ALIGN."""
+    def __init__(self, lengths: np.ndarray, bounds: np.ndarray, first_word: int) -> None:
+        """Lay out pieces of these lengths, (P,), in rows that begin with these of them, (B + 1,).
 
-    @classmethod
-    def of(cls, rows: Sequence[Row], first_word: int) -> Places:
-        """Lay out B rows of runs, the first row at `first_word` (in words from the front of the slot)."""
-        lengths = np.array([run.length for row in rows for run in row], np.int64)
-        bounds, ends = _sums([len(row) for row in rows]), _sums(lengths)
+        The first row is at `first_word` (in words from the front of the slot).
+        """
+        self.lengths = lengths
+        self.bounds = bounds
+        self.counts = bounds[1:] - bounds[:-1]
+        """(B,): pieces of each row."""
+        ends = sums(lengths)
         row_ends = ends[bounds]
-        row_lengths = np.diff(row_ends)
-        columns = ends[:-1] - np.repeat(row_ends[:-1], np.diff(bounds))
-        return cls(lengths, columns, bounds, row_lengths, first_word + _sums(round_up(row_lengths, ROW_ALIGN)))
+        self.row_lengths = row_ends[1:] - row_ends[:-1]
+        """(B,)"""
+        self.is_full = bool(self.row_lengths.all())
+        """Whether there is no row of padding alone."""
+        self.columns = ends[:-1] - row_ends[:-1].repeat(self.counts)
+        """(P,): the first column of each piece in its row."""
+        self.gaps = -self.row_lengths & (ROW_ALIGN - 1)
+        """(B,): words from the end of each row to the start of the next."""
+        self.starts = sums(self.row_lengths + self.gaps, first_word)
+        """(B + 1,): where each row starts in the slot, in words, and where the last one ends; multiples of ROW_ALIGN"""
 
-    def in_rows(self, of_rows: np.ndarray) -> np.ndarray:
-        """Repeat a value of each row, (B,), for each of its runs: (P,)."""
-        return np.repeat(of_rows, np.diff(self.bounds))
+    @cached_property
+    def words(self) -> np.ndarray:
+        """(P,): where each piece starts in the slot, in words."""
+        return self.starts[:-1].repeat(self.counts) + self.columns  # type: ignore[no-any-return]
 
     def segments(self, seq_len: int) -> np.ndarray:
         """Return the starts of the segments in the flattened batch, then B * T: sorted int64, (segments + 1,).
@@ -54,9 +59,14 @@ class Places(NamedTuple):
         """
         at = np.arange(len(self.row_lengths)) * seq_len
         # a piece may hold nothing but the last target of a row; then it is not part of the inputs
-        pieces = (self.in_rows(at) + self.columns)[self.columns < seq_len]
+        pieces = (at.repeat(self.counts) + self.columns)[self.columns < seq_len]
         padding = (at + self.row_lengths)[self.row_lengths < seq_len]
         return np.sort(np.concatenate([pieces, padding, [len(at) * seq_len]]))
+
+    def max_seqlen(self, seq_len: int) -> int:
+        """Return the length of the longest segment."""
+        padding = seq_len - int(self.row_lengths.min())
+        return max(padding, int(np.minimum(self.lengths, seq_len - self.columns).max(initial=0)))
 
 
 class Slot:
@@ -70,91 +80,169 @@ class Slot:
         self.words = buffer.view(layout.word_dtype)
         self.table = buffer.view(np.int32)
         self._nothing = np.zeros(ROW_ALIGN, layout.word_dtype)
+        self._loss_bit = layout.word_dtype.type(layout.loss_bit)
 
-    def fill(self, rows: Sequence[Row]) -> tuple[BatchFacts, np.ndarray]:
-        """Write a batch, and return its facts (without progress and state) and the counts of each row.
+    def fill(self, pieces: Pieces, shards: int = 1) -> tuple[BatchFacts, list[tuple[int, int]]]:
+        """Write a batch of B rows, and return its facts (without progress and state) and counts.
 
-        `rows` are B lists of runs, whose documents have `words` ((n,) of the layout's word type), `weight` and
-        `conversation`; an empty list becomes a row of padding. The counts are (B, 2) int64: tokens in `inputs`, and
-        targets in the loss. Raises ValueError where the batch has more segments than cu_seqlens has room for.
+        A row without pieces becomes padding. The rows are those of `shards` shards, equally many each; the counts are,
+        of each shard's: tokens in `inputs`, and targets in the loss. Raises ValueError where the batch has more
+        segments than cu_seqlens has room for.
         """
         layout = self.layout
-        runs = [run for row in rows for run in row]
-        places = Places.of(rows, layout.first_word)
-        segments = places.segments(layout.seq_len)
-        if layout.max_segments is not None and len(segments) - 1 > layout.max_segments:
-            raise _too_many_pieces(len(segments) - 1, layout)
-        weights = np.array([run.document.weight for run in runs], np.float32)
-        self._write_words(rows, places)
-        used = self._write_tables(places, weights, segments)
-        loss_tokens = self._count_loss_tokens(places)
-        pieces = np.empty((len(runs), 4), np.int64)
-        pieces[:, 0] = [run.document.conversation for run in runs]
-        pieces[:, 1] = places.columns
-        pieces[:, 2] = places.lengths
-        pieces[:, 3] = [run.offset for run in runs]
-        row_tokens = np.minimum(places.row_lengths, layout.seq_len)
-        row_loss_tokens = np.diff(_sums(loss_tokens)[places.bounds])
+        places = Places(pieces.lengths, pieces.bounds, layout.first_word)
+        segments = None
+        if layout.max_segments is not None:
+            segments = places.segments(layout.seq_len)
+            if len(segments) - 1 > layout.max_segments:
+                raise _too_many_pieces(len(segments) - 1, layout)
+        self._write_words(pieces, places)
+        used = self._write_tables(places, pieces.weights, segments)
+        table = np.empty((len(pieces.lengths), 4), np.int64)
+        table[:, 0] = pieces.conversations
+        table[:, 1] = places.columns
+        table[:, 2] = pieces.lengths
+        table[:, 3] = pieces.offsets
+        tokens = np.add.reduce(np.minimum(places.row_lengths, layout.seq_len).reshape(shards, -1), axis=1).tolist()
+        loss_tokens, weight_sum = self._count_loss_tokens(places, pieces.weights, shards)
         facts = BatchFacts(
             slot=self.number,
             used_bytes=4 * used,
-            num_loss_tokens=int(row_loss_tokens.sum()),
-            num_tokens=int(row_tokens.sum()),
-            # the product of a count and a float32 is exact in a float64, and fsum adds exactly
-            weight_sum=math.fsum((loss_tokens * weights.astype(np.float64)).tolist()),
-            max_seqlen=int(np.diff(segments).max()),
-            pieces=pieces.tobytes(),
-            pieces_per_row=np.diff(places.bounds).tobytes(),
+            num_loss_tokens=sum(loss_tokens),
+            num_tokens=sum(tokens),
+            weight_sum=float(sum(loss_tokens)) if weight_sum is None else weight_sum,
+            max_seqlen=places.max_seqlen(layout.seq_len),
+            pieces=table.tobytes(),
+            pieces_per_row=places.counts.tobytes(),
         )
-        return facts, np.stack([row_tokens, row_loss_tokens], axis=1)
+        return facts, list(zip(tokens, loss_tokens, strict=True))
 
-    def _write_words(self, rows: Sequence[Row], places: Places) -> None:
+    def _write_words(self, pieces: Pieces, places: Places) -> None:
         """Write the words, and zeros from the end of each row to the start of the next."""
-        parts: list[np.ndarray] = []
-        for row, length in zip(rows, places.row_lengths.tolist(), strict=True):
-            parts += [document.words[offset : offset + run_length] for document, offset, run_length in row]
-            parts.append(self._nothing[: -length % ROW_ALIGN])
-        np.concatenate(parts, out=self.words[places.starts[0] : places.starts[-1]])
+        num, out = len(pieces.lengths), self.words[places.starts[0] : places.starts[-1]]
+        if num > 1 and pieces.array is None and int(pieces.starts[1]) - int(pieces.starts[0]) in _next_to(pieces):
+            self._copy_words(*_joined(pieces), places, out)
+        elif num and pieces.array is None and len(out) < LONG_PIECES * num:
+            self._gather_words(pieces, places, out)
+        elif num:
+            self._copy_words(pieces, pieces.bounds, places, out)
+        if pieces.marks is not None:
+            self._mark(pieces, places)
 
-    def _write_tables(self, places: Places, weights: np.ndarray, segments: np.ndarray) -> int:
+    def _gather_words(self, pieces: Pieces, places: Places, out: np.ndarray) -> None:
+        full = slice(None) if places.is_full else places.counts > 0
+        lengths = pieces.lengths.copy()
+        lengths[places.bounds[1:][full] - 1] += places.gaps[full]
+        index = (pieces.starts - (places.words - places.starts[0])).repeat(lengths)
+        index += np.arange(len(out))
+        # beyond the end of the array nothing but a gap is wanted
+        pieces.arrays[0].take(index, out=out, mode="clip")
+        ends = places.starts[:-1] + places.row_lengths
+        for end, gap in zip(ends.tolist(), places.gaps.tolist(), strict=True):
+            self.words[end : end + gap] = 0
+
+    def _copy_words(self, pieces: Pieces, bounds: np.ndarray, places: Places, out: np.ndarray) -> None:
+        starts, ends = pieces.starts, pieces.starts + pieces.lengths
+        if pieces.array is None:
+            parts = list(map(pieces.arrays[0].__getitem__, map(slice, starts.tolist(), ends.tolist())))
+        else:
+            arrays = map(pieces.arrays.__getitem__, pieces.array.tolist())
+            runs = zip(arrays, starts.tolist(), ends.tolist(), strict=True)
+            parts = [words[begin:end] for words, begin, end in runs]
+        ends_of_rows = zip(bounds[1:].tolist(), places.gaps.tolist(), strict=True)
+        for end, gap in reversed(list(ends_of_rows)):
+            if gap:
+                parts.insert(end, self._nothing[:gap])
+        np.concatenate(parts, out=out)
+
+    def _mark(self, pieces: Pieces, places: Places) -> None:
+        """Change the loss bits of the words that were written."""
+        marks = pieces.marks
+        assert marks is not None
+        if marks.all:
+            for start, length in zip(places.starts.tolist(), places.row_lengths.tolist(), strict=False):
+                self.words[start : start + length] |= self._loss_bit
+        if marks.first:
+            self.words[places.words[pieces.offsets == 0]] &= ~self._loss_bit
+        for piece in () if marks.without is None else np.flatnonzero(marks.without):
+            start = int(places.words[piece])
+            self.words[start : start + int(pieces.lengths[piece])] &= ~self._loss_bit
+
+    def _write_tables(self, places: Places, weights: np.ndarray | None, segments: np.ndarray | None) -> int:
         """Write the rows before the words, pieces and cu_seqlens after them; return the size of the used part in int32.
 
-        `weights` are (P,) float32, `segments` as `Places.segments` returns them.
+        `weights` are (P,) float32, `segments` as `Places.segments` returns them; None where they are not written.
         """
-        layout = self.layout
+        layout, num = self.layout, len(places.lengths)
         at = round_up(int(places.starts[-1]) * layout.word_bytes, ALIGN_BYTES) // 4
         head = self.table[: 4 * (layout.batch_size + 1)].reshape(-1, 4)
         head[:-1, 0] = places.starts[:-1] // ROW_ALIGN
         head[:-1, 1] = places.row_lengths
         head[:-1, 2] = at + 2 * places.bounds[:-1]
-        head[:-1, 3] = np.diff(places.bounds)
+        head[:-1, 3] = places.counts
         head[-1] = 0
         if layout.pieces:
-            pieces = self.table[at : at + 2 * len(weights)].reshape(-1, 2)
+            pieces = self.table[at : at + 2 * num].reshape(-1, 2)
             pieces[:, 0] = places.columns
-            pieces[:, 1] = weights.view(np.int32)
-            at += 2 * len(weights)
-        if layout.max_segments is not None:
+            pieces[:, 1] = np.ones(num, np.float32).view(np.int32) if weights is None else weights.view(np.int32)
+            at += 2 * num
+        if segments is not None:
             head[-1, :2] = (at, len(segments))
             self.table[at : at + len(segments)] = segments
             at += len(segments)
         return at
 
-    def _count_loss_tokens(self, places: Places) -> np.ndarray:
-        """Count the targets in the loss of each run, (P,) int64: all tokens with the loss bit but in column 0."""
-        first, *_, end = places.starts.tolist()
-        in_loss = self.words[first:end] >= self.layout.loss_bit
-        starts = places.starts[:-1] - first
-        in_loss[starts[places.row_lengths > 0]] = False
-        # the words between rows are 0, so what lies between one run's beginning and the next's is the run
-        return np.add.reduceat(in_loss.view(np.uint8), places.in_rows(starts) + places.columns, dtype=np.int64)
+    def _count_loss_tokens(
+        self, places: Places, weights: np.ndarray | None, shards: int
+    ) -> tuple[list[int], float | None]:
+        """Count the targets in the loss of each shard's rows: all tokens with the loss bit but in column 0.
+
+        Also the sum of their weights; None where all are 1.
+        """
+        bounds = places.starts.tolist()
+        in_loss = self.words[bounds[0] : bounds[-1]] >= self._loss_bit
+        starts = places.starts[:-1] - bounds[0]
+        in_loss[starts if places.is_full else starts[places.row_lengths > 0]] = False
+        if weights is None:
+            of_shards = [bound - bounds[0] for bound in bounds[:: len(starts) // shards]]
+            return [int(np.count_nonzero(in_loss[a:b])) for a, b in itertools.pairwise(of_shards)], None
+        # the words between rows are 0, so what lies between one piece's beginning and the next's is the piece
+        of_pieces = np.add.reduceat(in_loss.view(np.uint8), places.words - bounds[0], dtype=np.int64)
+        # the product of a count and a float32 is exact in a float64, and fsum adds exactly
+        weight_sum = math.fsum((of_pieces * weights.astype(np.float64)).tolist())
+        return np.diff(sums(of_pieces)[places.bounds[:: len(starts) // shards]]).tolist(), weight_sum
 
 
-def _sums(numbers: Any) -> np.ndarray:
-    """Return the sums of the first 0, 1, 2, …, n of n numbers, (n + 1,) int64."""
-    sums = np.zeros(len(numbers) + 1, np.int64)
-    np.cumsum(numbers, out=sums[1:])
-    return sums
+def _next_to(pieces: Pieces) -> tuple[int, int]:
+    """Return how far the second piece's words are from the first one's where the two stand in the order of the array.
+
+    In a row they are adjacent; neighbouring rows of the stream share a word.
+    """
+    length = int(pieces.lengths[0])
+    return length, length - 1
+
+
+def _joined(pieces: Pieces) -> tuple[Pieces, np.ndarray]:
+    """Return the pieces, joined where they are adjacent in a row and in the array, and the new bounds of the rows."""
+    ends = pieces.starts + pieces.lengths
+    begins = np.empty(len(ends), bool)
+    begins[1:] = pieces.starts[1:] != ends[:-1]
+    first_pieces = pieces.bounds[:-1]
+    begins[first_pieces[first_pieces < len(ends)]] = True
+    firsts = np.flatnonzero(begins)
+    starts = pieces.starts[firsts]
+    lasts = np.append(firsts[1:], len(ends)) - 1
+    return pieces._replace(starts=starts, lengths=ends[lasts] - starts), firsts.searchsorted(pieces.bounds)
+
+
+def sums(numbers: np.ndarray, first: int = 0) -> np.ndarray:
+    """Return the sums of the first 0, 1, 2, …, n of n numbers, and of `first`: (n + 1,) int64."""
+    found = np.empty(len(numbers) + 1, np.int64)
+    found[0] = first
+    np.add.accumulate(numbers, out=found[1:])
+    if first:
+        found[1:] += first
+    return found
 
 
 def _too_many_pieces(segments: int, layout: Layout) -> ValueError:

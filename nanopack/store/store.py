@@ -161,6 +161,18 @@ class Store(Documents):
         """Return whether it repeats the history of the document before it, for a later answer (turns="each")."""
         return index > 0 and bool(self.conversations[index] == self.conversations[index - 1])
 
+    def sources_of(self, indices: np.ndarray) -> np.ndarray:
+        """Return `source_of` of documents, (n,) int64."""
+        return np.zeros(len(indices), np.int64) if self.sources is None else self.sources[indices].astype(np.int64)
+
+    def are_copies(self, indices: np.ndarray) -> np.ndarray | None:
+        """Return `is_copy` of documents, (n,) bool; None where none ever is."""
+        if self.settings.turns != "each":
+            return None
+        before = self.conversations[np.maximum(indices - 1, 0)]
+        copies: np.ndarray = (self.conversations[indices] == before) & (indices > 0)
+        return copies
+
     def fingerprint(self) -> str:
         """Return the digest, hex, of all of its files."""
         return self.manifest.fingerprint()

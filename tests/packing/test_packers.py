@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import get_args
 
@@ -22,15 +21,21 @@ seq_lens = st.integers(1, 20)
 windows = st.integers(1, 8)
 
 
-def reader(lengths: list[int]):
-    items: Iterator[tuple[int, int]] = iter(enumerate(lengths))
-    return lambda: next(items, None)
+def reader(lengths: list[int], together: int = 1):
+    """Give documents with these lengths, numbered from 0, a few at once."""
+    starts = iter(range(0, len(lengths), together))
+
+    def read():
+        at = next(starts, None)
+        return None if at is None else (range(len(lengths))[at : at + together], lengths[at : at + together])
+
+    return read
 
 
 def packed(packer: Packer) -> list[list[list[Run]]]:
     batches = []
-    while rows := packer.next_rows():
-        batches.append(rows)
+    while (rows := packer.next_rows()).num_rows:
+        batches.append(rows.runs())
     return batches
 
 
@@ -170,35 +175,6 @@ def test_documents_longer_than_a_row_do_not_hide_the_shortest_in_best_fit_crop()
     assert [run.document for [row] in rows for run in row] == [1, 3, 2, 0]
 
 
-class Counted(int):
-    """A length that counts how often any of its kind is compared, hashed or looked up by equality."""
-
-    uses = 0
-
-    def _counting(name):
-        def method(self, *other):
-            Counted.uses += 1
-            return getattr(int, name)(self, *other)
-
-        return method
-
-    __eq__, __lt__, __le__, __gt__, __ge__, __hash__ = map(
-        _counting, ("__eq__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__")
-    )
-
-
-def test_choosing_looks_at_no_more_documents_when_more_wait():
-    """The cost of a choice is counted, not timed: how often the lengths of documents are looked at."""
-
-    def uses(window):
-        Counted.uses = 0
-        lengths = [Counted(1 + i % 40) for i in range(3000)]
-        packed(BestFitPacker(reader(lengths), 4, 64, window=window, crop=True))
-        return Counted.uses
-
-    assert uses(window=1000) <= uses(window=10)
-
-
 def test_every_packing_has_a_name_that_stands_for_it():
     assert tuple(PACKINGS) == get_args(PackingName)
     for name, kind in PACKINGS.items():
@@ -235,3 +211,55 @@ def test_nanochat_s_packings_keep_documents_without_a_token_in_the_loss(loss):
         if packing.drops_untrained(loss)
     ]
     assert dropping == ([BestFit(), Pad()] if loss == "assistant" else [])
+
+
+def passes_of(*passes: list[int]):
+    """Give all documents of each pass at once, numbered through."""
+    numbered, begin = [], 0
+    for lengths in passes:
+        numbered.append((range(begin, begin + len(lengths)), lengths))
+        begin += len(lengths)
+    items = iter(numbered)
+    return lambda: next(items, None)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=80), batch_sizes, st.integers(1, 20))
+def test_with_everything_waiting_rows_are_those_of_the_rule_row_by_row(lengths, B, T):
+    lengths = cut_to_rows("best_fit", lengths, T)
+    packer = BestFit(window="all").build(passes_of(lengths), batch_size=B, seq_len=T)
+    expected = best_fit_by_scanning(lengths, T + 1, len(lengths), 1, None, False)
+    assert [row for rows in packed(packer) for row in rows] == expected
+    assert (packer.packed, packer.emitted) == (len(lengths), sum(lengths))
+    assert (packer.waiting_documents, packer.waiting_tokens) == (0, 0)
+
+
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=20), max_size=4), batch_sizes, st.integers(0, 9))
+def test_each_pass_has_its_own_rows_in_the_order_that_is_asked_for_and_resumes(passes, B, steps):
+    def backwards(places, n, number):
+        assert (places >= 0).all() and (places < n).all()
+        return n - 1 - places if number % 2 else places
+
+    def build(*left):
+        return BestFit(window="all").build(passes_of(*left), batch_size=B, seq_len=8, row_order=backwards)
+
+    packer = build(*passes)
+    batches = packed(packer)
+    rows, begin = [], 0
+    for number, lengths in enumerate(passes):
+        own = best_fit_by_scanning(lengths, 9, len(lengths), 1, None, False)
+        own = [[run._replace(document=run.document + begin) for run in row] for row in own]
+        rows += own[::-1] if number % 2 else own
+        begin += len(lengths)
+    assert [row for batch in batches for row in batch] == rows
+    first = build(*passes)
+    before = [first.next_rows().runs() for _ in range(min(steps, len(batches)))]
+    state = first.state()
+    again = build(*passes[max(0, state["pass"]) :])
+    # numbers begin again at 0 here
+    again.restore(state, [])
+    skipped = sum(map(len, passes[: max(0, state["pass"])]))
+    rest = [
+        [[run._replace(document=run.document + skipped) for run in row] for row in batch] for batch in packed(again)
+    ]
+    assert before + rest == batches
+    assert again.state() == packer.state()

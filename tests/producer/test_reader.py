@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from read_documents import documents_of
 
 from nanopack.config import LoaderConfig
 from nanopack.conversations.records import check, open_conversations
@@ -80,19 +81,16 @@ def reader_of(records, config=None):
     return Reader(open_conversations(Faulty(records)), TOKENIZER, config)
 
 
-def facts_of(document):
-    words = document.words.dtype, document.words.tolist()
-    error = None if document.error is None else (type(document.error), str(document.error))
-    cut, weights = document.cut, (document.weight, document.own_weight)
-    return document.conversation, words, document.num_tokens, cut, weights, document.dropped, error
+def facts_of(chunks, config):
+    return [document.facts() for document in documents_of(chunks, config)]
 
 
 @given(st.lists(RECORDS, min_size=1, max_size=12), CONFIGS)
 def test_a_chunk_is_read_as_each_of_its_conversations_alone(records, config):
     reader = reader_of(records, config)
-    alone = [facts_of(read) for index in range(len(records)) for read in reader.read([index]).documents]
-    assert list(map(facts_of, reader.read(range(len(records))).documents)) == alone
-    assert list(map(facts_of, read_in_turn(reader, range(len(records)), batch_tokens=64))) == alone
+    alone = facts_of([reader.read([index]) for index in range(len(records))], config)
+    assert facts_of(reader.read(range(len(records))), config) == alone
+    assert facts_of(read_in_turn(reader, range(len(records)), batch_tokens=64), config) == alone
 
 
 @given(st.lists(RECORDS, min_size=1, max_size=12), CONFIGS)
@@ -100,7 +98,7 @@ def test_what_is_read_is_the_document_cut_and_marked(records, config):
     """Token by token, from what the renderer gives for one conversation; that has its own plain renderer."""
     reader = reader_of(records, config)
     limit = min([2**31, *(limit for _, limit in config.limits)])
-    for record, read in zip(records, reader.read(range(len(records))).documents, strict=True):
+    for record, read in zip(records, documents_of(reader.read(range(len(records))), config), strict=True):
         if read.error is not None:
             continue
         document = reader.render(check(record))
@@ -108,14 +106,15 @@ def test_what_is_read_is_the_document_cut_and_marked(records, config):
         trained = [config.loss == "all" or bool(one) for one in document.mask]
         trained[0] &= config.boundary_loss
         kept = list(zip(document.ids.tolist(), trained, strict=True))[:limit]
-        assert (read.num_tokens, sum(read.cut.values())) == (len(trained), len(trained) - len(kept))
+        assert (read.num_tokens, read.length) == (len(trained), len(kept))
         assert read.dropped == (config.drops_untrained and not any(one for _, one in kept))
         assert [(int(word) & 0x7FFF, bool(word >> 15)) for word in read.words] == kept
         count = sum(one for _, one in kept)
         weight = {None: 1.0, "token": read.own_weight, "conversation": read.own_weight / max(1, count)}[
             config.loss_weights
         ]
-        assert read.weight == (weight if count or config.loss_weights != "conversation" else 0.0)
+        assert read.loss_tokens == count
+        assert read.weight == np.float32(weight if count or config.loss_weights != "conversation" else 0.0)
 
 
 def test_a_panic_of_a_tokenizer_is_reported_with_its_conversation(monkeypatch):
@@ -130,7 +129,7 @@ def test_a_panic_of_a_tokenizer_is_reported_with_its_conversation(monkeypatch):
         return plain(self, texts)
 
     monkeypatch.setattr(Tokenizer, "encode_batch", panicking)
-    reads = reader_of([{"text": "a"}, {"text": "bad"}, {"text": "c"}]).read(range(3)).documents
+    reads = documents_of(reader_of([{"text": "a"}, {"text": "bad"}, {"text": "c"}]).read(range(3)), LoaderConfig())
     assert [type(read.error) for read in reads] == [type(None), Panic, type(None)]
     assert [len(read.words) for read in reads] == [2, 0, 2]
 
@@ -138,10 +137,10 @@ def test_a_panic_of_a_tokenizer_is_reported_with_its_conversation(monkeypatch):
 def test_ctrl_c_does_not_wait_for_its_place_where_the_trainer_reads():
     reader = reader_of([{"text": "a"}, {"text": "b"}, KeyboardInterrupt(), {"text": "c"}])
     reads = read_in_turn(reader, range(4), batch_tokens=1000, raise_interrupts=True)
-    assert next(reads).conversation == 0
+    assert next(reads).conversations.tolist() == [0]
     with pytest.raises(KeyboardInterrupt):
         next(reads)
-    reads = list(read_in_turn(reader, range(4), batch_tokens=1000))
+    reads = documents_of(read_in_turn(reader, range(4), batch_tokens=1000), LoaderConfig())
     assert [type(read.error) for read in reads] == [type(None)] * 2 + [KeyboardInterrupt, type(None)]
 
 
@@ -160,7 +159,9 @@ def test_no_more_is_read_ahead_than_a_batch_takes(tokens, most):
     reader = Reader(open_conversations(watched), TOKENIZER, config)
     starts = []
     reads = read_in_turn(reader, range(400), batch_tokens=200, on_chunk=starts.append)
-    for count, read in enumerate(itertools.islice(reads, 300)):
-        assert read.conversation == count and watched.asked == list(range(len(watched.asked)))
-        assert len(watched.asked) - count <= most
+    count = 0
+    while count < 300:
+        chunk = next(reads)
+        assert chunk.conversations.tolist() == list(range(count, len(watched.asked))) and len(chunk.lengths) <= most
+        count += len(chunk.lengths)
     assert starts[0] == 0 and max(b - a for a, b in itertools.pairwise(starts)) == most

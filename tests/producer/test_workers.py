@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from faulty import NotPicklable, is_gone
+from read_documents import documents_of
 
 from nanopack import ConversationError, ProducerError
 from nanopack.config import LoaderConfig
@@ -53,11 +54,8 @@ def started():
             process.join()
 
 
-def facts_of(document):
-    words = document.words.dtype, document.words.tolist()
-    error = None if document.error is None else (type(document.error), str(document.error))
-    cut, weights = document.cut, (document.weight, document.own_weight)
-    return document.conversation, words, document.num_tokens, cut, weights, document.dropped, error
+def facts_of(chunks):
+    return [document.facts() for document in documents_of(chunks, CONFIG)]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +65,7 @@ def test_workers_read_what_one_reader_reads_in_the_same_order(started, count, me
     records = chats(200)
     order = [7 * k % 200 for k in range(400)]
     found = started(count, records, method).read_all(order, shards=1)
-    assert list(map(facts_of, found)) == list(map(facts_of, reader_of(records).read(order).documents))
+    assert facts_of(found) == facts_of(reader_of(records).read(order))
 
 
 def test_shards_read_side_by_side_and_each_gets_its_own(started):
@@ -76,8 +74,8 @@ def test_shards_read_side_by_side_and_each_gets_its_own(started):
     shards = [running.read_all(range(shard, 3000, 300), shards=300) for shard in range(300)]
     firsts = [next(shard) for shard in shards]
     assert len(firsts) > UNANSWERED
-    assert [read.conversation for read in firsts] == list(range(300))
-    assert [[read.conversation for read in shard] for shard in shards] == [
+    assert [first.conversations.tolist() for first in firsts] == [[shard] for shard in range(300)]
+    assert [[int(chunk.conversations[0]) for chunk in shard] for shard in shards] == [
         list(range(shard + 300, 3000, 300)) for shard in range(300)
     ]
 
@@ -95,20 +93,20 @@ def test_shards_read_side_by_side_and_each_gets_its_own(started):
 )
 def test_what_goes_wrong_comes_in_its_place_with_its_traceback(started, fault, kind, message):
     records = Harmful([{"text": "a"}] * 40 + [fault] + [{"text": "b"}] * 40)
-    reads = list(started(2, records).read_all(range(81), shards=1))
+    reads = documents_of(started(2, records).read_all(range(81), shards=1), CONFIG)
     assert [read.conversation for read in reads if read.error is not None] == [40]
     assert type(reads[40].error) is kind and message in str(reads[40].error)
     assert "in __getitem__" in str(reads[40].error.__cause__)
 
 
 def test_a_chunk_of_bad_conversations_alone_comes_too(started):
-    found = list(started(2, [{"text": 5}] * 40).read_all(range(40), shards=1))
+    found = documents_of(started(2, [{"text": 5}] * 40).read_all(range(40), shards=1), CONFIG)
     assert [document.conversation for document in found] == list(range(40))
     assert {type(document.error) for document in found} == {ConversationError}
 
 
 def test_words_are_those_of_the_slot(started):
-    [read] = started(1, [{"text": "a b"}]).read_all([0], shards=1)
+    [read] = documents_of(started(1, [{"text": "a b"}]).read_all([0], shards=1), CONFIG)
     assert read.words.dtype == np.uint16 and (read.words >> 15).all()
 
 

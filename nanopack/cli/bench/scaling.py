@@ -14,6 +14,7 @@ replays what it has read would take a thousand times as long to resume at step 1
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -22,6 +23,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from nanopack.cli.bench.corpus import ROW, ROWS, Data, Repeated
 from nanopack.cli.bench.padding import lengths
@@ -125,11 +128,11 @@ def _windows_grow(data: Data, pace: Pace) -> Table:
 
 def _choose(all_lengths: Sequence[int], window: int, seconds: float) -> float:
     """Return microseconds a document for our best fit, with a full window."""
-    numbers = iter(range(1 << 60))
+    kept = np.minimum(all_lengths, ROW + 1)
+    firsts = itertools.count(step=len(kept))
 
-    def read() -> tuple[int, int]:
-        number = next(numbers)
-        return number, min(all_lengths[number % len(all_lengths)], ROW + 1)
+    def read() -> tuple[np.ndarray, np.ndarray]:
+        return np.arange(len(kept)) + next(firsts), kept
 
     packer = BestFit(window=window).build(read, batch_size=1, seq_len=ROW)
     packer.next_rows()
