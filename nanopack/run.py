@@ -28,7 +28,7 @@ from nanopack.producer.counting import count_batches
 from nanopack.producer.producer import Start, initial_state
 from nanopack.producer.shard import add_digests, state_of
 from nanopack.producer.start import DEFAULT_START_METHOD
-from nanopack.producer.stored import reader_of
+from nanopack.producer.stored import StoreReader, reader_of
 from nanopack.stages import Processes, Stages, as_batch, start_producer
 from nanopack.state import FORMAT, batches_of, check_state, clock_of, fingerprint, sample_of
 from nanopack.stats import Stats, StatsReport
@@ -87,7 +87,8 @@ class Run:
         # in all epochs: as counted, and as delivered in a whole pass, which is no part of a state
         self.known_batches: int | None = None
         self._delivered: int | None = None
-        if group is not None:
+        # the lengths of stored documents are known: each rank counts those of all, when it needs the number
+        if group is not None and not isinstance(self.reader, StoreReader):
             self.known_batches = agree_on_most(group, lambda: self._count(all_ranks=False)[0], device.device)
         self._stages: Stages | None = None
         self._start(None)

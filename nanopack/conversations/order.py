@@ -63,13 +63,17 @@ class Shard:
         # With more shards than conversations every read wraps, however often n fits into the count.
         return 1 + (read if self.count > self.n else (self.number + read * self.count) // self.n)
 
+    def pass_of(self, read: int) -> int:
+        """Return which pass over the data, from 0, a read is in."""
+        return (self.number + read * self.count) // self.n
+
     def end_of_pass(self, read: int) -> int:
         """Return the first read that lies in a later pass over the data than this one."""
-        return self.num_reads((self.number + read * self.count) // self.n + 1)
+        return self.num_reads(self.pass_of(read) + 1)
 
     def start_of_pass(self, read: int) -> int:
         """Return the first read that lies in the same pass over the data as this one."""
-        return self.num_reads((self.number + read * self.count) // self.n)
+        return self.num_reads(self.pass_of(read))
 
     def num_reads(self, epochs: int) -> int:
         """Return how many reads of this shard lie in `epochs` passes over the data.
@@ -100,24 +104,41 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: np.ndarray) -> np.ndarr
     [2, 0, 4, 3, 1]
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
+    if len(index) and epoch.min() == epoch.max():
+        # one pass, as nearly always: the keys are numbers
+        epoch = epoch[:1]
     with np.errstate(over="ignore"):
-        base = _mix(_mix(np.full(len(index), seed, np.uint64)) ^ epoch.astype(np.uint64))
+        base = _mix(np.full(len(epoch), seed, np.uint64))
+        base = _mix(base ^ epoch.astype(np.uint64))
         keys = [_mix(base + np.uint64(k) * _GOLDEN) for k in range(_ROUNDS)]
-        value = index.astype(np.uint64)
-        walking = np.arange(len(index))
+        value = _rounds(index.astype(np.uint64), keys, half)
+        walking = np.flatnonzero(value >= n)
         while len(walking):
-            left, right = value[walking] >> half, value[walking] & mask
-            for key in keys:
-                left, right = right, left ^ (_mix(right + key[walking]) & mask)
-            value[walking] = left << half | right
-            walking = walking[value[walking] >= n]
+            own = keys if len(epoch) == 1 else [key[walking] for key in keys]
+            value[walking] = walked = _rounds(value[walking], own, half)
+            walking = walking[walked >= n]
     return value.astype(np.int64)
+
+
+def _rounds(value: np.ndarray, keys: list[np.ndarray], half: np.uint64) -> np.ndarray:
+    """Return the images of values of twice `half` bits under all rounds."""
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = value >> half, value & mask
+    for key in keys:
+        mixed = _mix(right + key)
+        mixed &= mask
+        mixed ^= left
+        left, right = right, mixed
+    left <<= half
+    left |= right
+    return left
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
     x = x + _GOLDEN
-    x = (x ^ (x >> np.uint64(30))) * _MIX1
-    x = (x ^ (x >> np.uint64(27))) * _MIX2
-    mixed: np.ndarray = x ^ (x >> np.uint64(31))
-    return mixed
+    x ^= x >> np.uint64(30)
+    x *= _MIX1
+    x ^= x >> np.uint64(27)
+    x *= _MIX2
+    x ^= x >> np.uint64(31)
+    return x

@@ -33,7 +33,7 @@ from nanopack.conversations.messages import (
     remedy,
 )
 from nanopack.conversations.source import Source
-from nanopack.conversations.tokens import Tokens, ready_tokens
+from nanopack.conversations.tokens import Tokens, plain_tokens, ready_tokens
 from nanopack.errors import ConversationError, describe, short
 
 __all__ = [
@@ -93,6 +93,8 @@ def check(record: object) -> Conversation:
             found = _chat(value) if shape in _CHATS else Conversation((), value)
             # a plain dict has no columns besides
             return found if type(record) is dict else _with_unread(found, record)
+    if type(record) is dict and "input_ids" in record and (of_tokens := _plain(record)) is not None:
+        return of_tokens
     if isinstance(record, (list, tuple)) or is_object_array(record):
         return _chat(record)
     if isinstance(record, Conversation):
@@ -116,6 +118,15 @@ def check(record: object) -> Conversation:
         found = replace(_chat(held[shape]), weight=weight)
     extras = {key: value for key, value in held.items() if key not in _READ_BY[shape]}
     return _with_unread(_with_extras(found, extras, shape) if extras else found, record)
+
+
+def _plain(record: dict[Any, Any]) -> Conversation | None:
+    """Return the conversation of a record of tokens that takes no further look: a mask, and perhaps a weight."""
+    weight = record.get("weight", 1.0)
+    if len(record) != 2 + ("weight" in record) or type(weight) is not float or not 0 <= weight <= FLOAT32_MAX:
+        return None
+    tokens = plain_tokens(record)
+    return None if tokens is None else Conversation((), None, weight, tokens)
 
 
 def _with_unread(found: Conversation, record: Mapping[str, Any]) -> Conversation:

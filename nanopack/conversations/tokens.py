@@ -61,6 +61,33 @@ def ready_tokens(record: Mapping[str, Any]) -> Tokens:
     return Tokens(ids, agreed)
 
 
+def plain_tokens(record: dict[Any, Any]) -> Tokens | None:
+    """Return what `ready_tokens` does of a record of input_ids and one loss_mask or labels, the usual one, faster.
+
+    They are arrays, or lists of ints. None: the record takes a closer look, whether it is right or wrong.
+    """
+    ids = _plain_array(record["input_ids"], int)
+    if ids is None or ids.dtype.kind not in "iu" or not len(ids):
+        return None
+    if "loss_mask" in record:
+        mask = _plain_array(record["loss_mask"], bool)
+        return Tokens(ids, mask) if mask is not None and mask.dtype == bool and len(mask) == len(ids) else None
+    labels = _plain_array(record.get("labels"), int)
+    if labels is None or labels.dtype != ids.dtype or len(labels) != len(ids):
+        return None
+    mask = labels != NOT_IN_LOSS
+    return None if ((labels != ids) & mask).any() else Tokens(ids, mask)
+
+
+def _plain_array(values: object, kind: type) -> np.ndarray | None:
+    if type(values) is list and set(map(type, values)) == {kind}:
+        try:
+            return np.array(values)
+        except OverflowError:
+            return None
+    return values if type(values) is np.ndarray and values.ndim == 1 else None
+
+
 def _bools(record: Mapping[str, Any], key: str, length: int) -> Any:
     """Return a mask as (n,) bool; None where the record has none."""
     if record.get(key) is None:

@@ -19,7 +19,8 @@ import numpy as np
 from nanopack.packing.rows import Read, Rows, State, counters, set_counters
 
 RowOrder = Callable[[np.ndarray, int, int], np.ndarray]
-"""(row_order(rows, n, number)): which of the n rows of pass `number` (from 0) come at these places, (k,) int64 each."""
+"""row_order(places, n, first): which rows of a pass come at these places, (k,) int64 each, of n rows in all; `first` is
+the number of the first document of the pass."""
 
 
 class _Plan(NamedTuple):
@@ -57,8 +58,8 @@ class WholePassPacker:
         self._capacity = capacity
         self._row_order = row_order
         self._plan: _Plan | None = None
-        # the next row of this pass, and the number of the pass
-        self._row, self._pass = 0, -1
+        # the next row of this pass, and its first document
+        self._row, self._first = 0, -1
         self.waiting_documents = self.waiting_tokens = 0
         self.emitted = self.packed = 0
 
@@ -71,15 +72,15 @@ class WholePassPacker:
         return []
 
     def state(self) -> State:
-        """Return the counters, the number of the pass (from 0; -1: none), and of the next row in it."""
-        return {"pass": self._pass, "row": self._row, **counters(self)}
+        """Return the counters, the first document of the pass (-1: there is none), and the next row in it."""
+        return {"first": self._first, "row": self._row, **counters(self)}
 
     def restore(self, state: State, waiting: Sequence[tuple[int, int]]) -> None:
         """Restore a saved state; `read` returns the pass that it is in."""
         set_counters(self, {**state, "cropped": 0, "longest_wait": 0})
-        if state["pass"] >= 0:
-            self._pass = state["pass"] - 1
-            self._next_pass()
+        if state["first"] >= 0:
+            if not self._next_pass() or self._first != state["first"] or state["row"] > self._left():
+                raise ValueError("the pass has other documents than when the state was saved: the data have changed")
             self._count(self._pieces(np.arange(state["row"])))
             self._row = state["row"]
 
@@ -110,8 +111,7 @@ class WholePassPacker:
             return False
         numbers, lengths = (np.asarray(one) for one in item)
         self._plan = _plan(numbers, lengths, self._capacity)
-        self._pass += 1
-        self._row = 0
+        self._row, self._first = 0, int(numbers[0])
         self.waiting_documents, self.waiting_tokens = len(lengths), int(lengths.sum(dtype=np.int64))
         return True
 
@@ -121,7 +121,7 @@ class WholePassPacker:
         assert plan is not None
         rows = places
         if self._row_order is not None:
-            rows = self._row_order(places, int(plan.first_rows[-1]), self._pass)
+            rows = self._row_order(places, int(plan.first_rows[-1]), self._first)
         patterns = plan.first_rows.searchsorted(rows, "right") - 1
         counts = plan.bounds[patterns + 1] - plan.bounds[patterns]
         before = np.cumsum(counts) - counts

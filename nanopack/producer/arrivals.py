@@ -95,12 +95,16 @@ class Arrivals:
                 self._skip(trouble.error, int(chunk.conversations[self._given]))
                 continue
             begin, self._given = self._given, self._end_of_sound(chunk)
-            kept = np.flatnonzero(~self._dropped[begin : self._given]) + begin
+            if self._has_dropped:
+                kept = np.flatnonzero(~self._dropped[begin : self._given]) + begin
+                lengths = chunk.lengths[kept]
+            else:
+                kept, lengths = np.arange(begin, self._given), chunk.lengths[begin : self._given]
             self._note_fruitless(chunk, begin, kept)
             if len(kept):
                 self._taken_before += len(self._numbers)
                 self._numbers = kept + self._first
-                return self._numbers, chunk.lengths[kept]
+                return self._numbers, lengths
 
     @property
     def ahead(self) -> int:

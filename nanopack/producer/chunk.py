@@ -87,17 +87,20 @@ class Live:
         self.arrays: Sequence[np.ndarray] = ()
         self._joined = self._has_no_gap = False
         self._first = 0
-        self._new: list[tuple[np.ndarray, np.ndarray, Chunk]] = []
+        self._new: list[tuple[np.ndarray, np.ndarray | slice, Chunk]] = []
         self._checksums: dict[int, bytes] = {}
 
     def add(self, first: int, chunk: Chunk, kept: np.ndarray) -> None:
         """Add the documents of a chunk, whose first read has the number `first`; `kept`, (n,) bool, says which."""
-        positions = np.flatnonzero(kept)
-        self._new.append((positions + first, positions, chunk))
+        if kept.all():
+            self.put(np.arange(first, first + len(kept)), chunk)
+        else:
+            positions = np.flatnonzero(kept)
+            self._new.append((positions + first, positions, chunk))
 
     def put(self, numbers: np.ndarray, chunk: Chunk) -> None:
         """Add all documents of a chunk, with these numbers, (n,) int64, ascending."""
-        self._new.append((numbers, np.arange(len(numbers)), chunk))
+        self._new.append((numbers, slice(None), chunk))
 
     def find(self, numbers: np.ndarray) -> np.ndarray:
         """Return the index of documents, given by number, in the columns: (k,) int64."""
@@ -115,21 +118,21 @@ class Live:
         numbers, positions, chunks = zip(*new, strict=True)
         pairs = list(zip(positions, chunks, strict=True))
 
-        def joined(name: str) -> np.ndarray:
-            return np.concatenate([getattr(self, name), *(getattr(chunk, name)[at] for at, chunk in pairs)])
+        def joined(before: np.ndarray, *more: np.ndarray) -> np.ndarray:
+            return np.concatenate([before, *more]) if len(before) or len(more) > 1 else more[0]
 
         weighted = self.own_weights is not None or any(chunk.own_weights is not None for chunk in chunks)
         if weighted:
             own = np.ones(len(self.numbers)) if self.own_weights is None else self.own_weights
-            more = [np.ones(len(at)) if chunk.own_weights is None else chunk.own_weights[at] for at, chunk in pairs]
-            self.own_weights = np.concatenate([own, *more])
-        self.array = np.concatenate([self.array, *self._numbers_of_arrays(pairs)])
+            weights = [np.ones(len(c.lengths)) if c.own_weights is None else c.own_weights for c in chunks]
+            self.own_weights = joined(own, *(one[at] for one, at in zip(weights, positions, strict=True)))
+        self.array = joined(self.array, *self._numbers_of_arrays(pairs))
         for name in ("conversations", "lengths", "loss_tokens", "starts"):
-            setattr(self, name, joined(name))
-        self.numbers = np.concatenate([self.numbers, *numbers])
+            setattr(self, name, joined(getattr(self, name), *(getattr(chunk, name)[at] for at, chunk in pairs)))
+        self.numbers = joined(self.numbers, *numbers)
         self._look_for_gaps()
 
-    def _numbers_of_arrays(self, pairs: Sequence[tuple[np.ndarray, Chunk]]) -> Iterator[np.ndarray]:
+    def _numbers_of_arrays(self, pairs: Sequence[tuple[np.ndarray | slice, Chunk]]) -> Iterator[np.ndarray]:
         """Yield for each chunk in which of the arrays its documents are, and add the arrays that are new."""
         for at, chunk in pairs:
             # a store's are always the same

@@ -30,7 +30,7 @@ from nanopack.tokenizers.tokenizer import AnyTokenizer
 # Conversations of a chunk: enough that its fixed cost is nothing next to the tokenizing.
 CHUNK = 32
 # Most tokens of a chunk where nothing is read ahead and the trainer waits for it.
-CHUNK_TOKENS = 1 << 14
+CHUNK_TOKENS = 1 << 15
 # What ignored keys call a conversation's own weight where loss_weights is None.
 UNUSED_WEIGHT = "weight (loss_weights is None)"
 # What ignored keys call a thought that a chat template leaves out once the next question was asked.
@@ -159,8 +159,11 @@ class Reader:
             words, in_loss = self._words(list(zip(rendered, lengths[at].tolist(), strict=True)), begins)
             # no document is empty
             counts[at] = np.add.reduceat(in_loss, begins, dtype=np.int64)
-        own = np.ones(len(numbers))
-        own[at] = [conversation.weight for _, conversation in planned]
+        own = None
+        weights = [conversation.weight for _, conversation in planned]
+        if weights.count(1.0) < len(weights):
+            own = np.ones(len(numbers))
+            own[at] = weights
         array = np.zeros(len(numbers), np.int64)
         conversations = np.array(numbers, np.int64)
         return Chunk(conversations, num_tokens, lengths, counts, own, [words], array, ends - lengths, troubles)

@@ -69,10 +69,10 @@ class ShardPacker:
         self._last = -1, 0
         self._arrivals.start(self._chunks_from(0), 0, 0)
 
-    def _row_order(self, places: np.ndarray, n: int, number: int) -> np.ndarray:
+    def _row_order(self, places: np.ndarray, n: int, first: int) -> np.ndarray:
         """Return which rows of a pass come at these places; see `packing.whole_pass`."""
         assert self.shard.seed is not None
-        return permute(places, n, self.shard.seed, np.full(len(places), number))
+        return permute(places, n, self.shard.seed, np.full(len(places), self.shard.pass_of(first)))
 
     def _chunks_from(self, read: int) -> Iterator[Chunk]:
         epochs = self._config.epochs
@@ -91,7 +91,7 @@ class ShardPacker:
         packer, live = self._packer, self._live
         if len(live.numbers) > 2 * self._kept + TOGETHER:
             since = self._arrivals.num_read
-            live.keep(packer.waiting(), self.shard.start_of_pass(since - 1) if self._whole_passes else since)
+            live.keep(packer.waiting(), self.shard.start_of_pass(max(0, since - 1)) if self._whole_passes else since)
             self._kept = len(live.numbers)
         rows = packer.next_rows()
         self._arrivals.settle(packer.packed + packer.waiting_documents)
@@ -255,7 +255,7 @@ class ShardPacker:
     def _restore_pass(self, state: dict[str, Any], whole: Ledger) -> None:
         """Restore a state in the middle of a pass: plan it again."""
         read, arrivals = whole.conversations_read, self._arrivals
-        start = self.shard.start_of_pass(read - 1) if read else 0
+        start = self.shard.start_of_pass(max(0, state["packer"]["first"]))
         arrivals.start(self._chunks_from(start), start, 0, counted=read)
         self._packer.restore(state["packer"], [])
         arrivals.took(self._packer.packed + self._packer.waiting_documents)

@@ -52,6 +52,8 @@ class StoreReader(Reader):
         self._first_arrays = firsts.tolist()
         weighted = any(store.weights is not None for store in self._stores)
         self._weighted = weighted
+        # who else asks for the tokens in the loss?
+        self._counts = config.drops_untrained or config.loss_weights == "conversation"
         # all bits are set already where the store says so, but for documents of weight 0
         has_all = all(store.settings.loss == "all" and not store.all_in_loss for store in self._stores)
         self._mark_all = config.loss == "all" and (weighted or not has_all)
@@ -96,23 +98,34 @@ class StoreReader(Reader):
         """Return the documents of these indices, in this order."""
         found = indices if isinstance(indices, np.ndarray) else np.fromiter(indices, np.int64)
         parts, inner = self.source.find(found)
-        num_tokens, loss_tokens, array, starts = np.empty((4, len(found)), np.int64)
-        first = np.empty(len(found), bool)
+        num_tokens, starts = np.empty((2, len(found)), np.int64)
+        # where nobody asks for them, they cost no memory
+        loss_tokens, array = np.broadcast_to(np.int64(0), (2, len(found)))
+        if self._counts:
+            loss_tokens = np.empty(len(found), np.int64)
+        if len(self._arrays) > 1:
+            array = np.empty(len(found), np.int64)
+        first = np.empty(len(found) if self._counts and not self.config.boundary_loss else 0, bool)
         own = np.ones(len(found)) if self._weighted else None
         for number, store in enumerate(self._stores):
             at: Any = slice(None) if len(self._stores) == 1 else np.flatnonzero(parts == number)
             documents = inner[at]
             num_tokens[at] = store.lengths[documents]
-            loss_tokens[at], first[at] = store.loss_tokens[documents], store.first_in_loss[documents]
+            if self._counts:
+                loss_tokens[at] = store.loss_tokens[documents]
+            if len(first):
+                first[at] = store.first_in_loss[documents]
             shards, starts[at] = store.locate(documents)
-            array[at] = shards + self._first_arrays[number]
+            if len(self._arrays) > 1:
+                array[at] = shards + self._first_arrays[number]
             if own is not None and store.weights is not None:
                 own[at] = store.weights[documents]
         lengths = num_tokens
         if self.config.limits and int(num_tokens.max(initial=0)) > (limit := min(n for _, n in self.config.limits)):
             lengths = np.minimum(num_tokens, limit)
         chunk = Chunk(found, num_tokens, lengths, loss_tokens, own, self._arrays, array, starts, self._troubles(own))
-        self._count_loss_tokens(chunk, first)
+        if self._counts:
+            self._count_loss_tokens(chunk, first)
         return chunk
 
     def _troubles(self, own: np.ndarray | None) -> dict[int, Trouble]:
@@ -124,9 +137,6 @@ class StoreReader(Reader):
     def _count_loss_tokens(self, chunk: Chunk, first: np.ndarray) -> None:
         """Make the counts of whole documents those of what is packed of them."""
         config, counts = self.config, chunk.loss_tokens
-        # nothing else asks for them
-        if not config.drops_untrained and config.loss_weights != "conversation":
-            return
         if self._mark_all:
             counts[:] = chunk.lengths
             first[:] = True

@@ -131,7 +131,10 @@ def _out_of_loss(plan: Plan | Document) -> Plan | Document:
 def _take_over(tokens: Tokens, tokenizer: AnyTokenizer) -> Document:
     """Return the document that was rendered elsewhere; ConversationError where the tokenizer lacks its ids."""
     ids, mask = tokens
-    if ids.max() >= tokenizer.vocab_size or (ids.dtype.kind == "i" and ids.min() < 0):
+    kind = ids.dtype
+    # as an unsigned number of the same size, one below 0 is beyond all others
+    unsigned = ids.view(kind.str.replace("i", "u"))
+    if int(np.maximum.reduce(unsigned)) >= min(tokenizer.vocab_size, 1 << (8 * kind.itemsize - (kind.kind == "i"))):
         wrong = ids[(ids < 0) | (ids >= tokenizer.vocab_size)][0]
         raise ConversationError(
             f"input_ids has {wrong}; tokenizer {tokenizer.name!r} has ids from 0 to {tokenizer.vocab_size - 1}"

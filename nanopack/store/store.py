@@ -79,6 +79,8 @@ class Documents(Source):
 
     def locate(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the shard, (k,) int64, and the first word in it, (k,) int64, of documents, (k,) int64."""
+        if len(self.shards) == 1:
+            return np.zeros(len(documents), np.int64), self.ends[documents]
         shards = np.searchsorted(self.shard_documents, documents, "right") - 1
         return shards, self.ends[documents] - self._shard_words[shards]
 

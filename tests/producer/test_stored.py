@@ -204,7 +204,7 @@ def test_a_store_is_counted_without_reading_a_word(tmp_path, shard):
     arguments = dict(batch_size=4, seq_len=64, epochs=3, seed=1, shard=shard, num_workers=0)
     loaders = [nanopack.Loader(store, None, rank=rank, world_size=2, **arguments) for rank in range(2)]
     for loader in loaders:
-        loader._run.reader._arrays = None
+        loader._run.reader._arrays = [None]
     counted = [len(loader) for loader in loaders]
     delivered = [
         len(list(iter(nanopack.Loader(store, None, rank=rank, world_size=2, **arguments)))) for rank in range(2)
