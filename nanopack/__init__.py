@@ -14,6 +14,7 @@ from nanopack.errors import ConversationError, EncoderError, ProducerError, Stor
 from nanopack.explain import Explanation
 from nanopack.loader import Loader
 from nanopack.mixture import Mixture, mixture
+from nanopack.packing.cost import ModelSizes
 from nanopack.packing.packings import BestFit, BestFitCrop, BestFitPad, Pad, Stream
 from nanopack.render.templates import Template, Turn
 from nanopack.state import merge_states
@@ -32,6 +33,7 @@ __all__ = [
     "Flat",
     "Loader",
     "Mixture",
+    "ModelSizes",
     "Pad",
     "Piece",
     "ProducerError",

@@ -112,7 +112,7 @@ class Batch:
     num_loss_tokens: int
     """Targets in the loss."""
     num_tokens: int
-    """Tokens in `inputs` that are not padding."""
+    """Tokens in `inputs` that are not padding, tails of `document_align` included in the padding."""
     weight_sum: float
     """Exact sum of `weights`; without weights, `num_loss_tokens`."""
     max_seqlen: int
@@ -125,6 +125,12 @@ class Batch:
     """True for the batch that reaches the end of the data (of all `epochs` if given) and for every later one."""
     word_pieces: Sequence[tuple[Piece, ...]]
     """For each row its pieces over the T + 1 words that the row is cut from: the word in column T is only a target."""
+    work: float = 0.0
+    """Cost of its documents by `balance`, each with its last target; 0.0 without."""
+    cu_seqlens_real: torch.Tensor | None = None
+    """(B * max_pieces + 1,) int32: sums of the real lengths of the same pieces, without the tails of `document_align`;
+    padding at a row's end has none. TransformerEngine's `cu_seqlens`, to whose `cu_seqlens_padded` `cu_seqlens` is
+    equal. None unless asked for."""
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Yield `inputs` and `targets`."""

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Literal, TypeAlias, get_args
 
 from nanopack.checks import check_bool, check_choice, check_int
+from nanopack.packing.cost import Cost
 from nanopack.packing.packings import BestFit, Packing
 from nanopack.render.templates import Template
 
@@ -21,7 +22,7 @@ Loss: TypeAlias = Literal["assistant", "last", "all"]
 Turns: TypeAlias = Literal["all", "each"]
 FirstAssistant: TypeAlias = Literal["keep", "raise", "drop", "empty_user"]
 LossWeights: TypeAlias = Literal["token", "conversation"]
-Extra: TypeAlias = Literal["positions", "doc_ids", "cu_seqlens"]
+Extra: TypeAlias = Literal["positions", "doc_ids", "cu_seqlens", "cu_seqlens_real"]
 TemplateName: TypeAlias = Literal["nanochat", "chatml", "llama3", "hf", "hf-training"]
 OnError: TypeAlias = Literal["raise", "skip"]
 ShardBy: TypeAlias = Literal["rank", "row"]
@@ -36,6 +37,8 @@ EXTRAS: tuple[Extra, ...] = get_args(Extra)
 TEMPLATES = get_args(TemplateName)
 ON_ERROR = get_args(OnError)
 SHARDS = get_args(ShardBy)
+
+BALANCE_WINDOW = 8
 
 # A column of a flattened batch is an int32 in cu_seqlens.
 MAX_POSITIONS = 2**31 - 1
@@ -63,6 +66,10 @@ class LoaderConfig:
     rank: int = 0
     world_size: int = 1
     shard: ShardBy = "rank"
+    document_align: int = 1
+    balance: Cost | None = None
+    balance_window: int | None = None
+    balance_across: bool = False
     on_error: OnError = "raise"
 
     def __post_init__(self) -> None:
@@ -76,6 +83,54 @@ class LoaderConfig:
             raise ValueError(
                 f"max_pieces={self.max_pieces} has no meaning without cu_seqlens; "
                 f'leave it out, or add "cu_seqlens" to extras'
+            )
+
+        self._check_align()
+        self._check_balance()
+
+    def _check_align(self) -> None:
+        """Raise ValueError where documents cannot take multiples of `document_align` tokens."""
+        check_int("document_align", self.document_align, least=1)
+        if self.document_align == 1:
+            return
+        self._refuse_whole_passes("document_align")
+        if self.packing.splits or self.packing.crops:
+            raise ValueError(
+                f"document_align={self.document_align} has no meaning with packing={self.packing.name!r}, which does "
+                f"not keep documents whole; leave it out, or use packing='best_fit'"
+            )
+        if self.seq_len % self.document_align:
+            raise ValueError(
+                f"document_align={self.document_align} does not divide seq_len={self.seq_len}; use a seq_len that is a "
+                f"multiple of it"
+            )
+
+    def _check_balance(self) -> None:
+        """Complete `balance_window`; raise ValueError where it, or the packing, does not fit."""
+        check_int("balance_window", self.balance_window, least=1, or_none=True)
+        check_bool("balance_across", self.balance_across)
+        if self.balance is None:
+            if self.balance_across:
+                raise ValueError("balance_across=True has no meaning without balance; leave it out, or pass balance")
+            if self.balance_window is not None:
+                raise ValueError(
+                    f"balance_window={self.balance_window} has no meaning without balance; leave it out, or pass "
+                    f"balance, such as the config of the model"
+                )
+            return
+        self._refuse_whole_passes("balance")
+        if self.packing.splits:
+            raise ValueError(
+                f"balance has no meaning with packing={self.packing.name!r}, whose documents continue in the next row; "
+                f"leave it out, or use packing='best_fit'"
+            )
+        object.__setattr__(self, "balance_window", self.balance_window or BALANCE_WINDOW)
+
+    def _refuse_whole_passes(self, name: str) -> None:
+        if self.packing.whole_passes:
+            raise ValueError(
+                f"{name} and packing={self.packing!r} do not go together: leave one out, or use a window of documents, "
+                f"such as nanopack.BestFit(window=4096)"
             )
 
     def _check_choices(self) -> None:
@@ -163,4 +218,6 @@ def _checked_extras(extras: object) -> tuple[Extra, ...]:
     for extra in extras:
         if extra not in EXTRAS:
             raise ValueError(f"extras={extras!r}: {extra!r} is not known; use any of {allowed}")
-    return tuple(extra for extra in EXTRAS if extra in extras)
+    # the real lengths are of the segments that cu_seqlens list
+    wanted = {*extras, *(["cu_seqlens"] if "cu_seqlens_real" in extras else [])}
+    return tuple(extra for extra in EXTRAS if extra in wanted)

@@ -127,7 +127,7 @@ def explain_row(
 
 
 def _explained(here: Token | None, following: Token | None, config: LoaderConfig) -> Explanation:
-    in_loss = following is not None and following.in_loss
+    in_loss = here is not None and following is not None and following.in_loss
     return Explanation(here, following, in_loss, _reason(here, following, config))
 
 

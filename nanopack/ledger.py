@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 from nanopack.notes import Notes, Skipped
 
 DROPPED = ("untrained",)
+OF_POSITIONS = ("positions", "targets", "work")
 CUT = ("max_document_tokens", "seq_len", "crop")
 
 
@@ -56,6 +57,7 @@ class LoaderReport(SourceReport):
 
     positions: PositionCounts
     targets: dict[str, int]
+    work: float
     skipped: dict[str, Skipped]
     ignored_keys: dict[str, int]
     texts_with_special_tokens: int
@@ -99,6 +101,8 @@ class Ledger:
     positions_tokens: int = 0
     positions_padding: int = 0
     targets_in_loss: int = 0
+    work: float = 0.0
+    """What the documents cost by `balance`; 0.0 without."""
 
     def skip(self) -> None:
         """Count a bad conversation that is skipped."""
@@ -158,16 +162,17 @@ class Ledger:
 
     def only_positions(self) -> Ledger:
         """Return a ledger with the counters of positions alone."""
-        return Ledger(
-            **{name: value for name, value in vars(self).items() if name.startswith(("positions", "targets"))}
-        )
+        return Ledger(**{name: value for name, value in vars(self).items() if name.startswith(OF_POSITIONS)})
 
     def without_positions(self) -> Ledger:
         """Return a ledger with the counters of documents alone."""
-        return Ledger(**{name: v for name, v in self.state().items() if not name.startswith(("positions", "targets"))})
+        return Ledger(**{name: v for name, v in self.state().items() if not name.startswith(OF_POSITIONS)})
 
-    def imbalances(self) -> list[str]:
-        """Return in words what does not add up; nothing in a sound ledger."""
+    def imbalances(self, *, dealt: bool = False) -> list[str]:
+        """Return in words what does not add up; nothing in a sound ledger.
+
+        With `dealt`, the batches have rows of other ranks' documents.
+        """
         sums = [
             (
                 "conversations read",
@@ -185,7 +190,7 @@ class Ledger:
             ("positions", self.positions, self.positions_tokens + self.positions_padding),
         ]
         wrong = [f"{name}: {total} counted, {parts} accounted for" for name, total, parts in sums if total != parts]
-        if self.targets_in_loss > self.tokens_emitted:
+        if self.targets_in_loss > self.tokens_emitted and not dealt:
             wrong.append(
                 f"targets in the loss: {self.targets_in_loss}, more than the {self.tokens_emitted} tokens emitted"
             )
@@ -196,13 +201,15 @@ class Ledger:
         packed: Mapping[str, int] | None = None,
         sources: Mapping[str, Ledger] | None = None,
         notes: Notes | None = None,
+        *,
+        dealt: bool = False,
     ) -> LedgerReport:
         """Return the counters as nested plain data (JSON-able), with `balanced` and, if it is false, `imbalances`.
 
         `packed` are the sums of the packers' own counters (`packed`, `emitted`, `cropped`): they count as they pack,
         the ledger document by document, and both must agree. `sources` are the ledgers of a mixture's sources, by name.
         """
-        wrong, sources = self.imbalances(), sources or {}
+        wrong, sources = self.imbalances(dealt=dealt), sources or {}
         wrong += [f"{name}: {what}" for name, ledger in sources.items() for what in ledger.imbalances()]
         counted = {
             "packed": ("conversations_packed", self.conversations_packed),
@@ -222,6 +229,7 @@ class Ledger:
                 "padding": self.positions_padding,
             },
             "targets": {"in_loss": self.targets_in_loss},
+            "work": self.work,
             "skipped": notes.skipped,
             "ignored_keys": notes.ignored_keys,
             "texts_with_special_tokens": notes.texts_with_special_tokens,
@@ -252,12 +260,15 @@ class Ledger:
         }
 
 
-def report_of(shards: Iterable[Mapping[str, Any]], names: Sequence[str]) -> LedgerReport:
-    """Return the report of the states of all shards; `names` are those of the sources of a mixture."""
+def report_of(shards: Iterable[Mapping[str, Any]], names: Sequence[str], *, dealt: bool = False) -> LedgerReport:
+    """Return the report of the states of all shards; `names` are those of the sources of a mixture.
+
+    With `dealt`, rows are dealt across ranks.
+    """
     shards = list(shards)
     packed = {name: sum(shard["packer"][name] for shard in shards) for name in ("packed", "emitted", "cropped")}
     sources = {
         name: Ledger.total(Ledger.of(shard["sources"][number]) for shard in shards) for number, name in enumerate(names)
     }
     notes = Notes.total(Notes.of(shard.get("notes", "")) for shard in shards)
-    return Ledger.total(Ledger.of(shard["ledger"]) for shard in shards).report(packed, sources, notes)
+    return Ledger.total(Ledger.of(shard["ledger"]) for shard in shards).report(packed, sources, notes, dealt=dealt)

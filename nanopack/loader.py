@@ -35,6 +35,7 @@ from nanopack.distributed import group_to_agree_in, knows_its_rank, rank_and_wor
 from nanopack.explain import Explanation, explain
 from nanopack.graph import GraphBatches
 from nanopack.ledger import LedgerReport, report_of
+from nanopack.packing.cost import Balance, as_cost
 from nanopack.packing.packings import Packing, PackingName, as_packing
 from nanopack.passes import NOT_A_DATA_SET, Pass, warn_of_empty_loop
 from nanopack.producer.start import START_METHODS, StartMethod
@@ -93,7 +94,7 @@ class Loader:
         boundary_loss: False: the first token of a document is never a target.
         ignore_index: value of `targets` outside the loss.
         max_document_tokens: longer documents are cut to this many tokens (and the cut is counted); None: no limit.
-        extras: any of `"positions"`, `"doc_ids"`, `"cu_seqlens"`.
+        extras: any of `"positions"`, `"doc_ids"`, `"cu_seqlens"`, `"cu_seqlens_real"`.
         max_pieces: capacity of `cu_seqlens` in pieces per row, 1 to T; None: T // 8 + 1.
         seed: seed of a new order of the conversations in each pass, the same on all ranks; None: their own order.
         epochs: passes over the data, all of it delivered, the last rows padded; None: endless. All ranks deliver
@@ -104,6 +105,16 @@ class Loader:
             and `mesh["dp"].size()`, to each.
         shard: `"rank"`: each rank packs one shard of the conversations; `"row"`: each row of the batches of all ranks
             together does, so that these do not depend on the number of ranks, and a run can resume with another.
+        document_align: every document takes a multiple of this many tokens in its row; the rest is padding inside its
+            piece, the bos and out of the loss. It divides `seq_len`: 16 for FP8, 128 for the tiles of flex attention, 2
+            * the ranks of context parallelism. See docs/align.md.
+        balance: the cost of documents by which rows are dealt to steps, so that a step costs every rank about the same:
+            a pair (a, b) for a * L + b * L^2 of a document of L tokens, a `nanopack.ModelSizes`, or a transformers
+            config; None: rows stay where they were packed. See docs/balance.md: of no use below 8k tokens a row.
+        balance_window: batches that are dealt together, and that the packing is ahead; with the number of accumulated
+            batches a step of the optimizer has exactly the rows that it had without. None: 8, with `balance`.
+        balance_across: deal the rows of all ranks together instead of each shard's own: nearly perfect. Every rank
+            packs the lengths of all, so the data must be a token store; what is loaded are the merged states of all.
 
     How they are made: free to change between runs.
 
@@ -176,6 +187,10 @@ class Loader:
         rank: int | None = None,
         world_size: int | None = None,
         shard: ShardBy = "rank",
+        document_align: int = 1,
+        balance: Balance | None = None,
+        balance_window: int | None = None,
+        balance_across: bool = False,
         # how they are made: free to change between runs
         device: str | torch.device | None = None,
         executor: Executor | None = None,
@@ -210,6 +225,10 @@ class Loader:
             rank=rank,
             world_size=world_size,
             shard=shard,
+            document_align=document_align,
+            balance=None if balance is None else as_cost(balance),
+            balance_window=balance_window,
+            balance_across=balance_across,
             on_error=on_error,
         )
         check_int("num_workers", num_workers, least=0)
@@ -290,7 +309,8 @@ class Loader:
 
         For a mixture, `sources` has the counts of each source by name.
         """
-        return report_of(self._run.shards().values(), self.source.names)
+        shards = self._run.shards().values()
+        return report_of(shards, self.source.names, dealt=self.config.balance_across)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run after the batch delivered last: plain data (JSON-able), kilobytes.

@@ -26,9 +26,9 @@ from nanopack.ledger import Ledger
 from nanopack.passes import warn_of_same_order
 from nanopack.producer.caching import cached
 from nanopack.producer.counting import count_batches
+from nanopack.producer.packed_state import add_digests, state_of
 from nanopack.producer.producer import Start, initial_state
 from nanopack.producer.reader import Reader
-from nanopack.producer.shard import add_digests, state_of
 from nanopack.producer.start import DEFAULT_START_METHOD
 from nanopack.producer.stored import StoreReader, reader_of
 from nanopack.ring.facts import BatchFacts
@@ -127,6 +127,10 @@ class Run:
             self._stages.close()
         self._stages = Stages(self.device_actions, self.feed, ring, self.make_outputs, self._kernel, static=self.static)
         self.upload, self.prefetcher = self._stages.upload, self._stages.prefetcher
+        own = {str(number) for number in self.config.shards}
+        if state is not None:
+            # with balance_across a rank loads those of all ranks
+            state = {**state, "lanes": {number: one for number, one in state["lanes"].items() if number in own}}
         self._first_state = state or state_of(initial_state(self.reader))
         self.step = self._first_state["step"]
         if self._graph is not None:
@@ -168,6 +172,11 @@ class Run:
     def give_to(self, graph: Any) -> None:
         """From now on let `GraphBatches` take the batches, from the one after that delivered last."""
         with self.turn:
+            if self.step and self.config.balance_across and self.config.world_size > 1:
+                raise ValueError(
+                    "graph_batches with balance_across resume from the states of all ranks: make them before the first "
+                    "batch, or load a merged state"
+                )
             self._graph = graph
             if self.step == 0:
                 self._give_to_graph()

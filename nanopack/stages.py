@@ -85,14 +85,14 @@ def close_in_owner(owner: int, held: contextlib.ExitStack) -> None:
 
 def as_batch(outputs: Outputs, facts: BatchFacts, step: int, layout: Layout) -> Batch:
     """Return the batch of these tensors and facts."""
-    cu_seqlens = outputs.cu_seqlens
+    cu_seqlens, size = outputs.cu_seqlens, (layout.max_segments or 0) + 1
     return Batch(
         inputs=outputs.inputs,
         targets=outputs.targets,
         weights=outputs.weights,
         positions=outputs.positions,
         doc_ids=outputs.doc_ids,
-        cu_seqlens=None if cu_seqlens is None else cu_seqlens[: (layout.max_segments or 0) + 1],
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens[:size],
         step=step,
         num_loss_tokens=facts.num_loss_tokens,
         num_tokens=facts.num_tokens,
@@ -102,4 +102,6 @@ def as_batch(outputs: Outputs, facts: BatchFacts, step: int, layout: Layout) -> 
         progress=facts.progress,
         last=facts.last,
         word_pieces=PieceTable(facts.pieces, facts.pieces_per_row),
+        work=facts.work,
+        cu_seqlens_real=cu_seqlens[layout.real_at :][:size] if cu_seqlens is not None and layout.real else None,
     )

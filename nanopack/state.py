@@ -13,6 +13,7 @@ A state is plain data (JSON-able):
         packer        the packer's own state and counters
         ledger        counters of the shard, see ledger.py
         sources       the same for each source of a mixture; [] without one
+        ahead         with balance: the rows packed and not delivered, batch by batch, see producer/ahead.py
         notes         what was skipped and ignored, and why, as JSON text; see notes.py
     batches       in all epochs, where that is known; else None
     fingerprint   of data, tokenizer and arguments
@@ -74,6 +75,12 @@ def fingerprint(source: Source, sample: str, tokenizer: AnyTokenizer, config: Lo
         del arguments["first_assistant"]
     if config.turns == "all":
         del arguments["turns"]
+    if config.document_align == 1:
+        del arguments["document_align"]
+    if config.balance is None:
+        del arguments["balance"], arguments["balance_window"]
+    if not config.balance_across:
+        del arguments["balance_across"]
     if config.shard == "row":
         # the global batch is what counts, however many ranks share it
         del arguments["batch_size"], arguments["world_size"]
@@ -178,7 +185,7 @@ def check_state(state: Any, ours: Mapping[str, Any], config: LoaderConfig, *, st
             f"the state belongs to another run: {'; '.join(differences)}; resume with what the run was started with, "
             f"or pass strict=False to resume all the same"
         )
-    wanted = [str(number) for number in config.shards]
+    wanted = [str(number) for number in (config.all_shards if config.balance_across else config.shards)]
     if missing := [number for number in wanted if number not in state["lanes"]]:
         what = "rank" if config.shard == "rank" else "row"
         raise ValueError(
@@ -278,7 +285,7 @@ def _of_today(shard: Mapping[str, Any]) -> dict[str, Any]:
     def renamed(ledger: Mapping[str, Any]) -> dict[str, Any]:
         cut = {_RENAMED.get(reason, reason): tokens for reason, tokens in ledger["tokens_cut"].items()}
         counts = {_RENAMED_COUNTERS.get(name, name): count for name, count in ledger.items()}
-        return {**counts, "conversations_copies": 0, "tokens_cut": cut}
+        return {"work": 0.0, **counts, "conversations_copies": 0, "tokens_cut": cut}
 
     sources = [renamed(ledger) for ledger in shard["sources"]]
     return {"notes": Notes().dump(), **shard, "ledger": renamed(shard["ledger"]), "sources": sources}

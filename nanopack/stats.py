@@ -22,6 +22,8 @@ class StatsReport(TypedDict):
     next_s: float  # seconds in `next`
     waited_for_producer_s: float  # of these, with no batch ready
     bytes_copied: int
+    work: float  # what the documents cost by `balance`, FLOPs where that is a model; 0.0 without
+    work_per_s: float  # of wall time
     longest_wait_rows: int  # of a document, for its row
     queue_depth: int  # batches ready when `next` last returned
     ring_bytes: int  # shared memory of the slots
@@ -41,12 +43,14 @@ class Stats:
         self.queued = 0
         self._in_next = 0.0
         self._progress = 0.0
+        self._work = 0.0
         self._batches = self._tokens = self._positions = self._bytes = self._longest_wait = 0
 
     def count(self, batch: Batch, facts: BatchFacts) -> None:
         """Add a delivered batch."""
         self._batches += 1
         self._tokens += batch.num_tokens
+        self._work += batch.work
         self._positions += batch.inputs.numel()
         self._bytes += facts.used_bytes
         self._longest_wait = facts.longest_wait_rows
@@ -71,6 +75,8 @@ class Stats:
             "next_s": self._in_next,
             "waited_for_producer_s": waited_s,
             "bytes_copied": self._bytes,
+            "work": self._work,
+            "work_per_s": self._work / elapsed,
             "longest_wait_rows": self._longest_wait,
             "queue_depth": self.queued,
             "ring_bytes": self._ring_bytes,

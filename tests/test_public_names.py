@@ -17,7 +17,7 @@ from nanopack import config, packing
 
 NAMES = {
     *("Batch", "BestFit", "BestFitCrop", "BestFitPad", "ConversationError", "EncoderError", "Explanation", "Flat"),
-    *("Loader", "Mixture", "Pad", "Piece", "ProducerError", "StorageError", "Stream", "Template", "Turn"),
+    *("Loader", "Mixture", "ModelSizes", "Pad", "Piece", "ProducerError", "StorageError", "Stream", "Template", "Turn"),
     *("merge_states", "mixture", "verify"),
 }
 
@@ -38,7 +38,8 @@ FACES = {
 BATCHES = dict(
     packing="best_fit", template="nanochat", first_assistant="keep", turns="all", loss="assistant", loss_weights=None,
     boundary_loss=True, ignore_index=-100, max_document_tokens=None, extras=(), max_pieces=None, seed=None,
-    epochs=None, rank=None, world_size=None, shard="rank",
+    epochs=None, rank=None, world_size=None, shard="rank", document_align=1, balance=None, balance_window=None,
+    balance_across=False,
 )  # fmt: skip
 MAKING = dict(
     device=None, executor=None, encoder=None, num_workers=1, prefetch=4, static=False, resident=False, on_error="raise",

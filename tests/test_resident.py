@@ -95,7 +95,8 @@ def outcome(make, count):
 @given(data=st.data())
 def test_batches_are_those_of_the_reference_in_every_field_and_form(packing, data):
     conversations = data.draw(data_sets)
-    arguments = data.draw(drawn_arguments(packing))
+    arguments = data.draw(drawn_arguments(packing)) | {"document_align": 1}
+    arguments["extras"] = tuple(extra for extra in arguments["extras"] if extra != "cu_seqlens_real")
     tokenizer = data.draw(st.sampled_from([SMALL, LARGE]))
     with tempfile.TemporaryDirectory() as folder:
         store = store_of(Path(folder), conversations, tokenizer, data.draw(st.integers(1, 6)))
@@ -277,6 +278,41 @@ def test_on_the_cpu_the_words_of_one_shard_are_the_mapped_file_itself(tmp_path):
 def test_what_is_no_store_cannot_be_resident(conversations):
     with pytest.raises(ValueError, match="resident needs documents that are tokens already"):
         Loader(conversations, SMALL, resident=True)
+
+
+@pytest.mark.parametrize("more", [{"document_align": 8}, {"extras": ("cu_seqlens", "cu_seqlens_real")}])
+def test_words_that_are_in_no_store_cannot_be_resident(more, tmp_path):
+    store = store_of(tmp_path / "store", chats(20), SMALL)
+    with pytest.raises(ValueError, match="no place for the tails"):
+        Loader(store, None, resident=True, **more)
+
+
+@each_form
+def test_a_pass_packed_as_a_whole_and_dealt_rows_are_resident_too(form, tmp_path):
+    store = store_of(tmp_path / "store", chats(60), SMALL, shard_documents=17)
+    for more in ({"packing": BestFit(window="all"), "seed": 2}, {"balance": "attention"}):
+        arguments = {"batch_size": 2, "seq_len": 64, "epochs": 1, **more}
+        loader = Loader(store, None, resident=True, **arguments)
+        assert compare(iter(Loader(store, None, **arguments)), form(loader)).difference is None
+
+
+@each_form
+@pytest.mark.parametrize("loss", ["assistant", "all"])
+@pytest.mark.parametrize("boundary_loss", [True, False])
+def test_bare_ids_are_resident_and_one_that_is_unknown_is_an_error(form, loss, boundary_loss, tmp_path):
+    ids = np.random.default_rng(0).integers(0, 250, 900).astype(np.uint16)
+    ids[::37] = 256
+    ids.tofile(tmp_path / "train.bin")
+    arguments = {"batch_size": 2, "seq_len": 64, "epochs": 1, "loss": loss, "boundary_loss": boundary_loss}
+    bare = foreign(tmp_path / "train.bin")
+    expected = list(Loader(bare, SMALL, **arguments))
+    assert len(expected) > 3
+    got = form(Loader(bare, SMALL, resident=True, **arguments))
+    assert compare(iter(expected), got).difference is None
+    ids[500] = 1000
+    ids.tofile(tmp_path / "train.bin")
+    with pytest.raises(ValueError, match="have the id 1000; ids are from 0 to"):
+        Loader(foreign(tmp_path / "train.bin"), SMALL, resident=True, **arguments)
 
 
 @pytest.mark.parametrize("resident", ["device", 2, None])

@@ -30,7 +30,16 @@ from nanopack.cli.lengths import Lengths, measure
 from nanopack.cli.options import CONFIG_DEFAULTS, packing_of
 from nanopack.cli.plots import load_matplotlib, save_curve, save_lengths
 from nanopack.cli.progress import Show, progress
-from nanopack.cli.summary import Totals, count_batches, describe_batch, describe_lengths, draw, percent, table
+from nanopack.cli.summary import (
+    Totals,
+    count_batches,
+    describe_batch,
+    describe_imbalance,
+    describe_lengths,
+    draw,
+    percent,
+    table,
+)
 from nanopack.cli.text import draw_losses, screen
 from nanopack.cli.tokenizer import find_tokenizer
 from nanopack.data import CONVERSATIONS
@@ -41,7 +50,7 @@ from nanopack.store.format import Manifest, is_store
 from nanopack.tokenizers.tokenizer import load_tokenizer
 from nanopack.verify import compare, compare_with_witness, expected_batches
 
-SAVED = ("inputs", "targets", "weights", "positions", "doc_ids", "cu_seqlens")
+SAVED = ("inputs", "targets", "weights", "positions", "doc_ids", "cu_seqlens", "cu_seqlens_real")
 
 
 def pack(options: Namespace) -> int:
@@ -130,11 +139,15 @@ def inspect(options: Namespace) -> int:
         ledger = loader.ledger()
         lengths = _measure(loader)
         written = _write_pictures(drawn, lengths, loader, options)
+        work = lengths.imbalance(loader.config)
     if options.json:
-        _print_json({**_inspection(lengths, loader, totals.report(ledger)), "written": written})
+        by_ranks = {str(ranks): one._asdict() for ranks, one in work.items()}
+        _print_json({**_inspection(lengths, loader, totals.report(ledger)), "imbalance": by_ranks, "written": written})
     else:
         print(f"{_title(options)}\n\n{describe_lengths(lengths, loader)}")
         print(f"\nPacked with {loader.config.packing.name}:\n\n{table(totals.rows(ledger, speed=False))}")
+        if work:
+            print(f"\n{describe_imbalance(work, loader.config)}")
         if drawn is not None:
             print(f"\n{describe_batch(drawn, loader, options.rows, options.row)}")
         if written:

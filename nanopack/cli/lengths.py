@@ -13,14 +13,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nanopack.config import LoaderConfig
+from nanopack.config import BALANCE_WINDOW, LoaderConfig
 from nanopack.conversations.records import Conversation, check
 from nanopack.conversations.source import Source
 from nanopack.packing import Packed, Packing, simulate
+from nanopack.packing.imbalance import LLAMA_3_8B, Imbalance, drawn, row_costs
 from nanopack.render.document import Document
 
 # shorter documents share one bin
 SHORTEST_BIN = 16
+# numbers of ranks for which the imbalance is shown, and most documents that are packed to find it
+RANKS = (8, 64)
+MEASURED = 50_000
 
 
 class Bin(NamedTuple):
@@ -96,7 +100,25 @@ class Lengths:
         A document of which cutting leaves no token in the loss counts here; a loader may drop it.
         """
         kept = self.tokens[self.in_loss > 0] if packing.drops_untrained(config.loss) else self.tokens
-        return simulate(packing, kept.tolist(), config.seq_len)
+        align = 1 if packing.splits or packing.crops else config.document_align
+        return simulate(packing, kept.tolist(), config.seq_len, align=align)
+
+    def imbalance(self, config: LoaderConfig) -> dict[int, Imbalance]:
+        """Return the imbalance of work, by number of ranks, of the rows that these documents are packed into.
+
+        The rows of a pass over the first MEASURED documents are drawn, with repetition, for two windows of all ranks.
+        The cost is that of `balance`, or a Llama-3-8B's. Empty where documents are split.
+        """
+        if config.packing.splits:
+            return {}
+        kept = self.tokens[self.in_loss > 0] if config.drops_untrained else self.tokens
+        cut = min([config.row_tokens, *(limit for _, limit in config.limits)])
+        lengths = np.minimum(kept[:MEASURED], cut).tolist()
+        cost, align = config.balance or LLAMA_3_8B, config.document_align
+        costs = row_costs(config.packing, lengths, config.seq_len, cost, align=align)
+        shape = {"batch_size": config.batch_size, "window": config.balance_window or BALANCE_WINDOW}
+        found = {ranks: drawn(costs, ranks=ranks, windows=2, **shape) for ranks in RANKS}
+        return {ranks: one for ranks, one in found.items() if one is not None}
 
 
 def _fate(config: LoaderConfig) -> str:

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from nanopack import __version__
 from nanopack.cli.tokenizer import TOKENIZERS
 from nanopack.config import (
+    BALANCE_WINDOW,
     EXTRAS,
     FIRST_ASSISTANTS,
     LOSS_WEIGHTS,
@@ -28,6 +29,7 @@ from nanopack.config import (
     TURNS,
     LoaderConfig,
 )
+from nanopack.packing.cost import Cost, as_cost
 from nanopack.packing.packings import PACKINGS, Packing
 from nanopack.store.export import FORMATS
 from nanopack.tokenizers.splintr import ENCODERS
@@ -45,7 +47,7 @@ PACKING_HELP = (
     "best_fit_pad: nanochat's SFT; best_fit_crop: nanochat's pretraining; pad: one document a row"
 )
 
-SECTIONS = ("throughput", "pretokenized", "resident", "stalls", "padding", "scaling", "gpu")
+SECTIONS = ("throughput", "pretokenized", "resident", "stalls", "padding", "balance", "scaling", "gpu")
 """Modules of nanopack.cli.bench, each named for its question."""
 
 Command = Callable[[argparse.Namespace], int]
@@ -252,6 +254,15 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
     option("rank", "which shard of the conversations to read", "0", metavar="R", type=int)
     option("world_size", "number of shards", metavar="W", type=int)
     option("shard", "what reads a shard: a rank, or each row of all ranks' batches", choices=SHARDS)
+    option("document_align", "give every document a multiple of this many tokens in its row", metavar="N", type=int)
+    option(
+        "balance",
+        "deal rows by the cost a * L + b * L^2 of a document, so that a step costs every rank about the same",
+        metavar="A,B",
+        type=_pair,
+    )
+    option("balance_across", "deal the rows of all ranks together; needs a token store", action="store_true")
+    option("balance_window", "batches that are dealt together", str(BALANCE_WINDOW), metavar="K", type=int)
     option("seed", "shuffle, in another order each epoch", metavar="S", type=int)
     option("epochs", "passes over the conversations", "1", metavar="N", type=int)
     option("executor", "what unpacks slots into tensors", "torch", choices=("torch", "triton"))
@@ -299,6 +310,13 @@ def _row_and_column(text: str) -> tuple[int, int]:
     if not (comma and row.isdecimal() and column.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not ROW,COL, such as 0,17")
     return int(row), int(column)
+
+
+def _pair(text: str) -> Cost:
+    try:
+        return as_cost(tuple(map(float, text.split(","))))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not A,B, two numbers from 0, such as 57000,1") from None
 
 
 def _sections(text: str) -> list[str]:

@@ -19,9 +19,10 @@ from nanopack.batch import Batch
 from nanopack.cli.lengths import Lengths
 from nanopack.cli.options import LISTED_PIECES
 from nanopack.cli.text import columns, draw_histogram, draw_rows, list_pieces, printable, screen
-from nanopack.config import LoaderConfig
+from nanopack.config import BALANCE_WINDOW, LoaderConfig
 from nanopack.explain import text_of
 from nanopack.loader import Loader
+from nanopack.packing.imbalance import Imbalance
 from nanopack.tokenizers.tokenizer import AnyTokenizer
 
 REASONS = {
@@ -30,6 +31,8 @@ REASONS = {
     "seq_len": "documents longer than a row",
     "crop": "to fill a row exactly",
 }
+WORTH = 0.05
+"""Saving by `balance`, as a fraction of a step's mean work, from which it is worth turning on."""
 SHOWN_TOKENS = 100
 """The text of more tokens fits on no line."""
 
@@ -109,6 +112,23 @@ def describe_lengths(lengths: Lengths, loader: Loader) -> str:
     described = table(lengths.rows(loader.config, _file_and_line(loader)))
     bins = lengths.histogram(loader.config.row_tokens)
     return f"{described}\n\n{draw_histogram(bins, **screen())}" if len(lengths.tokens) else described
+
+
+def describe_imbalance(found: Mapping[int, Imbalance], config: LoaderConfig) -> str:
+    """Return a table of how far the slowest rank is above the mean, before and after `balance`."""
+    whose = "a Llama-3-8B's" if config.balance is None else "that of balance"
+    window = config.balance_window or BALANCE_WINDOW
+    rows = [
+        (
+            f"of {ranks} ranks",
+            f"{one.as_packed:.2f}x",
+            f"the mean work; {one.balanced:.2f}x with balance, {one.across_ranks:.2f}x if dealt across ranks",
+        )
+        for ranks, one in found.items()
+    ]
+    most = max((one.as_packed - one.balanced for one in found.values()), default=0.0)
+    verdict = "worth turning on" if most >= WORTH else "not worth turning on"
+    return f"Slowest rank a step, by the cost of documents ({whose}), windows of {window}: {verdict}\n\n{table(rows)}"
 
 
 def describe_batch(batch: Batch, loader: Loader, rows: int, row: int | None) -> str:

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from nanopack.packing.align import build
 from nanopack.packing.packings import Packing
 
 
@@ -42,18 +43,26 @@ class Packed:
 
 
 def simulate(
-    packing: Packing, lengths: Iterable[int], seq_len: int, *, batch_size: int = 1, to_end: bool = True
+    packing: Packing,
+    lengths: Iterable[int],
+    seq_len: int,
+    *,
+    batch_size: int = 1,
+    align: int = 1,
+    to_end: bool = True,
 ) -> Packed:
     """Pack documents of these lengths (tokens, from 1) in one pass, and return the counts.
 
-    With `to_end=False` packing stops when the data end, as if more would follow: rows that only the end leaves half
-    empty, and documents still waiting then, do not count.
+    Each takes a multiple of `align` tokens. With `to_end=False` packing stops when the data end, as if more would
+    follow: rows that only the end leaves half empty, and documents still waiting then, do not count.
 
     >>> from nanopack.packing.packings import BestFit
     >>> simulate(BestFit(), [3, 9, 2], seq_len=4)
     Packed(batches=2, rows=2, tokens=8, emitted=10, cut=4, longest_wait_rows=1, seq_len=4)
     """
-    steps = simulating(packing, [np.fromiter(lengths, np.int64)], seq_len, batch_size=batch_size, to_end=to_end)
+    steps = simulating(
+        packing, [np.fromiter(lengths, np.int64)], seq_len, batch_size=batch_size, align=align, to_end=to_end
+    )
     while True:
         try:
             next(steps)
@@ -63,7 +72,7 @@ def simulate(
 
 
 def simulating(
-    packing: Packing, parts: Sequence[np.ndarray], seq_len: int, *, batch_size: int, to_end: bool = True
+    packing: Packing, parts: Sequence[np.ndarray], seq_len: int, *, batch_size: int, align: int = 1, to_end: bool = True
 ) -> Generator[None, None, Packed]:
     """Simulate as `simulate`, step by step: yield after each batch. `parts` are the lengths of one pass or more."""
     known = np.concatenate([np.empty(0, np.int64), *parts])
@@ -79,7 +88,7 @@ def simulating(
             return next(passes, None)
         return (np.arange(len(kept)), kept) if asked == 1 and len(kept) else None
 
-    packer = packing.build(read, batch_size=batch_size, seq_len=seq_len)
+    packer = build(packing, read, batch_size=batch_size, seq_len=seq_len, align=align)
     batches = rows = tokens = 0
     while (batch := packer.next_rows()).num_rows and (to_end or asked == 1):
         yield

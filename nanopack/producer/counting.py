@@ -99,7 +99,9 @@ def counting(reader: Reader, read_all: ReadAll, *, all_ranks: bool) -> Counting:
     for shard in shards:
         own, epochs = lengths[_order(reader, shard)], range(1, config.epochs or 1)
         passes = [part[part > 0] for part in np.split(own, [shard.num_reads(epoch) for epoch in epochs])]
-        packed = yield from simulating(config.packing, passes, config.seq_len, batch_size=config.shard_rows)
+        packed = yield from simulating(
+            config.packing, passes, config.seq_len, batch_size=config.shard_rows, align=config.document_align
+        )
         batches, tokens = max(batches, packed.batches), tokens + packed.emitted
     return batches, tokens
 

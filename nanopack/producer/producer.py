@@ -14,14 +14,17 @@ from math import fsum
 from typing import Any, NamedTuple
 
 from nanopack.notes import Notes
+from nanopack.packing.balance import costs_of
+from nanopack.producer.across import AcrossRanks
 from nanopack.producer.chunk import Chunk
 from nanopack.producer.counting import BackgroundCount, counting
+from nanopack.producer.packed_state import pack_state
 from nanopack.producer.reader import Reader, read_in_turn
-from nanopack.producer.shard import ShardPacker, pack_state, shards_of
+from nanopack.producer.shard import ShardPacker, shards_of
 from nanopack.producer.start import DEFAULT_START_METHOD, StartMethod
 from nanopack.producer.workers import Workers
 from nanopack.ring.facts import BatchFacts
-from nanopack.ring.pieces import stack
+from nanopack.ring.pieces import Pieces, stack
 from nanopack.ring.ring import COUNTING, FILLING, READING, ProducerStatus
 from nanopack.ring.slot import Slot
 from nanopack.ring.table import TableSlot
@@ -66,9 +69,14 @@ class Producer:
         self._on_chunk = None if status is None else self._say_what_is_read
         self._workers = Workers(workers, reader, self._on_chunk, method) if workers else None
         told: set[str] = set()
+        across = self._config.balance_across
         self._shards = [
-            ShardPacker(shard, reader, self._read_all, told) for shard in shards_of(self._config, len(reader.source))
+            ShardPacker(shard, reader, self._read_all, told)
+            for shard in shards_of(self._config, len(reader.source), all_ranks=across)
         ]
+        self._own = [packer for packer in self._shards if packer.shard.number in self._config.shards]
+        holding = [packer.holding for packer in self._shards if packer.holding is not None]
+        self._across = AcrossRanks(self._config, holding) if across else None
         self._step = 0
         self._count = BackgroundCount(lambda: counting(reader, self._read_all, all_ranks=True), start.batches)
         if start.state is not None:
@@ -84,19 +92,26 @@ class Producer:
         Raises as `ShardPacker.next_rows` does.
         """
         size = self._config.shard_rows
+        there_is_more = self._across is not None and self._across.advance()
         parts = [packer.next_rows() for packer in self._shards]
+        there_is_more |= any(part.num_rows for part in parts)
         if (passes := self._count_passes()) > self._passes:
             self._passes = passes
             self._report_skipped()
             if self._reader.cache is not None:
                 self._reader.cache.finish()
-        if not any(part.num_rows for part in parts) and self._step >= self._batches_of_the_longest():
+        if not there_is_more and (self._across is not None or self._step >= self._batches_of_the_longest()):
             return None
         if self._status is not None:
             self._status.set(FILLING)
-        facts, counts = slot.fill(stack([part.padded_to(size) for part in parts]), len(parts))
-        for packer, (tokens, loss_tokens) in zip(self._shards, counts, strict=True):
-            packer.count_positions(tokens, loss_tokens)
+        if self._across is None:
+            pieces = stack([part.padded_to(size) for part in parts])
+        else:
+            pieces = self._across.own_rows(parts)
+        facts, counts = slot.fill(pieces, len(self._own))
+        work = self._works(pieces)
+        for packer, (tokens, loss_tokens), one in zip(self._own, counts, work, strict=True):
+            packer.count_positions(tokens, loss_tokens, one)
         self._step += 1
         progress, last = zip(*(packer.progress() for packer in self._shards), strict=True)
         return facts._replace(
@@ -104,12 +119,22 @@ class Producer:
             progress=fsum(progress) / len(progress),
             last=all(last),
             longest_wait_rows=max(packer.longest_wait for packer in self._shards),
+            work=self._works(pieces, shards=1)[0],
             state=self.state_bytes(),
         )
 
+    def _works(self, pieces: Pieces, shards: int | None = None) -> list[float]:
+        """Return what the documents in the rows of each of so many shards cost by `balance`; None: this rank's."""
+        shards = shards or len(self._own)
+        if self._config.balance is None:
+            return [0.0] * shards
+        bounds = pieces.bounds[:: pieces.num_rows // shards]
+        found: list[float] = costs_of(pieces.lengths, bounds, self._config.balance).tolist()
+        return found
+
     def state_bytes(self) -> bytes:
         """Return the state after the last call of `produce`, as `state_of` reads it."""
-        return pack_state(self._step, self._shards)
+        return pack_state(self._step, self._own)
 
     def _count_passes(self) -> int:
         return min(packer.passes for packer in self._shards)
@@ -132,7 +157,7 @@ class Producer:
 
     def count_on(self) -> bool:
         """Use idle time to count the batches of all ranks, for the end; return False where none is left."""
-        if self._config.epochs is None or self._config.world_size == 1:
+        if self._config.epochs is None or self._config.world_size == 1 or self._across is not None:
             return False
         self._reading = COUNTING
         counted = self._count.advance()

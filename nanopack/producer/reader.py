@@ -50,7 +50,7 @@ class Reader:
         self._stored: Reader | None = None
         self.tokenizer = tokenizer
         self.config = config
-        self.layout = _layout(config, tokenizer.vocab_size)
+        self.layout = _layout(config, tokenizer.vocab_size, tokenizer.bos_id)
         template = "nanochat" if source.rendered else config.template
         self.render = Renderer(tokenizer, template, config.loss, config.first_assistant)
         self._loss_bit = self.layout.word_dtype.type(self.layout.loss_bit)
@@ -212,13 +212,16 @@ class Reader:
         return chunk.words(position)
 
 
-def _layout(config: LoaderConfig, vocab_size: int) -> Layout:
+def _layout(config: LoaderConfig, vocab_size: int, pad_id: int) -> Layout:
     return Layout.of(
         config.batch_size,
         config.seq_len,
         vocab_size,
         pieces=config.loss_weights is not None or "positions" in config.extras or "doc_ids" in config.extras,
         max_pieces=config.max_pieces if "cu_seqlens" in config.extras else None,
+        real="cu_seqlens_real" in config.extras,
+        align=config.document_align,
+        pad_id=pad_id,
     )
 
 

@@ -10,7 +10,6 @@ no GPU.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -21,9 +20,13 @@ from nanopack.conversations.order import Shard, permute
 from nanopack.errors import ConversationError
 from nanopack.ledger import Ledger
 from nanopack.notes import Notes
+from nanopack.packing.align import build
+from nanopack.packing.balance import BalancedPacker
+from nanopack.packing.holding import HoldingPacker
 from nanopack.packing.rows import Packer, Rows
+from nanopack.producer.ahead import changed_error, rows_of
 from nanopack.producer.arrivals import Arrivals, describe_or_raise
-from nanopack.producer.chunk import Chunk, Live, checksum, digest_of, weigh
+from nanopack.producer.chunk import Chunk, Live, weigh
 from nanopack.producer.reader import Reader
 from nanopack.producer.stored import TOGETHER, StoreReader
 from nanopack.ring.pieces import Pieces
@@ -56,18 +59,35 @@ class ShardPacker:
         self._arrivals = Arrivals(shard, reader.source, reader.config, self._live, set() if told is None else told)
         self.positions = Ledger()
         """The positions of the batches, which belong to no source."""
-        self._packer: Packer = self._config.packing.build(
-            self._arrivals.read,
-            batch_size=self._config.shard_rows,
-            seq_len=self._config.seq_len,
-            row_order=None if shard.seed is None else self._row_order,
-        )
+        self._packer = self._make_packer()
         self._whole_passes = self._config.packing.whole_passes
         # documents that were left when some were last forgotten
         self._kept = 0
         # the document placed last, and before which of its tokens: the stream repeats one in the next row
         self._last = -1, 0
         self._arrivals.start(self._chunks_from(0), 0, 0)
+
+    def _make_packer(self) -> Packer | HoldingPacker:
+        config = self._config
+        packer = build(
+            *(config.packing, self._arrivals.read),
+            batch_size=config.shard_rows,
+            seq_len=config.seq_len,
+            align=config.document_align,
+            row_order=None if self.shard.seed is None else self._row_order,
+        )
+        if config.balance is None:
+            return packer
+        if config.balance_across:
+            return HoldingPacker(packer, on_packed=self._count_cropped)
+        return BalancedPacker(
+            packer,
+            config.shard_rows,
+            cost=config.balance,
+            window=config.balance_window or 1,
+            seed=config.seed,
+            on_packed=self._count_cropped,
+        )
 
     def _row_order(self, places: np.ndarray, n: int, first: int) -> np.ndarray:
         """Return which rows of a pass come at these places; see `packing.whole_pass`."""
@@ -91,7 +111,7 @@ class ShardPacker:
         packer, live = self._packer, self._live
         if len(live.numbers) > 2 * self._kept + TOGETHER:
             since = self._arrivals.num_read
-            live.keep(packer.waiting(), self.shard.start_of_pass(max(0, since - 1)) if self._whole_passes else since)
+            live.keep(self._needed(), self.shard.start_of_pass(max(0, since - 1)) if self._whole_passes else since)
             self._kept = len(live.numbers)
         rows = packer.next_rows()
         self._arrivals.settle(packer.packed + packer.waiting_documents)
@@ -112,7 +132,9 @@ class ShardPacker:
             loss_tokens=self._known_loss_tokens(rows, at) if self._reader.layout.resident else None,
         )
         if self._config.packing.crops:
-            self._crop(rows, at, pieces)
+            if packer is not self.holding:
+                self._count_cropped(rows)
+            self._weigh_cropped(rows, at, pieces)
         if splits and len(at):
             self._count_stream(rows, at)
         else:
@@ -123,14 +145,32 @@ class ShardPacker:
         """Return the tokens in the loss of pieces that are whole documents, -1 for others: (P,) int64."""
         return np.where(rows.lengths == self._live.lengths[at], self._live.loss_tokens[at], -1)
 
-    def _crop(self, rows: Rows, at: np.ndarray, pieces: Pieces) -> None:
-        """Count what is cut off from documents that fill a row, and weigh these by the part that was placed."""
-        live = self._live
+    @property
+    def holding(self) -> HoldingPacker | None:
+        """The packer, where it is ahead of what it delivers: with `balance`."""
+        return self._packer if isinstance(self._packer, HoldingPacker) else None
+
+    def _needed(self) -> list[int]:
+        """Return the documents that later rows need, ascending."""
+        if self.holding is None:
+            return self._packer.waiting()
+        return sorted([*self._packer.waiting(), *self.holding.documents_ahead().tolist()])
+
+    def _count_cropped(self, rows: Rows) -> None:
+        """Count what is cut off from documents that fill a row."""
+        if not self._config.packing.crops:
+            return
+        live, at = self._live, self._live.find(rows.documents)
         cut = live.lengths[at] - rows.lengths
         cropped = np.flatnonzero(cut)
-        sources = self._source.sources_of(pieces.conversations[cropped])
+        sources = self._source.sources_of(live.conversations[at[cropped]])
         for piece, source in zip(cropped.tolist(), sources.tolist(), strict=True):
             self._arrivals.sources[source].crop(int(cut[piece]))
+
+    def _weigh_cropped(self, rows: Rows, at: np.ndarray, pieces: Pieces) -> None:
+        """Weigh documents of which a part was placed by that part."""
+        live = self._live
+        for piece in np.flatnonzero(live.lengths[at] - rows.lengths).tolist():
             if pieces.weights is not None:
                 index = at[piece : piece + 1]
                 words = self._reader.words(live.chunk_of(index, rows.lengths[piece : piece + 1]), 0)
@@ -169,13 +209,17 @@ class ShardPacker:
             own = of == source
             sources[source].emit(int(tokens[own].sum()), ended=int(np.count_nonzero(ended[own])))
 
-    def count_positions(self, tokens: int, loss_tokens: int) -> None:
-        """Count the positions of this shard's rows in a batch: those with tokens, and the targets in the loss."""
+    def count_positions(self, tokens: int, loss_tokens: int, work: float) -> None:
+        """Count the positions of this shard's rows in a batch: those with tokens, and the targets in the loss.
+
+        `work` is what their documents cost by `balance`.
+        """
         positions = self._config.shard_rows * self._config.seq_len
         self.positions.positions += positions
         self.positions.positions_tokens += tokens
         self.positions.positions_padding += positions - tokens
         self.positions.targets_in_loss += loss_tokens
+        self.positions.work += work
 
     @property
     def notes(self) -> Notes:
@@ -224,6 +268,7 @@ class ShardPacker:
             "sources": [vars(ledger) for ledger in self._arrivals.sources],
             "mixed": bool(self._source.names),
             "notes": vars(self.notes),
+            **({} if self.holding is None else {"ahead": [held.named for held in self.holding.ahead()]}),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -242,18 +287,18 @@ class ShardPacker:
             raise ValueError("the state is of another packing; resume with the packing that the run began with")
         if self._whole_passes:
             return self._restore_pass(state, whole)
-        digest = self._read_again(state["waiting"])
+        ahead = rows_of(state.get("ahead", ()))
+        digest = self._read_again(state["waiting"], {read for rows in ahead for read in rows.documents.tolist()})
         lengths = self._live.lengths[self._live.find(np.array(state["waiting"], np.int64))].tolist()
+        if self.holding is not None:
+            self._check_ahead(ahead)
+            self.holding.hold(ahead)
         self._packer.restore(state["packer"], list(zip(state["waiting"], lengths, strict=True)))
         remaining = self._packer.remaining()
         if self._config.packing.splits and state["waiting"]:
             self._last = self._placed_last(state["waiting"], remaining)
         if (self._packer.waiting_tokens, digest) != (whole.tokens_waiting, state["digest"]):
-            raise ValueError(
-                f"the documents that waited had {whole.tokens_waiting} tokens when the state was saved, and have "
-                f"{self._packer.waiting_tokens} now, or others: the data or the tokenizer have changed; resume with "
-                f"what was used"
-            )
+            raise changed_error(whole.tokens_waiting, self._packer.waiting_tokens)
         read, taken = whole.conversations_read, self._packer.packed + self._packer.waiting_documents
         arrivals.start(self._chunks_from(read), read, taken)
 
@@ -270,9 +315,16 @@ class ShardPacker:
                 f"now: the data or the tokenizer have changed; resume with what was used"
             )
 
-    def _read_again(self, waiting: list[int]) -> int:
-        """Read the documents that waited, given by number, and return their digest."""
-        numbers = np.array(sorted(set(waiting)), np.int64)
+    def _check_ahead(self, ahead: list[Rows]) -> None:
+        """Raise ValueError where a document in these rows has another length now."""
+        for rows in ahead:
+            known = self._live.lengths[self._live.find(rows.documents)]
+            if ((known < rows.lengths) if self._config.packing.crops else (known != rows.lengths)).any():
+                raise changed_error(int(rows.lengths.sum()), int(known.sum()))
+
+    def _read_again(self, waiting: list[int], in_rows: set[int]) -> int:
+        """Read the documents that waited, given by number, and those in rows; return the digest of the former."""
+        numbers = np.array(sorted({*waiting, *in_rows}), np.int64)
         conversations, done = self.shard.at(numbers), 0
         chunks = [self._reader.read(conversations)] if isinstance(self._reader, StoreReader) else None
         for chunk in self._read_all(conversations.tolist()) if chunks is None else chunks:
@@ -300,33 +352,3 @@ class ShardPacker:
         if (dropped := chunk.dropped(self._config)).any():
             where = self._source.where(int(chunk.conversations[int(dropped.argmax())]))
             raise ValueError(f"{where} has changed: nothing in it is in the loss any more")
-
-
-def pack_state(step: int, shards: Iterable[ShardPacker]) -> bytes:
-    """Return the state after `step` batches, pickled: it is made for every batch, and few are ever looked at."""
-    return pickle.dumps((step, {str(packer.shard.number): packer.state() for packer in shards}))
-
-
-def state_of(packed: bytes) -> dict[str, Any]:
-    """Return a packed state as plain data (JSON-able): {"step", "lanes": {number: state of the shard}}.
-
-    Keys as state.py describes them; the digest of stored documents is None until `add_digests`.
-    """
-    step, shards = pickle.loads(packed)
-    for shard in shards.values():
-        shard["ledger"] = Ledger.total(map(Ledger.of, (shard["ledger"], *shard["sources"]))).state()
-        if not shard.pop("mixed"):
-            shard["sources"] = []
-        shard["notes"] = Notes(**shard["notes"]).dump()
-    return {"step": step, "lanes": shards}
-
-
-def add_digests(state: dict[str, Any], reader: Reader) -> None:
-    """Find the digests that a state lacks: those of stored documents."""
-    for number, shard_state in state["lanes"].items():
-        if shard_state["digest"] is None:
-            count = len(reader.config.all_shards)
-            shard = Shard(len(reader.source), int(number), count, reader.config.seed)
-            chunk = reader.read(shard.at(np.array(shard_state["waiting"], np.int64)))
-            words = (reader.words(chunk, position) for position in range(len(chunk.lengths)))
-            shard_state["digest"] = digest_of(map(checksum, words))

@@ -31,8 +31,14 @@ TOGETHER = 4096
 def reader_of(source: Source, tokenizer: AnyTokenizer, config: LoaderConfig, *, resident: bool = False) -> Reader:
     """Return a reader of these data: of documents by number where all are stored in the words of the ring.
 
-    `resident`: the words will be on the device; ValueError where the documents are not so stored.
+    `resident`: the words will be on the device; ValueError where the documents are not so stored, or take words that
+    are not in the store.
     """
+    if resident and (config.document_align > 1 or "cu_seqlens_real" in config.extras):
+        raise ValueError(
+            f"resident has no place for the tails of document_align={config.document_align} and for cu_seqlens_real: a "
+            f"batch is runs of the store's words; leave out one or the other"
+        )
     if all(isinstance(part, Documents) for part in source.parts):
         reader = StoreReader(source, tokenizer, config, resident=resident)
         if reader.fits:
@@ -41,6 +47,11 @@ def reader_of(source: Source, tokenizer: AnyTokenizer, config: LoaderConfig, *, 
         raise ValueError(
             "resident needs documents that are tokens already, all with loss bits or all without: make a store of the "
             "conversations (nanopack tokenize; docs/store.md), or leave it out"
+        )
+    if config.balance_across and config.world_size > 1:
+        raise ValueError(
+            "balance_across=True needs the lengths of all ranks' documents, and only a token store knows them without "
+            "reading: make one with `nanopack tokenize`, or leave balance_across out, and each shard deals its own rows"
         )
     if config.packing.whole_passes:
         raise ValueError(

@@ -22,7 +22,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "packing": tuple(DEFAULTS),
     "loss": ("assistant", "last", "all"),
     "loss_weights": (None, "token", "conversation"),
-    "extras": ("positions", "doc_ids", "cu_seqlens"),
+    "extras": ("positions", "doc_ids", "cu_seqlens", "cu_seqlens_real"),
     "template": ("nanochat", "chatml", "llama3", "hf", "hf-training"),
     "first_assistant": ("keep", "raise", "drop", "empty_user"),
     "turns": ("all", "each"),

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import torch
@@ -28,11 +29,12 @@ from nanopack.reference.arguments import (
     check_ranges,
     packing_and_options,
 )
+from nanopack.reference.balance import across_ranks, balanced, cost_of, cost_of_documents
 from nanopack.reference.documents import chat_of, check_ids, render
 from nanopack.reference.files import open_records
 from nanopack.reference.messages import choose
 from nanopack.reference.order import Reader
-from nanopack.reference.packing import Document, Rows, Word, pack_passes, pack_rows, pack_stream
+from nanopack.reference.packing import TAIL, Document, Rows, Word, pack_passes, pack_rows, pack_stream
 from nanopack.reference.records import Record, conversation
 from nanopack.reference.turns import Readable, each_answer
 from nanopack.render.templates import Template
@@ -73,6 +75,10 @@ def batches(
     rank: int = 0,
     world_size: int = 1,
     shard: str = "rank",
+    document_align: int = 1,
+    balance: Any = None,
+    balance_window: int | None = None,
+    balance_across: bool = False,
     on_error: str = "raise",
 ) -> Iterator[Batch]:
     """Return the batches of one rank, on the CPU; endless where `epochs` is None. Arguments as of `Loader`.
@@ -85,8 +91,25 @@ def batches(
     check_choices(extras, **chosen, first_assistant=first_assistant, turns=turns, on_error=on_error)
     if turns == "each" and loss != "assistant":
         raise ValueError(f"loss={loss!r} and turns='each' contradict each other. Leave one out.")
-    check_counts(batch_size=batch_size, seq_len=seq_len, world_size=world_size)
+    check_counts(batch_size=batch_size, seq_len=seq_len, world_size=world_size, document_align=document_align)
+    if document_align > 1 and (packing in ("stream", "best_fit_crop") or seq_len % document_align):
+        raise ValueError(
+            f"document_align={document_align} needs documents that are kept whole, and a seq_len that it divides. "
+            f"Pass another packing than {packing!r}, or another seq_len than {seq_len}."
+        )
     check_counts(or_none=True, max_pieces=max_pieces, max_document_tokens=max_document_tokens, epochs=epochs)
+    check_counts(or_none=True, balance_window=balance_window)
+    if balance_window is not None and balance is None:
+        raise ValueError(f"balance_window={balance_window} needs balance. Leave it out, or pass balance.")
+    if options.get("window") == "all" and (document_align > 1 or balance is not None):
+        raise ValueError("window='all' knows neither document_align nor balance. Leave one out.")
+    if balance_across and balance is None:
+        raise ValueError("balance_across=True needs balance. Leave it out, or pass balance.")
+    if balance is not None and packing == "stream":
+        raise ValueError("balance moves rows of whole documents, and packing='stream' splits them. Leave one out.")
+    if "cu_seqlens_real" in extras:
+        # They are of the pieces that cu_seqlens list.
+        extras = {*extras, "cu_seqlens"}
     check_ranges(rank, world_size, seed, max_pieces, seq_len)
     coder = for_template(load_tokenizer(tokenizer), template)
     needed = template.special_tokens if isinstance(template, Template) else SPECIAL_TOKENS[template]
@@ -144,15 +167,27 @@ def batches(
             return PackedShard(reader, pack_passes(reader, shard_rows, seq_len))
         # One document a row is the choice among one.
         window, refill, max_age = options.get("window", 1), options.get("refill", 1), options.get("max_age", math.inf)
-        return PackedShard(reader, pack_rows(reader, packing, shard_rows, seq_len, window, refill, max_age))
+        packed = pack_rows(reader, packing, shard_rows, seq_len, window, refill, max_age, document_align)
+        if cost is not None and not balance_across:
+            packed = balanced(packed, cost, balance_window or 8, seed)
+        return PackedShard(reader, packed)
+
+    cost = None if balance is None else cost_of_documents(balance)
 
     def longest() -> int:
         """The number of batches of the longest shard of all ranks."""
         return max(sum(1 for _ in pack_shard(number).packed) for number in range(num_shards)) if world_size > 1 else 0
 
-    build = partial(_batch, packing, seq_len, loss_weights, extras, max_pieces, coder.bos_id, ignore_index)
+    build = partial(_batch, packing, seq_len, loss_weights, extras, max_pieces, coder.bos_id, ignore_index, cost)
     # Lazy: each batch is built, with the progress of its readers, before the next one is packed.
-    packed = _side_by_side([pack_shard(number) for number in own], shard_rows, longest)
+    if cost is not None and balance_across:
+        shards = [pack_shard(number) for number in range(num_shards)]
+        rows_across = across_ranks(
+            [one.packed for one in shards], cost, balance_window or 8, seed, batch_size, world_size, rank
+        )
+        packed = _with_shards(rows_across, shards)
+    else:
+        packed = _side_by_side([pack_shard(number) for number in own], shard_rows, longest)
     return (build(step, rows, shards) for step, (rows, shards) in enumerate(packed))
 
 
@@ -200,30 +235,54 @@ def _side_by_side(
         batches += 1
 
 
+def _with_shards(
+    dealt: Iterator[tuple[Rows, list[int]]], shards: list[PackedShard]
+) -> Iterator[tuple[Rows, list[PackedShard]]]:
+    """Yield the rows of each batch, with the shards of all ranks as they are then."""
+    for rows, placed in dealt:
+        for shard, own in zip(shards, placed, strict=True):
+            shard.placed = own
+        yield rows, shards
+
+
 # The batch: lists first, tensors at the very end.
 
 
 def _batch(
     packing: str, seq_len: int, loss_weights: str | None, extras: Collection[str],
-    max_pieces: int | None, bos_id: int, ignore_index: int, step: int, rows: Rows, shards: list[PackedShard],
+    max_pieces: int | None,
+    bos_id: int, ignore_index: int, cost: tuple[float, float] | None,
+    step: int, rows: Rows, shards: list[PackedShard],
 ) -> Batch:  # fmt: skip
     inputs, targets, target_weights, positions, doc_ids, starts = [], [], [], [], [], []
+    num_loss_tokens = num_tokens = 0
     padding = Document(-1, [(bos_id, False)] * (seq_len + 1), 0.0)
+    # The real length of each piece in the inputs, tails left out; padding has none.
+    real: list[int] = []
     for number, row in enumerate(rows):
         # From here on padding is one more document, at the end of the row, different only in its doc_id.
         words = [*row, *padding.words()[len(row) :]]
         pieces = _pieces(words)
-        inputs.append([word.id for word in words[:-1]])
-        targets.append([word.id if word.in_loss else ignore_index for word in words[1:]])
-        target_weights.append([word.document.weigh(loss_weights) if word.in_loss else 0.0 for word in words[1:]])
+        inputs.append([bos_id if word.id == TAIL else word.id for word in words[:-1]])
+        # What follows a tail is no target: the tail is padding.
+        wanted = [word.in_loss and before.id != TAIL for before, word in pairwise(words)]
+        targets.append([word.id if one else ignore_index for word, one in zip(words[1:], wanted, strict=True)])
+        weighed_words = zip(words[1:], wanted, strict=True)
+        target_weights.append([word.document.weigh(loss_weights) if one else 0.0 for word, one in weighed_words])
+        num_loss_tokens += sum(wanted)
+        num_tokens += sum(word.id != TAIL for word in row[:seq_len])
         counted = [(n, i) for n, piece in enumerate(pieces) for i in range(piece.length)][:seq_len]
         positions.append([i for _, i in counted])
         doc_ids.append([-1 if pieces[n].conversation == -1 else n for n, _ in counted])
+        own = [_without_tail(piece, words) for piece in pieces if piece.start < seq_len]
+        real += [min(p.length, seq_len - p.start) if p.conversation != -1 else 0 for p in own]
         starts += [number * seq_len + piece.start for piece in pieces if piece.start < seq_len]
     starts.append(len(rows) * seq_len)
     max_seqlen = max(starts[i + 1] - starts[i] for i in range(len(starts) - 1))
+    real = [*accumulate(real, initial=0)]
     if "cu_seqlens" in extras:
-        starts = _filled(starts, step, len(rows), seq_len // 8 + 1 if max_pieces is None else max_pieces)
+        room = seq_len // 8 + 1 if max_pieces is None else max_pieces
+        starts, real = (_filled(ends, step, len(rows), room) for ends in (starts, real))
     # Each weight is rounded to float32 once; their sum has no error of its own.
     weighed = torch.tensor(target_weights, dtype=torch.float32)
     progress, last = zip(*(shard.progress(packing == "stream") for shard in shards), strict=True)
@@ -235,15 +294,17 @@ def _batch(
         doc_ids=torch.tensor(doc_ids, dtype=torch.int32) if "doc_ids" in extras else None,
         cu_seqlens=torch.tensor(starts, dtype=torch.int32) if "cu_seqlens" in extras else None,
         step=step,
-        num_loss_tokens=sum(word.in_loss for row in rows for word in row[1:]),
-        num_tokens=sum(len(row[:seq_len]) for row in rows),
+        num_loss_tokens=num_loss_tokens,
+        num_tokens=num_tokens,
         weight_sum=math.fsum(weighed.flatten().tolist()),
         max_seqlen=max_seqlen,
         # The end of the last pass does not begin another.
         epoch=max(shard.reader.epoch_reached for shard in shards),
         progress=math.fsum(progress) / len(shards),
         last=all(last),
-        word_pieces=tuple(tuple(_pieces(row)) for row in rows),
+        word_pieces=tuple(tuple(_without_tail(piece, row) for piece in _pieces(row)) for row in rows),
+        work=0.0 if cost is None else cost_of(rows, cost),
+        cu_seqlens_real=torch.tensor(real, dtype=torch.int32) if "cu_seqlens_real" in extras else None,
     )
 
 
@@ -256,6 +317,11 @@ def _pieces(words: list[Word]) -> list[Piece]:
         else:
             pieces.append(Piece(word.document.conversation, start=column, length=1, offset=word.offset))
     return pieces
+
+
+def _without_tail(piece: Piece, words: list[Word]) -> Piece:
+    """Return a piece of these words with its real length."""
+    return piece._replace(length=sum(word.id != TAIL for word in words[piece.start :][: piece.length]))
 
 
 def _filled(starts: list[int], step: int, batch_size: int, max_pieces: int) -> list[int]:

@@ -9,6 +9,7 @@ target.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -41,8 +42,12 @@ class Document:
         return self.weight if loss_weights == "token" else self.weight / self.num_loss_tokens
 
 
+TAIL = -1
+"""Id of the words after a document that fill up what it takes in its row."""
+
+
 class Word(NamedTuple):
-    """A token of a document."""
+    """A token of a document, or one of the tail after it."""
 
     id: int
     in_loss: bool
@@ -76,7 +81,14 @@ def pack_stream(reader: Reader[Document], batch_size: int, seq_len: int, overlap
 
 
 def pack_rows(
-    reader: Reader[Document], packing: str, batch_size: int, seq_len: int, window: int, refill: int, max_age: float
+    reader: Reader[Document],
+    packing: str,
+    batch_size: int,
+    seq_len: int,
+    window: int,
+    refill: int,
+    max_age: float,
+    align: int,
 ) -> Iterator[tuple[Rows, int]]:
     """Yield the rows of each batch, and how many conversations have been placed by then."""
     waiting: WaitingList = []
@@ -87,7 +99,8 @@ def pack_rows(
             row: list[Word] = []
             while len(row) < seq_len + 1:
                 _refill(reader, waiting, window, refill, row_number)
-                choice = _choose(waiting, seq_len + 1 - len(row), packing)
+                taken = [_taken(document, align, seq_len) for document, _ in waiting]
+                choice = _choose(taken, seq_len + 1 - len(row), packing)
                 # No document starves: one that has waited too long opens a row, whatever its length.
                 if not row and waiting and row_number - waiting[0][1] >= max_age:
                     choice = 0
@@ -95,7 +108,10 @@ def pack_rows(
                     break
                 document, _ = waiting.pop(choice)
                 # What does not fit is cut off, which happens only with best_fit_crop.
-                row += replace(document, tokens=document.tokens[: seq_len + 1 - len(row)]).words()
+                document = replace(document, tokens=document.tokens[: seq_len + 1 - len(row)])
+                row += document.words()
+                while len(row) % align and len(row) < seq_len:
+                    row.append(Word(TAIL, False, document, len(row)))
                 placed += 1
                 if packing == "pad":
                     break
@@ -124,7 +140,9 @@ def pack_passes(reader: Reader[Document], batch_size: int, seq_len: int) -> Iter
         made: Rows = []
         while waiting:
             row: list[Word] = []
-            while (choice := _choose(waiting, seq_len + 1 - len(row), "best_fit")) is not None:
+            while (
+                choice := _choose([len(d.tokens) for d, _ in waiting], seq_len + 1 - len(row), "best_fit")
+            ) is not None:
                 row += waiting.pop(choice)[0].words()
             made.append(row)
         rows += made if reader.seed is None else [made[k] for k in shuffled(len(made), reader.seed, number)]
@@ -145,9 +163,14 @@ def _refill(reader: Reader[Document], waiting: WaitingList, window: int, refill:
             waiting.append((document, row_number))
 
 
-def _choose(waiting: WaitingList, room: int, packing: str) -> int | None:
-    """Return the index of the waiting document to place in this room; None: the rest of the row is padding."""
-    lengths = [len(document.tokens) for document, _ in waiting]
+def _taken(document: Document, align: int, seq_len: int) -> int:
+    """Return how many words of a row a document takes: with its tail a multiple of `align`, or T + 1 and no tail."""
+    length = len(document.tokens)
+    return length if align == 1 or length == seq_len + 1 else math.ceil(length / align) * align
+
+
+def _choose(lengths: list[int], room: int, packing: str) -> int | None:
+    """Return the index of the document to place in this room, by what each takes; None: the rest is padding."""
     fitting = [length for length in lengths if length <= room]
     # index finds the first: first come among equals.
     if fitting:

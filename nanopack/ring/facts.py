@@ -31,5 +31,6 @@ class BatchFacts(NamedTuple):
     last: bool = False
     longest_wait_rows: int = 0
     """Most rows that a document has waited so far."""
+    work: float = 0.0
     state: bytes = b""
     """The producer's state once this batch is delivered, as `producer.shard.state_of` reads it."""

@@ -9,7 +9,7 @@ launch of the kernel is the same. From the front:
                                  where cu_seqlens begin, their number, 0, 0 (in int32 from the front)
     words     row by row, without padding, each row starting at a multiple of 16 words
     pieces    (P, 2) int32       first column, float32 weight's bits: when weights, positions or doc_ids are asked for
-    cu        (n,) int32         when cu_seqlens are asked for
+    cu        (n,) int32         when cu_seqlens are asked for; with `real`, all of them, then the sums of real lengths
 
 Where the words of all data are on the device (`resident`), a slot holds only a table of rows and pieces, (n, 4) int32,
 in the format of kernels/gather.py.
@@ -50,6 +50,12 @@ class Layout:
     """Whether the table of pieces is written."""
     max_segments: int | None
     """Capacity of cu_seqlens in segments; None where it is not written."""
+    real: bool = False
+    """Whether the sums of the segments' real lengths follow the cu_seqlens."""
+    align: int = 1
+    """Each document takes a multiple of this many words."""
+    pad_id: int = 0
+    """Id of the words that fill it up."""
     resident: bool = False
     """Whether the words of all data are on the device, and a slot holds only a table."""
 
@@ -63,14 +69,26 @@ class Layout:
             )
 
     @classmethod
-    def of(cls, batch_size: int, seq_len: int, vocab_size: int, *, pieces: bool, max_pieces: int | None) -> Layout:
+    def of(
+        cls,
+        batch_size: int,
+        seq_len: int,
+        vocab_size: int,
+        *,
+        pieces: bool,
+        max_pieces: int | None,
+        real: bool = False,
+        align: int = 1,
+        pad_id: int = 0,
+    ) -> Layout:
         """Return the layout for B rows of T tokens, whose ids are all below `vocab_size`.
 
         `pieces`: whether the table of pieces is needed; `max_pieces`: capacity of cu_seqlens in segments a row, None
-        where it is not needed.
+        where it is not needed; the others as in the layout.
         """
         word_bytes = 2 if vocab_size <= 1 << 15 else 4
-        return cls(batch_size, seq_len, word_bytes, pieces, None if max_pieces is None else batch_size * max_pieces)
+        most = None if max_pieces is None else batch_size * max_pieces
+        return cls(batch_size, seq_len, word_bytes, pieces, most, real, align, pad_id)
 
     @property
     def word_dtype(self) -> np.dtype[np.unsignedinteger]:
@@ -88,6 +106,11 @@ class Layout:
         return round_up(16 * (self.batch_size + 1), ALIGN_BYTES) // self.word_bytes
 
     @property
+    def real_at(self) -> int:
+        """Where the real lengths begin in the cu_seqlens, 0 without: the starts before them are filled up to there."""
+        return round_up((self.max_segments or 0) + 1, ROW_ALIGN) if self.real else 0
+
+    @property
     def nbytes(self) -> int:
         """Bytes of a slot that holds any batch: full rows, and one piece a token."""
         if self.resident:
@@ -95,7 +118,7 @@ class Layout:
         row_words = round_up(self.seq_len + 1, ROW_ALIGN)
         words = self.first_word * self.word_bytes + self.batch_size * row_words * self.word_bytes
         pieces = 8 * self.batch_size * (self.seq_len + 1) if self.pieces else 0
-        cu = 4 * (self.max_segments + 1) if self.max_segments is not None else 0
+        cu = 4 * (self.real_at + self.max_segments + 1) if self.max_segments is not None else 0
         return round_up(words, ALIGN_BYTES) + round_up(pieces, ALIGN_BYTES) + round_up(cu, ALIGN_BYTES)
 
 

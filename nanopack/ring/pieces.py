@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nanopack.packing.holding import runs_of
+
 
 class Pieces(NamedTuple):
     """The P pieces of a batch, row by row. Arrays are (P,) int64 unless said otherwise."""
@@ -48,6 +50,20 @@ class Pieces(NamedTuple):
         if rows == self.num_rows:
             return self
         return self._replace(bounds=np.concatenate([self.bounds, np.full(rows - self.num_rows, self.bounds[-1])]))
+
+    def chosen(self, index: np.ndarray) -> Pieces:
+        """Return the rows of these indices, (k,) int64; one beyond the last becomes a row of padding."""
+        runs, bounds = runs_of(self.bounds, index)
+        columns = ("lengths", "offsets", "conversations", "starts", *(["array"] if self.array is not None else []))
+        marks = self.marks
+        if marks is not None and marks.without is not None:
+            marks = marks._replace(without=marks.without[runs])
+        return self._replace(
+            **{name: getattr(self, name)[runs] for name in columns},
+            bounds=bounds,
+            weights=None if self.weights is None else self.weights[runs],
+            marks=marks,
+        )
 
 
 class Marks(NamedTuple):

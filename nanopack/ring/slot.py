@@ -99,21 +99,42 @@ class Slot:
         segments than cu_seqlens has room for.
         """
         layout = self.layout
-        places = Places(pieces.lengths, pieces.bounds, layout.first_word)
+        places = Places(self._taken(pieces.lengths), pieces.bounds, layout.first_word)
         segments = None
         if layout.max_segments is not None:
             segments = places.segments(layout.seq_len)
             if len(segments) - 1 > layout.max_segments:
                 raise too_many_pieces(len(segments) - 1, layout)
+            if layout.real:
+                segments = self._with_real_lengths(segments, pieces, places)
         self._write_words(pieces, places)
         used = self._write_tables(places, pieces.weights, segments)
         loss_tokens, weight_sum = self._count_loss_tokens(places, pieces.weights, shards)
         return facts_of(pieces, places, self.number, 4 * used, loss_tokens, weight_sum, layout.seq_len)
 
+    def _taken(self, lengths: np.ndarray) -> np.ndarray:
+        """Return how many words of a row documents of these lengths take, tails included."""
+        layout = self.layout
+        # one of T + 1 words has no tail: its last is only a target
+        return lengths if layout.align == 1 else np.minimum(round_up(lengths, layout.align), layout.seq_len + 1)
+
+    def _with_real_lengths(self, segments: np.ndarray, pieces: Pieces, places: Places) -> np.ndarray:
+        """Return the starts of segments, filled up to `real_at`, then the sums of their real lengths, as many."""
+        layout = self.layout
+        at = (np.arange(layout.batch_size) * layout.seq_len).repeat(places.counts) + places.columns
+        real = np.zeros(layout.max_segments or 0, np.int64)
+        inside = places.columns < layout.seq_len
+        lengths = np.minimum(pieces.lengths, layout.seq_len - places.columns)[inside]
+        real[np.searchsorted(segments, at[inside])] = lengths
+        filling = np.full(layout.real_at - len(segments), layout.batch_size * layout.seq_len)
+        return np.concatenate([segments, filling, sums(real)])
+
     def _write_words(self, pieces: Pieces, places: Places) -> None:
         """Write the words, and zeros from the end of each row to the start of the next."""
         num, out = len(pieces.lengths), self.words[places.starts[0] : places.starts[-1]]
-        if num > 1 and pieces.array is None and int(pieces.starts[1]) - int(pieces.starts[0]) in _next_to(pieces):
+        if self.layout.align > 1:
+            self._place_words(pieces, places, out)
+        elif num > 1 and pieces.array is None and int(pieces.starts[1]) - int(pieces.starts[0]) in _next_to(pieces):
             self._copy_words(*_joined(pieces), places, out)
         elif num and pieces.array is None and len(out) < LONG_PIECES * num:
             self._gather_words(pieces, places, out)
@@ -121,6 +142,25 @@ class Slot:
             self._copy_words(pieces, pieces.bounds, places, out)
         if pieces.marks is not None:
             self._mark(pieces, places)
+        if self.layout.align > 1:
+            self._write_tails(pieces, places)
+
+    def _place_words(self, pieces: Pieces, places: Places, out: np.ndarray) -> None:
+        """Write each piece by itself, and zeros between them."""
+        out.fill(0)
+        array = np.zeros(len(pieces.lengths), np.int64) if pieces.array is None else pieces.array
+        columns = (array, pieces.starts, pieces.lengths, places.words)
+        for number, start, length, word in zip(*(column.tolist() for column in columns), strict=True):
+            self.words[word : word + length] = pieces.arrays[number][start : start + length]
+
+    def _write_tails(self, pieces: Pieces, places: Places) -> None:
+        """Fill up the documents that take more words than they have; what follows such a tail is not in the loss."""
+        ends = places.words + pieces.lengths
+        tails = np.flatnonzero(places.lengths > pieces.lengths)
+        for begin, end in zip(ends[tails].tolist(), (places.words + places.lengths)[tails].tolist(), strict=True):
+            self.words[begin:end] = self.layout.pad_id
+        following = tails[~np.isin(tails + 1, places.bounds)] + 1
+        self.words[places.words[following]] &= ~self._loss_bit
 
     def _gather_words(self, pieces: Pieces, places: Places, out: np.ndarray) -> None:
         full = slice(None) if places.is_full else places.counts > 0
@@ -226,8 +266,9 @@ def facts_of(
     table[:, 1] = places.columns
     table[:, 2] = pieces.lengths
     table[:, 3] = pieces.offsets
-    of_rows = np.minimum(places.row_lengths, seq_len).reshape(len(loss_tokens), -1)
-    tokens = np.add.reduce(of_rows, axis=1).tolist()
+    # with tails a row is longer than its pieces
+    of_rows = places.row_lengths if places.lengths is pieces.lengths else np.diff(sums(pieces.lengths)[pieces.bounds])
+    tokens = np.add.reduce(np.minimum(of_rows, seq_len).reshape(len(loss_tokens), -1), axis=1).tolist()
     facts = BatchFacts(
         slot=slot,
         used_bytes=used_bytes,

@@ -40,7 +40,8 @@ def outputs_maker(config: LoaderConfig, layout: Layout, device: torch.device) ->
         # on a GPU torch itself caches freed memory
         return HostMemory(shape, dtype).empty if device.type == "cpu" else _allocator(shape, dtype, device)
 
-    cu_size = -(-((layout.max_segments or 0) + 1) // CU_ALIGN) * CU_ALIGN
+    # the kernel writes both cu_seqlens as one
+    cu_size = -(-(layout.real_at + (layout.max_segments or 0) + 1) // CU_ALIGN) * CU_ALIGN
     inputs, targets = maker(torch.int32), maker(torch.int64)
     weights = maker(torch.float32, wanted=config.loss_weights is not None)
     positions = maker(torch.int32, wanted="positions" in config.extras)

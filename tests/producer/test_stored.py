@@ -16,9 +16,9 @@ import nanopack
 from nanopack.config import LoaderConfig
 from nanopack.conversations.data_sets import open_conversations
 from nanopack.packing import BestFit, BestFitCrop, BestFitPad, Pad, Stream
+from nanopack.producer.packed_state import add_digests, state_of
 from nanopack.producer.producer import Producer, Start
 from nanopack.producer.reader import Reader
-from nanopack.producer.shard import add_digests, state_of
 from nanopack.producer.stored import StoreReader, reader_of
 from nanopack.ring.ring import Ring
 from nanopack.store import Rendered, Store, write_store

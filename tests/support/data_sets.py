@@ -10,6 +10,7 @@ import tiktoken
 import torch
 from hypothesis import strategies as st
 
+from nanopack.config import EXTRAS
 from nanopack.data import CONVERSATIONS
 from nanopack.packing import packings
 from nanopack.tokenizers.tokenizer import NANOCHAT_SPECIAL_TOKENS
@@ -66,6 +67,9 @@ def rendered_elsewhere(draw):
 data_sets = st.lists(chats() | plain_texts | rendered_elsewhere(), min_size=1, max_size=12)
 
 
+costs = st.tuples(st.floats(0, 1e5), st.floats(0.001, 1e5))
+
+
 @st.composite
 def drawn_arguments(draw, packing):
     arguments = {
@@ -73,7 +77,7 @@ def drawn_arguments(draw, packing):
         "seq_len": draw(st.integers(1, 24) | st.sampled_from([64, 128])),
         "loss": draw(st.sampled_from(["assistant", "all"])),
         "loss_weights": draw(st.sampled_from([None, "token", "conversation"])),
-        "extras": tuple(draw(st.sets(st.sampled_from(["positions", "doc_ids", "cu_seqlens"])))),
+        "extras": tuple(draw(st.sets(st.sampled_from(EXTRAS)))),
         "max_document_tokens": draw(st.none() | st.integers(1, 40)),
         "boundary_loss": draw(st.booleans()),
         "ignore_index": draw(st.sampled_from([-100, -1])),
@@ -83,7 +87,12 @@ def drawn_arguments(draw, packing):
         "epochs": draw(st.none() | st.integers(1, 3)),
     }
     arguments["rank"] = draw(st.integers(0, arguments["world_size"] - 1))
-    if "cu_seqlens" in arguments["extras"]:
+    if packing != "stream" and (balance := draw(st.none() | costs)) is not None:
+        arguments |= {"balance": balance, "balance_window": draw(st.none() | st.integers(1, 5))}
+    if packing not in ("stream", "best_fit_crop"):
+        divisors = [n for n in (1, 1, 2, 3, 8, 16) if arguments["seq_len"] % n == 0]
+        arguments["document_align"] = draw(st.sampled_from(divisors))
+    if not {"cu_seqlens", "cu_seqlens_real"}.isdisjoint(arguments["extras"]):
         arguments["max_pieces"] = arguments["seq_len"]
     options = {"window": st.integers(1, 6), "refill": st.integers(1, 3), "max_age": st.integers(1, 5)}
     options["overlap"] = st.booleans()

@@ -1,0 +1,64 @@
+"""Deal the rows of all ranks together, where every rank packs all shards: with a store, whose lengths are known.
+
+    HoldingPacker of every shard   ->   AcrossRanks.advance()    ->   each shard's rows of the next step
+    Pieces of a step, all ranks'   ->   AcrossRanks.own_rows()   ->   those of this rank
+
+All ranks come to the same by themselves. Which rows a step has does not depend on the number of ranks; which of them a
+rank gets does. No torch, no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from nanopack.config import LoaderConfig
+from nanopack.packing.balance import costs_of, deal, order_of_steps, slices
+from nanopack.packing.holding import HoldingPacker, chosen, split
+from nanopack.ring.pieces import Pieces, stack
+
+
+class AcrossRanks:
+    """Deals what the packers of all shards hold."""
+
+    def __init__(self, config: LoaderConfig, packers: Sequence[HoldingPacker]) -> None:
+        self._config = config
+        self._packers = packers
+
+    def advance(self) -> bool:
+        """Pack one batch of each shard, and deal a window where the last is over; return False at the end."""
+        window = self._config.balance_window or 1
+        while self._packers[0].dealt + self._collected() < window:
+            # every shard, not only up to the first that has one
+            if not any([packer.collect() for packer in self._packers]):
+                break
+        if not self._packers[0].dealt and self._collected():
+            self._deal()
+        return self._packers[0].dealt > 0
+
+    def _collected(self) -> int:
+        return max(packer.collected for packer in self._packers)
+
+    def _deal(self) -> None:
+        config, steps = self._config, self._collected()
+        assert config.balance is not None
+        rows = [packer.collected_rows() for packer in self._packers]
+        costs = np.zeros(steps * config.global_rows)
+        of_rows = np.concatenate([costs_of(own.lengths, own.bounds, config.balance) for own in rows])
+        costs[: len(of_rows)] = of_rows
+        order = order_of_steps(config.seed, self._packers[0].windows, steps)
+        dealt = slices(costs, steps)[order]
+        firsts = np.cumsum([0, *(own.num_rows for own in rows)])
+        for packer, own, first, end in zip(self._packers, rows, firsts[:-1], firsts[1:], strict=True):
+            mine = (dealt >= first) & (dealt < end)
+            packer.deal(split(chosen(own, dealt[mine] - first), mine.sum(axis=1).tolist()))
+
+    def own_rows(self, parts: Sequence[Pieces]) -> Pieces:
+        """Return the B rows of this rank among those of a step, which the shards give in `parts`, in their order."""
+        config = self._config
+        assert config.balance is not None
+        pieces = stack(parts)
+        costs = np.zeros(config.global_rows)
+        costs[: pieces.num_rows] = costs_of(pieces.lengths, pieces.bounds, config.balance)
+        return pieces.chosen(deal(costs, config.world_size)[config.rank])
