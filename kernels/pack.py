@@ -21,8 +21,8 @@ padding (the columns from `length` on).
     cu_seqlens  (C,)  int32    the slot's n_cu elements, then B*T; C is a multiple of CU_ALIGN
 The last four are None if not requested.
 
-Bytes, for words of w bytes and P pieces in the batch (pack_bytes counts them):
-    read     w * B*(T+1) + 8 * B; for weights, positions or doc_ids 8 * B + 4 * P, for weights 4 * P more;
+Bytes, for words of w bytes and P pieces in B rows that all have some (pack_bytes counts them):
+    read     w * B*(T+1) + 8 * B; for weights, positions or doc_ids 8 * B + 4 * (P - B), for weights 4 * P more;
              for cu_seqlens 8 + 4 * n_cu
     written  12 * B*T + 4 * B*T for each of weights, positions, doc_ids + 4 * C
 Not counted: a word is read twice (the shift by one) and a table entry once per column block; all but the first
@@ -97,23 +97,42 @@ def _pack_row(
     if weights_ptr is not None or positions_ptr is not None or doc_ids_ptr is not None:
         piece_ptr = table_ptr + tl.load(table_ptr + row * 4 + 2)
         n_pieces = tl.load(table_ptr + row * 4 + 3)
-        weight = tl.zeros([BLOCK], tl.float32)
-        begin = tl.zeros([BLOCK], tl.int32)
-        doc_id = tl.zeros([BLOCK], tl.int32)
-        # Of the pieces that start at or before a column the last owns it.
-        for piece in range(n_pieces):
-            start = tl.load(piece_ptr + piece * 2)
-            if weights_ptr is not None:
-                bits = tl.load(piece_ptr + piece * 2 + 1)
-                weight = tl.where(col + 1 >= start, bits.to(tl.float32, bitcast=True), weight)
-            begin = tl.where(col >= start, start, begin)
-            doc_id = tl.where(col >= start, piece, doc_id)
+        piece, begin = find_piece(piece_ptr, n_pieces, col, 2)
         if weights_ptr is not None:
-            tl.store(weights_ptr + out, tl.where(in_loss, weight, 0.0), mask=inside)
+            owner = next_owner(piece_ptr, n_pieces, piece, col, 2)
+            weight = tl.load(piece_ptr + owner * 2 + 1, mask=in_loss, other=0).to(tl.float32, bitcast=True)
+            tl.store(weights_ptr + out, weight, mask=inside)
         if positions_ptr is not None:
             tl.store(positions_ptr + out, col - tl.where(real, begin, length), mask=inside)
         if doc_ids_ptr is not None:
-            tl.store(doc_ids_ptr + out, tl.where(real, doc_id, -1), mask=inside)
+            tl.store(doc_ids_ptr + out, tl.where(real, piece, -1), mask=inside)
+
+
+@triton.jit
+def find_piece(piece_ptr, n_pieces, col, ENTRY: tl.constexpr):
+    """For each column the number and the first column of the last piece that starts at or before it.
+
+    ceil(log2(n_pieces)) dependent loads, whatever the column. An entry is ENTRY int32, the first column in front. The
+    first piece starts in column 0: that is not read.
+    """
+    piece = tl.zeros_like(col)
+    begin = tl.zeros_like(col)
+    left = n_pieces
+    # Of the `left` pieces from `piece` on one is the owner.
+    while left > 1:
+        half = left // 2
+        start = tl.load(piece_ptr + (piece + half) * ENTRY)
+        piece = tl.where(start <= col, piece + half, piece)
+        begin = tl.where(start <= col, start, begin)
+        left -= half
+    return piece, begin
+
+
+@triton.jit
+def next_owner(piece_ptr, n_pieces, piece, col, ENTRY: tl.constexpr):
+    """For each column, which `piece` owns, the number of the piece that owns the next one: no piece is empty."""
+    start = tl.load(piece_ptr + (piece + 1) * ENTRY, mask=piece + 1 < n_pieces, other=0x7FFFFFFF)
+    return tl.where(start <= col + 1, piece + 1, piece)
 
 
 def pack(
@@ -136,7 +155,7 @@ def pack(
     assert words.dtype in (torch.int16, torch.int32) and table.dtype is torch.int32
     assert cu_seqlens is None or cu_seqlens.numel() % CU_ALIGN == 0
     batch_size, seq_len = inputs.shape
-    block = _block(seq_len)
+    block = block_of(seq_len)
     blocks = triton.cdiv(seq_len, block)
     cu_groups = 0 if cu_seqlens is None else cu_seqlens.numel() // CU_ALIGN
     cu_rows = triton.cdiv(cu_groups * CU_ALIGN, block * blocks)
@@ -144,15 +163,20 @@ def pack(
         words, table,
         inputs, targets, weights, positions, doc_ids, cu_seqlens,
         batch_size, cu_groups, bos_id, ignore_index,
-        SEQ_LEN=seq_len, BLOCK=block, CU_ALIGN=CU_ALIGN, num_warps=max(1, block // (_COLUMNS * _WARP)),
+        SEQ_LEN=seq_len, BLOCK=block, CU_ALIGN=CU_ALIGN, num_warps=warps_of(block),
     )  # fmt: skip
 
 
-def _block(seq_len: int) -> int:
+def block_of(seq_len: int) -> int:
     """Columns per program: of 128, 256, 512 the largest that divides T, else the smallest that covers T, or 512."""
     if seq_len % 128 == 0:
         return min(512, seq_len & -seq_len)
     return max(128, min(512, triton.next_power_of_2(seq_len)))
+
+
+def warps_of(block: int) -> int:
+    """Warps of a program that writes `block` columns."""
+    return max(1, block // (_COLUMNS * _WARP))
 
 
 # In its own file, so that the twin runs without Triton.
@@ -178,7 +202,7 @@ def pack_bytes(
     """
     read = word_bytes * batch_size * (seq_len + 1) + 8 * batch_size
     if weights or positions or doc_ids:
-        read += 8 * batch_size + (8 if weights else 4) * n_pieces
+        read += 4 * batch_size + (8 if weights else 4) * n_pieces
     if cu_size:
         read += 8 + 4 * n_cu
     written = (12 + 4 * (weights + positions + doc_ids)) * batch_size * seq_len + 4 * cu_size

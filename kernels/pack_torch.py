@@ -52,11 +52,35 @@ def pack_torch(
     `scratch` saves allocations; a call uses it until its last operation is done.
     """
     batch_size, seq_len = inputs.shape
-    columns, rows, bits = scratch or make_scratch(words, batch_size, seq_len)
+    scratch = scratch or make_scratch(words, batch_size, seq_len)
+    columns = scratch.columns
     head = table[: 4 * batch_size].view(batch_size, 4)
     length = head[:, 1]
     # All windows that begin at a multiple of 16 words and end in the buffer: a row is number start16.
-    torch.index_select(words.unfold(0, seq_len + 1, 16), 0, head[:, 0], out=rows)
+    torch.index_select(words.unfold(0, seq_len + 1, 16), 0, head[:, 0], out=scratch.rows)
+    in_loss = write_tokens(scratch, length, inputs, targets, bos_id=bos_id, ignore_index=ignore_index)
+    if weights is not None or positions is not None or doc_ids is not None:
+        entries, starts, numbers, owner = list_pieces(table, seq_len, length, head[:, 2], head[:, 3], entry=2)
+        if weights is not None:
+            bits = table.index_select(0, entries + 1).index_select(0, owner[:, 1:].flatten())
+            torch.bitwise_and(bits.view_as(weights), in_loss, out=weights.view(torch.int32))
+        if positions is not None:
+            begin = starts.index_select(0, owner[:, :-1].flatten())
+            torch.sub(columns[:-1], begin.view_as(positions), out=positions)
+        if doc_ids is not None:
+            torch.index_select(numbers, 0, owner[:, :-1].flatten(), out=doc_ids.view(-1))
+    if cu_seqlens is not None:
+        _cu_seqlens(table, batch_size, seq_len, cu_seqlens)
+
+
+def write_tokens(
+    scratch: Scratch, length: Tensor, inputs: Tensor, targets: Tensor, *, bos_id: int, ignore_index: int
+) -> Tensor:
+    """Write `inputs` and `targets` from the words in `scratch.rows`; return (B, T), all bits set if in the loss.
+
+    `length` (B,) int32: words of each row; what follows them is overwritten.
+    """
+    columns, rows, bits = scratch
     # With a bos outside the loss as padding, the loss bit alone decides from here on.
     torch.sub(columns, length.to(columns.dtype)[:, None], out=bits)
     _keep(rows, _negative(bits, out=bits), bos_id)
@@ -70,18 +94,7 @@ def pack_torch(
         targets.copy_(_keep(shifted, in_loss, ignore_index))
     else:
         _keep(targets.copy_(shifted), in_loss, ignore_index)
-    if weights is not None or positions is not None or doc_ids is not None:
-        entries, starts, numbers, owner = _pieces(table, seq_len, length, head[:, 2], head[:, 3])
-        if weights is not None:
-            bits = table.index_select(0, entries + 1).index_select(0, owner[:, 1:].flatten())
-            torch.bitwise_and(bits.view_as(weights), in_loss, out=weights.view(torch.int32))
-        if positions is not None:
-            begin = starts.index_select(0, owner[:, :-1].flatten())
-            torch.sub(columns[:-1], begin.view_as(positions), out=positions)
-        if doc_ids is not None:
-            torch.index_select(numbers, 0, owner[:, :-1].flatten(), out=doc_ids.view(-1))
-    if cu_seqlens is not None:
-        _cu_seqlens(table, batch_size, seq_len, cu_seqlens)
+    return in_loss
 
 
 def _negative(number: Tensor, out: Tensor | None = None) -> Tensor:
@@ -94,17 +107,18 @@ def _keep(value: Tensor, bits: Tensor, other: int) -> Tensor:
     return value.bitwise_xor_(other).bitwise_and_(bits.to(value.dtype)).bitwise_xor_(other)
 
 
-def _pieces(
-    table: Tensor, seq_len: int, length: Tensor, first_piece: Tensor, n_pieces: Tensor
+def list_pieces(
+    table: Tensor, seq_len: int, length: Tensor, first_piece: Tensor, n_pieces: Tensor, *, entry: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """List the pieces and the padding of all rows, n per row: entries, first columns, numbers, each (B * n,) int32.
 
-    An entry is its index in `table`; padding has number -1. The fourth, (B, T+1), is the index of each word's owner.
+    An entry, of `entry` int32, is its index in `table`; padding has number -1. The fourth, (B, T+1), is the index of
+    each word's owner.
     """
     count = _most_pieces(n_pieces, seq_len) + 1
     numbers = torch.arange(count, dtype=torch.int32, device=table.device)
     exists = numbers < n_pieces[:, None]
-    entries = torch.where(exists, first_piece[:, None] + 2 * numbers, 0)
+    entries = torch.where(exists, first_piece[:, None] + entry * numbers, 0)
     # Missing pieces start where the padding starts, so only the last of them owns words: the padding.
     starts = torch.where(exists, table.index_select(0, entries.flatten()).view_as(entries), length[:, None])
     ends = torch.cat([starts[:, 1:], starts.new_full((len(starts), 1), seq_len + 1)], dim=1)

@@ -31,3 +31,9 @@ def check_int(
     raise ValueError(
         f"{name}={value!r} is not allowed{why}; use an int from {least}{upper}{', or None' if or_none else ''}"
     )
+
+
+def check_resident(value: object) -> None:
+    """Raise ValueError unless the argument is True, False or "host"."""
+    if not (isinstance(value, bool) or value == "host"):
+        raise ValueError(f"resident={value!r} is not allowed; use True, False or 'host'")

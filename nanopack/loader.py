@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from nanopack.batch import Batch
-from nanopack.checks import check_bool, check_choice, check_int
+from nanopack.checks import check_bool, check_choice, check_int, check_resident
 from nanopack.config import (
     Encoder,
     Executor,
@@ -33,6 +33,7 @@ from nanopack.conversations.answers import Answers
 from nanopack.conversations.data_sets import Conversations
 from nanopack.distributed import group_to_agree_in, knows_its_rank, rank_and_world_size, refuse_late_ranks
 from nanopack.explain import Explanation, explain
+from nanopack.graph import GraphBatches
 from nanopack.ledger import LedgerReport, report_of
 from nanopack.packing.cost import Balance, as_cost
 from nanopack.packing.packings import Packing, PackingName, as_packing
@@ -129,6 +130,9 @@ class Loader:
             more processes tokenize (n + 1 in all).
         prefetch: batches that the producer makes ahead of time.
         static: every batch is written into the same tensors (for CUDA graphs), valid until the next call.
+        resident: True: all words of a token store are brought to the device once, at construction, and a batch is a
+            table of a few kilobytes (docs/resident.md); `"host"`: they stay in pinned host memory, which the kernel
+            reads. MemoryError where there is not the room.
         on_error: `"raise"` for a bad conversation, or `"skip"` it (counted and logged). What cannot be read at all (a
             file that changed or is gone, a store that does not answer) stops the run either way, after a few tries;
             so do 100 bad conversations in a row, or more than half of the first 1,000 or more that a shard reads.
@@ -194,6 +198,7 @@ class Loader:
         num_workers: int = 1,
         prefetch: int = 4,
         static: bool = False,
+        resident: bool | Literal["host"] = False,
         on_error: OnError = "raise",
         process_group: torch.distributed.ProcessGroup | None = None,
         start_method: StartMethod | None = None,
@@ -229,6 +234,7 @@ class Loader:
         check_int("num_workers", num_workers, least=0)
         check_int("prefetch", prefetch, least=1)
         check_bool("static", static)
+        check_resident(resident)
         check_choice("start_method", start_method, START_METHODS)
         group = group_to_agree_in(process_group, epochs, world_size)
         self.source = Answers(source, first_assistant, seed) if turns == "each" and not source.rendered else source
@@ -241,6 +247,7 @@ class Loader:
             executor=executor,
             encoder=encoder,
             static=static,
+            resident=resident,
             group=group,
             cache=cache,
         )
@@ -288,6 +295,14 @@ class Loader:
     def producer_pid(self) -> int | None:
         """Process id of the producer, for py-spy and the like; None with num_workers=0."""
         return self._run.feed.pid
+
+    def graph_batches(self, k: int) -> GraphBatches:
+        """Return static tensors and a `load` for CUDA graphs, for which up to `k` batches are made ready at a time.
+
+        With resident=True. From now on the batches go there, from the one after that delivered last, and `next` raises.
+        ValueError for another k or loader. See docs/resident.md.
+        """
+        return GraphBatches(self._run, k)
 
     def ledger(self) -> LedgerReport:
         """Count what became of every conversation, token and position up to the batch delivered last; see `Ledger`.

@@ -31,6 +31,7 @@ from nanopack.producer.producer import Start, initial_state
 from nanopack.producer.reader import Reader
 from nanopack.producer.start import DEFAULT_START_METHOD
 from nanopack.producer.stored import StoreReader, reader_of
+from nanopack.ring.facts import BatchFacts
 from nanopack.stages import Processes, Stages, as_batch, start_producer
 from nanopack.state import FORMAT, batches_of, check_state, clock_of, fingerprint, sample_of, whole_digest
 from nanopack.stats import Stats, StatsReport
@@ -40,6 +41,9 @@ from nanopack.tokenizers.tokenizer import AnyTokenizer
 from nanopack.upload.device import Cpu, Cuda
 from nanopack.upload.executor import make_kernel
 from nanopack.upload.outputs import outputs_maker
+from nanopack.upload.prefetcher import Prefetcher
+from nanopack.upload.refills import HostTables
+from nanopack.upload.resident import Resident
 
 
 class Run:
@@ -56,6 +60,7 @@ class Run:
         executor: Executor | None,
         encoder: Encoder | None,
         static: bool,
+        resident: bool | str,
         group: Any,
         cache: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -65,7 +70,9 @@ class Run:
             tokenizer = tokenizer.at(agree_on_clock(group, tokenizer.clock, device.device))
         self.source, self.tokenizer, self.config = source, tokenizer, config
         # only the reader gets the encoder: everything else, users included, sees the tokenizer that was given
-        self.reader = reader_of(source, choose_encoder(encoder, tokenizer, source), config)
+        self._is_resident = bool(resident)
+        encoding = choose_encoder(encoder, tokenizer, source)
+        self.reader = reader_of(source, encoding, config, resident=self._is_resident)
         # a Hugging Face tokenizer sets its encoding up here, once, before processes are forked
         self._encoder = self.reader.tokenizer.encoder
         self.reader.check_template()
@@ -76,18 +83,23 @@ class Run:
         self.reader = self._cached(self.reader)
         # ordinary tensors, whatever mode the loader is made in, because they are written to in others
         with torch.inference_mode(False):
-            self._kernel = make_kernel(
-                executor, device.device, self.reader.layout, tokenizer.bos_id, config.ignore_index
-            )
-            self._make_outputs = outputs_maker(config, self.reader.layout, device.device)
+            self.resident = None
+            if resident:
+                self.resident = Resident(self.reader, device, executor, on_host=resident == "host")
+                self._kernel = self.resident.kernel
+            else:
+                self._kernel = make_kernel(
+                    executor, device.device, self.reader.layout, tokenizer.bos_id, config.ignore_index
+                )
+            self.make_outputs = outputs_maker(config, self.reader.layout, device.device)
             if static:
                 # at the same addresses also after a load
-                fixed = self._make_outputs()
-                self._make_outputs = lambda: fixed
-        self.device, self._device = device.device, device
+                fixed = self.make_outputs()
+                self.make_outputs = lambda: fixed
+        self.device, self.device_actions = device.device, device
         self._processes, self.static = processes, static
         self.owner = os.getpid()
-        self._turn = threading.RLock()
+        self.turn = threading.RLock()
         self.passes, self.resumed, self._order_is_told = 0, False, False
         self._counts: dict[bool, tuple[int, int]] = {}
         # in all epochs: as counted, and as delivered in a whole pass, which is no part of a state
@@ -97,6 +109,7 @@ class Run:
         if group is not None and not isinstance(self.reader, StoreReader):
             self.known_batches = agree_on_most(group, lambda: self._count(all_ranks=False)[0], device.device)
         self._stages: Stages | None = None
+        self._graph: Any = None
         self._start(None)
 
     def _cached(self, reader: Reader) -> Reader:
@@ -112,7 +125,7 @@ class Run:
         self.feed, ring = start_producer(self.reader, Start(state, self.known_batches), self._processes)
         if self._stages is not None:
             self._stages.close()
-        self._stages = Stages(self._device, self.feed, ring, self._make_outputs, self._kernel, static=self.static)
+        self._stages = Stages(self.device_actions, self.feed, ring, self.make_outputs, self._kernel, static=self.static)
         self.upload, self.prefetcher = self._stages.upload, self._stages.prefetcher
         own = {str(number) for number in self.config.shards}
         if state is not None:
@@ -120,35 +133,78 @@ class Run:
             state = {**state, "lanes": {number: one for number, one in state["lanes"].items() if number in own}}
         self._first_state = state or state_of(initial_state(self.reader))
         self.step = self._first_state["step"]
-        self._stats = Stats(ring_bytes=self._stages.ring_bytes, encoder=self._encoder)
+        if self._graph is not None:
+            self._give_to_graph()
+        self._stats = Stats(ring_bytes=len(ring.buffer), encoder=self._encoder)
 
     def next(self) -> Batch:
         """Return the next batch."""
         self._refuse_fork()
-        with self._turn, torch.inference_mode(False):
+        with self.turn, torch.inference_mode(False):
             began = time.perf_counter()
+            if self._graph is not None:
+                raise RuntimeError("the batches of this loader go to its graph_batches; make another loader for `next`")
             try:
                 outputs, facts = self.prefetcher.next()
             except StopIteration:
-                if self._first_state["step"] == 0:
-                    self._delivered = self.step
+                self.end_pass()
                 raise
             batch = as_batch(outputs, facts, self.step, self.reader.layout)
-            self.step += 1
+            self.count(batch, facts)
             self._stats.queued = self.feed.qsize()
-            self._stats.count(batch, facts, time.perf_counter() - began)
+            self.spend(time.perf_counter() - began)
         return batch
+
+    def count(self, batch: Batch, facts: BatchFacts) -> None:
+        """Count a batch as delivered."""
+        self.step += 1
+        self._stats.count(batch, facts)
+
+    def spend(self, seconds: float) -> None:
+        """Count seconds that the caller waited for `next` or `refill`."""
+        self._stats.spend(seconds)
+
+    def end_pass(self) -> None:
+        """Note that all batches are delivered."""
+        if self._first_state["step"] == 0:
+            self._delivered = self.step
+
+    def give_to(self, graph: Any) -> None:
+        """From now on let `GraphBatches` take the batches, from the one after that delivered last."""
+        with self.turn:
+            if self.step and self.config.balance_across and self.config.world_size > 1:
+                raise ValueError(
+                    "graph_batches with balance_across resume from the states of all ranks: make them before the first "
+                    "batch, or load a merged state"
+                )
+            self._graph = graph
+            if self.step == 0:
+                self._give_to_graph()
+            else:
+                self._start(check_state(self.state(), self._fingerprint, self.config, strict=True))
+
+    def _give_to_graph(self) -> None:
+        assert self._stages is not None
+        tables = HostTables([slot.buffer for slot in self._stages.ring.slots])
+        self.prefetcher = Prefetcher(self.device_actions, self.feed, tables, ahead=False)
+        self._graph.begin()
+
+    def check_graph(self, graph: Any) -> None:
+        """Raise RuntimeError where the batches do not go to this `GraphBatches` any more."""
+        self._refuse_fork()
+        if self._graph is not graph:
+            raise RuntimeError("the batches of this loader go to other graph_batches; use those that were made last")
 
     def is_over(self) -> bool:
         """Return whether no batch of the pass is left; waits until the next one is ready."""
         self._refuse_fork()
-        with self._turn, torch.inference_mode(False):
+        with self.turn, torch.inference_mode(False):
             return self.step > 0 and self.config.epochs is not None and self.prefetcher.is_over()
 
     def restart(self) -> None:
         """Begin a new pass, unless this one has not begun."""
         self._refuse_fork()
-        with self._turn:
+        with self.turn:
             self.prefetcher.check_open()
             self.resumed = False
             if self.step == 0:
@@ -184,7 +240,7 @@ class Run:
         """Resume from a state; after an error all is as it was."""
         self.prefetcher.check_open()
         self._refuse_fork()
-        with self._turn:
+        with self.turn:
             before = self.tokenizer, self.reader, self._fingerprint, self.known_batches
             self._set_clock(clock_of(state))
             try:
@@ -203,7 +259,8 @@ class Run:
             # its encoder may be another
             encoding = self.reader.tokenizer
             assert isinstance(encoding, HuggingFaceTokenizer)
-            self.reader = self._cached(reader_of(self.source, encoding.at(clock), self.config))
+            reader = reader_of(self.source, encoding.at(clock), self.config, resident=self._is_resident)
+            self.reader = self._cached(reader)
             self._fingerprint = fingerprint(self.source, self._sample, self.tokenizer, self.config)
 
     @functools.cached_property
@@ -240,5 +297,9 @@ class Run:
     def close(self) -> None:
         """Release all; `next` raises from now on."""
         self.prefetcher.close()
+        if self._graph is not None:
+            self._graph.close()
         if self._stages is not None:
             self._stages.close()
+        if self.resident is not None:
+            self.resident.release()

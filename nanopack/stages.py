@@ -63,7 +63,7 @@ class Stages:
         static: bool,
     ) -> None:
         self.feed = feed
-        self.ring_bytes = len(ring.buffer)
+        self.ring = ring
         with contextlib.ExitStack() as held:
             held.callback(feed.close)
             if device.pin(ring.buffer):
@@ -73,11 +73,11 @@ class Stages:
             held.callback(self.upload.close)
             # a second time, to end first: whatever fails above ends it too
             held.callback(feed.close)
-            self.close: Any = weakref.finalize(self, _close, os.getpid(), held.pop_all())
+            self.close: Any = weakref.finalize(self, close_in_owner, os.getpid(), held.pop_all())
         self.prefetcher = Prefetcher(device, feed, self.upload, ahead=True)
 
 
-def _close(owner: int, held: contextlib.ExitStack) -> None:
+def close_in_owner(owner: int, held: contextlib.ExitStack) -> None:
     """Release what is held, but not in a process forked from its owner."""
     if os.getpid() == owner:
         held.close()

@@ -46,16 +46,19 @@ class Stats:
         self._work = 0.0
         self._batches = self._tokens = self._positions = self._bytes = self._longest_wait = 0
 
-    def count(self, batch: Batch, facts: BatchFacts, seconds: float) -> None:
-        """Add a delivered batch, and the seconds that `next` took."""
+    def count(self, batch: Batch, facts: BatchFacts) -> None:
+        """Add a delivered batch."""
         self._batches += 1
         self._tokens += batch.num_tokens
         self._work += batch.work
         self._positions += batch.inputs.numel()
         self._bytes += facts.used_bytes
         self._longest_wait = facts.longest_wait_rows
-        self._in_next += seconds
         self._progress = batch.progress
+
+    def spend(self, seconds: float) -> None:
+        """Add seconds in `next`, or in `GraphBatches.refill`."""
+        self._in_next += seconds
 
     def report(self, waited_s: float, tokens_so_far: int | None) -> StatsReport:
         """Return the totals.

@@ -42,7 +42,7 @@ BATCHES = dict(
     balance_across=False,
 )  # fmt: skip
 MAKING = dict(
-    device=None, executor=None, encoder=None, num_workers=1, prefetch=4, static=False, on_error="raise",
+    device=None, executor=None, encoder=None, num_workers=1, prefetch=4, static=False, resident=False, on_error="raise",
     process_group=None, start_method=None, cache=None,
 )  # fmt: skip
 

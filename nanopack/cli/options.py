@@ -47,7 +47,7 @@ PACKING_HELP = (
     "best_fit_pad: nanochat's SFT; best_fit_crop: nanochat's pretraining; pad: one document a row"
 )
 
-SECTIONS = ("throughput", "pretokenized", "stalls", "padding", "balance", "scaling", "gpu")
+SECTIONS = ("throughput", "pretokenized", "resident", "stalls", "padding", "balance", "scaling", "gpu")
 """Modules of nanopack.cli.bench, each named for its question."""
 
 Command = Callable[[argparse.Namespace], int]

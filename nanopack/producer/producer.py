@@ -27,6 +27,7 @@ from nanopack.ring.facts import BatchFacts
 from nanopack.ring.pieces import Pieces, stack
 from nanopack.ring.ring import COUNTING, FILLING, READING, ProducerStatus
 from nanopack.ring.slot import Slot
+from nanopack.ring.table import TableSlot
 
 log = logging.getLogger("nanopack")
 
@@ -84,7 +85,7 @@ class Producer:
                 packer.restore(start.state["lanes"][str(packer.shard.number)])
         self._passes, self._skipped = self._count_passes(), self._notes().num_skipped
 
-    def produce(self, slot: Slot) -> BatchFacts | None:
+    def produce(self, slot: Slot | TableSlot) -> BatchFacts | None:
         """Fill the slot with the next batch; at the end of the data return None, and leave the slot as it is.
 
         Where another rank has more batches than this one, batches of padding follow, so that all deliver equally many.

@@ -129,6 +129,7 @@ class ShardPacker:
             array=live.array[at] if len(live.arrays) > 1 else None,
             starts=live.starts[at] + rows.offsets if splits else live.starts[at],
             marks=self._reader.marks(own_weights),
+            loss_tokens=self._known_loss_tokens(rows, at) if self._reader.layout.resident else None,
         )
         if self._config.packing.crops:
             if packer is not self.holding:
@@ -139,6 +140,10 @@ class ShardPacker:
         else:
             self._count_placed(rows.lengths, np.ones(len(at), bool), at)
         return pieces
+
+    def _known_loss_tokens(self, rows: Rows, at: np.ndarray) -> np.ndarray:
+        """Return the tokens in the loss of pieces that are whole documents, -1 for others: (P,) int64."""
+        return np.where(rows.lengths == self._live.lengths[at], self._live.loss_tokens[at], -1)
 
     @property
     def holding(self) -> HoldingPacker | None:

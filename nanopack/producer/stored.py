@@ -8,6 +8,8 @@ It gives what `Reader` gives for the same documents as records. Only of document
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -26,12 +28,26 @@ from nanopack.tokenizers.tokenizer import AnyTokenizer
 TOGETHER = 4096
 
 
-def reader_of(source: Source, tokenizer: AnyTokenizer, config: LoaderConfig) -> Reader:
-    """Return a reader of these data: of documents by number where all are stored in the words of the ring."""
+def reader_of(source: Source, tokenizer: AnyTokenizer, config: LoaderConfig, *, resident: bool = False) -> Reader:
+    """Return a reader of these data: of documents by number where all are stored in the words of the ring.
+
+    `resident`: the words will be on the device; ValueError where the documents are not so stored, or take words that
+    are not in the store.
+    """
+    if resident and (config.document_align > 1 or "cu_seqlens_real" in config.extras):
+        raise ValueError(
+            f"resident has no place for the tails of document_align={config.document_align} and for cu_seqlens_real: a "
+            f"batch is runs of the store's words; leave out one or the other"
+        )
     if all(isinstance(part, Documents) for part in source.parts):
-        reader = StoreReader(source, tokenizer, config)
+        reader = StoreReader(source, tokenizer, config, resident=resident)
         if reader.fits:
             return reader
+    if resident:
+        raise ValueError(
+            "resident needs documents that are tokens already, all with loss bits or all without: make a store of the "
+            "conversations (nanopack tokenize; docs/store.md), or leave it out"
+        )
     if config.balance_across and config.world_size > 1:
         raise ValueError(
             "balance_across=True needs the lengths of all ranks' documents, and only a token store knows them without "
@@ -48,9 +64,12 @@ def reader_of(source: Source, tokenizer: AnyTokenizer, config: LoaderConfig) -> 
 class StoreReader(Reader):
     """Reads documents of stores."""
 
-    def __init__(self, source: Source, tokenizer: AnyTokenizer, config: LoaderConfig) -> None:
+    def __init__(
+        self, source: Source, tokenizer: AnyTokenizer, config: LoaderConfig, *, resident: bool = False
+    ) -> None:
         """Raise as `Reader` does."""
         super().__init__(source, tokenizer, config)
+        self.layout = dataclasses.replace(self.layout, resident=resident)
         self._stores: list[Any] = list(source.parts)
         self._arrays = [_unsigned(shard) for store in self._stores for shard in store.shards]
         firsts = np.cumsum([0, *(len(store.shards) for store in self._stores)])
@@ -58,13 +77,40 @@ class StoreReader(Reader):
         weighted = any(store.weights is not None for store in self._stores)
         self._weighted = weighted
         # who else asks for the tokens in the loss?
-        self._counts = config.drops_untrained or config.loss_weights == "conversation"
+        self._counts = resident or config.drops_untrained or config.loss_weights == "conversation"
         # all bits are set already where the store says so, but for documents of weight 0
         has_all = all(store.settings.loss == "all" and not store.all_in_loss for store in self._stores)
         self._mark_all = config.loss == "all" and (weighted or not has_all)
         bare = any(store.all_in_loss for store in self._stores)
         self._mark_all |= bare
         self._bare = tokenizer.vocab_size if bare and all(store.all_in_loss for store in self._stores) else None
+
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        """The words of all documents, each (n,) of unsigned integers, as `Pieces.arrays` are."""
+        return self._arrays
+
+    @property
+    def all_in_loss(self) -> bool:
+        """Whether every token is in the loss, but for those that are marked."""
+        return self._mark_all
+
+    @property
+    def bare(self) -> int | None:
+        """The size of the vocabulary where the words are bare ids, which nobody has compared with it; else None."""
+        return self._bare
+
+    @property
+    def mean_length(self) -> float:
+        """Mean length of the documents, cut to a row."""
+        most = self.config.seq_len + 1
+        total = sum(int(np.minimum(store.lengths, most).sum(dtype=np.int64)) for store in self._stores)
+        return total / sum(len(store.lengths) for store in self._stores)
+
+    @property
+    def marked(self) -> bool:
+        """Whether tokens of some documents are taken out of the loss."""
+        return not self.config.boundary_loss or (self._weighted and self.config.loss != "all")
 
     @property
     def fits(self) -> bool:
@@ -80,7 +126,8 @@ class StoreReader(Reader):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StoreReader, (self.source, self.tokenizer, self.config)
+        make = functools.partial(StoreReader, resident=self.layout.resident)
+        return make, (self.source, self.tokenizer, self.config)
 
     def check_template(self) -> None:
         """Do nothing: stored documents need no template."""

@@ -2,6 +2,7 @@
 
 layout.py   the format: how large a slot is, and where everything is in it
 slot.py     write one batch into a slot
+table.py    or only its table, where the words are on the device
 facts.py    what the host knows of that batch
 ring.py     the slots in shared memory, and the status of the producer
 """

@@ -10,6 +10,9 @@ launch of the kernel is the same. From the front:
     words     row by row, without padding, each row starting at a multiple of 16 words
     pieces    (P, 2) int32       first column, float32 weight's bits: when weights, positions or doc_ids are asked for
     cu        (n,) int32         when cu_seqlens are asked for; with `real`, all of them, then the sums of real lengths
+
+Where the words of all data are on the device (`resident`), a slot holds only a table of rows and pieces, (n, 4) int32,
+in the format of kernels/gather.py.
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ ALIGN_BYTES = 64
 
 
 ROW_ALIGN = 16  # words
+
+
+ENTRY_BYTES = 16  # of a table where the words are on the device
 
 
 # Tables hold positions in a slot as int32, counted in int32.
@@ -50,6 +56,8 @@ class Layout:
     """Each document takes a multiple of this many words."""
     pad_id: int = 0
     """Id of the words that fill it up."""
+    resident: bool = False
+    """Whether the words of all data are on the device, and a slot holds only a table."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a slot with positions that its tables cannot hold."""
@@ -105,6 +113,8 @@ class Layout:
     @property
     def nbytes(self) -> int:
         """Bytes of a slot that holds any batch: full rows, and one piece a token."""
+        if self.resident:
+            return round_up(ENTRY_BYTES * (1 + self.batch_size * (self.seq_len + 2)), ALIGN_BYTES)
         row_words = round_up(self.seq_len + 1, ROW_ALIGN)
         words = self.first_word * self.word_bytes + self.batch_size * row_words * self.word_bytes
         pieces = 8 * self.batch_size * (self.seq_len + 1) if self.pieces else 0

@@ -37,6 +37,8 @@ class Pieces(NamedTuple):
     """And from where on."""
     marks: Marks | None = None
     """How the loss bits of the words are to be changed; None: they are as they must be."""
+    loss_tokens: np.ndarray | None = None
+    """Of each, its tokens in the loss after that; -1 where nobody has counted them. None: of none."""
 
     @property
     def num_rows(self) -> int:
@@ -112,4 +114,5 @@ def stack(parts: Sequence[Pieces]) -> Pieces:
         array=np.concatenate(array),
         starts=np.concatenate([part.starts for part in parts]),
         marks=marks[0]._replace(without=without) if marks else None,
+        loss_tokens=None if parts[0].loss_tokens is None else np.concatenate([part.loss_tokens for part in parts]),
     )

@@ -12,6 +12,7 @@ import numpy as np
 
 from nanopack.ring.layout import ALIGN_BYTES, Layout
 from nanopack.ring.slot import Slot
+from nanopack.ring.table import TableSlot
 
 # Stages of the producer.
 STARTING, WAITING, READING, FILLING, COUNTING = range(5)
@@ -36,7 +37,8 @@ class Ring:
         self.status = ProducerStatus(aligned[:32].view(np.int64))
         self.buffer = aligned[ALIGN_BYTES : ALIGN_BYTES + slots * layout.nbytes]
         """(slots * layout.nbytes,) uint8: the slots."""
-        self.slots = [Slot(layout, part, number) for number, part in enumerate(self.buffer.reshape(slots, -1))]
+        slot = TableSlot if layout.resident else Slot
+        self.slots = [slot(layout, part, number) for number, part in enumerate(self.buffer.reshape(slots, -1))]
 
     def __reduce__(self) -> tuple[type[Ring], tuple[Any, ...]]:
         return Ring, self._arguments

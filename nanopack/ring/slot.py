@@ -64,6 +64,15 @@ class Places:
         padding = (at + self.row_lengths)[self.row_lengths < seq_len]
         return np.sort(np.concatenate([pieces, padding, [len(at) * seq_len]]))
 
+    def count_segments(self, seq_len: int) -> np.ndarray:
+        """Return the number of segments of each row, (B,) int64."""
+        # only the last piece of a row may begin in column T
+        beyond = np.zeros(len(self.counts), np.int64)
+        filled = self.counts > 0
+        beyond[filled] = self.columns[self.bounds[1:][filled] - 1] == seq_len
+        segments: np.ndarray = self.counts - beyond + (self.row_lengths < seq_len)
+        return segments
+
     def max_seqlen(self, seq_len: int) -> int:
         """Return the length of the longest segment."""
         padding = seq_len - int(self.row_lengths.min())
@@ -96,30 +105,13 @@ class Slot:
         if layout.max_segments is not None:
             segments = places.segments(layout.seq_len)
             if len(segments) - 1 > layout.max_segments:
-                raise _too_many_pieces(len(segments) - 1, layout)
+                raise too_many_pieces(len(segments) - 1, layout)
             if layout.real:
                 segments = self._with_real_lengths(segments, pieces, places)
         self._write_words(pieces, places)
         used = self._write_tables(places, pieces.weights, segments)
-        table = np.empty((len(pieces.lengths), 4), np.int64)
-        table[:, 0] = pieces.conversations
-        table[:, 1] = places.columns
-        table[:, 2] = pieces.lengths
-        table[:, 3] = pieces.offsets
-        of_rows = places.row_lengths if layout.align == 1 else np.diff(sums(pieces.lengths)[pieces.bounds])
-        tokens = np.add.reduce(np.minimum(of_rows, layout.seq_len).reshape(shards, -1), axis=1).tolist()
         loss_tokens, weight_sum = self._count_loss_tokens(places, pieces.weights, shards)
-        facts = BatchFacts(
-            slot=self.number,
-            used_bytes=4 * used,
-            num_loss_tokens=sum(loss_tokens),
-            num_tokens=sum(tokens),
-            weight_sum=float(sum(loss_tokens)) if weight_sum is None else weight_sum,
-            max_seqlen=places.max_seqlen(layout.seq_len),
-            pieces=table.tobytes(),
-            pieces_per_row=places.counts.tobytes(),
-        )
-        return facts, list(zip(tokens, loss_tokens, strict=True))
+        return facts_of(pieces, places, self.number, 4 * used, loss_tokens, weight_sum, layout.seq_len)
 
     def _taken(self, lengths: np.ndarray) -> np.ndarray:
         """Return how many words of a row documents of these lengths take, tails included."""
@@ -281,6 +273,37 @@ class Slot:
         return np.diff(sums(of_pieces)[places.bounds[:: len(starts) // shards]]).tolist(), weight_sum
 
 
+def facts_of(
+    pieces: Pieces,
+    places: Places,
+    slot: int,
+    used_bytes: int,
+    loss_tokens: list[int],
+    weight_sum: float | None,
+    seq_len: int,
+) -> tuple[BatchFacts, list[tuple[int, int]]]:
+    """Return facts and counts as `Slot.fill` does: `loss_tokens` are of each shard; weight_sum None: all weigh 1."""
+    table = np.empty((len(pieces.lengths), 4), np.int64)
+    table[:, 0] = pieces.conversations
+    table[:, 1] = places.columns
+    table[:, 2] = pieces.lengths
+    table[:, 3] = pieces.offsets
+    # with tails a row is longer than its pieces
+    of_rows = places.row_lengths if places.lengths is pieces.lengths else np.diff(sums(pieces.lengths)[pieces.bounds])
+    tokens = np.add.reduce(np.minimum(of_rows, seq_len).reshape(len(loss_tokens), -1), axis=1).tolist()
+    facts = BatchFacts(
+        slot=slot,
+        used_bytes=used_bytes,
+        num_loss_tokens=sum(loss_tokens),
+        num_tokens=sum(tokens),
+        weight_sum=float(sum(loss_tokens)) if weight_sum is None else weight_sum,
+        max_seqlen=places.max_seqlen(seq_len),
+        pieces=table.tobytes(),
+        pieces_per_row=places.counts.tobytes(),
+    )
+    return facts, list(zip(tokens, loss_tokens, strict=True))
+
+
 def _next_to(pieces: Pieces) -> tuple[int, int]:
     """Return how far the second piece's words are from the first one's where the two stand in the order of the array.
 
@@ -328,7 +351,8 @@ def _unknown_id(pieces: Pieces, places: Places, words: np.ndarray, vocab_size: i
     )
 
 
-def _too_many_pieces(segments: int, layout: Layout) -> ValueError:
+def too_many_pieces(segments: int, layout: Layout) -> ValueError:
+    """Return the error for a batch with more segments than cu_seqlens has room for."""
     per_row = (layout.max_segments or 0) // layout.batch_size
     return ValueError(
         f"max_pieces={per_row} is too small: a batch has {segments} pieces with its padding, and cu_seqlens has room "

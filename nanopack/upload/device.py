@@ -38,8 +38,19 @@ class Device(Protocol):
     def zeros(self, nbytes: int) -> Any:
         """Return (nbytes,) uint8 zeros on the device, 64-byte aligned, allocated and written on the current stream."""
 
+    def halves(self, memory: Any) -> tuple[Any, Any]:
+        """Return the two halves of memory on the device."""
+        ...
+
     def copy(self, to: Any, source: Any, stream: Any) -> None:
-        """Queue on `stream` a copy of contiguous bytes, of one size, from host (`source`) to device (`to`)."""
+        """Queue on `stream` a copy of contiguous bytes, of one size, from host (`source`) to device (`to`).
+
+        Either may be on the other side.
+        """
+
+    def number(self, memory: Any) -> int:
+        """Return the int64 at the front of host memory."""
+        ...
 
     def launch(self, kernel: Kernel, staged: Any, outputs: Any, stream: Any) -> None:
         """Queue on `stream`, the current one, kernel(staged, outputs), which reads `staged` and writes `outputs`."""
@@ -73,6 +84,15 @@ class Device(Protocol):
         ...
 
 
+def _halves(memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    first, second = memory.chunk(2)
+    return first, second
+
+
+def _number(memory: torch.Tensor) -> int:
+    return int(memory[:8].view(torch.int64)[0])
+
+
 class Cuda(Device):
     """A GPU, through torch: CUDA, and ROCm under the same names."""
 
@@ -92,6 +112,18 @@ class Cuda(Device):
 
     def zeros(self, nbytes: int) -> torch.Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+
+    def halves(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _halves(memory)
+
+    def number(self, memory: torch.Tensor) -> int:
+        return _number(memory)
+
+    def free_bytes(self) -> tuple[int, int]:
+        """Return the bytes of device memory that can be allocated, and all there are."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return free + cached, total
 
     def copy(self, to: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
         # One cudaMemcpyAsync, asynchronous if the driver knows `source` as pinned. Torch does not track memory that
@@ -179,6 +211,12 @@ class Cpu(Device):
 
     def zeros(self, nbytes: int) -> torch.Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8, device="cpu")
+
+    def halves(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _halves(memory)
+
+    def number(self, memory: torch.Tensor) -> int:
+        return _number(memory)
 
     def copy(self, to: torch.Tensor, source: torch.Tensor, stream: None) -> None:
         _on_one_thread(to.copy_, source)

@@ -12,18 +12,19 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from nanopack.producer.feed import End, Feed
 from nanopack.ring.facts import BatchFacts
 from nanopack.upload.device import Device
-from nanopack.upload.outputs import Outputs
+from nanopack.upload.refills import HostTables
 from nanopack.upload.upload import Upload
 
 
 class Prefetcher:
     """Gets slots from a feed, and releases them once they are copied."""
 
-    def __init__(self, device: Device, feed: Feed, upload: Upload, *, ahead: bool) -> None:
+    def __init__(self, device: Device, feed: Feed, upload: Upload | HostTables, *, ahead: bool) -> None:
         """With `ahead`, each call of `next` also starts the copies for later batches that can start."""
         self._device = device
         self._feed = feed
@@ -38,8 +39,11 @@ class Prefetcher:
         self.waited_s = 0.0
         """Seconds in which no filled slot was ready."""
 
-    def next(self) -> tuple[Outputs, BatchFacts]:
-        """Return the tensors of the next batch and its facts; raise what ends the batches, StopIteration included."""
+    def next(self) -> tuple[Any, BatchFacts]:
+        """Return the tensors of the next batch and its facts; raise what ends the batches, StopIteration included.
+
+        Of HostTables it is the batch's table.
+        """
         self.check_open()
         if self._end is _interrupted:
             # what is submitted may be the batch after one that is lost

@@ -321,6 +321,13 @@ def test_ratios_are_of_the_rounds_of_the_same_run(quick):
     ]
 
 
+def test_a_batch_whose_words_are_on_the_device_costs_a_tenth_of_the_bytes(quick):
+    _, found, _ = quick
+    rows = tables(found, "resident")["From a token store to batches, on the CPU"]
+    copied, by_next, by_graph = (row["numbers"]["copied_bytes_a_batch"]["median"] for row in rows)
+    assert copied > 10 * by_next and copied > 10 * by_graph
+
+
 def test_windows_are_rows_numbered_by_them(quick):
     _, found, _ = quick
     assert [row["name"] for row in tables(found, "padding")["Other windows"]] == ["16", "64", "256"]
@@ -330,7 +337,7 @@ def test_windows_are_rows_numbered_by_them(quick):
 def test_without_a_gpu_its_section_says_so(quick):
     out, found, _ = quick
     assert found["machine"]["gpu"] is None and "not measured: no GPU" in out
-    assert [row["numbers"] for row in only_table(found, "gpu").values()] == [{}]
+    assert [row["numbers"] for row in only_table(found, "gpu").values()] == [{}, {}]
 
 
 def test_the_picture_is_a_png(quick):

@@ -9,22 +9,33 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import (
+    DEVICE,
+    EDGES,
+    NUMBERS,
+    Watch,
+    bytes_of,
+    each_subset,
+    each_width,
+    guarded,
+    interpreted,
+    name_of,
+    on_a_gpu,
+    run_python,
+    syncs_raise,
+)
 from nanopack.kernels import pack_torch as twin
 from nanopack.kernels.pack import pack, pack_bytes
 from nanopack.kernels.pack_torch import pack_torch
 from pack_oracle import (
     ALL_EXTRAS,
-    BOS,
-    IGNORE,
     SINGLES,
     SUBSETS,
     WORD_BYTES,
@@ -35,19 +46,6 @@ from pack_oracle import (
     make_slot,
     poisoned,
 )
-
-
-def name_of(extras: frozenset[str]) -> str:
-    return "+".join(sorted(extras)) or "no extras"
-
-
-# Where there is a GPU, conftest.py leaves the interpreter off, and Triton then takes the GPU's tensors only.
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NUMBERS = {"bos_id": BOS, "ignore_index": IGNORE}
-interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="watches Triton's interpreter, which is off with a GPU")
-guarded = pytest.mark.skipif(sys.platform != "linux", reason="forbids memory by Linux's mprotect")
-each_width = pytest.mark.parametrize("word_bytes", WORD_BYTES, ids=["16-bit words", "32-bit words"])
-each_subset = pytest.mark.parametrize("extras", SUBSETS, ids=name_of)
 
 
 def pack_torch_elsewhere(*args, **kwargs) -> None:
@@ -93,20 +91,6 @@ def test_every_combination_of_extras_equals_plain_python(executor, word_bytes, e
         check(executor, make_rows(len(extras), 3, seq_len, word_bytes), seq_len, word_bytes, extras)
 
 
-EDGES = {
-    "all rows empty": (4, [Row(), Row(), Row()]),
-    "empty between full": (128, [full_row(128, [(0, 0.5)]), Row(), full_row(128, [(0, 2.0)])]),
-    "a piece whose only word is in column T": (128, [full_row(128, [(0, 0.25), (128, 4.0)])]),
-    "every word a piece": (129, [full_row(129, [(c, c / 8) for c in range(130)])]),
-    "one column": (1, [full_row(1, [(0, 0.5), (1, 2.0)]), Row([3], [True], [(0, 1.0)]), Row()]),
-    "largest id of a 16-bit word": (384, [full_row(384, [(0, 1.0)], token=32767)]),
-    "row ends at a block's end": (640, [Row([9] * 128, [True] * 128, [(0, 0.5), (127, 0.25)])]),
-    "row ends one word into a block": (640, [Row([9] * 129, [True] * 129, [(0, 0.5), (128, 0.25)])]),
-    "nothing in the loss": (128, [Row([1] * 129, [False] * 129, [(0, 1.0)])]),
-    "in the loss in column 0 alone, which is no target": (2, [Row([1, 1, 1], [True, False, False], [(0, 1.0)])]),
-}
-
-
 @each_executor
 @each_width
 @pytest.mark.parametrize("edge", EDGES)
@@ -122,38 +106,6 @@ def test_numbers_are_exact_up_to_their_types_ends(executor):
     executor(*slot.views(slot.data.to(DEVICE)), *outputs.values(), bos_id=2**31 - 2, ignore_index=-(2**62))
     assert outputs["inputs"].tolist() == [[2**31 - 1] * 128 + [2**31 - 2]]
     assert outputs["targets"].tolist() == [[2**31 - 1] * 127 + [-(2**62)] * 2]
-
-
-class Watch:
-    """Counts how often the interpreted kernel reads and writes each byte, by address."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from triton.runtime.interpreter import interpreter_builder as builder
-
-        self.read: Counter[int] = Counter()
-        self.written: Counter[int] = Counter()
-        load, store = builder.create_masked_load, builder.create_masked_store
-
-        def watched_load(ptrs, mask, *rest):
-            self.count(self.read, ptrs, mask)
-            return load(ptrs, mask, *rest)
-
-        def watched_store(ptrs, value, mask, *rest):
-            self.count(self.written, ptrs, mask)
-            return store(ptrs, value, mask, *rest)
-
-        monkeypatch.setattr(builder, "create_masked_load", watched_load)
-        monkeypatch.setattr(builder, "create_masked_store", watched_store)
-
-    @staticmethod
-    def count(counts: Counter[int], ptrs, mask) -> None:
-        size = ptrs.get_element_ty().primitive_bitwidth // 8
-        first = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].astype(np.int64)
-        counts.update((first[:, None] + np.arange(size)).flatten().tolist())
-
-
-def bytes_of(tensor: torch.Tensor) -> range:
-    return range(tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size())
 
 
 @interpreted
@@ -187,6 +139,22 @@ def test_pack_bytes_counts_what_the_kernel_moves(monkeypatch, extras, word_bytes
     assert len(watch.read) + len(watch.written) == counted
 
 
+@interpreted
+def test_a_row_of_a_thousand_pieces_costs_ten_loads_more_than_a_row_of_one(monkeypatch):
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    load, calls = builder.create_masked_load, []
+    monkeypatch.setattr(builder, "create_masked_load", lambda *args: (calls.append(0), load(*args))[1])
+    loads, extras = [], ALL_EXTRAS - {"cu_seqlens"}
+    for pieces in (1, 512, 513, 1024):
+        slot = make_slot([full_row(1024, [(c, 1.0) for c in range(pieces)])], 1024, 2, extras)
+        calls.clear()
+        pack(*slot.views(), *poisoned((1, 1024), extras, 0).values(), **NUMBERS)
+        loads.append(len(calls))
+    blocks = 2
+    assert [n - loads[0] for n in loads] == [0, 9 * blocks, 10 * blocks, 10 * blocks]
+
+
 def test_the_example_of_pack_bytes_is_true():
     # kernels/ is not where pytest looks for examples: under that name it refuses to be imported.
     assert doctest.testmod(sys.modules[pack_bytes.__module__]) == (0, 1)
@@ -200,11 +168,6 @@ def test_no_executor_touches_the_memory_around_a_slot_and_if_it_did_its_process_
     done = subprocess.run([sys.executable, script, executor], env=env, capture_output=True, text=True, timeout=300)
     ended = {"packed after": 0, "packed before": 0, "overrun after": -signal.SIGSEGV, "overrun before": -signal.SIGSEGV}
     assert json.loads(done.stdout) == ended, done.stderr[-2000:]
-
-
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parents[2]
-    return subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
 
 
 def test_the_folder_kernels_refuses_to_be_a_package_of_that_name():
@@ -222,19 +185,6 @@ def test_the_twin_never_waits_for_an_accelerator():
     outputs = poisoned((2, 128), ALL_EXTRAS, 0, "meta")
     slot = make_slot(make_rows(1, 2, 128, 2), 128, 2, ALL_EXTRAS)
     pack_torch(*slot.views(slot.data.to("meta")), *outputs.values(), **NUMBERS)
-
-
-@contextmanager
-def syncs_raise() -> Iterator[None]:
-    """Let whatever makes the host wait for the GPU raise."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device: nothing else shows what one does")
 
 
 @pytest.mark.gpu

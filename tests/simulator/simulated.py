@@ -107,6 +107,15 @@ class Block:
         self.stream = stream
         self.touched: tuple[dict[int, tuple[int, str]], ...] = ({}, {})
         """What reads it and what writes it: of each actor the last time, and what that was."""
+        self.parts: list[Block] = []
+        """Parts of it that are touched apart."""
+
+    def part(self, name: str, tensor: torch.Tensor) -> Block:
+        """Return a part of it, which so far was touched as the whole was."""
+        part = Block(name, [tensor], self.stream)
+        part.touched = tuple(dict(touched) for touched in self.touched)
+        self.parts.append(part)
+        return part
 
     def spoil(self) -> None:
         """Fill it with rubbish."""
@@ -225,6 +234,8 @@ class SimulatedDevice:
                 if clock[other] < time and self.clocks:
                     self.faults.append(f"{block.name}: '{other_what}' and '{what}' are not ordered")
         block.touched[write][actor.index] = (clock[actor.index], what)
+        for part in block.parts:
+            self.touch(part, actor, clock, write=write, what=what)
 
     def _queue(
         self,
@@ -254,8 +265,12 @@ class SimulatedDevice:
         self._queue(block.stream, "reuse of memory", block.check_spoilt, reads=[block])
 
     def host_slot(self, number: int, nbytes: int) -> Memory:
+        """Return memory of the host for a slot."""
+        return self.host_memory(f"H[{number}]", nbytes)
+
+    def host_memory(self, name: str, nbytes: int) -> Memory:
         """Return memory of the host."""
-        return Memory(Block(f"H[{number}]", [torch.zeros(nbytes, dtype=torch.uint8)]), nbytes, None, None)
+        return Memory(Block(name, [torch.zeros(nbytes, dtype=torch.uint8)]), nbytes, None, None)
 
     def host_touch(self, block: Block, what: str, *, write: bool) -> None:
         """Note that the host touches memory now."""
@@ -320,6 +335,16 @@ class SimulatedDevice:
         self._queue(self.current, "zeroing", lambda: memory.fill_(0), writes=[block])
         return Memory(block, nbytes, None, self._freed)
 
+    def halves(self, memory: Memory) -> tuple[Memory, Memory]:
+        block, size = memory.block, memory.nbytes // 2
+        first, second = (block.part(f"D[{h}]", tensor) for h, tensor in enumerate(block.tensors[0].chunk(2)))
+        return Memory(first, size, memory, None), Memory(second, size, memory, None)
+
+    def number(self, memory: Memory) -> int:
+        self.pause()
+        self.host_touch(memory.block, "look", write=False)
+        return int(memory.block.tensors[0][:8].view(torch.int64)[0])
+
     def copy(self, to: Memory, source: Memory, stream: Stream) -> None:
         self.pause()
         to_bytes, source_bytes = to.block.tensors[0].numpy(), source.block.tensors[0].numpy()
@@ -344,7 +369,7 @@ class SimulatedDevice:
             except (IndexError, RuntimeError) as error:
                 raise Fault(f"the kernel was fed garbage: {str(error).splitlines()[0]}") from error
 
-        self._queue(stream, "kernel", run, reads=[staged.block], writes=[block])
+        self._queue(stream, "kernel", run, reads=[staged.block], writes=[block, *getattr(kernel, "writes", ())])
 
     def record(self, event: Event, stream: Stream) -> None:
         self.pause()

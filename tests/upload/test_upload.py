@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from mutants import Without, class_from, orders
 from simulated import Fault
 from simulated_feed import DATA_SETS, data
 from simulated_run import Config, Simulation, run
@@ -224,12 +225,6 @@ MUTANTS = {
 }
 
 
-def upload_from(source: str | ast.Module) -> type[Upload]:
-    namespace: dict = {"__name__": "mutant"}
-    exec(compile(source, "mutant", "exec"), namespace)
-    return namespace["Upload"]
-
-
 def fault_of(kind: str, upload: type[Upload] = Upload, schedules: int = 3000, **options: bool) -> str | None:
     """Return the first fault of the kind that a schedule finds. A schedule ends with its first fault of any kind."""
     for seed in range(schedules):
@@ -245,13 +240,13 @@ def fault_of(kind: str, upload: type[Upload] = Upload, schedules: int = 3000, **
 def test_the_clocks_see_a_broken_edge(name):
     old, new = MUTANTS[name]
     assert SOURCE.count(old) == 1, f"upload.py has changed, and this mutant has to follow: {old}"
-    assert fault_of("not ordered", upload_from(SOURCE.replace(old, new))) is not None
+    assert fault_of("not ordered", class_from(SOURCE.replace(old, new), "Upload")) is not None
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_broken_edge_gives_wrong_data_on_some_schedule(name):
     old, new = MUTANTS[name]
-    assert fault_of("", upload_from(SOURCE.replace(old, new)), clocks=False) is not None
+    assert fault_of("", class_from(SOURCE.replace(old, new), "Upload"), clocks=False) is not None
 
 
 @pytest.mark.parametrize("kind, clocks", [("not ordered", True), ("wrong data", False)])
@@ -259,40 +254,19 @@ def test_news_that_come_before_the_slot_is_filled_are_seen(kind, clocks):
     assert fault_of(kind, hasty=True, clocks=clocks) is not None
 
 
-def orders(tree: ast.Module) -> list[ast.Call]:
-    """Return the calls of the Upload class that wait, record, synchronize or query."""
-    [upload] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Upload"]
-    names = ("wait", "record", "synchronize", "query")
-    calls = [node for node in ast.walk(upload) if isinstance(node, ast.Call)]
-    return [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr in names]
-
-
-class Without(ast.NodeTransformer):
-    """Takes one call away: a statement becomes `pass`, a condition True."""
-
-    def __init__(self, call: ast.Call) -> None:
-        self.call = call
-
-    def visit_Expr(self, node: ast.Expr) -> ast.AST:
-        return ast.copy_location(ast.Pass(), node) if node.value is self.call else self.generic_visit(node)
-
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        return ast.copy_location(ast.Constant(True), node) if node is self.call else self.generic_visit(node)
-
-
-ORDERS = [ast.unparse(call) for call in orders(ast.parse(SOURCE))]
+ORDERS = [ast.unparse(call) for call in orders(ast.parse(SOURCE), "Upload")]
 
 
 @pytest.mark.parametrize("number", range(len(ORDERS)), ids=ORDERS)
 def test_no_line_that_orders_is_there_in_vain(number):
     tree = ast.parse(SOURCE)
-    call = orders(tree)[number]
+    call = orders(tree, "Upload")[number]
     # without its synchronize, reclaim() returns nothing, and the loader waits for a producer that has no slot
     kind = "deadlock" if ORDERS[number] == "self._device.synchronize(self._copied[self._in_use[0]])" else "not ordered"
-    assert fault_of(kind, upload_from(Without(call).visit(tree))) is not None
+    assert fault_of(kind, class_from(Without(call).visit(tree), "Upload")) is not None
 
 
 def test_the_mutants_differ_from_upload_in_nothing_else():
     [source] = re.findall(r"^class Upload:.*", SOURCE, re.DOTALL | re.MULTILINE)
     assert len(ORDERS) == len(re.findall(r"evice\.(?:wait|record|synchronize|query)\(", source))
-    assert fault_of("", upload_from(SOURCE), schedules=500) is None
+    assert fault_of("", class_from(SOURCE, "Upload"), schedules=500) is None

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from nanopack.cli.bench import nanochat
+from nanopack.cli.bench import gpu_resident, nanochat
 from nanopack.cli.bench.corpus import ROW, ROWS, Data
 from nanopack.cli.bench.other_packers import NotHereError, need
 from nanopack.cli.bench.rounds import Measure, Pace, Result, Spread, Table, in_rounds, not_measured, ratio, spreads
@@ -50,10 +50,13 @@ IGNORED = {MIDTRAINING: -1, SFT: -1}
 def measure(data: Data, pace: Pace) -> list[Table]:
     """Return the times of the kernel and of the loop, or a note that there is no GPU."""
     if not torch.cuda.is_available():
-        return [Table("On a GPU", [not_measured("kernel, copy, training loop", "no GPU")])]
+        rows = ("kernel, copy, training loop", "words on the device: kernels, upload, captured step")
+        return [Table("On a GPU", [not_measured(row, "no GPU") for row in rows])]
     device = torch.device("cuda", torch.cuda.current_device())
     kernels = [row for kind, settings in KINDS.items() for row in _kernel_rows(data, pace, device, kind, settings)]
-    return [Table("The kernel and the copies, a batch", kernels), Table("A training loop", _loop_rows(data, pace))]
+    resident = gpu_resident.measure(data, pace, device, device_time, lambda: Model(data.tokenizer.vocab_size).cuda())
+    loop = Table("A training loop", _loop_rows(data, pace))
+    return [Table("The kernel and the copies, a batch", kernels), *resident, loop]
 
 
 def _kernel_rows(data: Data, pace: Pace, device: torch.device, kind: str, settings: dict[str, Any]) -> list[Result]:
@@ -94,7 +97,7 @@ def _kernel_rows(data: Data, pace: Pace, device: torch.device, kind: str, settin
         "device copy of the same bytes": lambda i: memory[i].copy_(memory[i - 1]),
         "host copy, pinned": lambda i: staged[i][: facts.used_bytes].copy_(host, non_blocking=True),
     }
-    times = spreads(in_rounds({name: _device_time(work) for name, work in works.items()}, pace))
+    times = spreads(in_rounds({name: device_time(work) for name, work in works.items()}, pace))
     moved = {"kernel": n_bytes, "device copy of the same bytes": n_bytes, "host copy, pinned": facts.used_bytes}
     copied = times["device copy of the same bytes"]
     return [
@@ -111,7 +114,7 @@ def _kernel_rows(data: Data, pace: Pace, device: torch.device, kind: str, settin
     ]
 
 
-def _device_time(work: Callable[[int], object]) -> Measure[float]:
+def device_time(work: Callable[[int], object]) -> Measure[float]:
     """Return the measurement of the device's microseconds for the work on one buffer."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

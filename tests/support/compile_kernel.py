@@ -1,12 +1,14 @@
-"""Compile the pack kernel for GPUs that need not be there, and print, as JSON, what came out.
+"""Compile a kernel for GPUs that need not be there, and print, as JSON, what came out.
 
-    python compile_pack.py sm_90 few   registers, stack and memory instructions of each variant on that target;
-                                       few: without extras and with all of them, all: with each extra alone as well
-    python compile_pack.py launches    how often a thousand launches compile
+    python compile_kernel.py pack sm_90 few   registers, stack and memory instructions of each variant on that target;
+                                              few: without extras and with all of them, all: with each extra alone as
+                                              well, every: all combinations
+    python compile_kernel.py pack launches    how often a thousand launches compile
 
-A stand-in for Triton's driver lets the launcher itself run, so what is compiled is what would be launched: its
-block, its warps, and the facts on alignment that Triton finds in the tensors. Needs a process of its own, in which
-TRITON_INTERPRET is not set. test_pack_compile.py runs it.
+The kernels are pack, gather, graph, which is gather with a counter, and advance, which has but one variant. A stand-in
+for Triton's driver lets the launcher itself run, so what is compiled is what would be launched: its block, its warps,
+and the facts on alignment that Triton finds in the tensors. Needs a process of its own, in which TRITON_INTERPRET is
+not set. test_compile.py runs it.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from typing import Any
 
 import torch
 import triton
-from nanopack.kernels import pack as module
-from pack_oracle import SINGLES, WORD_BYTES, poisoned
+from nanopack.kernels import advance, gather, pack
+from pack_oracle import SINGLES, SUBSETS, WORD_BYTES, poisoned
 from triton.backends.compiler import GPUTarget
 
 TARGETS = {
@@ -59,33 +61,46 @@ class Driver:
 
 
 def launch(
-    word_bytes: int, seq_len: int, extras: frozenset[str], batch_size: int = 4, ignore_index: int = -100
+    kernel: str, word_bytes: int, seq_len: int, extras: frozenset[str], batch_size: int = 4, ignore_index: int = -100
 ) -> None:
     data = torch.empty(batch_size * (seq_len + 17) * 8, dtype=torch.int32)
     words = data.view(torch.int16) if word_bytes == 2 else data
-    outputs = poisoned((batch_size, seq_len), extras, 1000)
-    module.pack(words, data, *outputs.values(), bos_id=batch_size, ignore_index=ignore_index)
+    outputs = poisoned((batch_size, seq_len), extras, 1000).values()
+    numbers = {"bos_id": batch_size, "ignore_index": ignore_index}
+    counter = torch.zeros(3, dtype=torch.int64)
+    if kernel == "pack":
+        pack.pack(words, data, *outputs, **numbers)
+    elif kernel == "advance":
+        advance.advance(data.view(torch.int64), counter, torch.zeros(4, dtype=torch.int64))
+    else:
+        if kernel == "gather":
+            counter = None
+        gather.gather(words, data, *outputs, **numbers, all_in_loss=False, marked=False, counter=counter)
 
 
-def compiled() -> list[Any]:
+FUNCTIONS = {"pack": pack._pack, "gather": gather._gather, "graph": gather._gather, "advance": advance._advance}
+
+
+def compiled(kernel: str) -> list[Any]:
     """Every kernel that launches have compiled, the latest last."""
-    return list(module._pack.device_caches[0][0].values())
+    return list(FUNCTIONS[kernel].device_caches[0][0].values())
 
 
-def variants(driver: Driver, target: str, which: str) -> list[dict[str, Any]]:
+def variants(driver: Driver, kernel: str, target: str, which: str) -> list[dict[str, Any]]:
     """What each variant becomes on one target."""
     ends = (SINGLES[0], SINGLES[-1])
     driver.target = target
-    module._WARP = TARGETS[target].warp_size
-    usual = [
-        (USUAL, word_bytes, extras) for word_bytes in WORD_BYTES for extras in (ends if which == "few" else SINGLES)
-    ]
-    unusual = [(UNUSUAL, word_bytes, extras) for word_bytes in WORD_BYTES for extras in ends]
+    pack._WARP = TARGETS[target].warp_size
+    usual = {"few": ends, "all": SINGLES, "every": SUBSETS}[which]
+    shapes = [(USUAL, word_bytes, extras) for word_bytes in WORD_BYTES for extras in usual]
+    shapes += [(UNUSUAL, word_bytes, extras) for word_bytes in WORD_BYTES for extras in ends]
+    if kernel == "advance":
+        shapes = shapes[:1]
     facts = []
-    for seq_len, word_bytes, extras in usual + unusual:
-        launch(word_bytes, seq_len, extras)
-        kernel = compiled()[-1]
-        found = nvidia(kernel) if TARGETS[target].backend == "cuda" else amd(kernel)
+    for seq_len, word_bytes, extras in shapes:
+        launch(kernel, word_bytes, seq_len, extras)
+        last = compiled(kernel)[-1]
+        found = nvidia(last) if TARGETS[target].backend == "cuda" else amd(last)
         facts.append({"seq_len": seq_len, "word_bytes": word_bytes, "extras": sorted(extras), **found})
     return facts
 
@@ -125,19 +140,20 @@ def amd(kernel: Any) -> dict[str, Any]:
     }
 
 
-def launches() -> list[int]:
+def launches(kernel: str) -> list[int]:
     """Compilations after a thousand launches with 16-bit words, and after as many more with 32-bit words."""
     after = []
     for word_bytes in WORD_BYTES:
         for i in range(1000):
             # 1, multiples of 16 and numbers beyond 32 bits are what Triton would compile apart.
             ignore_index = (-100, 1, 0, -(2**40))[i % 4]
-            launch(word_bytes, 128, SINGLES[-1], batch_size=1 + i % 33, ignore_index=ignore_index)
-        after.append(len(compiled()))
+            launch(kernel, word_bytes, 128, SINGLES[-1], batch_size=1 + i % 33, ignore_index=ignore_index)
+        after.append(len(compiled(kernel)))
     return after
 
 
 if __name__ == "__main__":
     stand_in = Driver()
     triton.runtime.driver.set_active(stand_in)
-    print(json.dumps(launches() if sys.argv[1] == "launches" else variants(stand_in, *sys.argv[1:])))
+    name, *what = sys.argv[1:]
+    print(json.dumps(launches(name) if what == ["launches"] else variants(stand_in, name, *what)))

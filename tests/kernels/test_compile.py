@@ -1,4 +1,4 @@
-"""What kernels/pack.py becomes on GPUs, read from the code that Triton compiles for them. No GPU is needed."""
+"""What the kernels become on GPUs, read from the code that Triton compiles for them. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ few_extras = pytest.mark.parametrize("extras", [EXTRAS[0], EXTRAS[-1]], ids=["no
 
 
 def start(cache: Path, *what: str) -> subprocess.Popen[str]:
-    """Run compile_pack.py without the interpreter that conftest.py turns on, and with nothing compiled before."""
+    """Run compile_kernel.py without the interpreter that conftest.py turns on, and with nothing compiled before."""
     env = dict(os.environ, TRITON_CACHE_DIR=str(cache), OMP_NUM_THREADS="1")
     env.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(Path(__file__).parents[1] / "support" / "compile_pack.py"), *what]
+    command = [sys.executable, str(Path(__file__).parents[1] / "support" / "compile_kernel.py"), *what]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -38,15 +38,15 @@ def answer(process: subprocess.Popen[str]) -> Any:
     return json.loads(out)
 
 
-def compile_for_all(which: str, cache: Path) -> dict[str, list[dict[str, Any]]]:
+def compile_for_all(kernel: str, which: str, cache: Path) -> dict[str, list[dict[str, Any]]]:
     """For each target, what every variant became."""
-    processes = {target: start(cache / target, target, which) for target in TARGETS}
+    processes = {target: start(cache / target, kernel, target, which) for target in TARGETS}
     return {target: answer(process) for target, process in processes.items()}
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    return compile_for_all("few", tmp_path_factory.mktemp("triton"))
+@pytest.fixture(scope="module", params=["pack", "gather", pytest.param("graph", marks=pytest.mark.slow)])
+def compiled(request: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    return compile_for_all(request.param, "few", tmp_path_factory.mktemp("triton"))
 
 
 def variant(
@@ -79,8 +79,9 @@ def test_nothing_spills_and_there_is_no_stack(compiled, target, seq_len, word_by
 
 
 @pytest.mark.slow
-def test_each_extra_alone_is_stored_wide_too_without_spills_or_a_stack(tmp_path):
-    compiled = compile_for_all("all", tmp_path)
+@pytest.mark.parametrize("kernel", ["pack", "gather", "graph"])
+def test_each_extra_alone_is_stored_wide_too_without_spills_or_a_stack(kernel, tmp_path):
+    compiled = compile_for_all(kernel, "all", tmp_path)
     for target in TARGETS:
         for word_bytes in (2, 4):
             for extras in EXTRAS:
@@ -89,5 +90,11 @@ def test_each_extra_alone_is_stored_wide_too_without_spills_or_a_stack(tmp_path)
                 assert (found["stack"], found["spills"]) == (0, [])
 
 
-def test_a_thousand_batches_compile_once_for_each_width_of_words(tmp_path):
-    assert answer(start(tmp_path, "launches")) == [1, 2]
+def test_the_advance_of_a_counter_does_not_spill(tmp_path):
+    for [found] in compile_for_all("advance", "few", tmp_path).values():
+        assert (found["stack"], found["spills"]) == (0, [])
+
+
+@pytest.mark.parametrize("kernel", ["pack", "gather", "graph"])
+def test_a_thousand_batches_compile_once_for_each_width_of_words(kernel, tmp_path):
+    assert answer(start(tmp_path, kernel, "launches")) == [1, 2]
