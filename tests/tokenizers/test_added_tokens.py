@@ -6,10 +6,11 @@ import re
 from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import given, reject
 from hypothesis import strategies as st
 
 from nanopack.tokenizers.added_tokens import AddedTokens, any_of
+from nanopack.tokenizers.rank_files import is_panic
 
 pytest.importorskip("tokenizers", reason="needs transformers: pip install 'nanopack-gpu[hf]'")
 
@@ -38,7 +39,12 @@ def test_they_are_those_that_tokenizers_finds(flags, text, special_is_text):
     core.encode_special_tokens = special_is_text
     tokens = core.get_added_tokens_decoder()
     as_text = {token.content for token in tokens.values() if token.special} if special_is_text else frozenset()
-    encoded = core.encode(text, add_special_tokens=False)
+    try:
+        encoded = core.encode(text, add_special_tokens=False)
+    # of tokenizers itself, where tokens that take blanks along overlap
+    except BaseException as error:
+        assert is_panic(error)
+        reject()
     expected = [(number, *span) for number, span in zip(encoded.ids, encoded.offsets, strict=True) if number in tokens]
     found = AddedTokens(tokens, as_text).cut(text)
     assert [tuple(token) for token in found] == expected
