@@ -156,3 +156,15 @@ def test_the_tour_prints_what_it_shows():
     # losses are those of the machine
     losses = [float(loss) for loss in re.findall(r"chats ([0-9.]+)", printed.getvalue())]
     assert len(losses) == 5 and losses[-1] < 0.7 * losses[0]
+
+
+def test_a_store_is_made_once_and_its_batches_are_trained(chats, tmp_path):
+    example = [EXAMPLES / "store_resident.py", chats, "--store", tmp_path / "tokens"]
+    first = run(*example).splitlines()
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "tokens").rglob("*")}
+    assert run(*example).splitlines() == first
+    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "tokens").rglob("*")}
+    losses = [float(line.split()[-1]) for line in first[:-1]]
+    assert len(losses) == 20 and losses[-1] < losses[0]
+    # B * T words of 16 bits would be more
+    assert int(first[-1].split()[0].replace(",", "")) < 2 * 4 * 256

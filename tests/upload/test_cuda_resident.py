@@ -79,7 +79,7 @@ def test_marks_and_a_mixture_and_any_loss(store, executor, tmp_path):
             mixed, "chat32k", device="cuda", resident=True, executor=executor, **ARGUMENTS | arguments
         ) as loader:
             got = list(itertools.islice(loader, 12))
-        with Loader(mixed, "chat32k", device="cpu", **arguments) as loader:
+        with Loader(mixed, "chat32k", device="cpu", **ARGUMENTS | arguments) as loader:
             assert compare(itertools.islice(loader, 12), iter(got)).difference is None
 
 
