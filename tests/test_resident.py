@@ -98,6 +98,8 @@ def test_batches_are_those_of_the_reference_in_every_field_and_form(packing, dat
     conversations = data.draw(data_sets)
     arguments = data.draw(drawn_arguments(packing)) | {"document_align": 1}
     arguments["extras"] = tuple(extra for extra in arguments["extras"] if extra != "cu_seqlens_real")
+    if "cu_seqlens" not in arguments["extras"]:
+        arguments.pop("max_pieces", None)
     tokenizer = data.draw(st.sampled_from([SMALL, LARGE]))
     with tempfile.TemporaryDirectory() as folder:
         store = store_of(Path(folder), conversations, tokenizer, data.draw(st.integers(1, 6)))

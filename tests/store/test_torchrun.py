@@ -14,7 +14,7 @@ from data_sets import SHIPPED, SMALL
 
 from nanopack.store.tokenize import tokenize
 
-SCRIPT = Path(__file__).parents[1] / "support" / "store_ranks.py"
+SCRIPT = Path(__file__).parents[1] / "support" / "store_ranks_run.py"
 
 
 @pytest.mark.slow

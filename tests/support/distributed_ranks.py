@@ -21,6 +21,7 @@ from nanopack.distributed import of_all_ranks
 
 # Seconds: until a rank that waits for the others gives up, and until the test gives up the ranks.
 PATIENCE, TIMEOUT = 10, 40
+NOT_CONNECTED = "Gloo connectFullMesh failed"
 
 
 class Ranks:
@@ -30,12 +31,15 @@ class Ranks:
     """
 
     def __init__(self, most, folder):
+        self._most, self._folder, self._count = most, folder, itertools.count()
+        self._start()
+
+    def _start(self):
         # each is forked from a clean process that has imported torch: pytest's threads and locks are not theirs
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch.distributed.checkpoint", "nanopack"])
-        self._folder, self._count = folder, itertools.count()
         self._pipes, self._processes = [], []
-        for rank in range(most):
+        for rank in range(self._most):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, rank))
             process.start()
@@ -44,16 +48,17 @@ class Ranks:
             self._processes.append(process)
 
     def __call__(self, world_size, function, *args, **arguments):
-        # gloo's ranks may fail to connect on a busy machine; where one does, all do, before the function is called
+        # gloo's ranks may fail to connect on a busy machine, where they join or where they make a group
         for _ in range(3):
             answers = self._ask(world_size, function, *args, **arguments)
-            if all(joined for joined, *_ in answers):
+            if all(joined and NOT_CONNECTED not in (trace or "") for joined, _, trace in answers):
                 break
         failures = [f"rank {rank}: {trace}" for rank, (_, _, trace) in enumerate(answers) if trace]
         assert not failures, "\n".join(failures)
         return [result for _, result, _ in answers]
 
     def _ask(self, world_size, function, *args, **arguments):
+        """Return of each rank whether it joined, its result and its traceback."""
         store = str(self._folder / f"store{next(self._count)}")
         pipes = self._pipes[:world_size]
         for pipe in pipes:
@@ -62,7 +67,8 @@ class Ranks:
         for rank, pipe in enumerate(pipes):
             if not pipe.poll(max(0, late - time.monotonic())):
                 self.close()
-                raise AssertionError(f"rank {rank} of {world_size} is not done after {TIMEOUT} s")
+                self._start()
+                return [(False, None, f"rank {rank} of {world_size} is not done after {TIMEOUT} s")] * world_size
             results.append(pipe.recv())
         return results
 
