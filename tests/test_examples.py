@@ -41,6 +41,7 @@ def test_an_example_is_read_at_once(example):
     assert len(code.splitlines()) <= 60
 
 
+@pytest.mark.trainers
 def test_ddp_resumed_on_the_same_ranks_has_the_losses_of_one_run_and_falls(chats, tmp_path):
     def losses(folder, steps, ranks):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
