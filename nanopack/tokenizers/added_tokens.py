@@ -66,12 +66,15 @@ class AddedTokens:
             if token.lstrip:
                 while first > done and text[first - 1] in WHITE_SPACE:
                     first -= 1
+                # the token before may have taken some of it, or all
+                first = max(first, done)
             if token.rstrip:
                 spaces = _SPACES.match(text, last, end)
                 assert spaces is not None
                 last = spaces.end()
-            yield Found(self._ids[content], first, last)
-            done = last
+            if first < last:
+                yield Found(self._ids[content], first, last)
+                done = last
 
 
 def _between(found: list[Found], length: int) -> Iterator[tuple[int, int]]:

@@ -6,7 +6,7 @@ import re
 from itertools import pairwise, product
 
 import pytest
-from hypothesis import assume, given, reject
+from hypothesis import assume, example, given, reject
 from hypothesis import strategies as st
 
 from nanopack.tokenizers.added_tokens import AddedTokens, any_of
@@ -34,6 +34,7 @@ FLAGS = st.tuples(*[st.sampled_from(list(product((False, True), repeat=4)))] * l
 
 
 @given(FLAGS, WORDS, st.booleans())
+@example([(True, True, False, False)] * len(CONTENTS), "    ", False)
 def test_they_are_those_that_tokenizers_finds(flags, text, special_is_text):
     core = make(flags)
     core.encode_special_tokens = special_is_text
