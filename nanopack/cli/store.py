@@ -79,8 +79,9 @@ def _print(manifest: Manifest, path: str, as_json: bool) -> None:
     template = settings.template if isinstance(settings.template, str) else (settings.template or {}).get("name")
     lengths = ", ".join(f"{name} {value:,}" for name, value in manifest.lengths.items())
     skipped = f", {manifest.skipped:,} skipped" if manifest.skipped else ""
+    of = "answers" if settings.turns == "each" else "conversations"
     rows = {
-        "documents": f"{manifest.documents:,} of {manifest.conversations:,} conversations{skipped}",
+        "documents": f"{manifest.documents:,} of {manifest.conversations:,} {of}{skipped}",
         "tokens": f"{manifest.tokens:,}, {manifest.loss_tokens:,} of them in the loss",
         "lengths": lengths,
         "words": f"{8 * settings.word_bytes} bits, {len(manifest.shards):,} shards",

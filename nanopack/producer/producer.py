@@ -9,18 +9,17 @@ No torch, no GPU.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from functools import partial
 from math import fsum
 from typing import Any, NamedTuple
 
 from nanopack.notes import Notes
 from nanopack.packing.balance import costs_of
 from nanopack.producer.across import AcrossRanks
-from nanopack.producer.chunk import Chunk
 from nanopack.producer.counting import BackgroundCount, counting
 from nanopack.producer.packed_state import pack_state
 from nanopack.producer.reader import Reader, read_in_turn
-from nanopack.producer.shard import ShardPacker, shards_of
+from nanopack.producer.shard import ReadAll, ShardPacker, shards_of
 from nanopack.producer.start import DEFAULT_START_METHOD, StartMethod
 from nanopack.producer.workers import Workers
 from nanopack.ring.facts import BatchFacts
@@ -69,16 +68,17 @@ class Producer:
         self._on_chunk = None if status is None else self._say_what_is_read
         self._workers = Workers(workers, reader, self._on_chunk, method) if workers else None
         told: set[str] = set()
+        read_all = self._read_all()
         across = self._config.balance_across
         self._shards = [
-            ShardPacker(shard, reader, self._read_all, told)
+            ShardPacker(shard, reader, read_all, told)
             for shard in shards_of(self._config, len(reader.source), all_ranks=across)
         ]
         self._own = [packer for packer in self._shards if packer.shard.number in self._config.shards]
         holding = [packer.holding for packer in self._shards if packer.holding is not None]
         self._across = AcrossRanks(self._config, holding) if across else None
         self._step = 0
-        self._count = BackgroundCount(lambda: counting(reader, self._read_all, all_ranks=True), start.batches)
+        self._count = BackgroundCount(lambda: counting(reader, read_all, all_ranks=True), start.batches)
         if start.state is not None:
             self._step = start.state["step"]
             for packer in self._shards:
@@ -168,12 +168,16 @@ class Producer:
         assert self._status is not None
         self._status.set(self._reading, conversation)
 
-    def _read_all(self, indices: Iterable[int]) -> Iterator[Chunk]:
+    def _read_all(self) -> ReadAll:
+        """Return what reads conversations; in the trainer's process it does not refer to this, which would be a cycle.
+
+        Mapped files would stay open until the next garbage collection.
+        """
+        config, own = self._config, self._status is None
         if self._workers is not None:
-            return self._workers.read_all(indices, shards=len(self._config.shards))
-        tokens = self._config.shard_rows * self._config.seq_len
-        own = self._status is None
-        return read_in_turn(self._reader, indices, batch_tokens=tokens, on_chunk=self._on_chunk, raise_interrupts=own)
+            return partial(self._workers.read_all, shards=len(config.shards))
+        tokens = config.shard_rows * config.seq_len
+        return partial(read_in_turn, self._reader, batch_tokens=tokens, on_chunk=self._on_chunk, raise_interrupts=own)
 
 
 def initial_state(reader: Reader) -> bytes:

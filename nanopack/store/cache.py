@@ -28,15 +28,10 @@ import numpy as np
 from nanopack.conversations.messages import OUR_ROLES as ROLES
 from nanopack.conversations.source import Source
 from nanopack.store.folder import Folder
-from nanopack.store.format import Settings, is_store
+from nanopack.store.format import DOCUMENTS, Settings, is_store
 from nanopack.store.job import part_size
 from nanopack.store.store import Store
 from nanopack.store.writer import Rendered, write_store
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger("nanopack")
 
@@ -79,7 +74,8 @@ class Cache:
         self.source, self.settings = source, settings
         parts = json.dumps([dataclasses.asdict(settings) | {"clock": ""}, len(source), data], sort_keys=True)
         self.path = os.path.join(os.fspath(folder), hashlib.sha256(parts.encode()).hexdigest()[:16])
-        self._owner, self._file, self._told = -1, -1, False
+        self._owner, self._told = -1, False
+        self._file: Any = None
         self._kept = np.zeros(len(source), bool)
 
     def __reduce__(self) -> Any:
@@ -96,8 +92,10 @@ class Cache:
         self._open()
         new = [one for one in documents if not self._kept[one.conversation]]
         if new:
-            # one write: what a killed process leaves torn is the last frame
-            os.write(self._file, _packed(new, self.settings))
+            # what a killed process leaves torn is the last frame
+            rest = memoryview(_packed(new, self.settings))
+            while rest:
+                rest = rest[self._file.write(rest) :]
             self._kept[[one.conversation for one in new]] = True
 
     def _open(self) -> None:
@@ -109,15 +107,16 @@ class Cache:
         for frame in self._frames():
             self._kept[frame.numbers] = True
         name = os.path.join(folder, f"{uuid.uuid4().hex}.spool")
-        self._owner, self._file = os.getpid(), os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._owner, self._file = os.getpid(), open(name, "ab", buffering=0)  # noqa: SIM115
 
     def _frames(self) -> Iterator[Frame]:
         """Yield the whole frames of all spool files."""
         folder = os.path.join(self.path, SPOOL)
         for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-            file = os.path.join(folder, name)
-            if os.path.getsize(file):
-                yield from _unpacked(np.memmap(file, np.uint8, "r"), self.settings)
+            # another rank removes them once there is a store
+            with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, name), "rb") as file:
+                if os.path.getsize(file.fileno()):
+                    yield from _unpacked(np.memmap(file, np.uint8, "r"), self.settings)
 
     def finish(self) -> bool:
         """Make the store where every conversation is in the spool, and return whether there is one.
@@ -130,14 +129,19 @@ class Cache:
         for frame in self._frames():
             kept[frame.numbers] = True
         if not kept.all():
+            if self.stored() is not None:
+                # another rank has made it and removed the spool
+                return True
             self._say_what_lacks(int(len(kept) - kept.sum()))
             return False
-        with self._alone():
+        folder = Folder(self.path)
+        with folder.alone("lock"):
             if self.stored() is None:
+                folder.sweep(DOCUMENTS)
                 documents = _in_order([*self._frames()], self.source, self.settings)
                 write_store(self.path, documents, self.settings, shard_documents=part_size(len(kept)))
                 log.info("cache: the documents of these data are stored in %s, and read there from now on", self.path)
-            Folder(self.path).remove_folder(SPOOL)
+            folder.remove_folder(SPOOL)
         return True
 
     def finish_before(self) -> bool:
@@ -156,14 +160,6 @@ class Cache:
                 "no store until all are there",
                 *(count, self.path),
             )
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold the folder's lock, which ends with the process that holds it."""
-        with open(os.path.join(self.path, "lock"), "w") as file:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
 
 class Frame(NamedTuple):

@@ -58,7 +58,8 @@ def _reporter(read: Any, on_read: Callable[[int], object]) -> Callable[[], objec
 
     def report() -> None:
         nonlocal told
-        now = read.value
+        # without its lock, which a killed worker may hold
+        now = read.get_obj().value
         on_read(now - told)
         told = now
 

@@ -9,10 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger("nanopack")
 
 TEMPORARY = ".tmp"
 
@@ -68,7 +76,8 @@ class Folder:
     def remove_folder(self, folder: str) -> None:
         """Remove one of its folders and the files in it."""
         self.remove(f"{folder}/{name}" for name in self.names(folder))
-        with contextlib.suppress(FileNotFoundError):
+        # gone already, or another process has just written into it
+        with contextlib.suppress(OSError):
             os.rmdir(os.path.join(self.path, folder))
 
     def sweep(self, *folders: str) -> None:
@@ -76,8 +85,27 @@ class Folder:
         for folder in ("", *folders):
             self.remove(os.path.join(folder, name) for name in self.names(folder) if name.endswith(TEMPORARY))
 
+    @contextlib.contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Hold the lock that the file of this name is; it ends with the process. Another process waits for it."""
+        path = os.path.join(self.path, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w") as file:
+            # not every system has locks
+            with contextlib.suppress(OSError, AttributeError):
+                _lock(file, self.path)
+            yield
+
     def __str__(self) -> str:
         return self.path
+
+
+def _lock(file: Any, folder: str) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.warning("another process is writing into %s; waiting for it", folder)
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 @contextlib.contextmanager

@@ -104,7 +104,7 @@ class Manifest:
     settings: Settings
     documents: int
     conversations: int
-    """Of the data, those that were skipped among them."""
+    """Of the data, those that were skipped among them; with turns="each" their answers."""
     skipped: int
     tokens: int
     loss_tokens: int
@@ -136,7 +136,10 @@ class Manifest:
         try:
             found = json.loads(folder.read(MANIFEST))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{file} cannot be read as the manifest of a token store ({error})") from error
+            raise ValueError(
+                f"{file} cannot be read as the manifest of a token store ({error}); copy the store again, or delete "
+                "its folder and tokenize again"
+            ) from error
         if not _is_ours(found):
             raise ValueError(f"{file} is not the manifest of a token store; `nanopack tokenize` makes one")
         if found["format"] != FORMAT:
@@ -176,9 +179,9 @@ class Manifest:
             try:
                 size = os.stat(file).st_size
             except OSError as error:
-                raise _damaged(file, f"{one.bytes:,} bytes", error.strerror or str(error)) from error
+                raise damaged(file, f"{one.bytes:,} bytes", error.strerror or str(error)) from error
             if size != one.bytes:
-                raise _damaged(file, f"{one.bytes:,} bytes", f"{size:,}")
+                raise damaged(file, f"{one.bytes:,} bytes", f"{size:,}")
 
 
 def _is_ours(found: object) -> bool:
@@ -188,15 +191,16 @@ def _is_ours(found: object) -> bool:
 def is_store(path: str | os.PathLike[str]) -> bool:
     """Return whether this is a folder that holds a token store."""
     try:
-        return _is_ours(json.loads(Folder(path).read(MANIFEST)))
-    except (OSError, ValueError):
+        # one that was cut, too, is ours: reading it says so
+        return f'"{KIND}"'.encode() in Folder(path).read(MANIFEST)[:100]
+    except OSError:
         return False
 
 
-def _damaged(file: str, expected: str, found: str) -> StorageError:
+def damaged(file: str, expected: str, found: str) -> StorageError:
+    """Return the error that names a damaged file, and what it should be."""
     return StorageError(
-        f"{file}: expected {expected}, found {found}; copy the store again, or delete its {MANIFEST} and this file and "
-        "run the same `nanopack tokenize`"
+        f"{file}: expected {expected}, found {found}; copy the store again, or delete its folder and tokenize again"
     )
 
 

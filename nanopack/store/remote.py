@@ -14,7 +14,7 @@ import os
 import tempfile
 import uuid
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -84,6 +84,11 @@ class RemoteFolder(Folder):
 
     def remove_folder(self, folder: str) -> None:
         self.remove(f"{folder}/{name}" for name in self.names(folder))
+
+    @contextlib.contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Do nothing: there are no locks."""
+        yield
 
     def _at(self, name: str) -> tuple[Any, str]:
         url = f"{self.path}/{name}" if name else self.path

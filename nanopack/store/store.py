@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from nanopack.conversations.source import Source
-from nanopack.store.format import COLUMNS, Manifest, Settings, column_file, is_store
+from nanopack.store.format import COLUMNS, Manifest, Settings, column_file, damaged, is_store
 
 __all__ = ["Documents", "Store", "is_store"]
 
@@ -140,9 +140,17 @@ class Store(Documents):
         return np.memmap(path, dtype, "r") if os.path.getsize(path) else np.empty(0, dtype)
 
     def _column(self, name: str) -> np.ndarray:
-        found: np.ndarray = np.load(os.path.join(self.path, column_file(name)), mmap_mode="r")
-        if found.dtype != COLUMNS[name] or found.ndim != 1:
-            raise ValueError(f"{self.path}/{column_file(name)} holds {found.dtype}{found.shape}; copy the store again")
+        file = os.path.join(self.path, column_file(name))
+        wanted = f"{COLUMNS[name]} of {self.manifest.documents:,} documents"
+        try:
+            found: np.ndarray = np.load(file, mmap_mode="r")
+        # of a header that cannot be read
+        except (ValueError, SyntaxError) as error:
+            raise damaged(file, wanted, "a header that cannot be read") from error
+        counts = {"starts": None, "roles": None, "start_bounds": self.manifest.documents + 1}
+        count = counts.get(name, self.manifest.documents)
+        if found.dtype != COLUMNS[name] or found.ndim != 1 or count not in (None, len(found)):
+            raise damaged(file, wanted, f"{found.dtype}{found.shape}")
         return found
 
     @cached_property

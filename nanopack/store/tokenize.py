@@ -104,8 +104,12 @@ def tokenize(
     _refuse_other(folder, plan, begun)
     if MANIFEST not in folder.names():
         _refuse_lacking(job)
-        folder.write(PLAN, [json.dumps(plan, indent=1).encode()])
-        finish_parts(job, plan, _run(job, engine or _local(num_workers), show))
+        with folder.alone(f"{PARTS}/lock"):
+            # another run may have begun since, or finished
+            _refuse_other(folder, plan, _begun(folder))
+            if MANIFEST not in folder.names():
+                folder.write(PLAN, [json.dumps(plan, indent=1).encode()])
+                finish_parts(job, plan, _run(job, engine or _local(num_workers), show))
     _tidy(folder)
     return None if is_url(folder.path) else Store(folder.path)
 
@@ -234,7 +238,9 @@ def finish_parts(job: Job, plan: dict[str, Any], parts: Sequence[Part]) -> None:
     bad = [one for part in parts for one in part.bad]
     if bad:
         _refuse_many(bad, job.count)
-        lines = (json.dumps(one._asdict()) + "\n" for one in bad)
+        # of an answer, the conversation that it is of, as in the columns
+        numbered = (one._replace(conversation=job.source.drawn_as(one.conversation)) for one in bad)
+        lines = (json.dumps(one._asdict()) + "\n" for one in numbered)
         job.folder.write(QUARANTINE, (line.encode() for line in lines))
         log.warning("%d bad conversations were skipped; %s/%s says why", len(bad), job.folder, QUARANTINE)
     columns = [job.columns(part) for part in range(job.parts)]

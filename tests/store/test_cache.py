@@ -16,10 +16,12 @@ import pytest
 from data_sets import PACKINGS, SHIPPED, SMALL, data_sets, drawn_arguments
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stores import settings_of
 
 import nanopack
-from nanopack.store import Store
-from nanopack.store.cache import HEAD, CachedStore
+from nanopack.conversations.data_sets import open_conversations
+from nanopack.store import Rendered, Store
+from nanopack.store.cache import HEAD, Cache, CachedStore
 from nanopack.verify import compare
 
 Loader = functools.partial(nanopack.Loader, num_workers=0)
@@ -119,6 +121,44 @@ def test_a_run_that_is_killed_and_resumed_continues_the_cache(tmp_path):
     assert len(Store(*stores(tmp_path))) == 2486
     with Loader(SHIPPED, "chat32k", cache=tmp_path, **arguments) as again:
         assert compare(iter(expected), iter(again))
+
+
+def cache_of(folder: Path, count: int) -> Cache:
+    source = open_conversations([{"text": "a"}] * count)
+    return Cache(folder, source, settings_of(SMALL), "")
+
+
+def rendered(number: int) -> Rendered:
+    return Rendered(np.array([number, 7]), np.array([False, True]), number)
+
+
+def test_a_rank_that_comes_while_another_makes_the_store_finds_it(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "nanopack")
+    one, other = cache_of(tmp_path, 2), cache_of(tmp_path, 2)
+    one.add([rendered(1), rendered(0)])
+    listdir = os.listdir
+
+    def while_one_finishes(path):
+        monkeypatch.setattr(os, "listdir", listdir)
+        names = listdir(path)
+        assert names and one.finish()
+        return names
+
+    monkeypatch.setattr(os, "listdir", while_one_finishes)
+    assert other.finish() and len(other.stored()) == 2
+    assert "are not in" not in caplog.text
+
+
+def test_documents_that_the_system_writes_piece_by_piece_are_all_kept(tmp_path):
+    class Slow:
+        def write(self, data):
+            return file.write(data[:5])
+
+    cache = cache_of(tmp_path, 3)
+    cache.add([rendered(0)])
+    file, cache._file = cache._file, Slow()
+    cache.add([rendered(2), rendered(1)])
+    assert cache.finish() and [cache.stored()[i]["input_ids"].tolist() for i in range(3)] == [[0, 7], [1, 7], [2, 7]]
 
 
 def test_a_state_goes_from_a_run_with_a_cache_to_one_without_and_back(tmp_path):

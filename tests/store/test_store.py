@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import pickle
 import tempfile
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +135,41 @@ def test_a_damaged_file_is_named_when_the_store_is_opened(damage, name, tmp_path
         file.write_bytes(whole[:-1] if damage == "cut" else whole + b"\0")
     with pytest.raises(StorageError, match=rf"{name}: expected {len(whole):,} bytes, found"):
         Loader(tmp_path)
+
+
+@pytest.mark.parametrize("old, new", [(b"NUMPY", b"NUMPZ"), (b"(3,)", b"(2,)"), (b"(3,)", b"(9,)"), (b"<u4", b"<i4")])
+def test_a_column_whose_header_is_damaged_is_named_when_the_store_is_opened(old, new, tmp_path):
+    store_of(tmp_path, TALK, SMALL)
+    file = tmp_path / "documents" / "lengths.npy"
+    content = file.read_bytes()
+    assert old in content
+    file.write_bytes(content.replace(old, new))
+    with pytest.raises(
+        StorageError, match=r"lengths\.npy: expected uint32 of 3 documents, found .*; copy the store again"
+    ):
+        Loader(tmp_path)
+
+
+def test_a_manifest_that_was_cut_is_named_and_not_taken_for_conversations(tmp_path):
+    store_of(tmp_path, TALK, SMALL)
+    file = tmp_path / "manifest.json"
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(ValueError, match=r"manifest\.json cannot be read as the manifest of a token store"):
+        Loader(tmp_path, SMALL)
+
+
+def test_a_loader_that_is_dropped_leaves_no_mapped_file_to_the_garbage_collector(tmp_path):
+    store_of(tmp_path, TALK, SMALL)
+    gc.collect()
+    gc.disable()
+    try:
+        with Loader(tmp_path, batch_size=1, seq_len=8, epochs=1) as loader:
+            words = weakref.ref(loader.source.shards[0])
+            list(iter(loader))
+        del loader
+        assert words() is None
+    finally:
+        gc.enable()
 
 
 def test_arguments_that_the_store_has_decided_are_its_own_or_refused(tmp_path):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,7 +24,7 @@ from data_sets import SHIPPED, SMALL
 import nanopack
 from nanopack import ConversationError, Loader, cli
 from nanopack.errors import TemplateError
-from nanopack.store import Store, folder, is_store, job
+from nanopack.store import Store, engines, folder, is_store, job
 from nanopack.store.check import check
 from nanopack.store.tokenize import tokenize
 from nanopack.verify import compare
@@ -100,6 +104,34 @@ def test_a_folder_of_other_data_or_arguments_is_refused_by_name(tmp_path, monkey
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"mine holds other files, notes\.txt for one"):
         tokenize(data, SMALL, tmp_path / "mine", num_workers=0)
+
+
+def test_two_runs_into_one_folder_take_turns_and_one_of_other_arguments_is_refused(tmp_path, monkeypatch, caplog):
+    data, out, begun, goes_on = [{"text": "a"}] * 2, tmp_path / "out", threading.Event(), threading.Event()
+    whole = written(Path(tokenize(data, SMALL, tmp_path / "once", num_workers=0).path))
+    write_part = job.write_part
+
+    def waits(*given):
+        begun.set()
+        assert goes_on.wait(60)
+        return write_part(*given)
+
+    monkeypatch.setattr("nanopack.store.engines.write_part", waits)
+    with ThreadPoolExecutor(3) as pool:
+        run = functools.partial(pool.submit, tokenize, data, SMALL, out, num_workers=0)
+        first = run()
+        assert begun.wait(60)
+        # as where both begin before either has written what it makes
+        (out / "parts" / "plan.json").unlink()
+        second, other = run(), run(template="chatml")
+        deadline = time.monotonic() + 60
+        while caplog.text.count("another process is writing into") < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        goes_on.set()
+        assert len(first.result(60)) == len(second.result(60)) == 2
+        with pytest.raises(ValueError, match="template was 'nanochat' and is 'chatml'"):
+            other.result(60)
+    assert written(out) == whole
 
 
 def test_a_finished_store_of_other_arguments_is_refused(tmp_path):
@@ -246,6 +278,26 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
         if not any(Path(f"/proc/{child}").exists() for child in children):
             return
     raise AssertionError(f"{children} outlived {process.pid}")
+
+
+def test_progress_is_reported_where_a_killed_worker_held_the_lock_of_the_count():
+    context = multiprocessing.get_context("fork")
+    read, reported = context.Value("q", 3), []
+    worker = context.Process(target=lambda: (read.get_lock().acquire(), os._exit(0)))
+    worker.start()
+    worker.join(60)
+    report = threading.Thread(target=engines._reporter(read, reported.append), daemon=True)
+    report.start()
+    report.join(10)
+    assert reported == [3]
+
+
+def test_the_quarantine_numbers_conversations_where_each_answer_is_a_document(tmp_path):
+    talk = {"messages": GOOD["messages"] * 2}
+    tokenize([talk, BAD, GOOD], SMALL, tmp_path, turns="each", on_error="skip", num_workers=0)
+    (line,) = (tmp_path / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["conversation"] == 1 and json.loads(line)["where"] == "conversation 1"
+    assert Store(tmp_path).conversations.tolist() == [0, 0, 2]
 
 
 def test_a_killed_worker_is_named_and_the_run_can_be_repeated(tmp_path, monkeypatch):
