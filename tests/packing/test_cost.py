@@ -75,12 +75,44 @@ def test_the_same_from_configs_of_transformers():
     assert not sizes_of(neox).gated
 
 
-def test_attention_that_the_formula_does_not_fit_is_refused():
-    config = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, vocab_size=9, intermediate_size=32)
-    assert as_cost(SimpleNamespace(**config)) == as_cost(SimpleNamespace(**config, layer_types=["full_attention"]))
-    for more in ({"layer_types": ["full_attention", "linear_attention"]}, {"kv_lora_rank": 4}):
-        with pytest.raises(ValueError, match="pass a pair"):
-            as_cost(SimpleNamespace(**config, **more))
+CONFIG = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, vocab_size=9, intermediate_size=32)
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+        ({"sliding_window": 4}, "sliding_attention"),
+        ({"kv_lora_rank": 4}, "latent attention"),
+        ({"is_encoder_decoder": True}, "an encoder"),
+    ],
+)
+def test_attention_that_the_formula_does_not_fit_is_refused(more, what):
+    with pytest.raises(ValueError, match=f"{what}, .*pass a pair"):
+        as_cost(SimpleNamespace(**CONFIG, **more))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"layer_types": ["full_attention"], "sliding_window": 4},
+        {"sliding_window": 4, "use_sliding_window": False},
+        {"sliding_window": None, "kv_lora_rank": None, "is_encoder_decoder": False},
+    ],
+)
+def test_a_window_that_no_layer_uses_is_no_reason(more):
+    assert as_cost(SimpleNamespace(**CONFIG, **more)) == as_cost(SimpleNamespace(**CONFIG))
+
+
+def test_the_sizes_of_a_config_are_those_of_its_text_config():
+    inner = SimpleNamespace(**CONFIG)
+    assert as_cost(SimpleNamespace(get_text_config=lambda: inner, vision_config={})) == as_cost(inner)
+
+
+def test_a_config_without_a_size_is_refused_by_its_name():
+    lacking = {name: value for name, value in CONFIG.items() if name != "num_attention_heads"}
+    with pytest.raises(ValueError, match=r"of a 'rwkv' lacks num_attention_heads; pass a nanopack\.ModelSizes"):
+        as_cost(SimpleNamespace(**lacking, model_type="rwkv"))
 
 
 def test_a_pair_is_the_cost():
