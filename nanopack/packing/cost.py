@@ -21,7 +21,9 @@ PASSES = 3  # forward, and backward for the inputs and for the weights
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 # Model types of transformers with an intermediate_size whose MLP has two matrices instead of three.
-_NOT_GATED = {"gpt_neox", "opt", "bloom", "falcon", "phi", "starcoder2", "gpt_bigcode", "codegen", "nemotron", "bert"}
+_NOT_GATED = {
+    *("nanochat", "gpt_neox", "phi", "starcoder2", "nemotron", "arcee", "apertus", "persimmon", "jais2", "biogpt"),
+}
 
 
 class Cost(NamedTuple):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanopack.packing.cost import Cost, ModelSizes, as_cost, sizes_of
+from nanopack.packing.cost import Cost, ModelSizes, as_cost
 
 LLAMA_3_8B = ModelSizes(layers=32, hidden=4096, heads=32, kv_heads=8, mlp=14336, vocab=128256)
 GPT_2 = ModelSizes(layers=12, hidden=768, heads=12, mlp=3072, gated=False, vocab=50257)
@@ -71,8 +71,29 @@ def test_the_same_from_configs_of_transformers():
     assert as_cost(llama) == LLAMA_3_8B.cost()
     assert as_cost(transformers.GPT2Config()) == GPT_2.cost()
     assert as_cost(moe) == QWEN_3_30B_A3B.cost()
-    neox = transformers.GPTNeoXConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256)
-    assert not sizes_of(neox).gated
+
+
+# two matrices an MLP, three, and without an intermediate_size
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("nanochat", "gpt_neox", "phi", "starcoder2", "nemotron", "arcee", "apertus", "persimmon", "jais2", "biogpt"),
+        *("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "olmo2", "bloom"),
+    ],
+)
+def test_the_cost_of_a_config_is_that_of_the_matrices_of_its_model(kind):
+    transformers = pytest.importorskip("transformers")
+    import tiny_hf  # noqa: F401  (as above)
+    import torch
+
+    if kind not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    shape = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, vocab_size=160)
+    config = transformers.CONFIG_MAPPING[kind](**shape, pad_token_id=0, sliding_window=None)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    matrices = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert as_cost(config).per_token == 6 * sum(matrix.weight.numel() for matrix in matrices)
 
 
 CONFIG = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, vocab_size=9, intermediate_size=32)
