@@ -1,7 +1,7 @@
 """The state of a run, and the data and arguments that it belongs to.
 
-    producer/shard.py: state_of()     ->   Loader.state_dict()   ->   merge_states()   ->   Loader.load_state_dict()
-                      fingerprint()                                of all ranks              check_state()
+    producer/packed_state.py: state_of()   ->   Loader.state_dict()   ->   merge_states()   ->   load_state_dict()
+                           fingerprint()                                   of all ranks          check_state()
 
 A state is plain data (JSON-able):
 

@@ -135,6 +135,12 @@ def test_work_is_counted_by_batch_by_rank_and_over_time():
     assert next(plain).work == plain.ledger()["work"] == plain.stats()["work"] == 0.0
 
 
+def test_how_long_documents_wait_for_a_row_is_counted_as_without():
+    plain, dealt = (Loader(CHATS, SMALL, 2, 24, epochs=1, **more) for more in ({}, dict(balance=(1, 1))))
+    assert len(list(plain)) == len(list(dealt))
+    assert plain.stats()["longest_wait_rows"] == dealt.stats()["longest_wait_rows"] > 0
+
+
 def test_step_k_costs_every_rank_about_the_same():
     """Each rank's dearest rows come in the same step, so the slowest rank is nearer to the mean than without."""
 

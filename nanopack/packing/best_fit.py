@@ -215,7 +215,8 @@ class _Ages:
         if (known := self._marks.shape[1]) < len(self._rows):
             new = np.array([self._numbers[known:], self._rows[known:]], np.int64)
             self._marks = np.concatenate([self._marks, new], axis=1)
-        return self._marks[1][self._marks[0].searchsorted(numbers)]  # type: ignore[no-any-return]
+        rows: np.ndarray = self._marks[1][self._marks[0].searchsorted(numbers)]
+        return rows
 
     def read_in_one(self, number: int) -> int:
         """Return the row in which a document was read."""

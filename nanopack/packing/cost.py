@@ -18,8 +18,12 @@ from nanopack.checks import check_bool, check_int
 
 PASSES = 3  # forward, and backward for the inputs and for the weights
 
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
 # Model types of transformers with an intermediate_size whose MLP has two matrices instead of three.
-_NOT_GATED = {"gpt_neox", "opt", "bloom", "falcon", "phi", "starcoder2", "gpt_bigcode", "codegen", "nemotron", "bert"}
+_NOT_GATED = {
+    *("nanochat", "gpt_neox", "phi", "starcoder2", "nemotron", "arcee", "apertus", "persimmon", "jais2", "biogpt"),
+}
 
 
 class Cost(NamedTuple):
@@ -89,7 +93,8 @@ def as_cost(balance: Balance) -> Cost:
     """
     if isinstance(balance, ModelSizes):
         return balance.cost()
-    if hasattr(balance, "num_hidden_layers"):
+    # a config of several models, such as of text and vision, has its sizes further in
+    if hasattr(balance, "num_hidden_layers") or hasattr(balance, "get_text_config"):
         return sizes_of(balance).cost()
     numbers = tuple(balance) if isinstance(balance, (tuple, list)) else ()
     if len(numbers) != 2 or not all(_is_amount(number) for number in numbers) or not any(numbers):
@@ -105,21 +110,23 @@ def _is_amount(number: object) -> bool:
 
 
 def sizes_of(config: Any) -> ModelSizes:
-    """Return the sizes in a transformers config. ValueError where its attention is not causal attention to all before.
+    """Return the sizes in a transformers config.
+
+    ValueError where it lacks one, or says that the attention is not causal attention to all tokens before.
 
     Read by name alone: hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
     intermediate_size (without one: 4 * hidden_size, two matrices, as GPT-2), vocab_size, and for experts
     num_experts_per_tok and moe_intermediate_size; shared experts are not counted.
     """
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    other = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
-    if getattr(config, "kv_lora_rank", None):
-        other.add("latent attention")
-    if other:
+    kind = f"balance: the config of a {getattr(config, 'model_type', 'model')!r}"
+    if other := _other_attention(config):
         raise ValueError(
-            f"balance: the config of a {getattr(config, 'model_type', 'model')!r} has {', '.join(sorted(other))}, for "
-            f"which this formula is wrong; pass a pair (a, b), for the cost a * L + b * L^2"
+            f"{kind} has {', '.join(sorted(other))}, for which this formula is wrong; pass a pair (a, b), for the cost "
+            f"a * L + b * L^2"
         )
+    if missing := [name for name in _SIZES if not hasattr(config, name)]:
+        raise ValueError(f"{kind} lacks {', '.join(missing)}; pass a nanopack.ModelSizes, or a pair (a, b)")
     hidden, inner = config.hidden_size, getattr(config, "intermediate_size", None)
     experts = getattr(config, "num_experts_per_tok", None) or 1
     return ModelSizes(
@@ -133,3 +140,17 @@ def sizes_of(config: Any) -> ModelSizes:
         experts_per_token=experts,
         vocab=config.vocab_size,
     )
+
+
+def _other_attention(config: Any) -> set[str]:
+    """Return the kinds of attention in a config that are not causal attention to all tokens before."""
+    layers = getattr(config, "layer_types", None)
+    other = {*(layers or ())} - {"full_attention"}
+    # where the layers are listed they say whether the window is used
+    if layers is None and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        other.add("sliding_attention")
+    if getattr(config, "kv_lora_rank", None):
+        other.add("latent attention")
+    if getattr(config, "is_encoder_decoder", False):
+        other.add("an encoder")
+    return other

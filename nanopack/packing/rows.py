@@ -125,7 +125,8 @@ def _keys(documents: tuple[Numbers, Numbers]) -> list[int]:
         return [key_of(int(number), int(length)) for number, length in zip(numbers, lengths, strict=True)]
     numbers, lengths = np.asarray(numbers, np.int64), np.asarray(lengths, np.int64)
     key_of(int(numbers[-1]), int(lengths.max()))
-    return ((lengths << BITS) | (LAST - numbers)).tolist()  # type: ignore[no-any-return]
+    keys: list[int] = ((lengths << BITS) | (LAST - numbers)).tolist()
+    return keys
 
 
 def key_of(number: int, length: int) -> int:

@@ -1,7 +1,7 @@
 """All that runs in the producer process: read, tokenize, pack, fill slots.
 
 reader.py     conversations by index -> documents as token words
-shard.py      one shard of the conversations, packed into rows
+shard.py      one shard of the conversations, packed into rows;  placed.py  what is counted of them
 producer.py   all shards of a rank -> filled slots; counting.py  how many there will be
 feed.py       the producer in the caller's thread;  process.py  in a process of its own
 workers.py    more processes that read and tokenize

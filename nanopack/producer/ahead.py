@@ -1,6 +1,6 @@
 """Name the rows that are packed and not yet delivered, for a state, and find them again.
 
-BalancedPacker.ahead()   ->   bytes, pickled with every batch   ->   plain(): a state's lists   ->   rows_of()
+HoldingPacker.ahead()   ->   bytes, pickled with every batch   ->   plain(): a state's lists   ->   rows_of()
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Pack one shard of the conversations into rows, and count what becomes of each document and token.
+"""Pack one shard of the conversations into rows.
 
     documents, in order   ->   ShardPacker.next_rows()   ->   Pieces of the next batch
      arrivals.py               packing/ decides when to       producer.py writes those of all shards into a slot
-                               read and what goes where
+                               read and what goes where       placed.py counts them
 
 A rank has one shard, or with shard="row" one for each of its rows. A shard can save its state and restore it. No torch,
 no GPU.
@@ -27,6 +27,7 @@ from nanopack.packing.rows import Packer, Rows
 from nanopack.producer.ahead import changed_error, rows_of
 from nanopack.producer.arrivals import Arrivals, describe_or_raise
 from nanopack.producer.chunk import Chunk, Live, weigh
+from nanopack.producer.placed import Placed
 from nanopack.producer.reader import Reader
 from nanopack.producer.stored import TOGETHER, StoreReader
 from nanopack.ring.pieces import Pieces
@@ -57,14 +58,13 @@ class ShardPacker:
         self._read_all = read_all
         self._live = Live()
         self._arrivals = Arrivals(shard, reader.source, reader.config, self._live, set() if told is None else told)
+        self._placed = Placed(self._arrivals, reader, self._live)
         self.positions = Ledger()
         """The positions of the batches, which belong to no source."""
         self._packer = self._make_packer()
         self._whole_passes = self._config.packing.whole_passes
         # documents that were left when some were last forgotten
         self._kept = 0
-        # the document placed last, and before which of its tokens: the stream repeats one in the next row
-        self._last = -1, 0
         self._arrivals.start(self._chunks_from(0), 0, 0)
 
     def _make_packer(self) -> Packer | HoldingPacker:
@@ -79,14 +79,14 @@ class ShardPacker:
         if config.balance is None:
             return packer
         if config.balance_across:
-            return HoldingPacker(packer, on_packed=self._count_cropped)
+            return HoldingPacker(packer, on_packed=self._placed.count_cropped)
         return BalancedPacker(
             packer,
             config.shard_rows,
             cost=config.balance,
             window=config.balance_window or 1,
             seed=config.seed,
-            on_packed=self._count_cropped,
+            on_packed=self._placed.count_cropped,
         )
 
     def _shuffle(self, places: np.ndarray, n: int | np.ndarray, first: int) -> np.ndarray:
@@ -133,12 +133,9 @@ class ShardPacker:
         )
         if self._config.packing.crops:
             if packer is not self.holding:
-                self._count_cropped(rows)
+                self._placed.count_cropped(rows)
             self._weigh_cropped(rows, at, pieces)
-        if splits and len(at):
-            self._count_stream(rows, at)
-        else:
-            self._count_placed(rows.lengths, np.ones(len(at), bool), at)
+        self._placed.count(rows, at)
         return pieces
 
     def _known_loss_tokens(self, rows: Rows, at: np.ndarray) -> np.ndarray:
@@ -156,17 +153,6 @@ class ShardPacker:
             return self._packer.waiting()
         return sorted([*self._packer.waiting(), *self.holding.documents_ahead().tolist()])
 
-    def _count_cropped(self, rows: Rows) -> None:
-        """Count what is cut off from documents that fill a row."""
-        if not self._config.packing.crops:
-            return
-        live, at = self._live, self._live.find(rows.documents)
-        cut = live.lengths[at] - rows.lengths
-        cropped = np.flatnonzero(cut)
-        sources = self._source.sources_of(live.conversations[at[cropped]])
-        for piece, source in zip(cropped.tolist(), sources.tolist(), strict=True):
-            self._arrivals.sources[source].crop(int(cut[piece]))
-
     def _weigh_cropped(self, rows: Rows, at: np.ndarray, pieces: Pieces) -> None:
         """Weigh documents of which a part was placed by that part."""
         live = self._live
@@ -177,37 +163,6 @@ class ShardPacker:
                 count = np.array([np.count_nonzero(words >= self._loss_bit)])
                 own = None if live.own_weights is None else live.own_weights[index]
                 pieces.weights[piece : piece + 1] = weigh(self._config, own, count)
-
-    def _count_stream(self, rows: Rows, at: np.ndarray) -> None:
-        """Count the tokens of the stream's rows, each once: it repeats a token that two rows or batches share."""
-        if len(self._arrivals.sources) > 1:
-            ends = rows.offsets + rows.lengths
-            same = np.empty(len(at), bool)
-            same[0], same[1:] = rows.documents[0] == self._last[0], rows.documents[1:] == rows.documents[:-1]
-            before = np.concatenate([[self._last[1]], ends[:-1]])
-            new = ends - np.where(same, before, rows.offsets)
-            self._count_placed(new, (ends == self._live.lengths[at]) & (new > 0), at)
-            self._last = int(rows.documents[-1]), int(ends[-1])
-            return
-        # all documents from the first to the last, but for what was placed of the first
-        first, last, live = int(at[0]), int(at[-1]), self._live
-        document, end = int(rows.documents[-1]), int(rows.offsets[-1]) + int(rows.lengths[-1])
-        placed = self._last[1] if self._last[0] == int(rows.documents[0]) else 0
-        tokens = int(np.add.reduce(live.lengths[first:last])) + end - placed
-        ended = last - first + (end == int(live.lengths[last])) - (placed == int(live.lengths[first]))
-        self._arrivals.sources[0].emit(tokens, ended=ended)
-        self._last = document, end
-
-    def _count_placed(self, tokens: np.ndarray, ended: np.ndarray, at: np.ndarray) -> None:
-        """Count tokens placed, (P,), and whether a document ended with them, (P,) bool, by source."""
-        sources = self._arrivals.sources
-        if len(sources) == 1:
-            sources[0].emit(int(np.add.reduce(tokens)), ended=int(np.count_nonzero(ended)))
-            return
-        of = self._source.sources_of(self._live.conversations[at])
-        for source in np.unique(of).tolist():
-            own = of == source
-            sources[source].emit(int(tokens[own].sum()), ended=int(np.count_nonzero(ended[own])))
 
     def count_positions(self, tokens: int, loss_tokens: int, work: float) -> None:
         """Count the positions of this shard's rows in a batch: those with tokens, and the targets in the loss.
@@ -294,9 +249,8 @@ class ShardPacker:
             self._check_ahead(ahead)
             self.holding.hold(ahead)
         self._packer.restore(state["packer"], list(zip(state["waiting"], lengths, strict=True)))
-        remaining = self._packer.remaining()
         if self._config.packing.splits and state["waiting"]:
-            self._last = self._placed_last(state["waiting"], remaining)
+            self._placed.resume(state["waiting"][0], self._packer.remaining())
         if (self._packer.waiting_tokens, digest) != (whole.tokens_waiting, state["digest"]):
             raise changed_error(whole.tokens_waiting, self._packer.waiting_tokens)
         read, taken = whole.conversations_read, self._packer.packed + self._packer.waiting_documents
@@ -335,13 +289,6 @@ class ShardPacker:
                 self._live.note_words(number, self._reader.words(chunk, position))
             done += len(own)
         return self._live.digest(waiting)
-
-    def _placed_last(self, waiting: list[int], remaining: list[tuple[int, int]]) -> tuple[int, int]:
-        """Return which document the stream has placed last, and before which of its tokens it stopped."""
-        left = dict(remaining)
-        first = waiting[0]
-        length = int(self._live.lengths[self._live.find(np.array([first], np.int64))][0])
-        return first, length - left.get(first, 0)
 
     def _check_again(self, chunk: Chunk) -> None:
         for position, trouble in chunk.troubles.items():

@@ -48,7 +48,7 @@ def _of_config(config: Any) -> tuple[dict[str, int], int | None, int | None, int
         "mlp": getattr(config, "moe_intermediate_size", None) or inner or 4 * config.hidden_size,
         "vocab": config.vocab_size,
     }
-    two = ["gpt_neox", "opt", "bloom", "falcon", "phi", "starcoder2", "gpt_bigcode", "codegen", "nemotron", "bert"]
+    two = ["apertus", "arcee", "biogpt", "gpt_neox", "jais2", "nanochat", "nemotron", "persimmon", "phi", "starcoder2"]
     matrices = 2 if inner is None or getattr(config, "model_type", "") in two else 3
     experts = getattr(config, "num_experts_per_tok", None) or 1
     return known, getattr(config, "num_key_value_heads", None), getattr(config, "head_dim", None), matrices, experts

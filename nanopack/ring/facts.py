@@ -1,6 +1,6 @@
 """What the host knows of a batch, without a look at the device.
 
-slot.py and producer/producer.py count   ->   BatchFacts, a pipe carries it as tuple(facts)   ->   batch.py, stats.py
+places.py and producer/producer.py count   ->   BatchFacts, a pipe carries it as tuple(facts)   ->   batch.py, stats.py
 """
 
 from __future__ import annotations
@@ -33,4 +33,4 @@ class BatchFacts(NamedTuple):
     """Most rows that a document has waited so far."""
     work: float = 0.0
     state: bytes = b""
-    """The producer's state once this batch is delivered, as `producer.shard.state_of` reads it."""
+    """The producer's state once this batch is delivered, as `producer.packed_state.state_of` reads it."""

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanopack.packing.cost import Cost, ModelSizes, as_cost, sizes_of
+from nanopack.packing.cost import Cost, ModelSizes, as_cost
 
 LLAMA_3_8B = ModelSizes(layers=32, hidden=4096, heads=32, kv_heads=8, mlp=14336, vocab=128256)
 GPT_2 = ModelSizes(layers=12, hidden=768, heads=12, mlp=3072, gated=False, vocab=50257)
@@ -71,16 +71,69 @@ def test_the_same_from_configs_of_transformers():
     assert as_cost(llama) == LLAMA_3_8B.cost()
     assert as_cost(transformers.GPT2Config()) == GPT_2.cost()
     assert as_cost(moe) == QWEN_3_30B_A3B.cost()
-    neox = transformers.GPTNeoXConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256)
-    assert not sizes_of(neox).gated
 
 
-def test_attention_that_the_formula_does_not_fit_is_refused():
-    config = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, vocab_size=9, intermediate_size=32)
-    assert as_cost(SimpleNamespace(**config)) == as_cost(SimpleNamespace(**config, layer_types=["full_attention"]))
-    for more in ({"layer_types": ["full_attention", "linear_attention"]}, {"kv_lora_rank": 4}):
-        with pytest.raises(ValueError, match="pass a pair"):
-            as_cost(SimpleNamespace(**config, **more))
+# two matrices an MLP, three, and without an intermediate_size
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("nanochat", "gpt_neox", "phi", "starcoder2", "nemotron", "arcee", "apertus", "persimmon", "jais2", "biogpt"),
+        *("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "olmo2", "bloom"),
+    ],
+)
+def test_the_cost_of_a_config_is_that_of_the_matrices_of_its_model(kind):
+    transformers = pytest.importorskip("transformers")
+    import tiny_hf  # noqa: F401  (as above)
+    import torch
+
+    if kind not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    shape = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, vocab_size=160)
+    config = transformers.CONFIG_MAPPING[kind](**shape, pad_token_id=0, sliding_window=None)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    matrices = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert as_cost(config).per_token == 6 * sum(matrix.weight.numel() for matrix in matrices)
+
+
+CONFIG = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, vocab_size=9, intermediate_size=32)
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+        ({"sliding_window": 4}, "sliding_attention"),
+        ({"kv_lora_rank": 4}, "latent attention"),
+        ({"is_encoder_decoder": True}, "an encoder"),
+    ],
+)
+def test_attention_that_the_formula_does_not_fit_is_refused(more, what):
+    with pytest.raises(ValueError, match=f"{what}, .*pass a pair"):
+        as_cost(SimpleNamespace(**CONFIG, **more))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"layer_types": ["full_attention"], "sliding_window": 4},
+        {"sliding_window": 4, "use_sliding_window": False},
+        {"sliding_window": None, "kv_lora_rank": None, "is_encoder_decoder": False},
+    ],
+)
+def test_a_window_that_no_layer_uses_is_no_reason(more):
+    assert as_cost(SimpleNamespace(**CONFIG, **more)) == as_cost(SimpleNamespace(**CONFIG))
+
+
+def test_the_sizes_of_a_config_are_those_of_its_text_config():
+    inner = SimpleNamespace(**CONFIG)
+    assert as_cost(SimpleNamespace(get_text_config=lambda: inner, vision_config={})) == as_cost(inner)
+
+
+def test_a_config_without_a_size_is_refused_by_its_name():
+    lacking = {name: value for name, value in CONFIG.items() if name != "num_attention_heads"}
+    with pytest.raises(ValueError, match=r"of a 'rwkv' lacks num_attention_heads; pass a nanopack\.ModelSizes"):
+        as_cost(SimpleNamespace(**lacking, model_type="rwkv"))
 
 
 def test_a_pair_is_the_cost():
