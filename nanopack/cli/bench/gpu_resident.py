@@ -91,9 +91,15 @@ def _kernels(
         }
         times = launch_times(works, pace)
     moved = {name: len(host) if "table" in name else n_bytes for name in works}
-    fractions = {name: ratio(times[copy], spread) for name, spread in times.items()}
     return [
-        Result(name, {"device_us": spread, "moved_bytes": moved[name], "of_copy_speed_fraction": fractions[name]})
+        Result(
+            name,
+            {
+                "device_us": spread,
+                "moved_bytes": moved[name],
+                **({} if "copy" in name else {"of_copy_speed_fraction": ratio(times[copy], spread)}),
+            },
+        )
         for name, spread in times.items()
     ]
 
