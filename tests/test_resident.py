@@ -174,6 +174,35 @@ def test_graph_batches_begin_after_the_batch_delivered_last_and_next_then_raises
         next(loader)
 
 
+def test_a_miscount_of_the_last_batches_is_an_error_at_the_end(tmp_path):
+    store = store_of(tmp_path / "store", chats(40), SMALL)
+    batches = Loader(store, None, batch_size=2, seq_len=40, epochs=1, resident=True).graph_batches(1000)
+    ready = batches.refill()
+    for _ in range(len(ready) + 1):
+        batches.load()
+    with pytest.raises(RuntimeError, match=f"given {len(ready)} loads in all, and the device counted {len(ready) + 1}"):
+        batches.refill(len(ready))
+
+
+def test_tables_for_which_a_half_has_no_room_come_with_the_next_and_are_no_part_of_a_state(tmp_path):
+    lengths = [400] * 60 + [2] * 300
+    records = [{"input_ids": [5] * length, "loss_mask": [1] * length} for length in lengths]
+    store = store_of(tmp_path / "store", records, SMALL, shard_documents=1000)
+    arguments = {"batch_size": 2, "seq_len": 40, "epochs": 1, "packing": "stream"}
+    expected = list(Loader(store, None, **arguments))
+    loader = Loader(store, None, resident=True, **arguments)
+    batches, state = loader.graph_batches(4), loader.state_dict()
+    ready = batches.refill()
+    while len(ready) == 4:
+        for _ in ready:
+            batches.load()
+        ready = batches.refill(4)
+    # one table waits for room
+    assert 0 < len(ready) < 4 and loader.state_dict()["step"] + len(ready) < len(expected)
+    loader.load_state_dict(state)
+    assert compare(iter(expected), loads(batches)).difference is None
+
+
 def test_graph_batches_that_get_no_more_batches_load_and_refill_none(tmp_path):
     loader = Loader(store_of(tmp_path / "store", chats(40), SMALL), None, batch_size=2, seq_len=40, resident=True)
     old, new = loader.graph_batches(3), loader.graph_batches(3)
