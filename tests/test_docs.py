@@ -19,8 +19,8 @@ BLOCKS = [
 ]
 
 
-def tables():
-    found = importlib.util.spec_from_file_location("tables", ROOT / "bench" / "tables.py")
+def script(name):
+    found = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     return module
@@ -44,7 +44,7 @@ def test_the_resumed_runs_of_the_documentation_give_what_they_say(tmp_path):
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
 def test_tables_of_figures_are_what_the_results_say(page):
     written = page.read_text(encoding="utf-8")
-    assert tables().filled(written) == written
+    assert script("tables").filled(written) == written
 
 
 def test_every_test_that_the_faults_name_exists():
@@ -60,3 +60,9 @@ def test_every_page_is_in_the_navigation_and_every_link_between_pages_leads_some
         assert page.name in navigation
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_pictures_are_of_what_the_loader_gives():
+    batch, balance = script("picture"), script("picture_balance")
+    assert batch.PICTURE.read_text(encoding="utf-8") == batch.svg(batch.drawn_batch())
+    assert balance.PICTURE.read_text(encoding="utf-8") == balance.svg(balance.works())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -53,10 +52,3 @@ def test_it_leads_with_the_two_commands():
 
 def test_it_can_be_read_at_once():
     assert len(README.splitlines()) <= 120
-
-
-def test_its_picture_is_of_the_batch_that_the_loader_gives():
-    found = importlib.util.spec_from_file_location("picture", ROOT / "bench" / "picture.py")
-    picture = importlib.util.module_from_spec(found)
-    found.loader.exec_module(picture)
-    assert picture.PICTURE.read_text(encoding="utf-8") == picture.svg(picture.drawn_batch())

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from nanopack import __version__
 from nanopack.cli.tokenizer import TOKENIZERS
+from nanopack.cli.values import SECTIONS, at_least, cost_pair, path_of, row_and_column, sections, window
 from nanopack.config import (
     BALANCE_WINDOW,
     EXTRAS,
@@ -29,7 +30,6 @@ from nanopack.config import (
     TURNS,
     LoaderConfig,
 )
-from nanopack.packing.cost import Cost, as_cost
 from nanopack.packing.packings import PACKINGS, Packing
 from nanopack.store.export import FORMATS
 from nanopack.tokenizers.splintr import ENCODERS
@@ -46,9 +46,6 @@ PACKING_HELP = (
     "best_fit: whole documents, hardly any padding; stream: documents end to end, as nanochat midtrains; "
     "best_fit_pad: nanochat's SFT; best_fit_crop: nanochat's pretraining; pad: one document a row"
 )
-
-SECTIONS = ("throughput", "pretokenized", "resident", "stalls", "padding", "balance", "scaling", "gpu")
-"""Modules of nanopack.cli.bench, each named for its question."""
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -94,7 +91,7 @@ def parse(
     packer.add_argument(
         "--save",
         metavar="OUT",
-        type=_path(".npz", ".safetensors"),
+        type=path_of(".npz", ".safetensors"),
         help="write the batches to OUT.npz or OUT.safetensors",
     )
     verifier = command(verify, "verify", "compare the batches with the slow reference packer's")
@@ -120,7 +117,7 @@ def parse(
 
 def _add_demo_options(parser: argparse.ArgumentParser, run: Command) -> None:
     parser.set_defaults(command=run)
-    parser.add_argument("--steps", metavar="N", type=_from(1), default=300, help="steps to train (default: 300)")
+    parser.add_argument("--steps", metavar="N", type=at_least(1), default=300, help="steps to train (default: 300)")
     parser.add_argument(
         "--out",
         metavar="FOLDER",
@@ -134,30 +131,32 @@ def _add_demo_options(parser: argparse.ArgumentParser, run: Command) -> None:
 
 
 def _add_inspect_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", metavar="N", type=_from(0), default=0, help="batch to draw (default: 0)")
-    parser.add_argument("--rows", metavar="N", type=_from(1), default=8, help="number of its rows to draw (default: 8)")
+    parser.add_argument("--batch", metavar="N", type=at_least(0), default=0, help="batch to draw (default: 0)")
+    parser.add_argument(
+        "--rows", metavar="N", type=at_least(1), default=8, help="number of its rows to draw (default: 8)"
+    )
     parser.add_argument(
         "--row",
         metavar="N",
-        type=_from(0),
+        type=at_least(0),
         help=f"list all pieces of this row (default: the first {LISTED_PIECES} of row 0)",
     )
     parser.add_argument(
         "--explain",
         metavar="ROW,COL",
-        type=_row_and_column,
+        type=row_and_column,
         help="report only where this token came from, and why it is in the loss or not",
     )
     parser.add_argument(
         "--lengths-png",
         metavar="OUT",
-        type=_path(".png"),
+        type=path_of(".png"),
         help="plot the documents by length, and the padding of each packing and window (needs matplotlib)",
     )
     parser.add_argument(
         "--html",
         metavar="OUT",
-        type=_path(".html"),
+        type=path_of(".html"),
         help="write a page that shows the origin of every token of the batch",
     )
 
@@ -167,9 +166,11 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     what = "chat32k, a nanochat tokenizer folder or its tokenizer.pkl (default: chat32k)"
     parser.add_argument("--tokenizer", default="chat32k", help=what)
     what = f"sections to run, separated by commas (default: {','.join(SECTIONS)})"
-    parser.add_argument("--only", metavar="A,B", type=_sections, default=list(SECTIONS), help=what)
+    parser.add_argument("--only", metavar="A,B", type=sections, default=list(SECTIONS), help=what)
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes, to see that it runs")
-    parser.add_argument("--plot", metavar="OUT.png", type=_path(".png"), help="plot the numbers too (needs matplotlib)")
+    parser.add_argument(
+        "--plot", metavar="OUT.png", type=path_of(".png"), help="plot the numbers too (needs matplotlib)"
+    )
 
 
 def _add_tokenize_options(parser: argparse.ArgumentParser) -> None:
@@ -178,7 +179,13 @@ def _add_tokenize_options(parser: argparse.ArgumentParser) -> None:
     _add_making_options(option)
     option("loss", "which tokens are in the loss", choices=LOSSES)
     option("on_error", "what to do about an invalid conversation", choices=ON_ERROR)
-    option("num_workers", "processes; 0: none; the bytes are the same", "as many as cores", metavar="N", type=_from(0))
+    option(
+        "num_workers",
+        "processes; 0: none; the bytes are the same",
+        "as many as cores",
+        metavar="N",
+        type=at_least(0),
+    )
     what = "what runs it: processes here, or a Ray cluster, with IN and OUT where all its nodes see them"
     group.add_argument("--engine", choices=("local", "ray"), default="local", help=f"{what} (default: local)")
     group.add_argument("--address", metavar="HOST:PORT", help="of the Ray cluster (default: RAY_ADDRESS, or a new one)")
@@ -219,15 +226,6 @@ def _add_making_options(option: Callable[..., None]) -> None:
     option("first_assistant", "what to do with a chat that begins with the assistant", choices=FIRST_ASSISTANTS)
 
 
-def _window(text: str) -> int | str:
-    """Return a window: a number of documents, or "all", which BestFit takes where lengths are known."""
-    return text if text == "all" else int(text)
-
-
-# what argparse calls a text that is none
-_window.__name__ = "int"
-
-
 def _add_data_options(group: argparse._ArgumentGroup) -> None:
     option = _option(group)
     _add_making_options(option)
@@ -253,7 +251,7 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
         "best_fit...: documents to choose from; best_fit, of a token store: all",
         _packing_defaults("window"),
         metavar="N",
-        type=_window,
+        type=window,
     )
     option("max_age", "best_fit: rows that a document may wait", _packing_defaults("max_age"), metavar="N", type=int)
     option("refill", "best_fit...: documents to read at a time", "1", metavar="N", type=int)
@@ -274,7 +272,7 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
         "balance",
         "deal rows by the cost a * L + b * L^2 of a document, so that a step costs every rank about the same",
         metavar="A,B",
-        type=_pair,
+        type=cost_pair,
     )
     option("balance_across", "deal the rows of all ranks together; needs a token store", action="store_true")
     option("balance_window", "batches that are dealt together", str(BALANCE_WINDOW), metavar="K", type=int)
@@ -282,7 +280,7 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
     option("epochs", "passes over the conversations", "1", metavar="N", type=int)
     option("executor", "what unpacks slots into tensors", "torch", choices=("torch", "triton"))
     option("on_error", "what to do about an invalid conversation", choices=ON_ERROR)
-    group.add_argument("--max-batches", metavar="N", type=_from(1), help="stop after this many batches")
+    group.add_argument("--max-batches", metavar="N", type=at_least(1), help="stop after this many batches")
 
 
 def _packing_defaults(option: str) -> str:
@@ -309,47 +307,3 @@ def packing_of(options: argparse.Namespace) -> Packing | None:
                 f"leave it out, or use packing={' or '.join(map(repr, having))}"
             )
     return kind(**given)
-
-
-def _from(least: int) -> Any:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} upwards")
-        return int(text)
-
-    return number
-
-
-def _row_and_column(text: str) -> tuple[int, int]:
-    row, comma, column = text.partition(",")
-    if not (comma and row.isdecimal() and column.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not ROW,COL, such as 0,17")
-    return int(row), int(column)
-
-
-def _pair(text: str) -> Cost:
-    try:
-        return as_cost(tuple(map(float, text.split(","))))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not A,B, two numbers from 0, such as 57000,1") from None
-
-
-def _sections(text: str) -> list[str]:
-    wanted = text.split(",")
-    if unknown := [name for name in wanted if name not in SECTIONS]:
-        raise argparse.ArgumentTypeError(f"there is no section {unknown[0]!r}; use any of {','.join(SECTIONS)}")
-    return [name for name in SECTIONS if name in wanted]
-
-
-def _path(*suffixes: str) -> Callable[[str], Path]:
-    def path(text: str) -> Path:
-        found = Path(text)
-        if found.suffix not in suffixes:
-            raise argparse.ArgumentTypeError(f"{text!r} does not end in {' or '.join(suffixes)}")
-        if not found.parent.is_dir():
-            raise argparse.ArgumentTypeError(f"{text!r} cannot be written: there is no folder {str(found.parent)!r}")
-        if found.is_dir():
-            raise argparse.ArgumentTypeError(f"{text!r} cannot be written: it is a folder")
-        return found
-
-    return path

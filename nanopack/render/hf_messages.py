@@ -14,7 +14,7 @@ from typing import Any
 
 from nanopack.conversations.records import Message, short
 from nanopack.errors import ConversationError
-from nanopack.tokenizers.huggingface import mended_text
+from nanopack.tokenizers.buffers import mended_text
 
 
 def plain(index: int, message: Message, *, as_parts: bool, arguments_as_text: bool) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from nanopack.render.hf_outline import marks
 from nanopack.render.hf_runs import num_bytes
 from nanopack.render.hf_watch import Watcher
 from nanopack.tokenizers.added_tokens import any_of
-from nanopack.tokenizers.buffers import as_buffer
+from nanopack.tokenizers.buffers import as_buffer, mended_text
 from nanopack.tokenizers.byte_level import ByteLevel
-from nanopack.tokenizers.huggingface import HuggingFaceTokenizer, mended_text
+from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 
 # Shapes that are kept: most conversations have that of one before.
 MOST_SHAPES = 4096

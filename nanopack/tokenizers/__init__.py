@@ -3,7 +3,7 @@
 tokenizer.py        load_tokenizer: whatever the user gives -> one interface; tiktoken
 rank_files.py       read tiktoken encodings from rank files and nanochat's pickles
 huggingface.py      fast tokenizers of Hugging Face; core.py and added_tokens.py are parts of them
-byte_level.py       their byte-level BPE, encoded by tiktoken
+byte_level.py       their byte-level BPE, encoded by tiktoken, from byte_tables.py
 splintr.py          encoder="fast"; split_patterns.py rewrites the patterns that it is given
 """
 

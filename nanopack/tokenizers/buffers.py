@@ -26,3 +26,12 @@ def due_texts(texts: Sequence[str | bytes], encoded: int, every: int) -> list[in
 def as_buffer(ids: Sequence[int]) -> bytes:
     """Return the ids as bytes of uint32s."""
     return np.array(ids, np.uint32).tobytes()
+
+
+def mended_text(text: str) -> str:
+    """Return the text with U+FFFD for lone surrogates, as tiktoken's encode_ordinary has it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

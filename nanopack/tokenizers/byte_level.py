@@ -11,18 +11,25 @@ construction; characters that they split differently, such as those of a newer U
 from __future__ import annotations
 
 import copy
-import json
-import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import groupby, pairwise
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any
 
 import numpy as np
 import tiktoken
 
 from nanopack.tokenizers.buffers import as_buffer
+from nanopack.tokenizers.byte_tables import (
+    FROM_BYTE,
+    NormalForm,
+    NotByteLevel,
+    bytes_of,
+    normal_form,
+    parse,
+    rank_tokens,
+    trims_offsets,
+)
 from nanopack.tokenizers.rank_files import is_panic
 from nanopack.tokenizers.split_patterns import PatternError, grouped, of_pre_tokenizer
 
@@ -31,27 +38,15 @@ from nanopack.tokenizers.split_patterns import PatternError, grouped, of_pre_tok
 LONG_TEXT = 250_000
 # What helps where the two differ while a run lasts.
 REMEDY = "this is a bug of nanopack, so report it; until it is mended, give input_ids that the tokenizer itself made"
-NormalForm: TypeAlias = Literal["NFC", "NFD", "NFKC", "NFKD"]
 # Tokens whose merges are tried out at construction: all of a small vocabulary, some of a large one.
 TRIED_TOKENS = 3000
 # In what a character stands when it is first met: between letters, digits, blanks and marks, and after an apostrophe.
 _CONTEXTS = "a{0}b A{0}Ba 1{0}1  {0}  .{0}.\n{0}\n'{0} x'l{0} {0}{0}'s "
 _UNKNOWN, _ALIKE, _UNLIKE = range(3)
-# How a byte is written in a vocabulary: as itself where it prints, else as one of the characters from 256 on.
-_PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_BYTE_OF = {point: point for point in _PRINTED}
-_BYTE_OF |= {0x100 + number: byte for number, byte in enumerate(sorted(set(range(256)) - set(_PRINTED)))}
-# Neither is in a vocabulary that is written in bytes.
-_SEPARATOR, _QUOTE = "\ue000", "\ue001"
-# Characters below 256 that stand for no byte become one that is none either.
-_TO_BYTES = {**dict.fromkeys(range(256), "\ue002"), **{point: chr(byte) for point, byte in _BYTE_OF.items()}}
-_TO_BYTES[0x20] = _SEPARATOR
-_FROM_BYTE = {byte: chr(point) for point, byte in _BYTE_OF.items()}
 # UTF-8 has no such byte, and so no token either but itself.
 _SPARE = 0xFF
 # A special token that is never allowed, so that it stays text too.
 _NEVER = "\ue000\ue001\ue002"
-_MERGE = re.compile(r'"([^"]*)","([^"]*)"')
 _NOTHING: frozenset[str] = frozenset()
 
 # What two encoders may differ on: contractions, runs, digits, scripts, marks, white space.
@@ -97,10 +92,6 @@ _WORDS = (
 _BLANKS = (" ", "  ", "   ", "\n", "\n\n", "\r", "\r\n", "\t", " \n", "\n ", "\v", "\x1c", "\x85", "\xa0", "\u3000")
 
 
-class NotByteLevel(ValueError):
-    """Why a tokenizer cannot be encoded this way."""
-
-
 class ByteLevel:
     """The split, the ranks and the ids of one tokenizer. Special and other added tokens are not its business."""
 
@@ -130,14 +121,14 @@ class ByteLevel:
         `encode_exactly` gives the ids of texts as the tokenizer itself has them.
         """
         self._encode_exactly = encode_exactly
-        head, model, products = _parse(settings)
-        self.form = _normal_form(head["normalizer"])
+        head, model, products = parse(settings)
+        self.form = normal_form(head["normalizer"])
         try:
             pattern = of_pre_tokenizer(head["pre_tokenizer"])
         except PatternError as error:
             raise NotByteLevel(str(error)) from None
-        tokens = _bytes_of(vocab)
-        ranks, self._ids = _rank(tokens, products, model.get("ignore_merges", False))
+        tokens = bytes_of(vocab)
+        ranks, self._ids = rank_tokens(tokens, products, model.get("ignore_merges", False))
         found = _encoding(pattern, ranks)
         lost = _unreachable(found, ranks)
         self._try_merges(core, [token for token in ranks if len(token) > 1 and token not in lost])
@@ -163,7 +154,7 @@ class ByteLevel:
             return found
 
         self.num_bytes = table(len)
-        trims = _trims_offsets(post)
+        trims = trims_offsets(post)
         self.leading = table(lambda token: len(token) - len(token.lstrip(b" "))) if trims else None
         self.trailing = table(lambda token: len(token) - len(token.rstrip(b" "))) if trims else None
 
@@ -238,9 +229,9 @@ class ByteLevel:
 
     def _try_merges(self, core: Any, tokens: Sequence[bytes]) -> None:
         """Raise NotByteLevel where merges do not make a token as tiktoken does: as many are tried as take no time."""
-        end = _FROM_BYTE[_SPARE]
+        end = FROM_BYTE[_SPARE]
         for token in tokens[:: max(1, len(tokens) // TRIED_TOKENS)]:
-            written = "".join([_FROM_BYTE[byte] for byte in token])
+            written = "".join([FROM_BYTE[byte] for byte in token])
             made = core.model.tokenize(written + end)
             if len(made) != 2 or made[0].value != written:
                 raise NotByteLevel(f"its merges do not make its token {written!r}")
@@ -270,7 +261,7 @@ def _unreachable(encoding: tiktoken.Encoding, ranks: dict[bytes, int]) -> set[by
 def _refuse_other_splits(tokens: set[bytes], ranks: dict[bytes, int], made: set[str]) -> None:
     """Raise NotByteLevel where tiktoken would make one of these of two others that do not merge."""
     for token in tokens:
-        written = "".join([_FROM_BYTE[byte] for byte in token])
+        written = "".join([FROM_BYTE[byte] for byte in token])
         if written not in made and any(token[:at] in ranks and token[at:] in ranks for at in range(1, len(token))):
             raise NotByteLevel(f"no merge makes its token {written!r}")
 
@@ -286,74 +277,6 @@ def describe_difference(text: str, expected: Sequence[int], got: Sequence[int]) 
         f"the ids differ from the tokenizer's own at token {at} of the text {shown!r}: "
         f"expected {list(expected[at : at + 6])}, got {list(got[at : at + 6])}"
     )
-
-
-def _parse(settings: str) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """Return all but the model, the model without its tables, and what each merge makes, in their order.
-
-    The tables are most of it, and cut out: to parse them as JSON takes a second.
-    """
-    begin = settings.rindex('"model":{"type":')
-    model = settings[begin + len('"model":') :]
-    if not model.startswith('{"type":"BPE"'):
-        raise NotByteLevel(f"its model is {model[9 : model.index(',') - 1]}, not BPE")
-    head: dict[str, Any] = json.loads(settings[:begin] + '"model":null}')
-    options: dict[str, Any] = json.loads(model[: model.index('"vocab":{')] + '"vocab":null}')
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if options.get(name):
-            raise NotByteLevel(f"its {name} is {options[name]!r}")
-    merges = model[model.rindex('"merges":[') + len('"merges":[') : model.rindex("]")]
-    # Escapes go first, so that each quote left is one around a token.
-    plain = merges.replace(r"\\", _SEPARATOR).replace(r"\"", _QUOTE)
-    products = map("".join, _MERGE.findall(plain))
-    return head, options, [one.replace(_SEPARATOR, "\\").replace(_QUOTE, '"') for one in products]
-
-
-def _normal_form(normalizer: Any) -> NormalForm | None:
-    steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
-    if not steps:
-        return None
-    if len(steps) > 1 or steps[0]["type"] not in get_args(NormalForm):
-        raise NotByteLevel(f"its normalizer is {'+'.join(step['type'] for step in steps)}")
-    return cast(NormalForm, steps[0]["type"])
-
-
-def _trims_offsets(post: Any) -> bool:
-    steps = post.get("processors", [post]) if post else []
-    return any(step.get("trim_offsets", False) for step in steps)
-
-
-def _bytes_of(vocab: Mapping[str, int]) -> dict[bytes, int]:
-    """Return the ids by the tokens' bytes, without tokens that are not written in bytes."""
-    written = " ".join(vocab).translate(_TO_BYTES).split(_SEPARATOR)
-    if len(written) != len(vocab):
-        written = [token.translate(_TO_BYTES) for token in vocab]
-    found: dict[bytes, int] = {}
-    for token, number in zip(written, vocab.values(), strict=True):
-        try:
-            found[token.encode("latin-1")] = number
-        except UnicodeEncodeError:
-            continue
-    return found
-
-
-def _rank(
-    tokens: dict[bytes, int], products: list[str], ignores_merges: bool
-) -> tuple[dict[bytes, int], np.ndarray | None]:
-    """Return the rank of each token, and the id of each rank; None where ranks are ids."""
-    if missing := [byte for byte in range(256) if bytes([byte]) not in tokens]:
-        raise NotByteLevel(f"its vocabulary lacks byte {missing[0]:#04x}")
-    # Several merges may make one token, but one after the other.
-    written = [product for product, _ in groupby(products)]
-    made = dict.fromkeys(_bytes_of({product: 0 for product in written}))
-    if len(made) != len(written):
-        raise NotByteLevel("its merges make a token in two places, or one that is not written in bytes")
-    others = [token for token in tokens if len(token) > 1 and token not in made] if ignores_merges else []
-    order = [*(bytes([byte]) for byte in range(256)), *made, *others]
-    ids = np.fromiter((tokens[token] for token in order), np.uint32, len(order))
-    if not others and all(one < two for one, two in pairwise(ids[256:].tolist())):
-        return dict(zip(order, ids.tolist(), strict=True)), None
-    return dict(zip(order, range(len(order)), strict=True)), ids
 
 
 def _fuzz() -> list[str]:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from nanopack.tokenizers.byte_level import ByteLevel, NotByteLevel
+from nanopack.tokenizers.byte_level import ByteLevel
+from nanopack.tokenizers.byte_tables import NotByteLevel
 
 
 class Core:

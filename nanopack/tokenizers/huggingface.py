@@ -22,8 +22,9 @@ import numpy as np
 
 from nanopack.errors import EncoderError
 from nanopack.tokenizers.added_tokens import AddedTokens, Found
-from nanopack.tokenizers.buffers import as_buffer, due_texts, joined
-from nanopack.tokenizers.byte_level import REMEDY, ByteLevel, NotByteLevel, describe_difference
+from nanopack.tokenizers.buffers import as_buffer, due_texts, joined, mended_text
+from nanopack.tokenizers.byte_level import REMEDY, ByteLevel, describe_difference
+from nanopack.tokenizers.byte_tables import NotByteLevel
 from nanopack.tokenizers.core import Core
 from nanopack.tokenizers.rank_files import first_line
 
@@ -345,12 +346,3 @@ def _for_training(chat: Any) -> Any:
     trained = copy.copy(chat)
     trained.chat_template = source
     return trained
-
-
-def mended_text(text: str) -> str:
-    """Return the text with U+FFFD for lone surrogates, as tiktoken's encode_ordinary has it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text

@@ -30,7 +30,6 @@ from nanopack.conversations.source import Source
 from nanopack.errors import EncoderError
 from nanopack.tokenizers.buffers import due_texts
 from nanopack.tokenizers.byte_level import LONG_TEXT, ByteLevel
-from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 from nanopack.tokenizers.split_patterns import PatternError, plain
 from nanopack.tokenizers.tokenizer import AnyTokenizer, Tokenizer
 
@@ -64,26 +63,29 @@ def choose_encoder(encoder: str | None, tokenizer: AnyTokenizer, source: Source)
         return tokenizer
     if encoder != "fast":
         raise ValueError(f"encoder={encoder!r} is not allowed; use one of {', '.join(map(repr, ENCODERS))}")
-    fast = FastTokenizer(tokenizer.encoding) if isinstance(tokenizer, Tokenizer) else _faster(tokenizer)
-    find = fast.difference if isinstance(fast, FastTokenizer) else fast.byte_level.difference  # type: ignore[union-attr]
+    fast, find_difference = _faster(tokenizer)
     for text in _sample(source):
-        if difference := find(text):
+        if difference := find_difference(text):
             raise ValueError(difference)
     return fast
 
 
-def _faster(tokenizer: HuggingFaceTokenizer) -> HuggingFaceTokenizer:
-    """Return a Hugging Face tokenizer whose texts splintr-rs encodes."""
+def _faster(tokenizer: AnyTokenizer) -> tuple[AnyTokenizer, Callable[[str], str | None]]:
+    """Return the tokenizer whose texts splintr-rs encodes, and what describes a text's difference from its own ids."""
+    if isinstance(tokenizer, Tokenizer):
+        fast = FastTokenizer(tokenizer.encoding)
+        return fast, fast.difference
     if tokenizer.byte_level is None:
         raise ValueError(
             f"encoder='fast' cannot take {tokenizer.name!r}, which is encoded by {tokenizer.encoder}; leave encoder out"
         )
-    fast = tokenizer.encoded_by(by_splintr)
+    faster = tokenizer.encoded_by(by_splintr)
     try:
-        assert fast.byte_level
+        byte_level = faster.byte_level
     except ValueError as error:
         raise ValueError(str(error).replace("'byte-level'", repr(tokenizer.name))) from error
-    return fast
+    assert byte_level is not None
+    return faster, byte_level.difference
 
 
 def by_splintr(byte_level: ByteLevel) -> ByteLevel:

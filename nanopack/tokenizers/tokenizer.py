@@ -26,9 +26,9 @@ import numpy as np
 import tiktoken
 
 from nanopack.tokenizers.absent import NoTokenizer
-from nanopack.tokenizers.buffers import joined
+from nanopack.tokenizers.buffers import joined, mended_text
 from nanopack.tokenizers.byte_level import LONG_TEXT
-from nanopack.tokenizers.huggingface import HuggingFaceTokenizer, is_hugging_face, mended_text
+from nanopack.tokenizers.huggingface import HuggingFaceTokenizer, is_hugging_face
 from nanopack.tokenizers.rank_files import first_line, is_panic, new_encoding, read_pickle, read_ranks
 from nanopack.tokenizers.split_patterns import grouped
 

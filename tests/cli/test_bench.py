@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from nanopack import Loader, cli
-from nanopack.cli import options
+from nanopack.cli import values
 from nanopack.cli.bench import (
     corpus,
     gpu,
@@ -277,7 +277,7 @@ def test_only_the_command_imports_the_bench():
 
 def test_every_section_shows_its_question_and_numbers_of_this_run(quick):
     out, found, _ = quick
-    assert list(found["sections"]) == list(options.SECTIONS)
+    assert list(found["sections"]) == list(values.SECTIONS)
     for name, section in found["sections"].items():
         assert section["question"].endswith("?")
         assert f"\n{name}: {section['question']}\n" in out
