@@ -57,10 +57,13 @@ def _measured(
     """Yield each table when it is measured; while one is shown there is no bar."""
     shows: list[Show] = []
     rounds, seconds = (QUICK_ROUNDS, QUICK_SECONDS) if quick else (ROUNDS, SECONDS)
-    tables = iter(measure(data, Pace(rounds, seconds, quick, lambda label: shows[-1](fraction, label))))
+    pace = Pace(rounds, seconds, quick, lambda label: shows[-1](fraction, label))
+    tables: Iterator[Table] | None = None
     while True:
         with progress(name) as show:
             shows.append(show)
+            # a section that returns a list measures in this call
+            tables = tables or iter(measure(data, pace))
             table = next(tables, None)
         if table is None:
             return
