@@ -39,10 +39,6 @@ def advance(records: Tensor, counter: Tensor, facts: Tensor) -> None:
     _advance[(1,)](records, counter, facts, num_warps=1)
 
 
-# In its own file, so that the twin runs without Triton.
-from .gather_torch import advance_torch as advance_torch  # noqa: E402
-
-
 def advance_bytes() -> int:
     """Bytes that one launch reads and writes.
 

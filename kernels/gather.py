@@ -40,8 +40,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import CU_ALIGN
-from .pack import block_of, find_piece, next_owner, warps_of
+from .pack import find_piece, launch_of, next_owner
 
 
 # As in pack.py: no number is specialized, and SEQ_LEN is compiled in.
@@ -149,23 +148,13 @@ def gather(
     Shapes and dtypes: at the top of this file. They are trusted, as a check of values would make the host wait.
     """
     assert words.dtype in (torch.int16, torch.int32) and table.dtype is torch.int32
-    assert cu_seqlens is None or cu_seqlens.numel() % CU_ALIGN == 0
-    batch_size, seq_len = inputs.shape
-    block = block_of(seq_len)
-    blocks = triton.cdiv(seq_len, block)
-    cu_groups = 0 if cu_seqlens is None else cu_seqlens.numel() // CU_ALIGN
-    cu_rows = triton.cdiv(cu_groups * CU_ALIGN, block * blocks)
-    _gather[(batch_size + cu_rows, blocks)](
+    grid, cu_groups, constants = launch_of(inputs, cu_seqlens)
+    _gather[grid](
         words, table, table.view(torch.int64), counter,
         inputs, targets, weights, positions, doc_ids, cu_seqlens,
-        batch_size, cu_groups, bos_id, ignore_index,
-        ALL_IN_LOSS=all_in_loss, MARKED=marked,
-        SEQ_LEN=seq_len, BLOCK=block, CU_ALIGN=CU_ALIGN, num_warps=warps_of(block),
+        len(inputs), cu_groups, bos_id, ignore_index,
+        ALL_IN_LOSS=all_in_loss, MARKED=marked, **constants,
     )  # fmt: skip
-
-
-# In its own file, so that the twin runs without Triton.
-from .gather_torch import gather_torch as gather_torch  # noqa: E402
 
 
 def gather_bytes(

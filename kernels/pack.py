@@ -153,18 +153,23 @@ def pack(
     Shapes and dtypes: at the top of this file. They are trusted, as a check of values would make the host wait.
     """
     assert words.dtype in (torch.int16, torch.int32) and table.dtype is torch.int32
-    assert cu_seqlens is None or cu_seqlens.numel() % CU_ALIGN == 0
-    batch_size, seq_len = inputs.shape
-    block = block_of(seq_len)
-    blocks = triton.cdiv(seq_len, block)
-    cu_groups = 0 if cu_seqlens is None else cu_seqlens.numel() // CU_ALIGN
-    cu_rows = triton.cdiv(cu_groups * CU_ALIGN, block * blocks)
-    _pack[(batch_size + cu_rows, blocks)](
+    grid, cu_groups, constants = launch_of(inputs, cu_seqlens)
+    _pack[grid](
         words, table,
         inputs, targets, weights, positions, doc_ids, cu_seqlens,
-        batch_size, cu_groups, bos_id, ignore_index,
-        SEQ_LEN=seq_len, BLOCK=block, CU_ALIGN=CU_ALIGN, num_warps=warps_of(block),
+        len(inputs), cu_groups, bos_id, ignore_index, **constants,
     )  # fmt: skip
+
+
+def launch_of(inputs: Tensor, cu_seqlens: Tensor | None) -> tuple[tuple[int, int], int, dict[str, int]]:
+    """Return the grid for `inputs` (B, T) and `cu_seqlens` (C,) or None, the number C / CU_ALIGN, and all constants."""
+    batch_size, seq_len = inputs.shape
+    cu_size = 0 if cu_seqlens is None else cu_seqlens.numel()
+    assert cu_size % CU_ALIGN == 0
+    block = block_of(seq_len)
+    blocks = triton.cdiv(seq_len, block)
+    constants = {"SEQ_LEN": seq_len, "BLOCK": block, "CU_ALIGN": CU_ALIGN, "num_warps": warps_of(block)}
+    return (batch_size + triton.cdiv(cu_size, block * blocks), blocks), cu_size // CU_ALIGN, constants
 
 
 def block_of(seq_len: int) -> int:
@@ -177,10 +182,6 @@ def block_of(seq_len: int) -> int:
 def warps_of(block: int) -> int:
     """Warps of a program that writes `block` columns."""
     return max(1, block // (_COLUMNS * _WARP))
-
-
-# In its own file, so that the twin runs without Triton.
-from .pack_torch import pack_torch as pack_torch  # noqa: E402
 
 
 def pack_bytes(

@@ -43,13 +43,12 @@ class GraphBatches:
     def __init__(self, run: Run, batches: int) -> None:
         """Allocate everything, and take the run's batches; `batches` is the most of a half."""
         self._run = run
-        config, layout, device = run.config, run.reader.layout, run.device_actions
-        self._outputs = run.make_outputs()
-        facts = torch.zeros(4, dtype=torch.int64, device=device.device)
-        resident = run.resident
+        config, layout, device, resident = run.config, run.reader.layout, run.device_actions, run.resident
         if resident is None:
             raise ValueError("graph_batches needs the words on the device: make the loader with resident=True")
         check_int("k", batches, least=1)
+        self._outputs = run.make_outputs()
+        facts = torch.zeros(4, dtype=torch.int64, device=device.device)
         size = half_bytes(batches, config.batch_size, _table_bytes(resident.reader, batches))
         memory = np.zeros(2 * size + 128, np.uint8)
         with contextlib.ExitStack() as held:
@@ -82,8 +81,10 @@ class GraphBatches:
     def load(self) -> None:
         """Write the next batch into the tensors, on the current stream; or have that captured, to do so at each replay.
 
-        No host decision depends on the batch, so it may be captured with the step in one CUDA graph.
+        No host decision depends on the batch, so it may be captured with the step in one CUDA graph. RuntimeError where
+        the loader is closed or has made other graph batches since.
         """
+        self._run.check_graph(self)
         self._halves.load()
 
     def refill(self, loaded: int = 0) -> list[Batch]:
@@ -102,6 +103,11 @@ class GraphBatches:
         began, at_the_end = time.perf_counter(), False
         with run.turn, torch.inference_mode(False):
             run.check_graph(self)
+            if run.device_actions.capturing():
+                raise RuntimeError(
+                    "refill() inside a CUDA graph capture: its copies would become part of the graph; call it before "
+                    "the capture begins, or after it"
+                )
             for facts in refills.count(loaded):
                 run.count(self._batch(facts, run.step), facts)
                 self._state = facts.state

@@ -190,8 +190,9 @@ class Run:
         self._graph.begin()
 
     def check_graph(self, graph: Any) -> None:
-        """Raise RuntimeError where the batches do not go to this `GraphBatches` any more."""
+        """Raise RuntimeError where the batches do not go to this `GraphBatches` any more, or there are none: closed."""
         self._refuse_fork()
+        self.prefetcher.check_open()
         if self._graph is not graph:
             raise RuntimeError("the batches of this loader go to other graph_batches; use those that were made last")
 

@@ -174,6 +174,64 @@ def test_graph_batches_begin_after_the_batch_delivered_last_and_next_then_raises
         next(loader)
 
 
+def test_a_miscount_of_the_last_batches_is_an_error_at_the_end(tmp_path):
+    store = store_of(tmp_path / "store", chats(40), SMALL)
+    batches = Loader(store, None, batch_size=2, seq_len=40, epochs=1, resident=True).graph_batches(1000)
+    ready = batches.refill()
+    for _ in range(len(ready) + 1):
+        batches.load()
+    with pytest.raises(RuntimeError, match=f"given {len(ready)} loads in all, and the device counted {len(ready) + 1}"):
+        batches.refill(len(ready))
+
+
+def test_tables_for_which_a_half_has_no_room_come_with_the_next_and_are_no_part_of_a_state(tmp_path):
+    lengths = [400] * 60 + [2] * 300
+    records = [{"input_ids": [5] * length, "loss_mask": [1] * length} for length in lengths]
+    store = store_of(tmp_path / "store", records, SMALL, shard_documents=1000)
+    arguments = {"batch_size": 2, "seq_len": 40, "epochs": 1, "packing": "stream"}
+    expected = list(Loader(store, None, **arguments))
+    loader = Loader(store, None, resident=True, **arguments)
+    batches, state = loader.graph_batches(4), loader.state_dict()
+    ready = batches.refill()
+    while len(ready) == 4:
+        for _ in ready:
+            batches.load()
+        ready = batches.refill(4)
+    # one table waits for room
+    assert 0 < len(ready) < 4 and loader.state_dict()["step"] + len(ready) < len(expected)
+    loader.load_state_dict(state)
+    assert compare(iter(expected), loads(batches)).difference is None
+
+
+def test_graph_batches_that_get_no_more_batches_load_and_refill_none(tmp_path):
+    loader = Loader(store_of(tmp_path / "store", chats(40), SMALL), None, batch_size=2, seq_len=40, resident=True)
+    old, new = loader.graph_batches(3), loader.graph_batches(3)
+    for call in (old.load, old.refill):
+        with pytest.raises(RuntimeError, match="go to other graph_batches"):
+            call()
+    assert len(new.refill()) == 3
+    loader.close()
+    for call in (new.load, new.refill):
+        with pytest.raises(RuntimeError, match="the loader is closed"):
+            call()
+
+
+def test_a_refill_inside_a_capture_is_refused_and_counts_nothing(tmp_path, monkeypatch):
+    store = store_of(tmp_path / "store", chats(40), SMALL)
+    arguments = {"batch_size": 2, "seq_len": 40, "epochs": 1}
+    loader = Loader(store, None, resident=True, **arguments)
+    batches = loader.graph_batches(3)
+    for _ in batches.refill():
+        batches.load()
+    with monkeypatch.context() as capture:
+        capture.setattr(Cpu, "capturing", lambda self: True)
+        with pytest.raises(RuntimeError, match="inside a CUDA graph capture"):
+            batches.refill(3)
+    assert loader.state_dict()["step"] == 0
+    batches.refill(3)
+    assert compare(iter(list(Loader(store, None, **arguments))[3:]), loads(batches)).difference is None
+
+
 def test_a_new_pass_goes_to_the_same_tensors(tmp_path):
     store = store_of(tmp_path / "store", chats(40), SMALL)
     loader = Loader(store, None, batch_size=2, seq_len=40, epochs=1, resident=True)
@@ -314,7 +372,7 @@ def test_bare_ids_are_resident_and_one_that_is_unknown_is_an_error(form, loss, b
     assert compare(iter(expected), got).difference is None
     ids[500] = 1000
     ids.tofile(tmp_path / "train.bin")
-    with pytest.raises(ValueError, match="have the id 1000; ids are from 0 to"):
+    with pytest.raises(ValueError, match="word 500 of the data has the id 1000; ids are from 0 to"):
         Loader(open_bin(tmp_path / "train.bin", SMALL, begin_id=256, check=False), SMALL, resident=True, **arguments)
 
 
@@ -353,6 +411,28 @@ def test_want_of_room_is_said_in_bytes(tmp_path):
         words._on_device(store.shards, store.word_dtype, need, Full(), lambda done, all: None)
     with pytest.raises(MemoryError, match=f"'host' needs {need} bytes of pinned host memory"):
         words._in_host_memory(store.shards, store.word_dtype, need, Full(), lambda done, all: None)
+
+
+def test_memory_is_unpinned_where_the_words_cannot_be_read():
+    from nanopack.upload import words
+
+    pinned = []
+
+    class Pinning(Full):
+        def pin(self, memory):
+            pinned.append(memory.ctypes.data)
+            return True
+
+        def unpin(self, memory):
+            pinned.remove(memory.ctypes.data)
+
+    def fail(done, all):
+        raise OSError("no such page")
+
+    for bring in (words._on_device, words._in_host_memory):
+        with pytest.raises(OSError, match="no such page"):
+            bring([np.ones(9, np.uint16)], np.dtype(np.uint16), 18, Pinning(), fail)
+    assert not pinned
 
 
 def test_progress_of_the_upload_is_reported_and_wide_words_are_made_of_narrow_ones():

@@ -5,7 +5,7 @@
                                                                                           captured in a graph there
 
 A load writes the batch that the device's counter names, and advances it, so that a captured one does so at each replay.
-Which batches are loaded is decided on the device: the host is told how many were, and compares that with the counter
+Which batches are loaded is decided on the device: the host is given their number, and compares it with the counter
 when it next needs a half. As upload.py, this says which stream waits for which event, and is called from the consumer's
 thread only.
 

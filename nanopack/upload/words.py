@@ -7,6 +7,7 @@ The host reads the files a chunk at a time into one of two pinned buffers, while
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ log = logging.getLogger("nanopack")
 CHUNK_BYTES = 32 << 20
 
 Progress = Callable[[int, int], None]
-"""Told the bytes that are done and all bytes."""
+"""Takes the bytes that are done and all bytes."""
 
 
 class Words:
@@ -57,12 +58,14 @@ def resident_words(
 
 def check_ids(arrays: Sequence[np.ndarray], vocab_size: int) -> None:
     """Raise ValueError for an id that the vocabulary does not have; reads all words."""
-    for number, part in enumerate(_chunks(arrays, CHUNK_BYTES // 4)):
+    at = 0
+    for part in _chunks(arrays, CHUNK_BYTES // 4):
         if len(part) and (largest := int(part.max())) >= vocab_size:
             raise ValueError(
-                f"the words (part {number}) have the id {largest}; ids are from 0 to {vocab_size - 1}: give the "
-                f"tokenizer, or the vocab_size, that the tokens were made with"
+                f"word {at + int(part.argmax())} of the data has the id {largest}; ids are from 0 to {vocab_size - 1}: "
+                f"give the tokenizer, or the vocab_size, that the tokens were made with"
             )
+        at += len(part)
 
 
 def _tensor_type(dtype: np.dtype[Any]) -> torch.dtype:
@@ -86,17 +89,19 @@ def _in_host_memory(
     arrays: Sequence[np.ndarray], dtype: np.dtype[Any], nbytes: int, device: Cuda | Cpu, progress: Progress
 ) -> Words:
     memory = np.empty(nbytes // dtype.itemsize, dtype)
-    if not device.pin(memory):
-        raise MemoryError(
-            f"resident='host' needs {nbytes} bytes of pinned host memory for the words of the store, and they are "
-            f"refused; raise the limit of locked memory (ulimit -l), or use resident=True or False"
-        )
-    at = 0
-    for part in _chunks(arrays, CHUNK_BYTES // dtype.itemsize):
-        np.copyto(memory[at : at + len(part)], part, casting="unsafe")
-        at += len(part)
-        progress(at * dtype.itemsize, nbytes)
-    return Words(torch.from_numpy(memory.view(f"i{dtype.itemsize}")), memory, lambda: device.unpin(memory))
+    with contextlib.ExitStack() as held:
+        if not device.pin(memory):
+            raise MemoryError(
+                f"resident='host' needs {nbytes} bytes of pinned host memory for the words of the store, and they are "
+                f"refused; raise the limit of locked memory (ulimit -l), or use resident=True or False"
+            )
+        held.callback(device.unpin, memory)
+        at = 0
+        for part in _chunks(arrays, CHUNK_BYTES // dtype.itemsize):
+            np.copyto(memory[at : at + len(part)], part, casting="unsafe")
+            at += len(part)
+            progress(at * dtype.itemsize, nbytes)
+        return Words(torch.from_numpy(memory.view(f"i{dtype.itemsize}")), memory, held.pop_all().close)
 
 
 def _on_device(
@@ -111,21 +116,21 @@ def _on_device(
     whole = device.zeros(nbytes)
     size = min(nbytes, CHUNK_BYTES)
     buffers = np.empty((2, size), np.uint8)
-    pinned = device.pin(buffers)
     stream, done = device.current_stream(), [device.new_event(), device.new_event()]
-    at = 0
-    for number, part in enumerate(_chunks(arrays, size // dtype.itemsize)):
-        buffer, event, part_bytes = buffers[number % 2], done[number % 2], len(part) * dtype.itemsize
-        device.synchronize(event)
-        np.copyto(buffer[:part_bytes].view(dtype), part, casting="unsafe")
-        device.copy(whole[at : at + part_bytes], torch.from_numpy(buffer[:part_bytes]), stream)
-        device.record(event, stream)
-        at += part_bytes
-        progress(at, nbytes)
-    for event in done:
-        device.synchronize(event)
-    if pinned:
-        device.unpin(buffers)
+    with contextlib.ExitStack() as held:
+        if device.pin(buffers):
+            held.callback(device.unpin, buffers)
+        for event in done:
+            held.callback(device.synchronize, event)
+        at = 0
+        for number, part in enumerate(_chunks(arrays, size // dtype.itemsize)):
+            buffer, event, part_bytes = buffers[number % 2], done[number % 2], len(part) * dtype.itemsize
+            device.synchronize(event)
+            np.copyto(buffer[:part_bytes].view(dtype), part, casting="unsafe")
+            device.copy(whole[at : at + part_bytes], torch.from_numpy(buffer[:part_bytes]), stream)
+            device.record(event, stream)
+            at += part_bytes
+            progress(at, nbytes)
     return whole
 
 

@@ -28,6 +28,7 @@ from nanopack.cli.bench import (
     pretokenized,
     report,
     rounds,
+    run,
     scaling,
     stalls,
     tokenizer_bound,
@@ -286,6 +287,20 @@ def test_every_section_shows_its_question_and_numbers_of_this_run(quick):
             rounds = number["rounds"] if isinstance(number, dict) else [number]
             assert all(map(math.isfinite, rounds))
             assert not isinstance(number, dict) or number["low"] <= number["median"] <= number["high"]
+
+
+def test_a_table_is_shown_before_the_next_one_is_measured(shipped, monkeypatch):
+    said = []
+
+    def measure(data, pace):
+        for title in ("first", "second"):
+            assert title not in "".join(said) and (title == "first" or "first" in "".join(said))
+            pace.show("measuring")
+            yield rounds.Table(title, [rounds.Result("row", {"step_ms": 1.0})])
+
+    monkeypatch.setitem(sys.modules, "nanopack.cli.bench.made_up", types.SimpleNamespace(measure=measure))
+    found = run.run(shipped, ["made_up"], quick=True, plot=None, say=said.append)
+    assert [table["title"] for table in found["sections"]["made_up"]["tables"]] == ["first", "second"]
 
 
 def test_the_machine_and_the_date_head_the_report(quick):

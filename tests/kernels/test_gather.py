@@ -26,6 +26,7 @@ from kernel_checks import (
     NUMBERS,
     Watch,
     bytes_of,
+    each_executor_of,
     each_subset,
     each_width,
     guarded,
@@ -35,7 +36,6 @@ from kernel_checks import (
     run_python,
     syncs_raise,
 )
-from nanopack.kernels import pack_torch as twin
 from nanopack.kernels.advance import advance, advance_bytes
 from nanopack.kernels.gather import gather, gather_bytes
 from nanopack.kernels.gather_torch import advance_torch, gather_torch
@@ -56,20 +56,7 @@ AS_STORED = {"all_in_loss": False, "marked": False}
 LOSSES = [{"all_in_loss": everything, "marked": marked} for everything in (False, True) for marked in (False, True)]
 each_loss = pytest.mark.parametrize("loss", LOSSES, ids=["as stored", "marked", "all in the loss", "all but marked"])
 
-
-def gather_torch_elsewhere(*args, **kwargs) -> None:
-    """Run the twin as on an accelerator, where it does not know how many pieces the fullest row has."""
-    most_pieces = twin._most_pieces
-    twin._most_pieces = lambda n_pieces, seq_len: seq_len + 1
-    try:
-        gather_torch(*args, **kwargs)
-    finally:
-        twin._most_pieces = most_pieces
-
-
-each_executor = pytest.mark.parametrize(
-    "executor", [gather, gather_torch, gather_torch_elsewhere], ids=["triton", "torch", "torch as on an accelerator"]
-)
+each_executor = each_executor_of(gather, gather_torch)
 
 
 def check(executor: Callable, laid: Laid, seq_len: int, extras: frozenset[str], loss=AS_STORED) -> None:

@@ -22,6 +22,7 @@ from kernel_checks import (
     NUMBERS,
     Watch,
     bytes_of,
+    each_executor_of,
     each_subset,
     each_width,
     guarded,
@@ -31,7 +32,6 @@ from kernel_checks import (
     run_python,
     syncs_raise,
 )
-from nanopack.kernels import pack_torch as twin
 from nanopack.kernels.pack import pack, pack_bytes
 from nanopack.kernels.pack_torch import pack_torch
 from pack_oracle import (
@@ -47,20 +47,7 @@ from pack_oracle import (
     poisoned,
 )
 
-
-def pack_torch_elsewhere(*args, **kwargs) -> None:
-    """Run the twin as on an accelerator, where it does not know how many pieces the fullest row has."""
-    most_pieces = twin._most_pieces
-    twin._most_pieces = lambda n_pieces, seq_len: seq_len + 1
-    try:
-        pack_torch(*args, **kwargs)
-    finally:
-        twin._most_pieces = most_pieces
-
-
-each_executor = pytest.mark.parametrize(
-    "executor", [pack, pack_torch, pack_torch_elsewhere], ids=["triton", "torch", "torch as on an accelerator"]
-)
+each_executor = each_executor_of(pack, pack_torch)
 
 
 def check(executor: Callable, rows: list[Row], seq_len: int, word_bytes: int, extras: frozenset, seed: int = 0) -> None:

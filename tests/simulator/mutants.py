@@ -1,12 +1,15 @@
-"""Break a class on purpose: change its source, or take one of its calls away.
+"""Break a class on purpose: change its source, or take one of its calls away; and find the schedule that shows it.
 
-source of a module   ->   orders(), Without   ->   class_from(): the class, mutated
+source of a module   ->   orders(), Without   ->   class_from(): the class, mutated   ->   first_fault()
 """
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from typing import Any
+
+from simulated import Fault
 
 
 def class_from(source: str | ast.Module, name: str) -> Any:
@@ -14,6 +17,17 @@ def class_from(source: str | ast.Module, name: str) -> Any:
     namespace: dict[str, Any] = {"__name__": "mutant"}
     exec(compile(source, "mutant", "exec"), namespace)
     return namespace[name]
+
+
+def first_fault(kind: str, run: Callable[[int], object], schedules: int) -> str | None:
+    """Return the first fault of the kind that `run` finds on a schedule, each of which ends with its first fault."""
+    for seed in range(schedules):
+        try:
+            run(seed)
+        except Fault as fault:
+            if kind in str(fault):
+                return str(fault)
+    return None
 
 
 def orders(tree: ast.Module, name: str) -> list[ast.Call]:

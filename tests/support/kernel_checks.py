@@ -5,13 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from nanopack.kernels import pack_torch
 from pack_oracle import BOS, IGNORE, SUBSETS, WORD_BYTES, Row, full_row
 
 
@@ -27,6 +29,22 @@ guarded = pytest.mark.skipif(sys.platform != "linux", reason="forbids memory by 
 each_width = pytest.mark.parametrize("word_bytes", WORD_BYTES, ids=["16-bit words", "32-bit words"])
 each_subset = pytest.mark.parametrize("extras", SUBSETS, ids=name_of)
 on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device: nothing else shows what one does")
+
+
+def each_executor_of(kernel: Callable[..., None], twin: Callable[..., None]) -> pytest.MarkDecorator:
+    """Run a test with the kernel, the twin, and the twin as where it does not know the pieces of the fullest row."""
+
+    def elsewhere(*args: Any, **kwargs: Any) -> None:
+        most_pieces = pack_torch._most_pieces
+        pack_torch._most_pieces = lambda n_pieces, seq_len: seq_len + 1
+        try:
+            twin(*args, **kwargs)
+        finally:
+            pack_torch._most_pieces = most_pieces
+
+    names = ["triton", "torch", "torch as on an accelerator"]
+    return pytest.mark.parametrize("executor", [kernel, twin, elsewhere], ids=names)
+
 
 EDGES = {
     "all rows empty": (4, [Row(), Row(), Row()]),

@@ -10,24 +10,13 @@ import inspect
 import re
 
 import pytest
-import torch
-from mutants import Without, class_from, orders
-from simulated import Fault
+from mutants import Without, class_from, first_fault, orders
 from simulated_halves import BATCHES, Simulation, run
 
 import nanopack.upload.halves
 from nanopack.upload.halves import Halves
 
 SOURCE = inspect.getsource(nanopack.upload.halves)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors of eight elements gain nothing from threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_every_schedule_loads_the_batches_in_order():
@@ -117,14 +106,7 @@ MUTANTS = {
 
 
 def fault_of(kind: str, halves: type[Halves], schedules: int = 3000, **options: bool) -> str | None:
-    """Return the first fault of the kind that a schedule finds. A schedule ends with its first fault of any kind."""
-    for seed in range(schedules):
-        try:
-            run(seed, halves, **options)
-        except Fault as fault:
-            if kind in str(fault):
-                return str(fault)
-    return None
+    return first_fault(kind, lambda seed: run(seed, halves, **options), schedules)
 
 
 @pytest.mark.parametrize("name", MUTANTS)

@@ -15,8 +15,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mutants import Without, class_from, orders
-from simulated import Fault
+from mutants import Without, class_from, first_fault, orders
 from simulated_feed import DATA_SETS, data
 from simulated_run import Config, Simulation, run
 
@@ -35,15 +34,6 @@ CONFIGS = [
 def id_of(config: Config) -> str:
     sizes = f"{config.slots} slots, {config.staging} staging"
     return sizes + ", static" * config.static + ", one stream" * (not config.overlap_copy)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors of eight elements gain nothing from threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=id_of)
@@ -226,14 +216,7 @@ MUTANTS = {
 
 
 def fault_of(kind: str, upload: type[Upload] = Upload, schedules: int = 3000, **options: bool) -> str | None:
-    """Return the first fault of the kind that a schedule finds. A schedule ends with its first fault of any kind."""
-    for seed in range(schedules):
-        try:
-            run(COMMON[seed % len(COMMON)], seed, upload, **options)
-        except Fault as fault:
-            if kind in str(fault):
-                return str(fault)
-    return None
+    return first_fault(kind, lambda seed: run(COMMON[seed % len(COMMON)], seed, upload, **options), schedules)
 
 
 @pytest.mark.parametrize("name", MUTANTS)

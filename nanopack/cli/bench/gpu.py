@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,6 +36,8 @@ from nanopack.upload.outputs import outputs_maker
 
 BUFFERS = 128
 """Buffers that alternate: more than 100 MB of outputs, while the largest cache has 60 MB."""
+LAUNCH_SECONDS = 0.1
+"""Of one measurement of launches: tens of thousands of them."""
 MODEL_ROWS = 8
 WIDTH, HEADS, LAYERS = 512, 8, 4
 LEAST_STEPS, WARM_STEPS = 6, 6
@@ -47,16 +49,17 @@ ALONE = "the loop alone, a fixed batch"
 IGNORED = {MIDTRAINING: -1, SFT: -1}
 
 
-def measure(data: Data, pace: Pace) -> list[Table]:
-    """Return the times of the kernel and of the loop, or a note that there is no GPU."""
+def measure(data: Data, pace: Pace) -> Iterator[Table]:
+    """Yield the times of the kernel and of the loop, or a note that there is no GPU."""
     if not torch.cuda.is_available():
         rows = ("kernel, copy, training loop", "words on the device: kernels, upload, captured step")
-        return [Table("On a GPU", [not_measured(row, "no GPU") for row in rows])]
+        yield Table("On a GPU", [not_measured(row, "no GPU") for row in rows])
+        return
     device = torch.device("cuda", torch.cuda.current_device())
     kernels = [row for kind, settings in KINDS.items() for row in _kernel_rows(data, pace, device, kind, settings)]
-    resident = gpu_resident.measure(data, pace, device, device_time, lambda: Model(data.tokenizer.vocab_size).cuda())
-    loop = Table("A training loop", _loop_rows(data, pace))
-    return [Table("The kernel and the copies, a batch", kernels), *resident, loop]
+    yield Table("The kernel and the copies, a batch", kernels)
+    yield from gpu_resident.measure(data, pace, device, launch_times, lambda: Model(data.tokenizer.vocab_size).cuda())
+    yield Table("A training loop", _loop_rows(data, pace))
 
 
 def _kernel_rows(data: Data, pace: Pace, device: torch.device, kind: str, settings: dict[str, Any]) -> list[Result]:
@@ -97,7 +100,7 @@ def _kernel_rows(data: Data, pace: Pace, device: torch.device, kind: str, settin
         "device copy of the same bytes": lambda i: memory[i].copy_(memory[i - 1]),
         "host copy, pinned": lambda i: staged[i][: facts.used_bytes].copy_(host, non_blocking=True),
     }
-    times = spreads(in_rounds({name: device_time(work) for name, work in works.items()}, pace))
+    times = launch_times(works, pace)
     moved = {"kernel": n_bytes, "device copy of the same bytes": n_bytes, "host copy, pinned": facts.used_bytes}
     copied = times["device copy of the same bytes"]
     return [
@@ -114,7 +117,12 @@ def _kernel_rows(data: Data, pace: Pace, device: torch.device, kind: str, settin
     ]
 
 
-def device_time(work: Callable[[int], object]) -> Measure[float]:
+def launch_times(works: Mapping[str, Callable[[int], object]], pace: Pace) -> dict[str, Spread]:
+    """Return the device's microseconds for each work on one buffer, by its name."""
+    return spreads(in_rounds({name: _device_time(work) for name, work in works.items()}, pace, LAUNCH_SECONDS))
+
+
+def _device_time(work: Callable[[int], object]) -> Measure[float]:
     """Return the measurement of the device's microseconds for the work on one buffer."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -9,7 +9,7 @@ A part of the section gpu.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -37,24 +37,21 @@ KINDS: dict[str, dict[str, Any]] = {
     "inputs and targets": {},
     "with weights and extras": {"loss_weights": "token", "extras": ("positions", "doc_ids", "cu_seqlens")},
 }
-Time = Callable[[Callable[[int], object]], Measure[float]]
-"""Returns the measurement of the device's microseconds for the work on one buffer: `gpu.device_time`."""
+Times = Callable[[Mapping[str, Callable[[int], object]], Pace], dict[str, Spread]]
+"""Measures the device's microseconds for each work on one buffer: `gpu.launch_times`."""
 
 
-def measure(data: Data, pace: Pace, device: torch.device, device_time: Time, model: Any) -> list[Table]:
-    """Return the times of the kernels, of the upload, and of captured steps of `model`."""
+def measure(data: Data, pace: Pace, device: torch.device, times: Times, model: Any) -> Iterator[Table]:
+    """Yield the times of the kernels, of captured steps of `model`, and of the upload."""
     with stored(at_least(data.documents, TOKENS), data) as store:
-        rows = [row for kind, given in KINDS.items() for row in _kernels(store, pace, device, device_time, kind, given)]
-        steps = _steps(store, pace, model)
-    return [
-        Table("Words on the device: the kernels, a batch", rows),
-        Table("Words on the device: the upload", _upload(pace, device)),
-        Table("Words on the device: a captured step", steps),
-    ]
+        rows = [row for kind, given in KINDS.items() for row in _kernels(store, pace, device, times, kind, given)]
+        yield Table("Words on the device: the kernels, a batch", rows)
+        yield Table("Words on the device: a captured step", _steps(store, pace, model))
+    yield Table("Words on the device: the upload", _upload(pace, device))
 
 
 def _kernels(
-    store: Store, pace: Pace, device: torch.device, device_time: Time, kind: str, given: dict[str, Any]
+    store: Store, pace: Pace, device: torch.device, launch_times: Times, kind: str, given: dict[str, Any]
 ) -> list[Result]:
     """Return the times of the kernels for one and the same batch, and of a copy of the bytes that gather moves."""
     from nanopack.kernels.gather import gather_bytes
@@ -92,11 +89,17 @@ def _kernels(
             copy: lambda i: memory[i].copy_(memory[i - 1]),
             f"host copy of the table, {kind}": lambda i: copies[i % 2].copy_(host, non_blocking=True),
         }
-        times = spreads(in_rounds({name: device_time(work) for name, work in works.items()}, pace))
+        times = launch_times(works, pace)
     moved = {name: len(host) if "table" in name else n_bytes for name in works}
-    fractions = {name: ratio(times[copy], spread) for name, spread in times.items()}
     return [
-        Result(name, {"device_us": spread, "moved_bytes": moved[name], "of_copy_speed_fraction": fractions[name]})
+        Result(
+            name,
+            {
+                "device_us": spread,
+                "moved_bytes": moved[name],
+                **({} if "copy" in name else {"of_copy_speed_fraction": ratio(times[copy], spread)}),
+            },
+        )
         for name, spread in times.items()
     ]
 
@@ -119,7 +122,8 @@ def _pack(store: Store, loader: Loader, device: torch.device) -> Callable[[Any, 
 
 def _upload(pace: Pace, device: torch.device) -> list[Result]:
     """Return how fast words that are in the host's memory are brought to the device, and a pinned copy of them."""
-    words = np.zeros((QUICK_UPLOAD_BYTES if pace.quick else UPLOAD_BYTES) // 2, np.uint16)
+    # of zeros the system would map one and the same page
+    words = np.ones((QUICK_UPLOAD_BYTES if pace.quick else UPLOAD_BYTES) // 2, np.uint16)
     pinned = torch.empty(words.nbytes, dtype=torch.uint8, pin_memory=True)
     to = torch.empty(words.nbytes, dtype=torch.uint8, device=device)
 
