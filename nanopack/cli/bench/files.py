@@ -132,7 +132,7 @@ def _a_pass(data: Data, paths: list[str], seed: int | None, _: float) -> float:
         "num_workers": 0,
         "device": "cpu",
     }
-    with Loader(paths, data.tokenizer, ROWS, ROW, device="cpu", **settings) as batches:
+    with Loader(paths, data.tokenizer, ROWS, ROW, **settings) as batches:
         for batch in batches:
             tokens += batch.num_tokens
     return tokens / (time.process_time() - began)
