@@ -169,7 +169,7 @@ class Producer:
         self._status.set(self._reading, conversation)
 
     def _read_all(self) -> ReadAll:
-        """Return what reads conversations; in the trainer's process it does not refer to this, which would be a cycle.
+        """Make the function that reads conversations; in the trainer's process it does not refer to this, which would be a cycle.
 
         Mapped files would stay open until the next garbage collection.
         """
