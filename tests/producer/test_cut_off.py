@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import time
@@ -50,6 +51,8 @@ class Mapped:
         return len(self.rows)
 
     def __getitem__(self, index):
+        # pytest's would print where each thread is
+        faulthandler.disable()
         return {"text": bytes(self.rows[index]).decode()}
 
 

@@ -173,7 +173,7 @@ def test_a_file_of_text_that_changes_while_it_is_read_ends_the_run_by_name(tmp_p
 def test_a_file_with_the_same_content_goes_on(tmp_path, kind, harm, monkeypatch):
     # most files are opened again and again, as of a data set of hundreds
     monkeypatch.setattr("nanopack.conversations.random_access.most_open_files", lambda: 4)
-    paths = [write(tmp_path / f"{k}.{kind}", RECORDS[k * 100 :][:100]) for k in range(20)]
+    paths = [write(tmp_path / f"{k}.{kind}", RECORDS[k * 40 :][:40]) for k in range(10)]
     expected = read_all([str(path) for path in paths])
     with within(20), Loader([str(p) for p in paths], TOKENIZER, epochs=1, prefetch=1, **SMALL) as loader:
         got = [next(loader)]

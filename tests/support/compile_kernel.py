@@ -1,9 +1,9 @@
 """Compile a kernel for GPUs that need not be there, and print, as JSON, what came out.
 
-    python compile_kernel.py pack sm_90 few   registers, stack and memory instructions of each variant on that target;
-                                              few: without extras and with all of them, all: with each extra alone as
-                                              well, every: all combinations
-    python compile_kernel.py pack launches    how often a thousand launches compile
+    python compile_kernel.py sm_90 few pack advance   registers, stack and memory instructions of each variant of these
+                                                      kernels on that target; few: without extras and with all of
+                                                      them, all: with each extra alone as well, every: all combinations
+    python compile_kernel.py launches pack            how often a thousand launches compile
 
 The kernels are pack, gather, graph, which is gather with a counter, and advance, which has but one variant. A stand-in
 for Triton's driver lets the launcher itself run, so what is compiled is what would be launched: its block, its warps,
@@ -155,5 +155,8 @@ def launches(kernel: str) -> list[int]:
 if __name__ == "__main__":
     stand_in = Driver()
     triton.runtime.driver.set_active(stand_in)
-    name, *what = sys.argv[1:]
-    print(json.dumps(launches(name) if what == ["launches"] else variants(stand_in, name, *what)))
+    if sys.argv[1] == "launches":
+        print(json.dumps({kernel: launches(kernel) for kernel in sys.argv[2:]}))
+    else:
+        target, which, *kernels = sys.argv[1:]
+        print(json.dumps({kernel: variants(stand_in, kernel, target, which) for kernel in kernels}))

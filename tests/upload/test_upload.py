@@ -24,7 +24,7 @@ from nanopack.errors import ConversationError
 from nanopack.upload.upload import Upload
 
 SOURCE = inspect.getsource(nanopack.upload.upload)
-SCHEDULES = 150
+SCHEDULES = 60
 CONFIGS = [
     Config(slots, staging, static, overlap_copy)
     for slots, staging, static, overlap_copy in itertools.product((3, 4, 5, 6), (1, 2), (False, True), (True, False))
