@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import json
 import logging
@@ -531,6 +532,8 @@ def test_workers_of_a_dataloader_deliver_each_conversation_once(workers, ranked)
 def test_several_workers_of_a_dataloader_without_a_rank_are_refused():
     with pytest.raises(ValueError, match=r"rank=get_worker_info\(\).id, world_size=2"):
         list(torch.utils.data.DataLoader(InEachWorker(ranked=False), batch_size=None, num_workers=2))
+    # ends its workers; a producer that is forked while they run would wait for them, 5 s each
+    gc.collect()
 
 
 def test_verify_says_how_much_it_compared_and_that_it_was_equal():
