@@ -71,18 +71,20 @@ class BestFitPacker:
         self._crop = crop
         self._row = 0
         self._keys: list[int] = []
-        # of the keys, where that is known
+        # of the keys, ascending, where that is known
         self._numbers: np.ndarray | None = None
         self._ages = _Ages(max_age)
         self.emitted = self.cropped = self.packed = self.longest_wait = 0
 
     def waiting(self) -> list[int]:
         """Return the documents that wait, in the order of reading."""
-        return sorted(self._waiting_numbers().tolist())
+        numbers: list[int] = self._waiting_numbers().tolist()
+        return numbers
 
     def _waiting_numbers(self) -> np.ndarray:
         if self._numbers is None:
             self._numbers = numbers_of(self._keys)
+            self._numbers.sort()
         return self._numbers
 
     def remaining(self) -> list[tuple[int, int]]:
@@ -91,9 +93,8 @@ class BestFitPacker:
 
     def state(self) -> State:
         """Return the counters, the number of the next row, and the row in which each waiting document was read."""
-        since = self._ages.read_in(self._waiting_numbers())
-        since.sort()
-        return {"row": self._row, "since": since.tolist(), **counters(self)}
+        since = self._ages.read_in(self._waiting_numbers()).tolist()
+        return {"row": self._row, "since": since, **counters(self)}
 
     def restore(self, state: State, waiting: Sequence[tuple[int, int]]) -> None:
         """Restore a saved state: `state()`, and (document, length) of each document of `waiting()`."""
@@ -189,7 +190,7 @@ class _Ages:
     Numbers ascend as they are read, so one mark for each row that reads is enough: the last number read in it.
     """
 
-    MOST_MARKS = 4096
+    MOST_MARKS = 1024
 
     def __init__(self, max_age: int | None) -> None:
         self._max_age = max_age

@@ -120,7 +120,7 @@ class Producer:
             progress=fsum(progress) / len(progress),
             last=all(last),
             longest_wait_rows=max(packer.longest_wait for packer in self._shards),
-            work=self._works(pieces, shards=1)[0],
+            work=work[0] if len(work) == 1 else self._works(pieces, shards=1)[0],
             state=self.state_bytes(),
         )
 

@@ -35,7 +35,9 @@ class Places:
         row_ends = ends[bounds]
         self.row_lengths = row_ends[1:] - row_ends[:-1]
         """(B,)"""
-        self.is_full = bool(self.row_lengths.all())
+        self.shortest = int(np.minimum.reduce(self.row_lengths))
+        """Tokens of the shortest row."""
+        self.is_full = self.shortest > 0
         """Whether there is no row of padding alone."""
         self.columns = ends[:-1] - row_ends[:-1].repeat(self.counts)
         """(P,): the first column of each piece in its row."""
@@ -43,6 +45,11 @@ class Places:
         """(B,): words from the end of each row to the start of the next."""
         self.starts = sums(self.row_lengths + self.gaps, first_word)
         """(B + 1,): where each row starts in the slot, in words, and where the last one ends; multiples of ROW_ALIGN"""
+
+    @property
+    def first_pieces(self) -> np.ndarray:
+        """The first piece of each row that has one."""
+        return self.bounds[:-1] if self.is_full else self.bounds[:-1][self.counts > 0]
 
     @cached_property
     def words(self) -> np.ndarray:
@@ -72,8 +79,8 @@ class Places:
 
     def max_seqlen(self, seq_len: int) -> int:
         """Return the length of the longest segment."""
-        padding = seq_len - int(self.row_lengths.min())
-        return max(padding, int(np.minimum(self.lengths, seq_len - self.columns).max(initial=0)))
+        longest = np.maximum.reduce(np.minimum(self.lengths, seq_len - self.columns), initial=0)
+        return max(seq_len - self.shortest, int(longest))
 
 
 def facts_of(

@@ -80,7 +80,7 @@ class Slot:
         if self.layout.align > 1:
             self._place_words(pieces, places, out)
         elif num > 1 and pieces.array is None and int(pieces.starts[1]) - int(pieces.starts[0]) in _next_to(pieces):
-            begins = _begins(pieces)
+            begins = _begins(pieces, places)
             if not self._copy_rows(pieces, begins, places, out):
                 self._copy_words(*_joined(pieces, begins), places, out)
         elif num and pieces.array is None and len(out) < LONG_PIECES * num:
@@ -119,12 +119,12 @@ class Slot:
             return False
         starts = pieces.starts[places.bounds[:-1]]
         steps = starts[1:] - starts[:-1]
-        begin, step, size = int(starts[0]), int(steps[0]), pieces.arrays[0].itemsize
-        if step < 1 or (steps != step).any():
+        step, words = int(steps[0]), pieces.arrays[0][int(starts[0]) :]
+        if step < 1 or np.count_nonzero(steps != step):
             return False
-        part = pieces.arrays[0][begin : begin + (rows - 1) * step + length]
-        table = out.reshape(rows, -1)
-        table[:, :length] = np.lib.stride_tricks.as_strided(part, (rows, length), (step * size, size))
+        table, size = out.reshape(rows, -1), words.itemsize
+        # np.lib.stride_tricks.as_strided takes as long as the copy
+        table[:, :length] = np.ndarray((rows, length), words.dtype, words, strides=(step * size, size))
         table[:, length:] = 0
         return True
 
@@ -226,12 +226,11 @@ def _next_to(pieces: Pieces) -> tuple[int, int]:
     return length, length - 1
 
 
-def _begins(pieces: Pieces) -> np.ndarray:
+def _begins(pieces: Pieces, places: Places) -> np.ndarray:
     """Return which pieces are not adjacent, in the array, to the one before them in their row: (P,) bool."""
     begins = np.empty(len(pieces.lengths), bool)
-    begins[1:] = pieces.starts[1:] != pieces.starts[:-1] + pieces.lengths[:-1]
-    first_pieces = pieces.bounds[:-1]
-    begins[first_pieces[first_pieces < len(begins)]] = True
+    np.not_equal(pieces.starts[1:], (pieces.starts + pieces.lengths)[:-1], out=begins[1:])
+    begins[places.first_pieces] = True
     return begins
 
 

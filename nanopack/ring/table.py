@@ -87,7 +87,7 @@ class TableSlot:
         counts: np.ndarray = pieces.loss_tokens.copy()
         for piece in np.flatnonzero(counts < 0).tolist():
             counts[piece] = self._in_loss(pieces, piece)
-        firsts = pieces.bounds[:-1] if places.is_full else pieces.bounds[:-1][places.counts > 0]
+        firsts = places.first_pieces
         counts[firsts] -= self._firsts_in_loss(pieces, firsts)
         return counts
 
