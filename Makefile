@@ -22,9 +22,9 @@ demo: .venv/run
 test: .venv/dev
 	$(PYTEST) $(PARALLEL)
 
-# Longer runs of what `make test` runs in short.
+# Longer runs of what `make test` runs in short: the property tests with ten times as many examples, and others.
 slow: .venv/dev
-	$(PYTEST) $(PARALLEL) -m slow
+	$(PYTEST) $(PARALLEL) -m '(slow or hypothesis) and not trainers' --hypothesis-profile slow
 
 # Trainers train, are killed and resume: minutes, and Lightning besides, so not part of `make test`.
 test-trainers: .venv/trainers

@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 # Tests are imported by path, so what they share has to be found another way.
 sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("support", "simulator")]
 
-# A slow machine is no failure; in CI a failure must come again.
-settings.register_profile("nanopack", deadline=None, derandomize="CI" in os.environ, print_blob=True)
-settings.load_profile("nanopack")
+# A slow machine is no failure; in CI a failure must come again. `make slow` draws ten times as many examples.
+settings.register_profile("slow", max_examples=200, deadline=None, print_blob=True)
+settings.register_profile("quick", settings.get_profile("slow"), max_examples=20, derandomize="CI" in os.environ)
+settings.load_profile("quick")

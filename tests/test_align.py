@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 from data_sets import SMALL, data_sets, drawn_arguments
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from stores import store_of
 
@@ -78,7 +78,6 @@ def test_real_lengths_bring_the_starts_with_them_and_need_no_alignment():
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-@settings(max_examples=25)
 @given(data=st.data(), align=st.sampled_from([2, 4, 8]))
 def test_nothing_is_lost_and_the_ledger_balances(packing, data, align):
     conversations = data.draw(data_sets)

@@ -8,7 +8,7 @@ import json
 
 import pytest
 from data_sets import SMALL, costs, data_sets, drawn_arguments
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from stores import store_of
 
@@ -37,7 +37,6 @@ def rows_of(batches):
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-@settings(max_examples=25)
 @given(data=st.data(), cost=costs, window=st.integers(1, 5))
 def test_with_a_window_of_the_accumulated_batches_a_step_has_exactly_the_rows_that_it_had(packing, data, cost, window):
     conversations = data.draw(data_sets)
@@ -53,7 +52,6 @@ def test_with_a_window_of_the_accumulated_batches_a_step_has_exactly_the_rows_th
             assert sum(getattr(b, name) for b in before[step]) == sum(getattr(b, name) for b in after[step])
 
 
-@settings(max_examples=25)
 @given(data=st.data(), cost=costs, window=st.integers(1, 5), shard=st.sampled_from(["rank", "row"]))
 def test_all_ranks_together_give_each_token_of_an_epoch_as_often_as_without(data, cost, window, shard):
     conversations, packing = data.draw(data_sets), data.draw(st.sampled_from(PACKINGS))
@@ -220,7 +218,6 @@ def test_across_ranks_a_store_gives_what_the_reference_gives(tmp_path, packing, 
         assert len(loader) == len(got) and loader.ledger()["balanced"]
 
 
-@settings(max_examples=20)
 @given(data=st.data(), cost=costs, window=st.integers(1, 5))
 def test_across_ranks_a_window_has_the_rows_that_it_had_and_nothing_is_lost(data, cost, window):
     packing, world_size = data.draw(st.sampled_from(PACKINGS)), data.draw(st.integers(1, 4))

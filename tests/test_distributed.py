@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import random
-import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,73 +25,15 @@ from distributed_ranks import (
     wrong_groups,
 )
 from distributed_run import BYTES, SAVE_EVERY, STEPS
+from launched import Run, kill, until
 from torch.distributed.checkpoint.stateful import Stateful
 
 from nanopack import Loader, merge_states
 from nanopack.packing import Stream
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
-SCRIPT = Path(__file__).parent / "support" / "distributed_run.py"
 # As in hypothesis, CI takes the same road each time.
 SEED = 0 if "CI" in os.environ else random.randrange(10_000)
-
-
-class Run:
-    """The training script in a folder, plain or under torchrun, with all processes that come of it."""
-
-    def __init__(self, folder, world_size=None, restarts=0):
-        self.folder = folder
-        self._mark = f"NANOPACK_TEST_RUN={folder}"
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-        torchrun += [f"--nproc-per-node={world_size}", f"--max-restarts={restarts}", "--monitor-interval=0.05"]
-        command = [sys.executable, *(torchrun if world_size else []), SCRIPT, folder]
-        settings = {"NANOPACK_TEST_RUN": str(folder), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-        # else ranks that torchrun restarts find in its store the addresses of those that were killed
-        settings["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        self.log = folder / f"log of {world_size or 'no torchrun'}"
-        with open(self.log, "ab") as log:
-            self.first = subprocess.Popen(command, env={**os.environ, **settings}, stdout=log, stderr=log)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for pid in self.processes():
-            kill(pid)
-        self.first.wait(5)
-
-    def processes(self):
-        """Every process of the run, found by what its environment says: a child's child inherits it."""
-        found = set()
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            with contextlib.suppress(OSError):
-                if self._mark.encode() in path.read_bytes().split(b"\0"):
-                    found.add(int(path.parent.name))
-        return found
-
-    def ranks(self, world_size):
-        return [int((self.folder / f"pid{rank}").read_text()) for rank in range(world_size)]
-
-    def lines(self):
-        with contextlib.suppress(FileNotFoundError):
-            return (self.folder / "losses").read_text().splitlines()
-        return []
-
-    def wait_for_step(self, step):
-        until(40, lambda: self.first.poll() is not None or any(line.startswith(f"{step} ") for line in self.lines()))
-        assert self.first.poll() is None, self.log.read_text()
-
-
-def kill(pid):
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
-
-def until(seconds, is_so):
-    late = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < late, f"not so after {seconds} s"
-        time.sleep(0.01)
 
 
 def test_killed_and_resumed_on_other_numbers_of_ranks_losses_and_weights_are_those_of_the_uninterrupted_run(tmp_path):

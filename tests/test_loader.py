@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from data_sets import LARGE, PACKINGS, SMALL, byte_tokenizer, data_sets, drawn_arguments
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -405,7 +405,6 @@ def test_the_ledger_notices_a_reason_that_is_off_by_one(counter, reason):
     assert len(ledger.imbalances()) == 1
 
 
-@settings(max_examples=20)
 @given(data=st.data())
 def test_the_ledger_balances_after_every_batch(data):
     packing = data.draw(st.sampled_from(PACKINGS))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from data_sets import LARGE, PACKINGS, SHIPPED, SMALL, data_sets, drawn_arguments
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from stores import store_of
 
@@ -92,7 +92,6 @@ def outcome(make, count):
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-@settings(max_examples=25)
 @given(data=st.data())
 def test_batches_are_those_of_the_reference_in_every_field_and_form(packing, data):
     conversations = data.draw(data_sets)

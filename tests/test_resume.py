@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 from data_sets import PACKINGS, SMALL, data_sets, drawn_arguments
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import nanopack
@@ -66,7 +66,6 @@ def test_interrupted_any_number_of_times_equals_uninterrupted(packing, data):
     assert same_state(loader, whole)
 
 
-@settings(max_examples=15)
 @given(data=st.data())
 def test_a_producer_process_goes_on_as_exactly_whatever_its_workers_and_prefetch(data):
     conversations, packing = data.draw(data_sets), data.draw(st.sampled_from(PACKINGS))
@@ -102,7 +101,6 @@ def global_rows(batches):
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-@settings(max_examples=12)
 @given(data=st.data())
 def test_the_global_batch_sharded_by_rows_does_not_depend_on_the_ranks_though_they_change_twice(packing, data):
     conversations = data.draw(data_sets)
@@ -136,7 +134,6 @@ def test_micro_batches_are_ranks():
     assert [inputs.tolist() for inputs in micro] == [batch.inputs.tolist() for batch in four]
 
 
-@settings(max_examples=40)
 @given(data=st.data())
 def test_all_ranks_give_equally_many_batches_and_together_everything_just_as_often(data):
     packing = data.draw(st.sampled_from(PACKINGS))

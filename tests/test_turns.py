@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from data_sets import PACKINGS, SMALL, drawn_arguments, plain_texts, rendered_elsewhere, texts
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import nanopack
@@ -65,7 +65,6 @@ def outcome(batches, most):
     return got, None
 
 
-@settings(max_examples=40)
 @pytest.mark.parametrize("packing", PACKINGS)
 @given(data=st.data())
 def test_batches_are_the_references(packing, data):
@@ -80,7 +79,6 @@ def test_batches_are_the_references(packing, data):
     assert loader.ledger()["balanced"]
 
 
-@settings(max_examples=25)
 @pytest.mark.parametrize("packing", PACKINGS)
 @given(data=st.data())
 def test_resumed_anywhere_it_gives_the_same_batches(packing, data):

@@ -12,7 +12,7 @@ from typing import Any
 
 from nanopack.packing.cost import Cost, as_cost
 
-SECTIONS = ("throughput", "pretokenized", "resident", "stalls", "padding", "balance", "scaling", "gpu")
+SECTIONS = ("throughput", "files", "pretokenized", "resident", "stalls", "padding", "balance", "scaling", "gpu")
 """Modules of nanopack.cli.bench, each named for its question."""
 
 

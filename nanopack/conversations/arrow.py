@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nanopack.conversations.keys import HARMLESS, RECORD, SHAPES, Row, looks_like
+from nanopack.conversations.mapped import MappedFiles
 
 NUMBERS = {"bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
 
@@ -124,6 +125,7 @@ class ArrowRows:
         # All of pyarrow's errors are ValueErrors or OSErrors.
         except (ValueError, OSError) as error:
             raise ValueError(f"{self._path} cannot be read as Arrow ({error}); make or copy it again") from error
+        self._file = MappedFiles([self._path])
         names = self._table.column_names
         read = columns_read(self._path, names)
         self._cells = [
@@ -138,6 +140,7 @@ class ArrowRows:
         return int(self._table.num_rows)
 
     def __getitem__(self, row: int) -> object:
+        self._file.check()
         return self._row({name: read(column[row]) for name, column, read in self._cells})
 
     def where(self, row: int) -> str:

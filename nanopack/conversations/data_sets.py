@@ -9,9 +9,11 @@ every struct of a column the fields of all. A null in JSON or in Python stays.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import operator
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -49,6 +51,9 @@ class Items(Source):
         self._features = _features_of(items)
         self.runs_foreign_code = _runs_foreign_code(items)
 
+    def sockets(self) -> list[str]:
+        return [name for name, value in getattr(self._items, "__dict__", {}).items() if _is_socket(value)]
+
     def __len__(self) -> int:
         return self._length
 
@@ -66,6 +71,13 @@ class Items(Source):
         """Return the fingerprint of a datasets.Dataset, unless it is transformed as it is read."""
         known = type(self._items).__module__.split(".")[0] == "datasets" and _format_of(self._items) != "custom"
         return str(getattr(self._items, "_fingerprint", "")) if known else ""
+
+
+def _is_socket(value: object) -> bool:
+    """Return whether it is an open socket, or a file made of one."""
+    with contextlib.suppress(Exception):
+        return stat.S_ISSOCK(os.fstat(value.fileno()).st_mode)  # type: ignore[attr-defined]
+    return False
 
 
 def _runs_foreign_code(items: object) -> bool:

@@ -53,6 +53,13 @@ class Source(ABC):
         """Return for records, (n,) int64, which of the `parts` each is in, and its index there: (n,) int64 each."""
         return np.zeros(len(indices), np.int64), indices
 
+    def check_files(self) -> None:  # noqa: B027 (most sources have nothing to check)
+        """Raise StorageError where a file that is mapped into memory was cut off: reading it would end the process."""
+
+    def sockets(self) -> list[str]:
+        """Return the names of attributes of a data set of the user's that are open sockets."""
+        return []
+
     def picks_digest(self) -> str:
         """Return a digest of which records are mixed or split; "" where nothing is."""
         return ""

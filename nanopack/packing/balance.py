@@ -16,8 +16,8 @@ from collections.abc import Callable
 import numpy as np
 
 from nanopack.packing.cost import Cost
-from nanopack.packing.holding import HoldingPacker, chosen, split
-from nanopack.packing.rows import Packer, Rows
+from nanopack.packing.holding import HoldingPacker, chosen
+from nanopack.packing.rows import Packer, Rows, sums
 
 _BITS64 = 2**64 - 1
 
@@ -27,14 +27,9 @@ def costs_of(lengths: np.ndarray, bounds: np.ndarray, cost: Cost) -> np.ndarray:
 
     `lengths` are those of all runs, `bounds` the first of each row, as in `Rows`.
     """
-    found: np.ndarray = cost.of(_sums_in(lengths, bounds), _sums_in(lengths**2, bounds))
+    tokens, squares = sums(lengths)[bounds], sums(lengths * lengths)[bounds]
+    found: np.ndarray = cost.of(tokens[1:] - tokens[:-1], squares[1:] - squares[:-1])
     return found
-
-
-def _sums_in(values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    sums = np.zeros(len(values) + 1, np.int64)
-    np.cumsum(values, out=sums[1:])
-    return np.diff(sums[bounds])
 
 
 def deal(costs: np.ndarray, heaps: int) -> np.ndarray:
@@ -46,7 +41,7 @@ def deal(costs: np.ndarray, heaps: int) -> np.ndarray:
     >>> deal(np.array([1.0, 5.0, 2.0, 9.0, 4.0, 3.0]), heaps=3).tolist()
     [[0, 3], [1, 2], [4, 5]]
     """
-    turns = np.argsort(-costs, kind="stable").reshape(-1, heaps)
+    turns = (-costs).argsort(kind="stable").reshape(-1, heaps)
     turns[1::2] = turns[1::2, ::-1]
     return np.sort(turns.T, axis=1)
 
@@ -114,16 +109,16 @@ class BalancedPacker(HoldingPacker):
 
     def next_rows(self) -> Rows:
         """Return the rows of the next batch; at the end of the data some may be empty, then none."""
-        while self.dealt + self.collected < self._window and self.collect():
+        while len(self._dealt) + len(self._collected) < self._window and self.collect():
             pass
-        if not self.dealt and self.collected:
+        if not self._dealt and self._collected:
             self._deal()
         return super().next_rows()
 
     def _deal(self) -> None:
         """Deal the batches that are collected: a window, at the end of the data fewer."""
-        steps, size, rows = self.collected, self._batch_size, self.collected_rows()
-        costs = np.zeros(steps * size)
-        costs[: rows.num_rows] = costs_of(rows.lengths, rows.bounds, self._cost)
-        heaps = deal(costs, steps)[order_of_steps(self._seed, self.windows, steps)]
-        self.deal(split(chosen(rows, heaps.ravel()), [size] * steps))
+        steps, size = self.collected, self._batch_size
+        rows = self.collected_rows().padded_to(steps * size)
+        heaps = deal(costs_of(rows.lengths, rows.bounds, self._cost), steps)
+        order = order_of_steps(self._seed, self.windows, steps)
+        self.deal(chosen(rows, heaps[order].ravel()), [size] * steps)

@@ -55,6 +55,11 @@ class Rows(NamedTuple):
         """Number of rows."""
         return len(self.bounds) - 1
 
+    def padded_to(self, rows: int) -> Rows:
+        """Return the same with empty rows at the end."""
+        missing = rows - self.num_rows
+        return self._replace(bounds=np.pad(self.bounds, (0, missing), "edge")) if missing else self
+
     def runs(self) -> list[list[Run]]:
         """Return the runs of each row, to look at.
 
@@ -100,6 +105,16 @@ class Packer(Protocol):
     @property
     def waiting_tokens(self) -> int:
         """Their tokens that are still to come."""
+
+
+def sums(numbers: np.ndarray, first: int = 0) -> np.ndarray:
+    """Return the sums of the first 0, 1, 2, …, n of n numbers, and of `first`: (n + 1,) int64."""
+    found = np.empty(len(numbers) + 1, np.int64)
+    found[0] = first
+    np.add.accumulate(numbers, out=found[1:])
+    if first:
+        found[1:] += first
+    return found
 
 
 def counters(packer: Packer) -> State:

@@ -15,7 +15,7 @@ import numpy as np
 
 from nanopack.config import LoaderConfig
 from nanopack.packing.balance import costs_of, deal, order_of_steps, slices
-from nanopack.packing.holding import HoldingPacker, chosen, split
+from nanopack.packing.holding import HoldingPacker, chosen
 from nanopack.ring.pieces import Pieces, stack
 
 
@@ -52,13 +52,12 @@ class AcrossRanks:
         firsts = np.cumsum([0, *(own.num_rows for own in rows)])
         for packer, own, first, end in zip(self._packers, rows, firsts[:-1], firsts[1:], strict=True):
             mine = (dealt >= first) & (dealt < end)
-            packer.deal(split(chosen(own, dealt[mine] - first), mine.sum(axis=1).tolist()))
+            packer.deal(chosen(own, dealt[mine] - first), mine.sum(axis=1).tolist())
 
     def own_rows(self, parts: Sequence[Pieces]) -> Pieces:
         """Return the B rows of this rank among those of a step, which the shards give in `parts`, in their order."""
         config = self._config
         assert config.balance is not None
-        pieces = stack(parts)
-        costs = np.zeros(config.global_rows)
-        costs[: pieces.num_rows] = costs_of(pieces.lengths, pieces.bounds, config.balance)
+        pieces = stack(parts).padded_to(config.global_rows)
+        costs = costs_of(pieces.lengths, pieces.bounds, config.balance)
         return pieces.chosen(deal(costs, config.world_size)[config.rank])

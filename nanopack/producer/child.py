@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from nanopack.conversations.mapped import REMEDY, cut_off
 from nanopack.errors import ProducerError
 
 if sys.platform == "linux":
@@ -114,8 +115,18 @@ def how_it_ended(process: Any, doing: object) -> str:
     if code is None or code >= 0:
         return f"exited with code {code} ({doing})"
     name = signal.Signals(-code).name
-    hint = "; the system does this when memory runs out" if name == "SIGKILL" else ""
-    return f"was killed by {name} ({doing}){hint}"
+    return f"was killed by {name} ({doing}){_why(name)}"
+
+
+def _why(name: str) -> str:
+    """Return the usual reason for which the system sends the signal, for the end of a message."""
+    if name == "SIGKILL":
+        return "; the system does this when memory runs out"
+    if name != "SIGBUS":
+        return ""
+    files = cut_off()
+    which = f": {'; '.join(files)}" if files else ""
+    return f"; the system does this when a file that is mapped into memory was cut off{which}. Then {REMEDY}"
 
 
 def widen(pipe: Connection) -> None:

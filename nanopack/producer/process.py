@@ -56,6 +56,13 @@ class Process:
     ) -> None:
         """Start the process. Raises as `start.start` and `Handover.send` do."""
         method = method or DEFAULT_START_METHOD
+        shared = [name for part in reader.source.parts for name in part.sockets()]
+        if method == "fork" and shared:
+            raise ValueError(
+                f"the data set's attribute {shared[0]!r} is an open socket, which forked processes would share: "
+                f"answers would go astray. Connect in each process when it first reads (os.getpid() says which), or "
+                f"use num_workers=0"
+            )
         context: Any = multiprocessing.get_context(method)
         size = Ring.bytes_of(reader.layout, slots)
         self.ring = Ring(reader.layout, slots, None if method == "fork" else context.RawArray("B", size))

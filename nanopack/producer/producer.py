@@ -89,8 +89,9 @@ class Producer:
         """Fill the slot with the next batch; at the end of the data return None, and leave the slot as it is.
 
         Where another rank has more batches than this one, batches of padding follow, so that all deliver equally many.
-        Raises as `ShardPacker.next_rows` does.
+        Raises as `ShardPacker.next_rows` and `Reader.check_files` do.
         """
+        self._reader.check_files()
         size = self._config.shard_rows
         there_is_more = self._across is not None and self._across.advance()
         parts = [packer.next_rows() for packer in self._shards]
@@ -169,9 +170,10 @@ class Producer:
         self._status.set(self._reading, conversation)
 
     def _read_all(self) -> ReadAll:
-        """Return what reads conversations; in the trainer's process it does not refer to this, which would be a cycle.
+        """Return the reading of conversations.
 
-        Mapped files would stay open until the next garbage collection.
+        In the trainer's process it does not refer to this, which would be a cycle: mapped files would stay open until
+        the next garbage collection.
         """
         config, own = self._config, self._status is None
         if self._workers is not None:

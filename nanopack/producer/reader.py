@@ -60,6 +60,11 @@ class Reader:
         # closures do not pickle
         return Reader, (self.source, self.tokenizer, self.config, self.cache)
 
+    def check_files(self) -> None:
+        """Raise StorageError as `Source.check_files` does."""
+        for part in self.source.parts:
+            part.check_files()
+
     def check_template(self) -> None:
         """Raise TemplateError where the first conversation needs special tokens that the tokenizer lacks.
 

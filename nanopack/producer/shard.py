@@ -24,7 +24,7 @@ from nanopack.packing.align import build
 from nanopack.packing.balance import BalancedPacker
 from nanopack.packing.holding import HoldingPacker
 from nanopack.packing.rows import Packer, Rows
-from nanopack.producer.ahead import changed_error, rows_of
+from nanopack.producer.ahead import changed_error, named, rows_of
 from nanopack.producer.arrivals import Arrivals, describe_or_raise
 from nanopack.producer.chunk import Chunk, Live, weigh
 from nanopack.producer.placed import Placed
@@ -223,7 +223,7 @@ class ShardPacker:
             "sources": [vars(ledger) for ledger in self._arrivals.sources],
             "mixed": bool(self._source.names),
             "notes": vars(self.notes),
-            **({} if self.holding is None else {"ahead": [held.named for held in self.holding.ahead()]}),
+            **({} if self.holding is None else {"ahead": named(self.holding.ahead())}),
         }
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ class Pieces(NamedTuple):
         return self._replace(bounds=np.concatenate([self.bounds, np.full(rows - self.num_rows, self.bounds[-1])]))
 
     def chosen(self, index: np.ndarray) -> Pieces:
-        """Return the rows of these indices, (k,) int64; one beyond the last becomes a row of padding."""
+        """Return the rows of these indices, (k,) int64."""
         runs, bounds = runs_of(self.bounds, index)
         columns = ("lengths", "offsets", "conversations", "starts", *(["array"] if self.array is not None else []))
         marks = self.marks

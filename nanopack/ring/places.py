@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
+from nanopack.packing.rows import sums
 from nanopack.ring.facts import BatchFacts
 from nanopack.ring.layout import ROW_ALIGN, Layout
 from nanopack.ring.pieces import Pieces
@@ -104,16 +105,6 @@ def facts_of(
         pieces_per_row=places.counts.tobytes(),
     )
     return facts, list(zip(tokens, loss_tokens, strict=True))
-
-
-def sums(numbers: np.ndarray, first: int = 0) -> np.ndarray:
-    """Return the sums of the first 0, 1, 2, …, n of n numbers, and of `first`: (n + 1,) int64."""
-    found = np.empty(len(numbers) + 1, np.int64)
-    found[0] = first
-    np.add.accumulate(numbers, out=found[1:])
-    if first:
-        found[1:] += first
-    return found
 
 
 def too_many_pieces(segments: int, layout: Layout) -> ValueError:

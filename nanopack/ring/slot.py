@@ -13,10 +13,11 @@ import math
 
 import numpy as np
 
+from nanopack.packing.rows import sums
 from nanopack.ring.facts import BatchFacts
 from nanopack.ring.layout import ALIGN_BYTES, ROW_ALIGN, Layout, round_up
 from nanopack.ring.pieces import Pieces
-from nanopack.ring.places import Places, facts_of, sums, too_many_pieces
+from nanopack.ring.places import Places, facts_of, too_many_pieces
 
 # Mean words of a piece from which on copying each by itself is faster than one gather of all words.
 LONG_PIECES = 350

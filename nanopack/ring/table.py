@@ -13,10 +13,11 @@ import math
 
 import numpy as np
 
+from nanopack.packing.rows import sums
 from nanopack.ring.facts import BatchFacts
 from nanopack.ring.layout import ENTRY_BYTES, Layout
 from nanopack.ring.pieces import Pieces
-from nanopack.ring.places import Places, facts_of, sums, too_many_pieces
+from nanopack.ring.places import Places, facts_of, too_many_pieces
 
 # Marks of a piece in the bits of its weight: its first word is not in the loss, and none is.
 FIRST, NONE = np.int32(-(2**31)), np.int32(2**31 - 1)

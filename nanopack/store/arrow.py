@@ -110,7 +110,7 @@ def _mark(documents: ForeignDocuments, table: Any, masks: list[str]) -> None:
             words |= np.multiply(mask, bit, dtype=words.dtype)
             file.write(words.data)
         file.flush()
-        documents.shards = [np.memmap(file, documents.word_dtype, "r")]
+        documents.shards, documents.files = [np.memmap(file, documents.word_dtype, "r")], None
     lengths = np.concatenate([lengths for _, _, lengths in found])
     mask = np.concatenate([mask for _, mask, _ in found])
     begins = np.concatenate([[0], np.cumsum(lengths)[:-1]])

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from nanopack.conversations.mapped import MappedFiles
 from nanopack.errors import StorageError
 from nanopack.store.format import Settings
 from nanopack.store.store import Documents
@@ -49,7 +50,7 @@ class ForeignDocuments(Documents):
         self._opened_by, self._files = opened_by, tuple(files)
         self.path = files[0] if files else "Arrow table"
         self.settings, self.vocab_size, self.bos_id = settings, settings.vocab_size, settings.bos_id
-        self.shards = shards
+        self.shards, self.files = shards, MappedFiles(files)
         self.shard_documents = np.cumsum([0, *map(len, lengths)], dtype=np.int64)
         self.lengths = self.loss_tokens = np.concatenate(lengths).astype(np.uint32)
         if not len(self.lengths) or not self.lengths.all():

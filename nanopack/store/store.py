@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from nanopack.conversations.mapped import MappedFiles
 from nanopack.conversations.source import Source
 from nanopack.store.format import COLUMNS, Manifest, Settings, column_file, damaged, is_store
 
@@ -50,6 +51,8 @@ class Documents(Source):
     all_in_loss = False
     """Whether every token is in the loss, and the words are bare ids without a loss bit."""
     path: str
+    files: MappedFiles | None = None
+    """Those that are mapped, of which `check_files` knows."""
 
     @property
     def word_dtype(self) -> np.dtype[Any]:
@@ -67,6 +70,11 @@ class Documents(Source):
         ends = np.zeros(len(self.lengths) + 1, np.int64)
         np.cumsum(self.lengths, out=ends[1:])
         return ends
+
+    def check_files(self) -> None:
+        """Raise StorageError where a mapped file was cut off."""
+        if self.files is not None:
+            self.files.check()
 
     @cached_property
     def _shard_words(self) -> np.ndarray:
@@ -133,6 +141,8 @@ class Store(Documents):
         self.conversations = self._column("conversations")
         self.weights = self._column("weights") if column_file("weights") in self._columns else None
         self.sources = self._column("sources") if self.names else None
+        mapped = (*self.manifest.shards, *self.manifest.columns)
+        self.files = MappedFiles(os.path.join(self.path, one.name) for one in mapped)
 
     def _map(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
         path = os.path.join(self.path, name)

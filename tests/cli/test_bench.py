@@ -21,6 +21,7 @@ from nanopack import Loader, cli
 from nanopack.cli import values
 from nanopack.cli.bench import (
     corpus,
+    files,
     gpu,
     nanochat,
     other_packers,
@@ -33,6 +34,7 @@ from nanopack.cli.bench import (
     stalls,
     tokenizer_bound,
 )
+from nanopack.conversations.records import check, open_conversations
 from nanopack.data import CONVERSATIONS
 from nanopack.packing import as_packing
 from nanopack.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -341,6 +343,16 @@ def test_a_batch_whose_words_are_on_the_device_costs_a_tenth_of_the_bytes(quick)
     rows = tables(found, "resident")["From a token store to batches, on the CPU"]
     copied, by_next, by_graph = (row["numbers"]["copied_bytes_a_batch"]["median"] for row in rows)
     assert copied > 10 * by_next and copied > 10 * by_graph
+
+
+@pytest.mark.parametrize("kind", files.KINDS)
+def test_a_pass_over_files_is_one_over_the_same_chats(shipped, kind, tmp_path):
+    if why := files.missing(kind):
+        pytest.skip(why)
+    chats = [files.as_text(chat) for chat in shipped.chats[:40]]
+    found = open_conversations(files.write(kind, chats, tmp_path / "chats"))
+    assert [check(found[n]) for n in range(len(found))] == [check(chat) for chat in chats]
+    assert len(files.write(kind, chats, tmp_path / "again")) == (4 if kind.startswith("4 x") else 1)
 
 
 def test_windows_are_rows_numbered_by_them(quick):

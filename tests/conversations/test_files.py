@@ -18,7 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from record_files import RECORDS, write_lines, write_parquet
 
@@ -70,7 +70,6 @@ def write_line_file(folder: str, number: int, file: dict[str, Any]) -> list[tupl
     return [(f"{name}:{k}", json.loads(line)) for k, line in numbered if line.strip()]
 
 
-@settings(deadline=None, max_examples=150)
 @given(
     drawn=st.lists(line_files, min_size=1, max_size=3),
     chunk=st.integers(3, 60),

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from gather_oracle import Laid, lay_out, many
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kernel_checks import (
     DEVICE,
@@ -74,7 +74,6 @@ def check(executor: Callable, laid: Laid, seq_len: int, extras: frozenset[str], 
     extras=st.sampled_from(SUBSETS),
     loss=st.sampled_from(LOSSES),
 )
-@settings(max_examples=60)
 def test_any_batch_equals_plain_python(executor, seed, batch_size, seq_len, word_bytes, extras, loss):
     rows = make_rows(seed, batch_size, seq_len, word_bytes)
     laid = lay_out(rows, seq_len, word_bytes, seed, marked=loss["marked"])

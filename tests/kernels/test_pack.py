@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kernel_checks import (
     DEVICE,
@@ -65,7 +65,6 @@ def check(executor: Callable, rows: list[Row], seq_len: int, word_bytes: int, ex
     word_bytes=st.sampled_from(WORD_BYTES),
     extras=st.sampled_from(SUBSETS),
 )
-@settings(max_examples=60)
 def test_any_batch_equals_plain_python(executor, seed, batch_size, seq_len, word_bytes, extras):
     check(executor, make_rows(seed, batch_size, seq_len, word_bytes), seq_len, word_bytes, extras, seed)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
 import sys
 import tempfile
 
@@ -123,3 +124,25 @@ def test_a_child_reads_on_from_the_position_at_the_fork_and_leaves_the_parent_it
 def test_logs_and_standard_streams_stay_shared(tmp_path):
     with open(tmp_path / "log", "w") as written, open(tmp_path / "log", "a+") as appended:
         assert not {0, 1, 2, written.fileno(), appended.fileno()} & cursors().keys()
+
+
+class Connected(list):
+    """A data set that connected once, in `__init__`."""
+
+    def __init__(self, connection):
+        super().__init__([{"text": "a b c"}] * 9)
+        self.connection = connection
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_data_set_with_an_open_socket_is_refused_where_processes_would_share_it(as_file):
+    ours, theirs = socket.socketpair()
+    with ours, theirs, ours.makefile("rb") as file:
+        data = Connected(file if as_file else ours)
+        for workers in (1, 2):
+            with pytest.raises(ValueError, match=r"'connection' is an open socket.*num_workers=0"):
+                Loader(data, "chat32k", 1, 8, num_workers=workers)
+        with Loader(data, "chat32k", 1, 8, num_workers=0, loss="all") as loader:
+            next(loader)
+    with Loader(data, "chat32k", 1, 8, loss="all") as loader:
+        next(loader)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from faulty import CHATS, SMALL, TOKENIZER, ready, wait_until, within
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from trainer_script import script
 
@@ -68,7 +68,6 @@ def test_a_producer_imports_no_triton(tmp_path):
 chats = st.lists(st.text("ab ", max_size=30).map(lambda text: {"text": "x" + text}), min_size=1, max_size=12)
 
 
-@settings(max_examples=25)
 @example(data=CHATS, packing="best_fit", workers=4, prefetch=8, epochs=2, batch_size=2)
 @given(
     data=chats,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from stores import settings_of
 
@@ -114,7 +114,6 @@ def check_equal(stored, recorded, batches=6):
         resumed = [Filled(stored, got[-1]), Filled(recorded, got[-1])]
 
 
-@settings(max_examples=100)
 @given(documents(), configs(), st.sampled_from([1, 4, 100]))
 def test_what_is_packed_of_a_store_is_what_its_documents_give_as_records(made, config, shard_documents):
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +123,6 @@ def test_what_is_packed_of_a_store_is_what_its_documents_give_as_records(made, c
         check_equal(reader_of(store, TOKENIZER, config), Reader(records, TOKENIZER, config))
 
 
-@settings(max_examples=25)
 @given(documents(), documents(), configs(), st.integers(1, 9))
 def test_a_mixture_of_stores_is_packed_as_one_of_their_records(made, others, config, weight):
     with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +148,6 @@ class Bare(Store):
         return self
 
 
-@settings(max_examples=30)
 @given(documents(), configs(), st.sampled_from([np.uint16, np.int16]))
 def test_bare_ids_are_in_the_loss_but_where_a_weight_is_0(made, config, dtype):
     made = [one._replace(ids=np.minimum(one.ids, 32_000)) for one in made]
@@ -162,7 +159,6 @@ def test_bare_ids_are_in_the_loss_but_where_a_weight_is_0(made, config, dtype):
         check_equal(reader_of(store, TOKENIZER, config), Reader(records, TOKENIZER, config), batches=4)
 
 
-@settings(max_examples=40)
 @given(documents(), configs(), st.sampled_from([1, 2]))
 def test_with_window_all_the_batches_are_those_of_the_reference_and_resume_at_every_step(made, config, epochs):
     arguments = dict(vars(config), packing=BestFit(window="all"), epochs=epochs)

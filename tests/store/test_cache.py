@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_sets import PACKINGS, SHIPPED, SMALL, data_sets, drawn_arguments
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from stores import settings_of
 
@@ -44,7 +44,6 @@ def outcome(make, count):
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-@settings(max_examples=20)
 @given(data=st.data())
 def test_the_batches_with_a_cache_are_those_without_in_every_pass_and_field(packing, data):
     conversations, arguments = data.draw(data_sets), data.draw(drawn_arguments(packing))

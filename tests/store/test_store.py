@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_sets import LARGE, PACKINGS, SHIPPED, SMALL, data_sets, drawn_arguments
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from stores import settings_of, store_of
 
@@ -32,7 +32,6 @@ TALK = [
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-@settings(max_examples=25)
 @given(data=st.data())
 def test_batches_of_a_store_are_those_of_its_conversations_and_of_the_reference_in_every_field(packing, data):
     conversations = data.draw(data_sets)

@@ -1,7 +1,7 @@
 """Train a tiny transformer as one would under torchrun, to be killed and resumed: see test_distributed.py.
 
     python -m torch.distributed.run --nproc-per-node=2 tests/support/distributed_run.py FOLDER
-    python tests/support/distributed_run.py FOLDER    (one process)
+    python tests/support/distributed_run.py FOLDER 240    (one process; 240 steps and not 50)
 
 For each step a line with the loss goes to FOLDER/losses; checkpoints go to FOLDER/checkpoint, from which a new run goes
 on, on as many ranks as it has; the weights come last, to FOLDER/weights. Losses and weights are the same bits on any
@@ -116,7 +116,7 @@ def rank_and_world_size():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, steps: int = STEPS) -> None:
     # on the CPU, in one thread, everything here is deterministic; to have torch watch over it imports the compiler too
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -138,9 +138,11 @@ def main(folder: Path) -> None:
             optimizer.state = saved["optimizer"]
             loader.load_state_dict(json.loads(saved["loader"]))
             start = json.loads(saved["loader"])["step"]
+        # only now: a state is loaded into a producer of its own
+        (folder / f"producer of {os.getpid()}").write_text(str(loader.producer_pid))
         with open(folder / "losses" if rank == 0 else os.devnull, "a", buffering=1) as losses:
             losses.write(f"from {start} on {world_size}\n")
-            for batch in itertools.islice(loader, STEPS - start):
+            for batch in itertools.islice(loader, steps - start):
                 loss, trained = train_on(model, optimizer, batch)
                 losses.write(f"{batch.step} {loss.hex()} {trained}\n")
                 if (batch.step + 1) % SAVE_EVERY == 0:
@@ -152,4 +154,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -6,7 +6,7 @@
     tokenizer_bound.py   the bound: tiktoken alone
     other_packers.py     other projects' packers, where they are installed
 
-    throughput.py   pretokenized.py   stalls.py   padding.py   scaling.py   gpu.py
+    throughput.py   files.py   pretokenized.py   stalls.py   padding.py   scaling.py   gpu.py
 
     run.py               these sections in order   ->   report.py   tables, a plot, JSON
 
