@@ -17,7 +17,7 @@ from nanopack.tokenizers.byte_level import REMEDY, ByteLevel
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 from nanopack.tokenizers.tokenizer import AnyTokenizer
 
-# Where a span ends that goes on to the end of its run.
+# The end of a span that lasts to the end of its run.
 END = 1 << 40
 
 

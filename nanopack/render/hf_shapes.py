@@ -163,7 +163,7 @@ class Shapes:
         return Shape(runs, texts, in_loss, spans)
 
     def _last_edge(self, run: str, byte: int) -> Edge:
-        # Where offsets leave blanks out, those at a run's end are in the loss only where the span goes on after it.
+        # Where offsets leave blanks out, those at a run's end are in the loss only where the span continues.
         trims = self._encoding.leading is not None
         return (END, []) if byte >= num_bytes(run) + trims else _edge(run, byte)
 
