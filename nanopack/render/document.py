@@ -17,6 +17,9 @@ from nanopack.tokenizers.byte_level import REMEDY, ByteLevel
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 from nanopack.tokenizers.tokenizer import AnyTokenizer
 
+# The end of a span that lasts to the end of its run.
+END = 1 << 40
+
 
 @dataclass(frozen=True, eq=False)
 class Document:
@@ -43,7 +46,7 @@ class Plan(NamedTuple):
     firsts: list[int]
     """For each message, the run that it begins with."""
     spans: Sequence[tuple[int, int, int]] = ()
-    """Run, and from which to before which of its bytes it is in the loss: any token that has one of them."""
+    """Run, and from which to before which of its bytes, or END, it is in the loss: any token that has one of them."""
     forgets: bool = False
     """Whether the chat template left out thoughts of earlier turns."""
     is_cut: bool = False
@@ -89,11 +92,17 @@ def _mark_spans(
     if not spans:
         return
     assert isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.byte_level
-    begins, ends, before = _bytes_of_tokens(tokenizer.byte_level, ids)
     runs, first_bytes, last_bytes = np.array(spans, np.int64).T
-    base = before[offsets[runs]]
-    first = np.maximum(np.searchsorted(ends, base + first_bytes, "right"), offsets[runs])
-    last = np.minimum(np.searchsorted(begins, base + last_bytes, "left"), offsets[runs + 1])
+    starts, stops = offsets[runs], offsets[runs + 1]
+    # No token has less than a byte, so that no more tokens need be looked at than bytes.
+    needed = np.minimum(stops - starts, np.where(last_bytes == END, first_bytes, last_bytes))
+    at = np.cumsum(needed) - needed
+    some = ids[np.repeat(starts - at, needed) + np.arange(needed.sum())]
+    begins, ends, before = _bytes_of_tokens(tokenizer.byte_level, some)
+    base = before[at]
+    first = starts + np.clip(np.searchsorted(ends, base + first_bytes, "right") - at, 0, needed)
+    last = starts + np.clip(np.searchsorted(begins, base + last_bytes, "left") - at, 0, needed)
+    last[last_bytes == END] = stops[last_bytes == END]
     for one, other in zip(first.tolist(), last.tolist(), strict=True):
         mask[one:other] = True
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from nanopack.conversations.records import Conversation
-from nanopack.render.document import Plan
+from nanopack.render.document import END, Plan
 from nanopack.render.hf_outline import marks
 from nanopack.render.hf_runs import num_bytes
 from nanopack.render.hf_watch import Watcher
-from nanopack.tokenizers.added_tokens import any_of
+from nanopack.tokenizers.added_tokens import AnyWord
 from nanopack.tokenizers.buffers import as_buffer, mended_text
 from nanopack.tokenizers.byte_level import ByteLevel
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
@@ -70,15 +70,7 @@ class Shapes:
     def _exclude(self, texts: Iterable[str]) -> None:
         if new := {text for text in texts if text} - self._looked_for:
             self._looked_for |= new
-            self._first_letters = sorted({text[0] for text in self._looked_for})
-            self._excluded = any_of(self._looked_for)
-
-    def _may_be_special(self, content: str) -> bool:
-        """Return whether a content holds what it must not hold. In most there is not even the first letter of it."""
-        for letter in self._first_letters:
-            if letter in content:
-                return self._excluded.search(content) is not None
-        return False
+            self._excluded = AnyWord(self._looked_for)
 
     def plan(self, conversation: Conversation) -> tuple[Plan, bool] | None:
         """Return the plan, and whether its shape is new; None where the template itself must write it."""
@@ -114,7 +106,7 @@ class Shapes:
             if message.rest or not isinstance(content, str):
                 return None
             core = content.strip()
-            if not core or self._may_be_special(content) or not (content.isascii() or mended_text(content) == content):
+            if not core or self._excluded.search(content) or not (content.isascii() or mended_text(content) == content):
                 return None
             around = None
             if len(core) != len(content):
@@ -165,10 +157,15 @@ class Shapes:
             runs.append(run)
             in_loss.append(trained)
         spans = [
-            (numbers[number], _edge(str(plan.runs[number]), begin), _edge(str(plan.runs[number]), end))
+            (numbers[number], _edge(str(plan.runs[number]), begin), self._last_edge(str(plan.runs[number]), end))
             for number, begin, end in plan.spans
         ]
         return Shape(runs, texts, in_loss, spans)
+
+    def _last_edge(self, run: str, byte: int) -> Edge:
+        # Where offsets leave blanks out, those at a run's end are in the loss only where the span continues.
+        trims = self._encoding.leading is not None
+        return (END, []) if byte >= num_bytes(run) + trims else _edge(run, byte)
 
     def _may_make_tokens(self, text: Text) -> bool:
         """Return whether a content and the text next to it may form an added token."""
@@ -217,7 +214,10 @@ def _fill(shape: Shape, contents: Sequence[str]) -> Plan:
     runs = list(shape.runs)
     for run, format_run in shape.texts:
         runs[run] = format_run(*contents)
-    spans = [(run, _byte(begin, contents), _byte(end, contents)) for run, begin, end in shape.spans]
+    spans = [
+        (run, _byte(begin, contents) if begin[1] else begin[0], _byte(end, contents) if end[1] else end[0])
+        for run, begin, end in shape.spans
+    ]
     return Plan(runs, shape.in_loss, [], spans, is_cut=True)
 
 

@@ -29,6 +29,22 @@ class Found(NamedTuple):
     end: int
 
 
+class AnyWord:
+    """Looks for any of some words in many texts. In most there is not even the first letter of one."""
+
+    def __init__(self, words: Iterable[str]) -> None:
+        found = frozenset(word for word in words if word)
+        self._first_letters = sorted({word[0] for word in found})
+        self._pattern = _finder(found)
+
+    def search(self, text: str) -> re.Match[str] | None:
+        """Return the first that is in the text, of these the longest; None where there is none."""
+        for letter in self._first_letters:
+            if letter in text:
+                return self._pattern.search(text)
+        return None
+
+
 class AddedTokens:
     """The added tokens of one tokenizer."""
 
@@ -40,7 +56,7 @@ class AddedTokens:
         self.single_words = any(token.single_word for token in tokens.values())
         passes = [[t.content for t in tokens.values() if t.content and t.normalized == late] for late in (False, True)]
         self._passes = [_finder(frozenset(contents)) for contents in passes if contents]
-        self._any = _finder(frozenset(content for content in self._ids if content and content not in as_text))
+        self._any = AnyWord(self._ids.keys() - as_text)
 
     def within(self, text: str) -> bool:
         """Return whether one of the tokens that do not stay text may be in the text."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
@@ -50,8 +50,8 @@ def parse(settings: str) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     merges = model[model.rindex('"merges":[') + len('"merges":[') : model.rindex("]")]
     # Escapes go first, so that each quote left is one around a token.
     plain = merges.replace(r"\\", _SEPARATOR).replace(r"\"", _QUOTE)
-    products = map("".join, _MERGE.findall(plain))
-    return head, options, [one.replace(_SEPARATOR, "\\").replace(_QUOTE, '"') for one in products]
+    made = "\n".join(map("".join, _MERGE.findall(plain)))
+    return head, options, made.replace(_SEPARATOR, "\\").replace(_QUOTE, '"').split("\n") if made else []
 
 
 def normal_form(normalizer: Any) -> NormalForm | None:
@@ -98,6 +98,6 @@ def rank_tokens(
     others = [token for token in tokens if len(token) > 1 and token not in made] if ignores_merges else []
     order = [*(bytes([byte]) for byte in range(256)), *made, *others]
     ids = np.fromiter((tokens[token] for token in order), np.uint32, len(order))
-    if not others and all(one < two for one, two in pairwise(ids[256:].tolist())):
+    if not others and (ids[257:] > ids[256:-1]).all():
         return dict(zip(order, ids.tolist(), strict=True)), None
     return dict(zip(order, range(len(order)), strict=True)), ids

@@ -22,7 +22,10 @@ class Core:
     def __init__(self, given: Any) -> None:
         self.given = given
         self._size = given.get_vocab_size(with_added_tokens=True)
-        self.vocab_size = max(given.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        # Taking the vocabulary out of Rust takes a tenth of a second.
+        self._vocab: dict[str, int] = given.get_vocab(with_added_tokens=False)
+        numbers = *self._vocab.values(), *given.get_added_tokens_decoder()
+        self.vocab_size = max(numbers, default=-1) + 1
         self.settings: str = given.to_str()
         if not self._is_plain():
             copy = type(given).from_str(self.settings)
@@ -62,7 +65,7 @@ class Core:
     @cached_property
     def byte_level(self) -> ByteLevel | NotByteLevel:
         """Its encoding by tiktoken, or why there is none."""
-        vocab = self.given.get_vocab(with_added_tokens=False)
+        vocab, self._vocab = self._vocab, {}
         try:
             return ByteLevel(self.plain(), self.settings, vocab, self.vocab_size, self.encode)
         except NotByteLevel as error:

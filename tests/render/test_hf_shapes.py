@@ -20,7 +20,7 @@ pytest.importorskip("transformers", reason="needs transformers: pip install 'nan
 
 from fuzz_texts import PIECES
 from stock_templates import make_stock, names
-from tiny_hf import MARKED, PLAIN, PROMPT, make_tokenizer, shipped
+from tiny_hf import MARKED, PLAIN, PROMPT, make_core, make_tokenizer, shipped
 
 
 def renderer(chat_template: str) -> Renderer:
@@ -126,6 +126,29 @@ def test_the_text_is_the_templates_whatever_it_does_with_a_content(what, monkeyp
         assert len(runs) >= len(CONTENTS) ** 2
     else:
         assert len(runs) < len(CONTENTS) ** 2 / 2 + 8
+
+
+@pytest.mark.parametrize("blank", ["", " ", "  ", "\n"])
+@pytest.mark.parametrize("trims", [True, False])
+def test_blanks_at_the_ends_of_a_span_are_in_the_loss_as_the_tokenizers_offsets_say(trims, blank):
+    from tokenizers import processors
+
+    core = type(make_core()).from_str(make_core().to_str())
+    core.post_processor = processors.ByteLevel(trim_offsets=trims)
+    says = f"{{% generation %}}{{{{ {blank!r} + {C} + {blank!r} }}}}{{% endgeneration %}}"
+    either = f"{{% if loop.last %}}{says}{{% else %}}{{{{ {C} }}}}{{% endif %}}"
+    source = "{% for message in messages %}{{ message['role'] + ':' }}" + either + "{% endfor %}"
+    own = make_tokenizer(source, tokenizer_object=core)
+    one = Renderer(load_tokenizer(own), "hf")
+    for answer in ("b", "b c", "naïve", "c"):
+        record = talk("a", answer)
+        document = one(check(record))
+        text = own.apply_chat_template(record["messages"], tokenize=False)
+        whole = own(text, return_offsets_mapping=True)
+        assert document.ids.tolist() == whole["input_ids"]
+        begin = text.index("assistant:") + len("assistant:")
+        in_loss = [end > begin and first < len(text) for first, end in whole["offset_mapping"]]
+        assert document.mask.tolist() == in_loss
 
 
 @pytest.mark.parametrize("name", names())

@@ -48,6 +48,7 @@ TOOL = {
 TALKS: dict[str, dict[str, Any]] = {
     "one turn": {"messages": [U, A]},
     "two turns": {"messages": [U, A, U2, A2]},
+    "three turns": {"messages": [U, A, U2, A2, U, {**A, "content": "Six again."}]},
     "system": {"messages": [{"role": "system", "content": "Be brief."}, U, A]},
     "tools": {"messages": [U, A], "tools": [TOOL]},
     "tool result": {"messages": [U, CALL, RESULT, A2]},

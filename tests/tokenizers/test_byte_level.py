@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from itertools import islice
 from typing import Any
 
@@ -11,16 +12,18 @@ import pytest
 from hypothesis import given
 
 from nanopack import EncoderError, Loader, verify
+from nanopack.conversations.records import check
 from nanopack.errors import TemplateError
+from nanopack.render.renderer import Renderer
 from nanopack.tokenizers import huggingface
 from nanopack.tokenizers.splintr import choose_encoder
 from nanopack.tokenizers.tokenizer import load_tokenizer
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack-gpu[hf]'")
 
-from fuzz_texts import TEXTS, fuzz
+from fuzz_texts import PIECES, TEXTS, fuzz
 from split_patterns import O200K, PATTERNS
-from tiny_hf import MARKED, make_core, make_tokenizer, shipped
+from tiny_hf import MARKED, PLAIN, make_core, make_tokenizer, shipped
 
 NUMBERS = r"\p{N}{1,3}"
 DEEPSEEK = [
@@ -114,6 +117,28 @@ def test_ids_are_the_tokenizers_own_on_any_text(how, text):
     core = make(how)
     for one in (text, f"{text} <b> <think>{text}<|im_end|>"):
         assert load_tokenizer(core).encode(one).tolist() == exact(core, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", HOW)
+def test_ids_and_masks_of_20000_messages_in_chats_are_those_of_the_tokenizers_core(how):
+    chance, core = random.Random(how), make(how)
+    core.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = make_tokenizer(PLAIN, tokenizer_object=core)
+    renderer = Renderer(load_tokenizer(tokenizer), "hf")
+    real = [message["content"] for record in shipped(400) for message in record["messages"]]
+    pieces = [piece for piece in (*PIECES, "\r\n\r\n", "\u0344", "\u1100\u1161", "w" * 900) if "<|" not in piece]
+    for _ in range(10_000):
+        fuzzed = "".join(chance.choices(pieces, k=chance.randrange(1, 16)))
+        question, answer = chance.sample((chance.choice(real), fuzzed), 2)
+        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        document = renderer(check({"messages": chat}))
+        mended = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in (question, answer)]
+        before = f"<|im_start|>user\n{mended[0]}<|im_end|>\n<|im_start|>assistant\n"
+        end = len(before) + len(f"{mended[1]}<|im_end|>")
+        encoding = core.encode(f"{before}{mended[1]}<|im_end|>\n", add_special_tokens=False)
+        assert document.ids.tolist() == encoding.ids, ascii(chat)
+        assert document.mask.tolist() == [b > len(before) and a < end for a, b in encoding.offsets], ascii(chat)
 
 
 def test_each_token_has_the_bytes_of_its_text():
