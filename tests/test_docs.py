@@ -62,6 +62,13 @@ def test_every_page_is_in_the_navigation_and_every_link_between_pages_leads_some
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_opens_with_its_title(page):
+    text = page.read_text(encoding="utf-8")
+    # after what mkdocs reads, between lines of three dashes
+    assert re.match(r"(---\n(\w+: .*\n)+---\n\n)?# ", text), text[:80]
+
+
 def test_pictures_are_of_what_the_loader_gives():
     batch, balance = script("picture"), script("picture_balance")
     assert batch.PICTURE.read_text(encoding="utf-8") == batch.svg(batch.drawn_batch())
