@@ -16,6 +16,7 @@ from nanopack.conversations.records import check
 from nanopack.errors import TemplateError
 from nanopack.render.renderer import Renderer
 from nanopack.tokenizers import huggingface
+from nanopack.tokenizers.byte_tables import parse
 from nanopack.tokenizers.splintr import choose_encoder
 from nanopack.tokenizers.tokenizer import load_tokenizer
 
@@ -177,6 +178,17 @@ def test_a_token_that_no_merges_make_is_left_out_unless_merges_are_ignored():
         for text in ("qzqz", "aqzqz", "qzqz qzqz", "qzqzqzqz"):
             assert tokenizer.encode(text).tolist() == exact(core, text)
         assert (number in tokenizer.encode("qzqz")) == ignore_merges
+
+
+def test_merges_of_the_marks_that_json_writes_them_with_are_read_as_they_are():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    merges = [("]", ","), ("],", "["), ('"', ","), ('",', '"'), ("\\", '"'), ("\\", "\\"), ('","', '],["'), ('["', "]")]
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    words = [*letters, '["', '],["', *map("".join, merges)]
+    core = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, merges))
+    _, _, made = parse(core.to_str())
+    assert made == ["".join(pair) for pair in merges]
 
 
 def without_some_merges() -> dict[str, Any]:
