@@ -14,7 +14,7 @@ endif
 PYTEST := $(BIN)/python -m pytest
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test slow test-trainers docs lint bench gpu gpu-tests gpu-memcheck gpu-racecheck gpu-bench clean
+.PHONY: demo test slow test-trainers slow-trainers docs lint bench gpu gpu-tests gpu-memcheck gpu-racecheck gpu-bench clean
 
 demo: .venv/run
 	$(BIN)/nanopack pack
@@ -29,6 +29,10 @@ slow: .venv/dev
 # Trainers train, are killed and resume: minutes, and Lightning besides, so not part of `make test`.
 test-trainers: .venv/trainers
 	$(PYTEST) $(PARALLEL) -m 'trainers and not slow'
+
+# The trainers' longest runs, killed dozens of times.
+slow-trainers: .venv/trainers
+	$(PYTEST) $(PARALLEL) -m 'trainers and slow'
 
 # The documentation, in site/; a warning is an error.
 docs: .venv/docs
