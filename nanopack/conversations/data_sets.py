@@ -73,10 +73,10 @@ class Items(Source):
         return str(getattr(self._items, "_fingerprint", "")) if known else ""
 
 
-def _is_socket(value: object) -> bool:
+def _is_socket(value: Any) -> bool:
     """Return whether it is an open socket, or a file made of one."""
     with contextlib.suppress(Exception):
-        return stat.S_ISSOCK(os.fstat(value.fileno()).st_mode)  # type: ignore[attr-defined]
+        return stat.S_ISSOCK(os.fstat(value.fileno()).st_mode)
     return False
 
 

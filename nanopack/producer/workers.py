@@ -57,7 +57,8 @@ class Workers:
         context: Any = multiprocessing.get_context(method)
         # multiprocessing lets no daemonic process start children, because it would orphan them when it is terminated;
         # this one, the producer, may: its workers end themselves when it is gone
-        multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+        process: Any = multiprocessing.current_process()
+        process._config["daemon"] = False
         self._processes: list[Any] = []
         self._requests: list[Connection] = []
         self._results: list[Connection] = []

@@ -91,9 +91,10 @@ class Folder:
         path = os.path.join(self.path, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "w") as file:
-            # not every system has locks
-            with contextlib.suppress(OSError, AttributeError):
-                _lock(file, self.path)
+            # not every system has locks, nor every file system
+            if fcntl is not None:
+                with contextlib.suppress(OSError):
+                    _lock(file, self.path)
             yield
 
     def __str__(self) -> str:

@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable, Sequence, Set
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 import tiktoken
@@ -258,8 +258,7 @@ def load_tokenizer(tokenizer: object) -> AnyTokenizer:
         return tokenizer
     if isinstance(tokenizer, NoTokenizer):
         # it has all that a rendered document asks of one
-        none: Any = tokenizer
-        return none  # type: ignore[no-any-return]
+        return cast(AnyTokenizer, tokenizer)
     encoding = getattr(tokenizer, "enc", tokenizer)
     if isinstance(encoding, tiktoken.Encoding):
         return Tokenizer(encoding)

@@ -30,6 +30,7 @@ from nanopack.ring.ring import Ring
 from nanopack.store.format import Settings
 from nanopack.store.store import Documents
 from nanopack.tokenizers.absent import NoTokenizer
+from nanopack.tokenizers.tokenizer import load_tokenizer
 
 TOKENS, QUICK_TOKENS = 24_000_000, 400_000
 VOCAB = 32_768
@@ -80,7 +81,7 @@ def to_slots(documents: Documents, profile: Profile, packing: PackingName, seed:
     config = LoaderConfig(
         batch_size=profile.batch_size, seq_len=profile.seq_len, packing=as_packing(packing), seed=seed
     )
-    reader = reader_of(documents, NoTokenizer(VOCAB, 0, "", ""), config)  # type: ignore[arg-type]
+    reader = reader_of(documents, load_tokenizer(NoTokenizer(VOCAB, 0, "", "")), config)
     producer, slot = Producer(reader), Ring(reader.layout, slots=1).slots[0]
 
     def work() -> int:
