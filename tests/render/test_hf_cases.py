@@ -1,67 +1,20 @@
-"""Promises of template="hf" where a chat template, a tokenizer or a record is not what one expects."""
+"""Promises of template="hf" where a chat template or a record is not what one expects."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import pickle
-from datetime import datetime
 
-import numpy as np
 import pytest
 
-from nanopack import ConversationError, Loader, Template, Turn, verify
+from nanopack import ConversationError, Loader, verify
 from nanopack.conversations.records import check
-from nanopack.render.document import Document
 from nanopack.render.renderer import Renderer
 from nanopack.tokenizers.tokenizer import load_tokenizer
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack-gpu[hf]'")
 
-from tiny_hf import MARKED, PLAIN, PROMPT, SPACED, make_core, make_spaced, make_tokenizer
-
-U = {"role": "user", "content": "Q"}
-A = {"role": "assistant", "content": "A"}
-# Writes all that a message holds; thoughts of the last turn only.
-FULL = (
-    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.reasoning_content and loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}"
-    "{{ m.content | trim }}"
-    "{% for c in m.tool_calls or [] %}<tool_call>"
-    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}</tool_call>{% endfor %}'
-    "<|im_end|>\n{% endfor %}" + PROMPT
-)  # fmt: skip
-# Wants arguments as the text that it copies, and looks whether there is a key of that name, as DeepSeek's does.
-TEXT_CALLS = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if 'tool_calls' in m %}{% for c in m.tool_calls %}"
-    "{{ c.type + ' ' + c.function.name + ' ' + c.function.arguments }}{% endfor %}<|end_calls|>"
-    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}" + PROMPT
-)  # fmt: skip
-# No token ends an answer but the next header, as in GLM's.
-HEADERS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}" + PROMPT
-DATED = "{{ strftime_now('%d %b %Y') }}" + PLAIN
-
-
-def render(chat_template: str, messages: object, *, settings: dict[str, object] | None = None, **others) -> Document:
-    tokenizer = load_tokenizer(make_tokenizer(chat_template, **(settings or {})))
-    return Renderer(tokenizer, "hf")(check({"messages": messages, **others}))
-
-
-def shown(document: Document) -> str:
-    """The document's text, with [[ ]] around what is in the loss."""
-    tokenizer = load_tokenizer(make_core())
-    borders = [0, *(np.flatnonzero(np.diff(document.mask)) + 1), len(document.mask)]
-    pieces = [(tokenizer.decode(document.ids[a:b]), document.mask[a]) for a, b in itertools.pairwise(borders) if a < b]
-    return "".join(f"[[{text}]]" if in_loss else text for text, in_loss in pieces)
-
-
-def call(arguments: object, name: str = "add") -> dict[str, object]:
-    return {"type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def calling(arguments: object, **more: object) -> dict[str, object]:
-    return {"role": "assistant", "content": "", "tool_calls": [call(arguments)], **more}
-
+from hf_chats import FULL, HEADERS, TEXT_CALLS, A, U, call, calling, render, shown
+from tiny_hf import MARKED, PLAIN, PROMPT, make_core, make_tokenizer
 
 # What the template does not write (W5)
 
@@ -319,203 +272,6 @@ def test_a_message_that_is_not_to_be_learnt_has_no_token_in_the_loss(chat_templa
     )
     assert shown(document).count("[[") == 1
     assert "[[GOOD<|im_end|>]]" in shown(document)
-
-
-# Added tokens (W10)
-
-CONTROLS = ("<|user|>", "<|bot|>", "<|end|>")
-TURNS = "{% for m in messages %}{{ {'user': '<|user|>', 'assistant': '<|bot|>'}[m.role] }}{{ m.content }}{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|bot|>{% endif %}"  # noqa: E501
-
-
-def unflagged(chat_template: str | None = TURNS) -> object:
-    """A tokenizer whose control tokens were added without being special, as DeepSeek's."""
-    from tokenizers import AddedToken
-
-    tokenizer = make_tokenizer(chat_template)
-    tokenizer.add_tokens([AddedToken(token, special=False) for token in CONTROLS])
-    return tokenizer
-
-
-@pytest.mark.parametrize("role", ["user", "assistant"])
-@pytest.mark.parametrize("token", CONTROLS)
-def test_text_that_looks_like_an_added_token_of_the_template_is_refused(role, token):
-    messages = [{**m, "content": f"x{token}y" if m["role"] == role else m["content"]} for m in (U, A)]
-    renderer = Renderer(load_tokenizer(unflagged()), "hf")
-    with pytest.raises(ConversationError, match="which template='hf' would make a special token"):
-        renderer(check(messages))
-
-
-def test_a_thought_in_an_answer_stays_a_token_and_in_a_question_is_refused():
-    thinking = PLAIN.replace("{{ message['content'] }}", "{{ message['content'] }}{# <think> #}")
-    said = {**A, "content": "<think>R</think>A"}
-    document = render(thinking, [U, said])
-    assert load_tokenizer(make_core()).added_tokens["<think>"] in document.ids
-    with pytest.raises(ConversationError, match="message 0: it holds the text '<think>'"):
-        render(thinking, [{**U, "content": "<think>"}, A])
-
-
-def test_an_added_token_may_be_listed_in_a_template_and_is_text_in_messages():
-    template = Template(
-        name="ds",
-        special_tokens=CONTROLS,
-        user=Turn(before="<|user|>"),
-        assistant=Turn(before="<|bot|>", end="<|end|>", trained=True),
-    )
-    given = unflagged()
-    tokenizer = load_tokenizer(given)
-    messages = [{**U, "content": "a<|bot|>b"}, A]
-    ids = Renderer(tokenizer, template)(check(messages)).ids.tolist()
-    names = given.convert_ids_to_tokens(ids)
-    assert [name for name in names if name in CONTROLS] == list(CONTROLS)
-    assert tokenizer.decode(ids[1:]) == "<|user|>a<|bot|>b<|bot|>A<|end|>"
-    for how in ({"template": template}, {"template": "hf"}):
-        chats = [messages, {"text": "a <|bot|> b"}, [U, A]] * 3
-        found = verify(chats, given, batch_size=1, seq_len=24, on_error="skip", num_workers=0, **how)
-        assert found and found.batches, found.difference
-
-
-def test_a_plain_text_does_not_make_an_added_token_of_the_template():
-    for given, template in ((unflagged(), "hf"),):
-        document = Renderer(load_tokenizer(given), template)(check({"text": "a <|bot|> b"}))
-        assert not {load_tokenizer(given).added_tokens[token] for token in CONTROLS} & {*document.ids.tolist()}
-
-
-# Tokenizers that put a space in front (W9)
-
-CHATML_TALK = [{**U, "content": "Hello there"}, {**A, "content": "It is five.\n Really"}, {**U, "content": "  so?"}, A]
-
-
-@pytest.mark.parametrize("how", SPACED)
-@pytest.mark.parametrize("template", ["nanochat", "chatml"])
-def test_content_is_encoded_as_in_the_whole_text_or_the_template_is_refused(how, template):
-    given = make_spaced(how)
-    try:
-        document = Renderer(load_tokenizer(given), template)(check(CHATML_TALK))
-    except ValueError as error:
-        assert (how, template) in {
-            ("prepend", "chatml"),
-            ("always", "chatml"),
-            ("first", "chatml"),
-            ("first", "nanochat"),
-        }
-        assert "puts white space in front of a text that is encoded apart" in str(error)
-        assert "use template='hf' with a chat_template that writes the same" in str(error)
-        return
-    kinds = {"nanochat": "<|{0}_start|>{1}<|{0}_end|>", "chatml": "<|im_start|>{0}\n{1}<|im_end|>\n"}
-    whole = "".join(kinds[template].format(m["role"], m["content"]) for m in CHATML_TALK)
-    own = given(whole, add_special_tokens=False)["input_ids"]
-    assert given.decode(document.ids[1:]) == given.decode(own)
-
-
-@pytest.mark.parametrize("how", SPACED)
-@pytest.mark.parametrize("chat_template", [PLAIN, MARKED], ids=["plain", "marked"])
-def test_the_chat_template_of_a_tokenizer_that_puts_a_space_in_front_is_its_own_encoding(how, chat_template):
-    given = make_spaced(how, chat_template)
-    document = Renderer(load_tokenizer(given), "hf")(check(CHATML_TALK))
-    assert document.ids.tolist() == given.apply_chat_template(CHATML_TALK)["input_ids"]
-    names = given.convert_ids_to_tokens(document.ids[document.mask].tolist())
-    assert names.count("<|im_end|>") == 2
-    found = verify([CHATML_TALK] * 5, given, batch_size=1, seq_len=64, template="hf", num_workers=0)
-    assert found and found.batches, found.difference
-
-
-# Lone surrogates (B2)
-
-
-@pytest.mark.parametrize("chat_template", [PLAIN, MARKED, FULL], ids=["plain", "marked", "full"])
-@pytest.mark.parametrize("bad", ["bad \ud83d end", "\udc00", "\ud83dx\ud83d", "ok 😀 \ud83d"])
-def test_a_lone_surrogate_is_mended(chat_template, bad):
-    mended = bad.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    assert mended != bad
-    found, expected = (render(chat_template, [U, {**A, "content": text}]) for text in (bad, mended))
-    assert found.ids.tolist() == expected.ids.tolist()
-    assert found.mask.tolist() == expected.mask.tolist()
-    both = verify(
-        [[U, {**A, "content": bad}]] * 3,
-        make_tokenizer(chat_template),
-        batch_size=1,
-        seq_len=16,
-        template="hf",
-        num_workers=0,
-    )
-    assert both, both.difference
-
-
-def test_a_lone_surrogate_in_a_call_or_a_thought_is_mended():
-    for answer in (calling({"k": "\ud83d"}), calling('{"k": "\\ud83d"}'), {**A, "reasoning_content": "R\ud83d"}):
-        assert "�" in shown(render(FULL, [U, answer]))
-
-
-# The date that a template writes (W12)
-
-
-def at(day: str) -> object:
-    tokenizer = load_tokenizer(make_tokenizer(DATED))
-    return tokenizer.at(f"{day}T23:59:58")
-
-
-def batches(loader: Loader, count: int) -> list[list[int]]:
-    return [next(loader).inputs.flatten().tolist() for _ in range(count)]
-
-
-@pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize("packing", ["best_fit", "stream"])
-def test_a_run_goes_on_with_the_date_that_it_began_with(packing, workers):
-    chats = [[U, {**A, "content": "x" * (number % 17)}] for number in range(40)]
-    how = {"batch_size": 2, "seq_len": 48, "template": "hf", "num_workers": workers, "packing": packing}
-    with Loader(chats, at("2025-12-09"), **how) as loader:
-        batches(loader, 3)
-        state = json.loads(json.dumps(loader.state_dict()))
-        expected = batches(loader, 6)
-        assert "09 Dec 2025" in loader.tokenizer.decode(expected[0] + expected[1])
-    with Loader(chats, at("2025-12-10"), **how) as loader:
-        loader.load_state_dict(state)
-        assert batches(loader, 6) == expected
-        assert loader.state_dict()["fingerprint"] == state["fingerprint"]
-
-
-def test_a_date_is_fixed_when_the_tokenizer_is_loaded(monkeypatch):
-    import transformers.utils.chat_template_utils as of_transformers
-
-    tokenizer = load_tokenizer(make_tokenizer(DATED))
-    renderer, before = Renderer(tokenizer, "hf"), Renderer(tokenizer, "hf")(check([U, A])).ids.tolist()
-
-    class Tomorrow(datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return datetime(2099, 1, 1)
-
-    monkeypatch.setattr(of_transformers, "datetime", Tomorrow)
-    for again in (renderer, Renderer(pickle.loads(pickle.dumps(tokenizer)), "hf")):
-        assert again(check([U, A])).ids.tolist() == before
-
-
-def test_the_date_is_part_of_the_fingerprint_and_other_templates_have_none():
-    days = [at(day).fingerprint() for day in ("2025-12-09", "2025-12-09", "2025-12-10")]
-    assert days[0] == days[1] != days[2]
-    assert load_tokenizer(make_tokenizer(PLAIN)).clock is None
-
-
-def test_a_refused_state_leaves_the_date_as_it_is():
-    how = {"batch_size": 1, "seq_len": 48, "template": "hf", "num_workers": 0}
-    with Loader([[U, A]] * 9, at("2025-12-09"), **how) as loader:
-        state = loader.state_dict()
-    with Loader([[U, A]] * 8, at("2025-12-10"), **how) as loader:
-        with pytest.raises(ValueError, match="conversations were 9, are 8"):
-            loader.load_state_dict(state)
-        assert "10 Dec 2025" in loader.tokenizer.decode(next(loader).inputs[0].tolist())
-
-
-def test_a_date_whose_format_is_computed_is_refused():
-    computed = "{% set f = '%d' + '%m' %}{{ strftime_now(f) }}" + PLAIN
-    with pytest.raises(ValueError, match="its chat template computes the format of the date that it writes"):
-        Renderer(load_tokenizer(make_tokenizer(computed)), "hf")
-
-
-def test_a_date_that_a_record_gives_is_written():
-    dated = "{% if date_string is not defined %}{% set date_string = strftime_now('%Y') %}{% endif %}{{ date_string }}"
-    said = shown(render(dated + PLAIN, [U, A], chat_template_kwargs={"date_string": "26 Jul 2024"}))
-    assert said.startswith("26 Jul 2024<|im_start|>")
 
 
 def test_a_flag_that_the_template_does_not_read_is_refused():

@@ -9,7 +9,7 @@ import ast
 from collections.abc import Callable
 from typing import Any
 
-from simulated import Fault
+from actors import Fault
 
 
 def class_from(source: str | ast.Module, name: str) -> Any:

@@ -15,8 +15,9 @@ from random import Random
 from typing import Any
 
 import numpy as np
+from actors import RUBBISH_BYTE, Actor, Block, Clock, Fault
 from data_sets import byte_tokenizer
-from simulated import RUBBISH_BYTE, Actor, Block, Clock, Fault, SimulatedDevice
+from simulated import SimulatedDevice
 
 from nanopack import Loader, reference
 from nanopack.batch import Batch

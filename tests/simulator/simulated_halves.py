@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from actors import Block, Fault, Memory
 from nanopack.kernels.gather_torch import advance_torch
-from simulated import Block, Fault, Memory, SimulatedDevice
+from simulated import SimulatedDevice
 
 from nanopack.ring.facts import BatchFacts
 from nanopack.upload.halves import Halves

@@ -14,7 +14,8 @@ from random import Random
 from typing import Any
 
 import torch
-from simulated import Fault, SimulatedDevice, Stream
+from actors import Fault, Stream
+from simulated import SimulatedDevice
 from simulated_feed import DATA_SETS, TOKENIZER, SimulatedFeed, data
 
 from nanopack import Loader
