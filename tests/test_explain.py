@@ -1,16 +1,87 @@
-"""What explain says of ids that no text has: the rest of its promises stand in test_loader.py."""
+"""What explain says of a token: its origin, whether it is in the loss and why, and ids that no text has."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 
 import pytest
-from data_sets import byte_tokenizer
+from data_sets import PACKINGS, SMALL, byte_tokenizer, data_sets, drawn_arguments
+from hypothesis import given
+from hypothesis import strategies as st
 
-from nanopack import Loader, cli
+import nanopack
+from nanopack import cli
 from nanopack.cli.html import explain_rows, page_data
 from nanopack.explain import text_of
 from nanopack.tokenizers.tokenizer import load_tokenizer
+
+# In the caller's thread: tests/producer/test_process.py shows that a process gives the same batches.
+Loader = functools.partial(nanopack.Loader, num_workers=0)
+
+
+def test_explain_names_conversation_message_role_and_text():
+    chat = {
+        "messages": [
+            {"role": "system", "content": "S"},
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": [{"type": "python", "text": "p"}, {"type": "python_output", "text": "o"}]},
+        ]
+    }
+    loader = Loader([chat], byte_tokenizer(), 1, 24, epochs=1)
+    [batch] = loader
+    text = [loader.explain(batch, 0, col) for col in range(24)]
+    assert text[0].input.text == "<|bos|>" and text[0].input.message is None
+    assert [t.input.text for t in text[1:7]] == ["<|user_start|>", "S", "\n", "\n", "q", "<|user_end|>"]
+    assert {t.input.role for t in text[1:7]} == {"user"} and text[7].input.role == "assistant"
+    assert text[7].input.text == "<|assistant_start|>" and text[7].in_loss and text[7].target.text == "<|python_start|>"
+    assert not text[10].in_loss and text[10].target.text == "<|output_start|>"
+    assert "out of the loss" in text[10].reason
+    assert text[20].input is None and "padding" in text[20].reason
+    for col in range(24):
+        assert text[col].in_loss == (batch.targets[0, col].item() != -100)
+
+
+@given(data=st.data())
+def test_explain_agrees_with_the_tensors_everywhere(data):
+    packing = data.draw(st.sampled_from(PACKINGS))
+    arguments = data.draw(drawn_arguments(packing)) | {"epochs": 1, "seq_len": data.draw(st.integers(1, 12))}
+    arguments |= {"document_align": 1, "extras": (), "max_pieces": None}
+    if packing in ("best_fit", "best_fit_pad", "pad") and arguments["seq_len"] % 3 == 0:
+        arguments["document_align"] = 3
+    loader = Loader(data.draw(data_sets), SMALL, **arguments)
+    for batch in itertools.islice(loader, 2):
+        for row in range(arguments["batch_size"]):
+            for col in range(arguments["seq_len"]):
+                found = loader.explain(batch, row, col)
+                assert batch.inputs[row, col] == (256 if found.input is None else found.input.id)
+                expected = found.target.id if found.in_loss else arguments["ignore_index"]
+                assert batch.targets[row, col] == expected
+
+
+@pytest.mark.parametrize(("row", "col", "name"), [(1, 0, "row"), (0, 8, "col"), (-1, 0, "row"), (0, -1, "col")])
+def test_explain_refuses_a_place_outside_the_batch(row, col, name):
+    loader = Loader([{"text": "ab"}], SMALL, 1, 8)
+    with pytest.raises(IndexError, match=f"{name}=-?[0-9]+ is outside the batch"):
+        loader.explain(next(loader), row, col)
+
+
+@pytest.mark.parametrize(
+    ("row", "col", "says"), [(0.5, "a", "row=0.5 is not an int; use 0 to 0"), (0, "a", "col='a' is")]
+)
+def test_explain_refuses_a_place_that_is_no_int(row, col, says):
+    loader = Loader([{"text": "ab"}], SMALL, 1, 8)
+    with pytest.raises(TypeError, match=f"^{says}"):
+        loader.explain(next(loader), row, col)
+
+
+def test_a_token_that_came_with_a_mask_is_explained_by_it():
+    loader = Loader([{"input_ids": [97, 98, 99], "loss_mask": [1, 0, 1]}], SMALL, 1, 8, packing="pad")
+    batch = next(loader)
+    assert batch.inputs[0, :3].tolist() == [97, 98, 99] and batch.targets[0, :3].tolist() == [-100, 99, -100]
+    assert loader.explain(batch, 0, 0).reason == "its mask keeps it out of the loss"
+    assert loader.explain(batch, 0, 1).reason == "its mask puts it in the loss"
 
 
 def with_a_gap():

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import gc
 import itertools
 import json
 import logging
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,14 +14,10 @@ import torch
 from data_sets import LARGE, PACKINGS, SMALL, byte_tokenizer, data_sets, drawn_arguments
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import nanopack
 from nanopack import ConversationError, reference
 from nanopack.conversations.records import open_conversations
-from nanopack.distributed import LAUNCHERS
-from nanopack.ledger import Ledger
-from nanopack.packing import BestFitCrop
 from nanopack.upload.device import Cpu
 from nanopack.verify import compare
 
@@ -243,98 +237,6 @@ def test_a_data_set_may_use_the_arrays_of_a_record_again_for_the_next(workers):
     assert found and found.batches > 10, found.difference
 
 
-def test_after_an_error_the_loader_does_not_go_on_as_if_nothing_were_lost():
-    loader = Loader([{"text": "ab"}, {"text": 3}, {"text": "cd"}], SMALL, 1, 8, packing="pad")
-    next(loader)
-    for _ in range(2):
-        with pytest.raises(ConversationError, match="conversation 1"):
-            next(loader)
-
-
-def test_an_interrupted_batch_is_not_continued_in_silence(monkeypatch):
-    class Slow(list):
-        interrupted = False
-
-        def __getitem__(self, index):
-            if self.interrupted:
-                raise KeyboardInterrupt
-            return {"text": "a"}
-
-    data = Slow([{}])
-    loader = Loader(data, SMALL, 1, 8)
-    data.interrupted = True
-    with pytest.raises(KeyboardInterrupt):
-        next(loader)
-    with pytest.raises(RuntimeError, match="interrupted"):
-        next(loader)
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
-
-
-def memory_is_short() -> None:
-    raise MemoryError("for this copy")
-
-
-def failing_ahead(loader: nanopack.Loader, monkeypatch: pytest.MonkeyPatch, fail: Callable[[], None]) -> None:
-    """Let the copy of the second batch fail, which comes ahead, in the call for the first."""
-    get, submit, submitted = loader._run.feed.get, loader._run.upload.submit, []
-
-    def failing(slot: int, used_bytes: int) -> None:
-        submitted.append(slot)
-        if len(submitted) == 2:
-            fail()
-        submit(slot, used_bytes)
-
-    # whatever the pace, what comes ahead is there
-    monkeypatch.setattr(loader._run.feed, "get", lambda *, wait: get(wait=True))
-    monkeypatch.setattr(loader._run.upload, "submit", failing)
-
-
-def test_a_batch_that_an_interrupt_kept_back_does_not_count_as_delivered_and_none_after_it_comes(monkeypatch):
-    with nanopack.Loader([{"text": "ab"}] * 9, SMALL, 1, 8, packing="pad", num_workers=1) as loader:
-        before = loader.state_dict()
-        failing_ahead(loader, monkeypatch, interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            next(loader)
-        assert loader.state_dict() == before
-        for _ in range(2):
-            with pytest.raises(RuntimeError, match="interrupted in the middle of a batch; make a new one"):
-                next(loader)
-        loader.load_state_dict(before)
-        assert next(loader).step == 0
-
-
-def test_a_copy_ahead_that_fails_is_raised_after_the_batches_before_it(monkeypatch):
-    with nanopack.Loader([{"text": "ab"}] * 9, SMALL, 1, 8, packing="pad", num_workers=1) as loader:
-        failing_ahead(loader, monkeypatch, memory_is_short)
-        assert next(loader).step == 0
-        for _ in range(2):
-            with pytest.raises(MemoryError, match="for this copy"):
-                next(loader)
-        assert loader.state_dict()["step"] == 1
-
-
-def test_the_end_stays_the_end_and_closing_twice_is_safe():
-    loader = Loader([{"text": "ab"}], SMALL, 1, 8, epochs=1)
-    assert len(list(loader)) == 1
-    with pytest.raises(StopIteration):
-        next(loader)
-    loader.close()
-    loader.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        next(loader)
-
-
-def test_leaving_the_block_closes_the_loader_and_keeps_the_batches():
-    with Loader([{"text": "ab"}], SMALL, 1, 8) as loader:
-        batch = next(loader)
-    with pytest.raises(RuntimeError, match="closed"):
-        next(loader)
-    assert batch.inputs[0, :3].tolist() == [256, 97, 98]
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_memory_that_could_not_be_pinned_is_used_and_not_unpinned(monkeypatch, workers):
     unpinned = []
@@ -358,184 +260,6 @@ def test_a_document_is_cut_where_it_must_be_and_what_was_cut_is_counted():
     }
 
 
-def ledger_of(loader):
-    [shard] = loader.state_dict()["lanes"].values()
-    return Ledger.of(shard["ledger"])
-
-
-@pytest.mark.parametrize(
-    "counter",
-    [
-        "conversations_read",
-        "conversations_packed",
-        "conversations_skipped",
-        "conversations_waiting",
-        "tokens_read",
-        "tokens_emitted",
-        "tokens_dropped",
-        "tokens_waiting",
-        "positions",
-        "positions_tokens",
-        "positions_padding",
-    ],
-)
-def test_the_ledger_notices_a_counter_that_is_off_by_one(counter):
-    loader = Loader([{"text": "abc" * i} for i in range(1, 9)], SMALL, 2, 8, packing=BestFitCrop(window=3))
-    next(loader)
-    ledger = ledger_of(loader)
-    assert ledger.imbalances() == []
-    setattr(ledger, counter, getattr(ledger, counter) + 1)
-    assert len(ledger.imbalances()) == 1
-    assert ledger.report()["balanced"] is False
-
-
-def test_the_ledger_notices_more_targets_in_the_loss_than_tokens():
-    loader = Loader([{"text": "abc"}] * 3, SMALL, 2, 8)
-    next(loader)
-    ledger = ledger_of(loader)
-    ledger.targets_in_loss = ledger.tokens_emitted + 1
-    assert len(ledger.imbalances()) == 1
-
-
-@pytest.mark.parametrize(("counter", "reason"), [("conversations_dropped", "untrained"), ("tokens_cut", "seq_len")])
-def test_the_ledger_notices_a_reason_that_is_off_by_one(counter, reason):
-    loader = Loader([{"text": "abc"}] * 3, SMALL, 2, 8)
-    next(loader)
-    ledger = ledger_of(loader)
-    getattr(ledger, counter)[reason] += 1
-    assert len(ledger.imbalances()) == 1
-
-
-@given(data=st.data())
-def test_the_ledger_balances_after_every_batch(data):
-    packing = data.draw(st.sampled_from(PACKINGS))
-    loader = Loader(data.draw(data_sets), SMALL, **data.draw(drawn_arguments(packing)))
-    try:
-        for _ in itertools.islice(loader, 20):
-            assert loader.ledger()["balanced"], loader.ledger()["imbalances"]
-    except ValueError as error:
-        assert "in a whole pass" in str(error)
-
-
-def test_explain_names_conversation_message_role_and_text():
-    chat = {
-        "messages": [
-            {"role": "system", "content": "S"},
-            {"role": "user", "content": "q"},
-            {"role": "assistant", "content": [{"type": "python", "text": "p"}, {"type": "python_output", "text": "o"}]},
-        ]
-    }
-    loader = Loader([chat], byte_tokenizer(), 1, 24, epochs=1)
-    [batch] = loader
-    text = [loader.explain(batch, 0, col) for col in range(24)]
-    assert text[0].input.text == "<|bos|>" and text[0].input.message is None
-    assert [t.input.text for t in text[1:7]] == ["<|user_start|>", "S", "\n", "\n", "q", "<|user_end|>"]
-    assert {t.input.role for t in text[1:7]} == {"user"} and text[7].input.role == "assistant"
-    assert text[7].input.text == "<|assistant_start|>" and text[7].in_loss and text[7].target.text == "<|python_start|>"
-    assert not text[10].in_loss and text[10].target.text == "<|output_start|>"
-    assert "out of the loss" in text[10].reason
-    assert text[20].input is None and "padding" in text[20].reason
-    for col in range(24):
-        assert text[col].in_loss == (batch.targets[0, col].item() != -100)
-
-
-@given(data=st.data())
-def test_explain_agrees_with_the_tensors_everywhere(data):
-    packing = data.draw(st.sampled_from(PACKINGS))
-    arguments = data.draw(drawn_arguments(packing)) | {"epochs": 1, "seq_len": data.draw(st.integers(1, 12))}
-    arguments |= {"document_align": 1, "extras": (), "max_pieces": None}
-    if packing in ("best_fit", "best_fit_pad", "pad") and arguments["seq_len"] % 3 == 0:
-        arguments["document_align"] = 3
-    loader = Loader(data.draw(data_sets), SMALL, **arguments)
-    for batch in itertools.islice(loader, 2):
-        for row in range(arguments["batch_size"]):
-            for col in range(arguments["seq_len"]):
-                found = loader.explain(batch, row, col)
-                assert batch.inputs[row, col] == (256 if found.input is None else found.input.id)
-                expected = found.target.id if found.in_loss else arguments["ignore_index"]
-                assert batch.targets[row, col] == expected
-
-
-@pytest.mark.parametrize(("row", "col", "name"), [(1, 0, "row"), (0, 8, "col"), (-1, 0, "row"), (0, -1, "col")])
-def test_explain_refuses_a_place_outside_the_batch(row, col, name):
-    loader = Loader([{"text": "ab"}], SMALL, 1, 8)
-    with pytest.raises(IndexError, match=f"{name}=-?[0-9]+ is outside the batch"):
-        loader.explain(next(loader), row, col)
-
-
-@pytest.mark.parametrize(
-    ("row", "col", "says"), [(0.5, "a", "row=0.5 is not an int; use 0 to 0"), (0, "a", "col='a' is")]
-)
-def test_explain_refuses_a_place_that_is_no_int(row, col, says):
-    loader = Loader([{"text": "ab"}], SMALL, 1, 8)
-    with pytest.raises(TypeError, match=f"^{says}"):
-        loader.explain(next(loader), row, col)
-
-
-def test_rank_and_world_size_come_from_torch_distributed_where_it_is_initialised(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        loader = Loader([{"text": "ab"}], SMALL, 1, 8)
-        assert (loader.config.rank, loader.config.world_size) == (0, 1)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("count", ["", "1", "4"])
-@pytest.mark.parametrize("name", LAUNCHERS)
-def test_a_launcher_of_several_processes_without_torch_distributed_is_warned_of(monkeypatch, caplog, name, count):
-    monkeypatch.setenv(name, count)
-    with caplog.at_level(logging.WARNING, "nanopack"):
-        Loader([{"text": "ab"}], SMALL, 1, 8, rank=0, world_size=1)
-        assert not caplog.text
-        Loader([{"text": "ab"}], SMALL, 1, 8)
-    assert (f"{name}=4 is set" in caplog.text and "rank 0 of 1" in caplog.text) == (count == "4")
-
-
-@pytest.mark.parametrize(("given", "ranks"), [({}, 1), ({}, 2), ({"rank": 0, "world_size": 1}, 2)])
-def test_a_loader_without_a_rank_is_refused_once_there_are_ranks(given, ranks):
-    loader = Loader([{"text": "ab"}], SMALL, 1, 8, num_workers=0, **given)
-    next(loader)
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    try:
-        if given or ranks == 1:
-            next(loader)
-            return
-        for take in (next, lambda loader: next(iter(loader))):
-            with pytest.raises(RuntimeError, match=r"2 ranks.*after this loader was made.*after init_process_group"):
-                take(loader)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-class InEachWorker(torch.utils.data.IterableDataset):
-    """Batches of a loader that is made in each worker of a DataLoader, with a rank or without."""
-
-    def __init__(self, ranked):
-        self.ranked = ranked
-
-    def __iter__(self):
-        worker = torch.utils.data.get_worker_info()
-        ranks = {"rank": worker.id, "world_size": worker.num_workers} if self.ranked else {}
-        data = [{"text": chr(97 + k) * 7} for k in range(8)]
-        with Loader(data, SMALL, 1, 8, loss="all", packing="pad", epochs=1, num_workers=0, **ranks) as loader:
-            for batch in loader:
-                yield int(batch.inputs[0, 1])
-
-
-@pytest.mark.parametrize(("workers", "ranked"), [(1, False), (2, True)])
-def test_workers_of_a_dataloader_deliver_each_conversation_once(workers, ranked):
-    got = torch.utils.data.DataLoader(InEachWorker(ranked), batch_size=None, num_workers=workers)
-    assert sorted(token for token in got if chr(token) in "abcdefgh") == list(range(97, 105))
-
-
-def test_several_workers_of_a_dataloader_without_a_rank_are_refused():
-    with pytest.raises(ValueError, match=r"rank=get_worker_info\(\).id, world_size=2"):
-        list(torch.utils.data.DataLoader(InEachWorker(ranked=False), batch_size=None, num_workers=2))
-    # ends its workers; a producer that is forked while they run would wait for them, 5 s each
-    gc.collect()
-
-
 def test_verify_says_how_much_it_compared_and_that_it_was_equal():
     result = nanopack.verify([{"text": "abcdefg"}] * 5, SMALL, batch_size=2, seq_len=8)
     assert result and (result.batches, result.tokens, result.difference) == (3, 40, None)
@@ -550,14 +274,6 @@ def test_verify_reports_a_bad_conversation_in_the_loaders_words():
 def test_verify_refuses_a_number_of_batches_that_cannot_be(max_batches):
     with pytest.raises(ValueError, match=f"^max_batches={max_batches!r} is not allowed; use an int from 1 upwards"):
         nanopack.verify([{"text": "a"}], SMALL, max_batches=max_batches)
-
-
-def test_a_token_that_came_with_a_mask_is_explained_by_it():
-    loader = Loader([{"input_ids": [97, 98, 99], "loss_mask": [1, 0, 1]}], SMALL, 1, 8, packing="pad")
-    batch = next(loader)
-    assert batch.inputs[0, :3].tolist() == [97, 98, 99] and batch.targets[0, :3].tolist() == [-100, 99, -100]
-    assert loader.explain(batch, 0, 0).reason == "its mask keeps it out of the loss"
-    assert loader.explain(batch, 0, 1).reason == "its mask puts it in the loss"
 
 
 def test_documents_rendered_elsewhere_come_from_parquet_as_arrays(tmp_path):
