@@ -4,6 +4,10 @@ import os
 import sys
 from pathlib import Path
 
+# A test process per core leaves no core for the threads of an operation on a few numbers, and to wait for the last of
+# them costs a time slice. torch reads this when it is imported, here and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from hypothesis import settings
 

@@ -189,3 +189,20 @@ def test_data_loader_workers_come_and_go_while_the_loader_runs():
                 got.append(next(loader))
         pid = loader.producer_pid
     assert is_gone(pid) and compare(expected(len(got)), iter(got)).difference is None
+
+
+def test_a_data_set_may_use_torch_whose_threads_did_not_survive_the_fork():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+
+    def add_in_parallel():
+        torch.ones(1_000_000).sum()
+
+    try:
+        # starts the threads
+        add_in_parallel()
+        with within(20), Loader(Faulty("all", add_in_parallel), TOKENIZER, **SMALL) as loader:
+            got = [next(loader) for _ in range(3)]
+    finally:
+        torch.set_num_threads(threads)
+    assert compare(expected(3), iter(got)).difference is None
