@@ -12,23 +12,39 @@ import sys
 
 import pytest
 import torch
+from data_sets import SHIPPED
 
 from nanopack import cli
 from nanopack.cli import values
-from nanopack.cli.bench import (
-    other_packers,
-    pretokenized,
-    report,
-    rounds,
-)
+from nanopack.cli.bench import other_packers, pretokenized, report, rounds, scaling, stalls
+from nanopack.cli.bench import run as run_
+
+CONVERSATIONS = 200
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory):
+def shrink(monkeypatch):
+    """Measure batches of few rows, and hardly wait."""
+    for name in values.SECTIONS:
+        module = importlib.import_module(f"nanopack.cli.bench.{name}")
+        # whose ratio of bytes is that of large batches
+        if hasattr(module, "ROWS") and name != "resident":
+            monkeypatch.setattr(module, "ROWS", 4)
+    monkeypatch.setattr(run_, "QUICK_SECONDS", 0.01)
+    monkeypatch.setattr(stalls, "QUICK_STEPS_MS", (2,))
+    monkeypatch.setattr(stalls, "FILL_S", 0.2)
+    monkeypatch.setattr(scaling, "QUICK_LIMIT_S", 0.1)
+
+
+@pytest.fixture(scope="module", params=["small", pytest.param("its own sizes", marks=pytest.mark.slow)])
+def quick(request, tmp_path_factory):
     """Return the output of a quick run of everything, its report, and the path of its plot."""
-    plot = tmp_path_factory.mktemp("bench") / "bench.png"
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        code = cli.main(["bench", "--quick", "--plot", str(plot)])
+    folder = tmp_path_factory.mktemp("bench")
+    chats, plot = folder / "chats.jsonl", folder / "bench.png"
+    chats.write_text("".join(SHIPPED.read_text("utf-8").splitlines(keepends=True)[:CONVERSATIONS]), "utf-8")
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(io.StringIO()) as out:
+        if request.param == "small":
+            shrink(monkeypatch)
+        code = cli.main(["bench", str(chats), "--quick", "--plot", str(plot)])
     assert code == 0
     return out.getvalue(), json.loads(out.getvalue().splitlines()[-1]), plot
 
@@ -68,7 +84,7 @@ def test_the_machine_and_the_date_head_the_report(quick):
     head = out.split("\n\n")[0]
     for fact in ("date", "cpu", "cores", "system", "nanopack", "python", "torch", "tiktoken", "numpy"):
         assert str(found["machine"][fact]) in head
-    assert "2,486 conversations" in head and "quick: too short to be quoted" in out
+    assert f"{CONVERSATIONS} conversations" in head and "quick: too short to be quoted" in out
 
 
 def test_ratios_are_of_the_rounds_of_the_same_run(quick):
@@ -139,6 +155,7 @@ def hide(monkeypatch, *packages):
 
 def test_packages_that_are_not_installed_are_reported(run, monkeypatch):
     hide(monkeypatch, "trl", "grain", "transformers")
+    shrink(monkeypatch)
     code, out, _ = run("bench", "--quick", "--only", "pretokenized", "--json")
     notes = [row["note"] for row in only_table(json.loads(out), "pretokenized").values() if not row["numbers"]]
     assert code == 0
@@ -165,6 +182,7 @@ def test_without_matplotlib_the_tables_come_alone_and_say_so(run, monkeypatch, t
 def test_as_json_nothing_else_is_printed(run):
     code, out, _ = run("bench", "--quick", "--only", "padding", "--json")
     assert (code, out.count("\n")) == (0, 1) and list(json.loads(out)["sections"]) == ["padding"]
+    assert json.loads(out)["data"]["conversations"] == 2486
 
 
 REFUSED = {
