@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import subprocess
 import sys
@@ -36,6 +37,7 @@ def files_of(name: str) -> list[Path]:
     return [*(package / name).rglob("*.py"), *package.glob(f"{name}.py")]
 
 
+@functools.cache
 def graph() -> dict[str, set[str]]:
     """For each folder and module at the top of nanopack, those that it imports anywhere."""
     found = {path.relative_to(ROOT / "nanopack").parts[0] for path in (ROOT / "nanopack").rglob("*.py")}

@@ -75,7 +75,9 @@ def test_workers_of_a_dataloader_deliver_each_conversation_once(workers, ranked)
     assert sorted(token for token in got if chr(token) in "abcdefgh") == list(range(97, 105))
 
 
-def test_several_workers_of_a_dataloader_without_a_rank_are_refused():
+def test_several_workers_of_a_dataloader_without_a_rank_are_refused(monkeypatch):
+    # how long it waits for each of its workers to end by itself
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
     with pytest.raises(ValueError, match=r"rank=get_worker_info\(\).id, world_size=2"):
         list(torch.utils.data.DataLoader(InEachWorker(ranked=False), batch_size=None, num_workers=2))
     # ends its workers; a producer that is forked while they run would wait for them, 5 s each
