@@ -10,6 +10,7 @@ import sys
 import tempfile
 
 import pytest
+from covering import each
 from faulty import TOKENIZER, within
 
 from nanopack import Loader, reference
@@ -69,8 +70,7 @@ def ask(loader, batch):
     assert loader.explain(batch, 0, 3)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
-@pytest.mark.parametrize("between", [do_nothing, save, count, ask])
+@pytest.mark.parametrize(("between", "workers"), each([do_nothing, save, count, ask], [4, 2, 1]))
 def test_a_data_set_with_one_open_file_gives_what_is_in_the_file(lines, expected, workers, between):
     with within(60), Loader(Offsets(lines), TOKENIZER, num_workers=workers, prefetch=2, **SMALL) as loader:
         got = []

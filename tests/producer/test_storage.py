@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from covering import pairs
 from faulty import CHATS, SMALL, TOKENIZER, Faulty, raising, within
 
 import nanopack
@@ -29,13 +30,10 @@ def read_all(data, **arguments):
         return list(iter(loader))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("on_error", ["raise", "skip"])
-@pytest.mark.parametrize(
-    "error",
-    [TimeoutError("late"), ConnectionResetError("gone"), OSError(5, "Input/output error"), EOFError("cut")],
-    ids=lambda error: type(error).__name__,
-)
+ERRORS = [TimeoutError("late"), ConnectionResetError("gone"), OSError(5, "Input/output error"), EOFError("cut")]
+
+
+@pytest.mark.parametrize(("error", "on_error", "workers"), pairs(ERRORS, ["raise", "skip"], [0, 2]))
 def test_an_error_of_the_storage_stops_the_run_in_both_modes_without_the_advice_to_skip(error, on_error, workers):
     with within(20), pytest.raises(StorageError, match=f"^conversation 20, {type(error).__name__}") as raised:
         read_all(Faulty(20, raising(error)), on_error=on_error, num_workers=workers)

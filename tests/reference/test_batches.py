@@ -13,6 +13,7 @@ from typing import Any
 import nanochat_loops
 import numpy as np
 import pytest
+from covering import pairs
 from toy_batches import (
     ASSISTANT,
     ASSISTANT_END,
@@ -292,9 +293,7 @@ CASES: dict[str, tuple[Any, dict[str, int], dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.parametrize("rank", range(3))
-@pytest.mark.parametrize("n", [4, 37])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "n", "rank"), pairs(list(CASES), [4, 37], range(3)))
 def test_batches_are_nanochats(name, n, rank):
     loop, settings, arguments, most = CASES[name]
     dataset = random_talks(seed=n, n=n, most=most)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from covering import each
 
 from nanopack import ConversationError, Loader, verify
 from nanopack.conversations.records import check
@@ -111,10 +112,10 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer):
         Loader([TALK], tokenizer, template="hf")
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize(
-    "chat_template", [MARKED, PLAIN, FORGETFUL, CALLS], ids=["marked", "plain", "forgetful", "calls"]
-)
+TEMPLATES = {"marked": MARKED, "plain": PLAIN, "forgetful": FORGETFUL, "calls": CALLS}
+
+
+@pytest.mark.parametrize(("chat_template", "workers"), each(TEMPLATES, [0, 1, 2]))
 def test_batches_are_the_reference_packers(chat_template, workers):
     bad = [{"messages": record} if isinstance(record, list) else record for _, record, _ in BAD.values()]
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from covering import each
 from data_sets import PACKINGS, SHIPPED, SMALL, data_sets, drawn_arguments
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,8 +55,7 @@ def test_the_batches_with_a_cache_are_those_without_in_every_pass_and_field(pack
             assert its_error == error and compare(iter(expected), iter(got)).difference is None
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize(("workers", "seed"), each([0, 1, 3], [None, 5]))
 def test_a_pass_writes_the_store_and_the_next_one_does_not_tokenize(tmp_path, caplog, workers, seed):
     arguments = {**ARGUMENTS, "num_workers": workers, "seed": seed}
     caplog.set_level(logging.INFO, "nanopack")

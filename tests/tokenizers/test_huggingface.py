@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from covering import each
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -165,9 +166,9 @@ EDGES = [
 ]
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("template", ["chatml", CHATML], ids=["by-name", "as-an-object"])
+@pytest.mark.parametrize(
+    ("name", "workers", "template"), each(NAMES, [0, 1, 2], {"by-name": "chatml", "as-an-object": CHATML})
+)
 def test_batches_are_the_reference_packers(name, workers, template):
     arguments = {"batch_size": 2, "seq_len": 256, "num_workers": workers, "template": template}
     found = verify([*EDGES, *shipped(60)], BOTH[name], **arguments)
