@@ -10,9 +10,10 @@ INSTALL := $(PIP) install --quiet --no-index --find-links $(WHEELS) --no-build-i
 else
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 endif
-# A test process per core; `loadfile` runs a file in one of them, so that slow module fixtures are made once.
+# A test process per core; `loadfile` runs a file in one of them, so that slow module fixtures are made once. In the order
+# of their names: the last are those of doctests, which take a moment, so that no process ends long after the others.
 PYTEST := $(BIN)/python -m pytest
-PARALLEL := -n logical --maxprocesses 8 --dist loadfile
+PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test slow test-trainers slow-trainers docs lint bench gpu gpu-tests gpu-memcheck gpu-racecheck gpu-bench clean
 

@@ -10,7 +10,7 @@ HF = [*TRANSFORMERS, "accelerate>=1.1", "trl>=1"]
 LIGHTNING = ["lightning>=2.4"]
 TEST = [
     "pytest>=8",
-    "pytest-xdist>=3.6",
+    "pytest-xdist>=3.7",
     "pytest-benchmark>=5",
     "hypothesis>=6.100",
     "setuptools>=77",

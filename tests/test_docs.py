@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -26,19 +28,24 @@ def script(name):
     return module
 
 
+@functools.cache
+def ran(block):
+    """What a block of code does as a flat script."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "script.py"
+        script.write_text(block)
+        return subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, cwd=folder)
+
+
 @pytest.mark.parametrize("block", BLOCKS)
-def test_every_python_block_runs_as_a_flat_script(block, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(block)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+def test_every_python_block_runs_as_a_flat_script(block):
+    done = ran(block)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_resumed_runs_of_the_documentation_give_what_they_say(tmp_path):
+def test_the_resumed_runs_of_the_documentation_give_what_they_say():
     [block] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "resume.md").read_text("utf-8"), re.DOTALL)
-    (tmp_path / "script.py").write_text(block)
-    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "resumes at step 10 and gives all: True\none rank resumes at step 1\n"
+    assert ran(block).stdout == "resumes at step 10 and gives all: True\none rank resumes at step 1\n"
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from data_sets import SHIPPED
 
+from nanopack import demo
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 SUPPORT = Path(__file__).parent / "support"
@@ -90,13 +92,14 @@ build_val_loader = lambda: sft_data_generator_bos_bestfit("val")
 progress = 0
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Embedding(32768, 8), torch.nn.Linear(8, 32768))
-optimizer = torch.optim.SGD(model.parameters(), 1.0)
 x, y = next(train_loader) # prefetch the very first batch of data
 while not last_step:
     loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1)
-    optimizer.zero_grad()
     loss.backward()
-    optimizer.step()
+    # torch.optim imports the compiler, which takes two seconds
+    for weight in model.parameters():
+        weight.data -= weight.grad
+        weight.grad = None
     x, y = next(train_loader) # prefetch the next batch
     print(loss.item().hex(), approx_progress, current_epoch)
 print("validation", sum(int(y.sum()) for x, y in (next(build_val_loader()) for _ in range(3))))
@@ -140,7 +143,12 @@ def test_trl_resumed_has_the_losses_of_one_run(chats, tmp_path):
     assert re.findall("loss [0-9.]+ tokens [0-9]+", whole) == re.findall("loss [0-9.]+ tokens [0-9]+", resumed) != []
 
 
-def test_the_tour_prints_what_it_shows():
+@pytest.mark.parametrize("small", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["small", "its own sizes"])
+def test_the_tour_prints_what_it_shows(monkeypatch, small):
+    if small:
+        # the model that it trains: only its losses are not compared
+        for name, value in {"SEQ_LEN": 64, "LAYERS": 1}.items():
+            monkeypatch.setattr(demo, name, value)
     cells = [
         cell
         for cell in json.loads((EXAMPLES / "tour.ipynb").read_text("utf-8"))["cells"]
@@ -163,7 +171,7 @@ def test_a_store_is_made_once_and_its_batches_are_trained(chats, tmp_path):
     example = [EXAMPLES / "store_resident.py", chats, "--store", tmp_path / "tokens"]
     first = run(*example).splitlines()
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "tokens").rglob("*")}
-    assert run(*example).splitlines() == first
+    assert run(*example, "--steps", 5).splitlines()[:5] == first[:5]
     assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "tokens").rglob("*")}
     losses = [float(line.split()[-1]) for line in first[:-1]]
     assert len(losses) == 20 and losses[-1] < losses[0]

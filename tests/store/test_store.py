@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
+import json
 import pickle
 import tempfile
 import weakref
@@ -63,9 +64,10 @@ def outcome(make, count):
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_a_run_over_a_store_resumes_in_its_middle_with_the_ledger_that_its_conversations_have(packing, tmp_path):
-    store_of(tmp_path, SHIPPED, "chat32k", 7)
+    chats = [json.loads(line) for line in itertools.islice(SHIPPED.open(encoding="utf-8"), 300)]
+    store_of(tmp_path, chats, "chat32k", 7)
     arguments = dict(batch_size=2, seq_len=128, packing=packing, epochs=1, seed=3)
-    with Loader(str(SHIPPED), "chat32k", **arguments) as loader, Loader(tmp_path, **arguments) as stored:
+    with Loader(chats, "chat32k", **arguments) as loader, Loader(tmp_path, **arguments) as stored:
         for _ in range(2):
             next(loader), next(stored)
         state = stored.state_dict()
