@@ -23,7 +23,8 @@ demo: .venv/run
 test: .venv/dev
 	$(PYTEST) $(PARALLEL)
 
-# Longer runs of what `make test` runs in short: the property tests with ten times as many examples, and others.
+# Longer runs of what `make test` runs in short: the property tests with ten times as many examples, all combinations of
+# choices, more kills, more targets, full sizes.
 slow: .venv/dev
 	$(PYTEST) $(PARALLEL) -m '(slow or hypothesis) and not trainers' --hypothesis-profile slow
 

@@ -10,7 +10,7 @@ import sys
 import tempfile
 
 import pytest
-from covering import each
+from covering import only
 from faulty import TOKENIZER, within
 
 from nanopack import Loader, reference
@@ -70,7 +70,11 @@ def ask(loader, batch):
     assert loader.explain(batch, 0, 3)
 
 
-@pytest.mark.parametrize(("between", "workers"), each([do_nothing, save, count, ask], [4, 2, 1]))
+# The more processes, the surer one finds the position that another left; the trainer alone reads with `ask`.
+SUREST = [(do_nothing, 4), (save, 4), (count, 4), (ask, 4), (ask, 1)]
+
+
+@pytest.mark.parametrize(("between", "workers"), only(SUREST, [do_nothing, save, count, ask], [1, 2, 4]))
 def test_a_data_set_with_one_open_file_gives_what_is_in_the_file(lines, expected, workers, between):
     with within(60), Loader(Offsets(lines), TOKENIZER, num_workers=workers, prefetch=2, **SMALL) as loader:
         got = []

@@ -212,8 +212,8 @@ def test_a_write_that_fails_in_its_middle_removes_what_it_wrote(tmp_path, monkey
 
 TOKENIZE = (
     "import sys; from nanopack.store import job, tokenize;"
-    "job.LEAST_CONVERSATIONS = 25; print('ready', flush=True);"
-    "tokenize.tokenize(sys.argv[1], 'chat32k', sys.argv[2], num_workers=2)"
+    "job.LEAST_CONVERSATIONS = 100; print('ready', flush=True);"
+    "tokenize.tokenize([sys.argv[1]] * 2, 'chat32k', sys.argv[2], num_workers=2)"
 )
 
 
@@ -225,9 +225,8 @@ def start(out: Path) -> subprocess.Popen:
     return process
 
 
-def kill_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int) -> None:
-    monkeypatch.setattr(job, "LEAST_CONVERSATIONS", 25)
-    tokenize(SHIPPED, "chat32k", tmp_path / "once", num_workers=2)
+def kill_and_run_again(tmp_path: Path, kills: int) -> None:
+    tokenize([SHIPPED] * 2, "chat32k", tmp_path / "once", num_workers=2)
     expected, out, moments = written(tmp_path / "once"), tmp_path / "out", []
     draw, files = random.Random(0), len(written(tmp_path / "once"))
     for _ in range(kills):
@@ -244,17 +243,19 @@ def kill_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: i
         assert all(expected[name] == content for name, content in found.items() if name in expected)
         if is_store(out) or len([*out.glob("*.words")]) > draw.randrange(files):
             shutil.rmtree(out)
-    tokenize(SHIPPED, "chat32k", out, num_workers=2)
+    tokenize([SHIPPED] * 2, "chat32k", out, num_workers=2)
     assert written(out) == expected and len(set(moments)) > kills // 4, moments
 
 
-def test_killed_and_run_again_it_gives_the_same_bytes(tmp_path, monkeypatch):
-    kill_and_run_again(tmp_path, monkeypatch, 2)
+@pytest.mark.usefixtures("small_parts")
+def test_killed_and_run_again_it_gives_the_same_bytes(tmp_path):
+    kill_and_run_again(tmp_path, 2)
 
 
 @pytest.mark.slow
-def test_killed_at_20_moments_and_run_again_it_gives_the_same_bytes(tmp_path, monkeypatch):
-    kill_and_run_again(tmp_path, monkeypatch, 20)
+@pytest.mark.usefixtures("small_parts")
+def test_killed_at_20_moments_and_run_again_it_gives_the_same_bytes(tmp_path):
+    kill_and_run_again(tmp_path, 20)
 
 
 def test_workers_end_with_the_process_that_started_them(tmp_path):
