@@ -9,11 +9,9 @@ every struct of a column the fields of all. A null in JSON or in Python stays.
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import operator
 import os
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -51,8 +49,8 @@ class Items(Source):
         self._features = _features_of(items)
         self.runs_foreign_code = _runs_foreign_code(items)
 
-    def sockets(self) -> list[str]:
-        return [name for name, value in getattr(self._items, "__dict__", {}).items() if _is_socket(value)]
+    def objects(self) -> tuple[object, ...]:
+        return tuple(_with_inner(self._items))
 
     def __len__(self) -> int:
         return self._length
@@ -73,11 +71,19 @@ class Items(Source):
         return str(getattr(self._items, "_fingerprint", "")) if known else ""
 
 
-def _is_socket(value: Any) -> bool:
-    """Return whether it is an open socket, or a file made of one."""
-    with contextlib.suppress(Exception):
-        return stat.S_ISSOCK(os.fstat(value.fileno()).st_mode)
-    return False
+def _with_inner(items: Any) -> Iterator[object]:
+    """Yield a data set and, where it is torch's Subset or ConcatDataset, those that it reads."""
+    yield items
+    for inner in _inner(items):
+        yield from _with_inner(inner)
+
+
+def _inner(items: Any) -> list[Any]:
+    """Return the data sets that torch's Subset or ConcatDataset read; none for any other."""
+    if not type(items).__module__.startswith("torch.utils.data"):
+        return []
+    found = getattr(items, "datasets", None) or [getattr(items, "dataset", None)]
+    return [one for one in found if one is not None]
 
 
 def _runs_foreign_code(items: object) -> bool:
@@ -93,8 +99,8 @@ def _format_of(items: object) -> object:
 def _features_of(items: Any) -> object:
     """Return the features of a datasets.Dataset, or of what torch's Subset or ConcatDataset hold, else None."""
     if type(items).__module__.startswith("torch.utils.data"):
-        found = [_features_of(part) for part in getattr(items, "datasets", None) or [getattr(items, "dataset", None)]]
-        return None if None in found else found[0]
+        found = [_features_of(part) for part in _inner(items)]
+        return None if not found or None in found else found[0]
     # what a transform of the user's hands out has other features
     if type(items).__module__.split(".")[0] != "datasets" or _format_of(items) == "custom":
         return None

@@ -31,6 +31,7 @@ from typing import Any
 
 from nanopack.errors import ProducerError
 from nanopack.producer.child import Failure, how_it_ended, leave_parent_behind, log_here, log_to, widen
+from nanopack.producer.cursors import pipes_of
 from nanopack.producer.feed import End
 from nanopack.producer.producer import Producer, Start
 from nanopack.producer.reader import Reader
@@ -56,12 +57,11 @@ class Process:
     ) -> None:
         """Start the process. Raises as `start.start` and `Handover.send` do."""
         method = method or DEFAULT_START_METHOD
-        shared = [name for part in reader.source.parts for name in part.sockets()]
-        if method == "fork" and shared:
+        if method == "fork" and (shared := pipes_of(reader.source.objects())):
             raise ValueError(
-                f"the data set's attribute {shared[0]!r} is an open socket, which forked processes would share: "
-                f"answers would go astray. Connect in each process when it first reads (os.getpid() says which), or "
-                f"use num_workers=0"
+                f"the data set's attribute {shared[0]!r} is an open socket or pipe, which forked processes would "
+                f"share: answers would go astray. Connect in each process when it first reads (os.getpid() says "
+                f"which), or use num_workers=0"
             )
         context: Any = multiprocessing.get_context(method)
         size = Ring.bytes_of(reader.layout, slots)
