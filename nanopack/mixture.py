@@ -99,6 +99,7 @@ class Mixture(Source):
         return tuple(part for source in self._sources for part in source.parts)
 
     def objects(self) -> tuple[object, ...]:
+        """Return the objects of the user's that its sources read."""
         return tuple(one for source in self._sources for one in source.objects())
 
     def find(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
