@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import reprlib
+import signal
+import traceback
+from typing import Any
 
 
 class ConversationError(ValueError):
@@ -70,6 +74,27 @@ def is_storage_error(error: BaseException | None) -> bool:
 
 def _is_of_storage(kind: type) -> bool:
     return kind.__name__ in _STORAGE_NAMES or kind.__module__.startswith(_STORAGE_MODULES)
+
+
+def interrupt_in(error: BaseException | None) -> BaseException | None:
+    """Return what interrupts the program, if that is the error or its cause: Ctrl-C, or what a signal handler raised.
+
+    A handler may raise anything, anywhere: it is no fault of what was read or tokenized just then.
+    """
+    handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
+    while error is not None:
+        frames = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
+        if isinstance(error, KeyboardInterrupt) or not handlers.isdisjoint(frames):
+            return error
+        # not its context: a program may go on within `except KeyboardInterrupt`
+        error = error.__cause__
+    return None
+
+
+def _code_of(handler: Any) -> Any:
+    while isinstance(handler, functools.partial):
+        handler = handler.func
+    return getattr(handler, "__code__", None) or getattr(getattr(handler, "__call__", None), "__code__", None)  # noqa: B004
 
 
 def short(value: object, length: int = 60) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 from nanopack.conversations import random_numbers
 from nanopack.conversations.source import Source
-from nanopack.errors import StorageError, is_storage_error
+from nanopack.errors import StorageError, interrupt_in, is_storage_error
 
 log = logging.getLogger("nanopack")
 
@@ -33,6 +33,8 @@ def fetch(source: Source, index: int, seed: int | None) -> object:
         except StorageError:
             raise
         except OSError as error:
+            if interrupt_in(error) is not None:
+                raise
             where = source.where(index)
             log.warning("%s, %s: %s; trying again in %s s", where, type(error).__name__, error, delay)
         time.sleep(delay)

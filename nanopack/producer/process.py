@@ -29,7 +29,7 @@ import weakref
 from multiprocessing.connection import Connection
 from typing import Any
 
-from nanopack.errors import ProducerError
+from nanopack.errors import ProducerError, interrupt_in
 from nanopack.producer.child import Failure, how_it_ended, leave_parent_behind, log_here, log_to, widen
 from nanopack.producer.cursors import pipes_of
 from nanopack.producer.feed import End
@@ -168,6 +168,9 @@ class Process:
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             if self._closed:
                 raise RuntimeError("the loader is closed; make a new one") from None
+            # a handler that raises TimeoutError
+            if interrupt_in(error) is not None:
+                raise
             raise self._death() from error
 
     def _describe_stall(self, waited: float) -> str:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from nanopack.errors import interrupt_in
 from nanopack.producer.feed import End, Feed
 from nanopack.ring.facts import BatchFacts
 from nanopack.upload.device import Device
@@ -117,8 +118,9 @@ class Prefetcher:
             self._facts.append(facts)
 
     def _note_interrupt(self, error: BaseException) -> None:
-        """End the batches where Ctrl-C may have come between receiving a message and acting on it."""
-        if not isinstance(error, Exception) and not (self._waits and self._feed.waits):
+        """End the batches where an interrupt may have come between receiving a message and acting on it."""
+        interrupts = not isinstance(error, Exception) or interrupt_in(error) is not None
+        if interrupts and not (self._waits and self._feed.waits):
             self._end = _interrupted
         self._waits = False
 
@@ -143,6 +145,9 @@ class Prefetcher:
         return got
 
     def _fail(self, error: Exception) -> None:
+        """End the batches with an error; raise it at once where it interrupts the program."""
+        if interrupt_in(error) is not None:
+            raise error
         self._end = lambda: error
 
     def _at_the_end(self) -> BaseException:
