@@ -77,16 +77,16 @@ def _is_of_storage(kind: type) -> bool:
 
 
 def interrupt_in(error: BaseException | None) -> BaseException | None:
-    """Return what interrupts the program, if that is the error or its cause: Ctrl-C, or what a signal handler raised.
+    """Return the exception, the error or a cause of it, by which Ctrl-C or a signal handler interrupts the program.
 
-    A handler may raise anything, anywhere: it is no fault of what was read or tokenized just then.
+    A handler may raise any, anywhere: whatever is read or tokenized at that moment is not at fault.
     """
     handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
     while error is not None:
         frames = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
         if isinstance(error, KeyboardInterrupt) or not handlers.isdisjoint(frames):
             return error
-        # not its context: a program may go on within `except KeyboardInterrupt`
+        # not its context: a program may continue within `except KeyboardInterrupt`
         error = error.__cause__
     return None
 

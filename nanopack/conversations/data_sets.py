@@ -144,6 +144,8 @@ def find_files(item: Any) -> list[str]:
         else sorted(glob.glob(_pattern(path), recursive=True))
     )
     if not paths:
+        # a glob says nothing of a folder that cannot be listed
+        os.listdir(_existing_folder(path) or ".")
         raise ValueError(f"conversations={path!r} matches no file; the working directory is {os.getcwd()}")
     paths = [file for path in paths for file in (files_in(path) if os.path.isdir(path) else [path])]
     for path in paths:
@@ -153,10 +155,16 @@ def find_files(item: Any) -> list[str]:
 
 def _pattern(path: str) -> str:
     """Return a glob in which the folders that exist under just that name, such as run[1], stand for themselves."""
+    folder = _existing_folder(path)
+    return glob.escape(folder) + path[len(folder) :]
+
+
+def _existing_folder(path: str) -> str:
+    """Return the part of a glob that is the path of a folder; "" where it begins with a pattern."""
     folder = os.path.dirname(path)
     while folder and not os.path.exists(folder):
         folder = os.path.dirname(folder)
-    return glob.escape(folder) + path[len(folder) :]
+    return folder
 
 
 def _is_path(item: object) -> bool:

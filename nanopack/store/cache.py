@@ -70,10 +70,12 @@ class Cache:
 
     def __init__(self, folder: str | os.PathLike[str], source: Source, settings: Settings, data: str) -> None:
         """`folder` is Loader's `cache`; `data` is a digest of the source."""
-        self._arguments = os.fspath(folder), source, settings, data
+        # another process may be started in another working directory
+        folder = os.path.abspath(folder)
+        self._arguments = folder, source, settings, data
         self.source, self.settings = source, settings
         parts = json.dumps([dataclasses.asdict(settings) | {"clock": ""}, len(source), data], sort_keys=True)
-        self.path = os.path.join(os.fspath(folder), hashlib.sha256(parts.encode()).hexdigest()[:16])
+        self.path = os.path.join(folder, hashlib.sha256(parts.encode()).hexdigest()[:16])
         self._owner, self._told = -1, False
         self._file: Any = None
         self._kept = np.zeros(len(source), bool)
