@@ -118,7 +118,7 @@ def _limit_of_open_files() -> int:
 
 def most_open_files() -> int:
     """Return how many files of conversations may be open in this process: a share of what the system allows."""
-    return max(4, min(256, _limit_of_open_files() // 8))
+    return max(4, min(1024, _limit_of_open_files() // 4))
 
 
 class Holder(Protocol):
