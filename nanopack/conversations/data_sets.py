@@ -10,6 +10,7 @@ every struct of a column the fields of all. A null in JSON or in Python stays.
 from __future__ import annotations
 
 import glob
+import logging
 import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from nanopack.conversations.arrow import without_nulls
 from nanopack.conversations.files import SUFFIXES, files_in, open_files
 from nanopack.conversations.source import Source
 from nanopack.errors import describe, short
+
+log = logging.getLogger("nanopack")
 
 
 class Dataset(Protocol):
@@ -122,13 +125,32 @@ def open_conversations(conversations: Any, *, shuffled: bool = False) -> Source:
     if isinstance(conversations, Source):
         source = conversations
     elif isinstance(conversations, (list, tuple)) and any(map(_is_path, conversations)):
-        source = open_files([path for item in conversations for path in find_files(item)], shuffled=shuffled)
+        paths = [path for item in conversations for path in find_files(item)]
+        _warn_of_doubles(paths)
+        source = open_files(paths, shuffled=shuffled)
     else:
         _refuse_unusable(conversations)
         source = Items(conversations)
     if len(source) == 0:
         raise ValueError(f"conversations={short(conversations)} holds no conversation; give at least one")
     return source
+
+
+def _warn_of_doubles(paths: list[str]) -> None:
+    """Log that files are given twice, as overlapping globs and links do."""
+    first: dict[tuple[int, int], str] = {}
+    doubles = []
+    for path in paths:
+        status = os.stat(path)
+        if (file := (status.st_dev, status.st_ino)) in first:
+            doubles.append((path, first[file]))
+        first.setdefault(file, path)
+    if doubles:
+        log.warning(
+            "%d of the files are given again, and so are their conversations: %s, after %s; if that is meant, "
+            "nanopack.mixture says how often each comes",
+            *(len(doubles), *doubles[0]),
+        )
 
 
 def find_files(item: Any) -> list[str]:
@@ -187,6 +209,13 @@ def _refuse_unreadable(path: str) -> None:
     raise ValueError(f"conversations={short(path, 200)} {why}")
 
 
+def _only_raises(method: Any) -> bool:
+    """Return whether it is that of torch's Dataset, which IterableDataset inherits."""
+    return (
+        f"{getattr(method, '__module__', '')}.{method.__qualname__}" == "torch.utils.data.dataset.Dataset.__getitem__"
+    )
+
+
 def _refuse_unusable(items: Any) -> None:
     kind = type(items)
     if isinstance(items, Mapping):
@@ -195,6 +224,8 @@ def _refuse_unusable(items: Any) -> None:
         why = "is not a path; give it as str"
     elif isinstance(items, Iterator) or not (hasattr(kind, "__len__") and hasattr(kind, "__getitem__")):
         why = "has no len() and [int]; give list(...) of it, or files"
+    elif _only_raises(kind.__getitem__):
+        why = "can only be iterated; give a data set with [int], list(...) of it, or files"
     elif kind.__name__ == "DataFrame":
         why = "hands out columns; give df.to_dict('records'), or df.to_dicts() in polars"
     elif kind.__module__.startswith("pyarrow"):

@@ -20,7 +20,7 @@ from nanopack.conversations.order import Shard
 from nanopack.conversations.source import Source
 from nanopack.errors import NEVER_SKIPPED, ConversationError, EncoderError
 from nanopack.ledger import Ledger
-from nanopack.notes import Notes
+from nanopack.notes import KEYS, Notes
 from nanopack.producer.chunk import Chunk, Live, Trouble
 
 log = logging.getLogger("nanopack")
@@ -212,11 +212,13 @@ class Arrivals:
     def _note(self, trouble: Trouble, conversation: int) -> None:
         """Count what of a record is not read, and name it in the log where it is new."""
         where, notes = self._source.where(conversation), self.notes
+        notes.ignore(trouble.ignored_keys)
         for key in trouble.ignored_keys:
-            notes.ignored_keys[key] = notes.ignored_keys.get(key, 0) + 1
-            if key not in self._told:
+            if key not in self._told and len(self._told) < KEYS:
                 self._told.add(key)
                 log.warning("%s: nothing reads the key %r; it is named once, and counted in the ledger", where, key)
+                if len(self._told) == KEYS:
+                    log.warning("%d keys are named by now; the ledger counts the others together", KEYS)
         if trouble.special_token:
             notes.texts_with_special_tokens += 1
             if "" not in self._told:

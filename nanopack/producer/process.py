@@ -183,7 +183,10 @@ class Process:
             stopped = ", stopped by a signal (SIGCONT resumes it)" if state in "Tt" else ""
         what = f"waited {waited:.1f} s for the producer process (pid {pid}{stopped}): {self.ring.status.describe()}"
         if self._forked and not stopped and not self.ring.status.sent and waited > 2 * STALL:
-            what += '. Nothing came yet: a lock that another thread held at the fork? Then use start_method="spawn"'
+            what += (
+                ". Nothing came yet: a lock that another thread held at the fork, or threads of the data set's, which "
+                'have no copy there? Then make them in __getitem__, or use start_method="spawn" or num_workers=0'
+            )
         return what
 
     def _death(self) -> ProducerError:
