@@ -211,9 +211,8 @@ def _refuse_unreadable(path: str) -> None:
 
 def _only_raises(method: Any) -> bool:
     """Return whether it is that of torch's Dataset, which IterableDataset inherits."""
-    return (
-        f"{getattr(method, '__module__', '')}.{method.__qualname__}" == "torch.utils.data.dataset.Dataset.__getitem__"
-    )
+    names = getattr(method, "__module__", ""), getattr(method, "__qualname__", "")
+    return names == ("torch.utils.data.dataset", "Dataset.__getitem__")
 
 
 def _refuse_unusable(items: Any) -> None:

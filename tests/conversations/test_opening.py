@@ -86,7 +86,7 @@ def test_a_folder_that_cannot_be_listed_is_not_said_to_be_empty(folder: Path, mo
     # glob takes it for a folder without files
     monkeypatch.setattr(os, "scandir", scandir)
     monkeypatch.setattr(os, "listdir", scandir)
-    with pytest.raises(OSError, match="Too many open files.*empty"):
+    with pytest.raises(OSError, match=r"Too many open files.*empty"):
         open_conversations("empty/*.jsonl")
 
 
