@@ -47,7 +47,11 @@ _STORAGE_MODULES = (
     "pyarrow.lib",
     "lmdb",
     "zstandard",
+    "boto3",
     "botocore",
+    "s3transfer",
+    "azure.core",
+    "http.client",
     "urllib3",
     "aiohttp",
     "httpx",
@@ -56,6 +60,9 @@ _STORAGE_MODULES = (
     "pymongo",
     "grpc",
     "google.api_core",
+    "elastic_transport",
+    "concurrent.futures",
+    "ray.exceptions",
 )
 # What an error of a database or a client is called, whatever the package (PEP 249).
 _STORAGE_NAMES = {"OperationalError", "InterfaceError", "TimeoutError", "ConnectionError"}
