@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 from nanopack.notes import Notes, Skipped
 
 DROPPED = ("untrained",)
-OF_POSITIONS = ("positions", "targets", "work")
+POSITIONS = ("positions", "positions_tokens", "positions_padding", "targets_in_loss", "work")
 CUT = ("max_document_tokens", "seq_len", "crop")
 
 
@@ -162,11 +162,11 @@ class Ledger:
 
     def only_positions(self) -> Ledger:
         """Return a ledger with the counters of positions alone."""
-        return Ledger(**{name: value for name, value in vars(self).items() if name.startswith(OF_POSITIONS)})
+        return Ledger(**{name: value for name, value in vars(self).items() if name in POSITIONS})
 
     def without_positions(self) -> Ledger:
         """Return a ledger with the counters of documents alone."""
-        return Ledger(**{name: v for name, v in self.state().items() if not name.startswith(OF_POSITIONS)})
+        return Ledger(**{name: v for name, v in self.state().items() if name not in POSITIONS})
 
     def imbalances(self, *, dealt: bool = False) -> list[str]:
         """Return in words what does not add up; nothing in a sound ledger.

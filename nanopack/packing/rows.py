@@ -117,6 +117,15 @@ def sums(numbers: np.ndarray, first: int = 0) -> np.ndarray:
     return found
 
 
+def joined(parts: Sequence[Rows]) -> Rows:
+    """Return the rows of all, one below the other; at least one part."""
+    if len(parts) == 1:
+        return parts[0]
+    documents, offsets, lengths, bounds = zip(*parts, strict=True)
+    counts = np.concatenate([own[1:] - own[:-1] for own in bounds])
+    return Rows(np.concatenate(documents), np.concatenate(offsets), np.concatenate(lengths), sums(counts))
+
+
 def counters(packer: Packer) -> State:
     """Return the counters of a packer, by name."""
     return {name: getattr(packer, name) for name in COUNTERS}
