@@ -137,7 +137,8 @@ class Ledger:
 
     def state(self) -> dict[str, Any]:
         """Return the counters as plain data (JSON-able), always with the same keys."""
-        return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(self).items()}
+        cut, dropped = {**self.tokens_cut}, {**self.conversations_dropped}
+        return {**vars(self), "conversations_dropped": dropped, "tokens_cut": cut}
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Ledger:

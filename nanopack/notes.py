@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
 # Most reasons that are kept apart: what errors say may differ without end.
 REASONS = 50
@@ -46,6 +46,11 @@ class Notes:
             reason = OTHER
         one = self.skipped.setdefault(reason, {"count": 0, "example": what})
         one["count"] += 1
+
+    def state(self) -> dict[str, Any]:
+        """Return the notes as plain data."""
+        skipped = {reason: {**one} for reason, one in self.skipped.items()}
+        return {**vars(self), "skipped": skipped, "ignored_keys": {**self.ignored_keys}}
 
     def dump(self) -> str:
         """Return the notes as text: the keys of a state must not depend on the data."""

@@ -58,7 +58,7 @@ class HoldingPacker:
 
     def collected_rows(self) -> Rows:
         """Return the rows that are not dealt, in the order of packing."""
-        return joined([NO_ROWS, *self._collected])
+        return joined(self._collected or [NO_ROWS])
 
     def deal(self, rows: Rows, steps: Sequence[int]) -> None:
         """Deliver these rows next, this number of them in each step: those of `collected_rows`, in another order."""

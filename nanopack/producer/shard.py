@@ -229,7 +229,7 @@ class ShardPacker:
             "packer": self._packer.state(),
             "sources": [ledger.state() for ledger in self._arrivals.sources],
             "mixed": bool(self._source.names),
-            "notes": vars(Notes.total([self.notes])),
+            "notes": self.notes.state(),
             **({} if self.holding is None else {"ahead": self.holding.ahead()}),
         }
 
