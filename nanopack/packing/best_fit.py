@@ -6,6 +6,7 @@ lengths of what is read   ->   BestFitPacker.next_rows()   ->   rows of whole do
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
@@ -198,16 +199,13 @@ class _Ages:
         self._max_age = max_age
         self.due = _NEVER if max_age is None else 0
         """The next row in which a document may have waited too long."""
-        self._numbers: list[int] = []
-        self._rows: list[int] = []
-        # a copy of both, of as many as are known
-        self._marks, self._known = np.empty((2, 0), np.int64), 0
+        self._numbers, self._rows = array("q"), array("q")
         # keys in the order of reading, of all documents read before any other that waits
         self._order: deque[int] = deque()
 
     def mark(self, key: int, row: int) -> None:
         """Note the last document read in this row; may be called again, with a later one, for the same row."""
-        if self._rows and self._rows[-1] == row and len(self._rows) > self._known:
+        if self._rows and self._rows[-1] == row:
             self._numbers[-1] = LAST - (key & LAST)
         else:
             self._numbers.append(LAST - (key & LAST))
@@ -215,12 +213,9 @@ class _Ages:
 
     def read_in(self, numbers: np.ndarray) -> np.ndarray:
         """Return the row in which each of these documents was read, int64."""
-        known, self._known = self._known, len(self._rows)
-        if self._known > self._marks.shape[1]:
-            self._marks, known = np.empty((2, 2 * self._known), np.int64), 0
-        if known < self._known:
-            self._marks[:, known : self._known] = self._numbers[known:], self._rows[known:]
-        rows: np.ndarray = self._marks[1].take(self._marks[0, : self._known].searchsorted(numbers))
+        # views that last no longer than this call: an array in use cannot grow
+        marks = np.frombuffer(self._numbers, np.int64).searchsorted(numbers)
+        rows: np.ndarray = np.frombuffer(self._rows, np.int64).take(marks)
         return rows
 
     def read_in_one(self, number: int) -> int:
@@ -249,5 +244,4 @@ class _Ages:
 
     def restore(self, numbers: np.ndarray, rows: Sequence[int]) -> None:
         """Know only these documents, in the order of reading, and the row in which each was read."""
-        self._numbers, self._rows = numbers.tolist(), list(rows)
-        self._known = 0
+        self._numbers, self._rows = array("q", numbers.tolist()), array("q", rows)

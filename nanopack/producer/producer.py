@@ -174,7 +174,7 @@ class Producer:
             self._planned.append(_Planned(has_rows, one, its_works, {**of_batch, "work": work}, batch))
 
     def _facts(self) -> dict[str, Any]:
-        """Return what the packers know of the batch whose rows they gave last, by the names of `BatchFacts`."""
+        """Return the facts of the batch whose rows the packers gave last, by the names of `BatchFacts`."""
         progress, last = zip(*(packer.progress() for packer in self._shards), strict=True)
         return {
             "epoch": max(packer.epoch for packer in self._shards),

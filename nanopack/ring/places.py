@@ -138,7 +138,7 @@ class Known(NamedTuple):
 
 
 def known_of(pieces: Pieces, places: Places, batches: int, shards: int, seq_len: int) -> list[Known]:
-    """Return what is known of as many batches, whose rows are those of `shards` shards, equally many each."""
+    """Return the facts of as many batches, whose rows are those of `shards` shards, equally many each."""
     table = np.empty((len(pieces.lengths), 4), np.int64)
     table[:, 0] = pieces.conversations
     table[:, 1] = places.columns
