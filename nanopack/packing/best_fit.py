@@ -30,6 +30,8 @@ from nanopack.packing.rows import (
 
 # The length of a key, where it stands in it.
 _LENGTH = ((1 << 62) - 1) ^ LAST
+# A token, as a part of a key.
+_TOKEN = 1 << BITS
 _NEVER = 1 << 62
 
 
@@ -138,7 +140,7 @@ class BestFitPacker:
         last = 0
         # the least key that does not fit: the room, plus one token
         limit = (self._capacity + 1) << BITS
-        while limit > LAST + 1:
+        while limit > _TOKEN:
             while len(keys) < window and (key := next(ahead, None)) is not None:
                 insort(keys, last := key)
                 if more:

@@ -31,7 +31,7 @@ def made_of(loader, count=None):
 
 
 def planned(together, store, tokenizer, **arguments):
-    """A loader whose batches are planned so many together."""
+    """A loader that plans as many batches together."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nanopack.producer.producer.TOGETHER", together)
         return Loader(store, tokenizer, **{"num_workers": 0, **arguments})
