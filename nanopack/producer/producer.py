@@ -196,7 +196,7 @@ class Producer:
         return pieces.chosen(np.arange(pieces.num_rows).reshape(shards, -1, size).swapaxes(0, 1).ravel())
 
     def _works(self, pieces: Pieces, parts: int) -> list[float]:
-        """Return the cost, by `balance`, of the documents in each of these equal parts of the rows: their number is given."""
+        """Return the cost, by `balance`, of the documents in each of `parts` equal parts of the rows."""
         if self._config.balance is None:
             return [0.0] * parts
         bounds = pieces.bounds[:: pieces.num_rows // parts]
