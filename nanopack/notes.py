@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
 # Most reasons, and most keys, that are kept apart: there may be others without end.
 REASONS = KEYS = 50
@@ -55,6 +55,11 @@ class Notes:
             if name not in counted:
                 self.ignored_keys[name] = self.ignored_keys.get(name, 0) + 1
             counted.add(name)
+
+    def state(self) -> dict[str, Any]:
+        """Return the notes as plain data."""
+        skipped = {reason: {**one} for reason, one in self.skipped.items()}
+        return {**vars(self), "skipped": skipped, "ignored_keys": {**self.ignored_keys}}
 
     def dump(self) -> str:
         """Return the notes as text: the keys of a state must not depend on the data."""

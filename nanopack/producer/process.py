@@ -69,6 +69,7 @@ class Process:
         self._messages, messages = context.Pipe(duplex=False)
         alive, self._alive = context.Pipe(duplex=False)
         self._received = 0
+        self._states = b""
         self.waits = False
         self._forked = method == "fork"
         self._closed = False
@@ -109,7 +110,11 @@ class Process:
                 self._received += 1
                 if isinstance(message, Failure):
                     raise message.error()
-                return message if isinstance(message, End) else BatchFacts._make(message)
+                if isinstance(message, End):
+                    return message
+                facts = BatchFacts._make(message)
+                self._states = facts.states or self._states
+                return facts._replace(states=self._states)
         return None
 
     def release(self, slot: int) -> None:
@@ -239,6 +244,7 @@ def _serve(
 
 
 def _produce(producer: Producer, ring: Ring, messages: Connection, alive: Connection) -> None:
+    sent = b""
     for number in itertools.count():
         ring.status.set(WAITING)
         while number >= ring.status.released + len(ring.slots):
@@ -246,8 +252,10 @@ def _produce(producer: Producer, ring: Ring, messages: Connection, alive: Connec
                 alive.recv()  # nothing is ever sent: this raises EOFError, the trainer has closed
         facts = producer.produce(ring.slots[number % len(ring.slots)])
         if facts is None:
-            return _send(End(producer.state_bytes()), ring, messages)
-        _send(tuple(facts), ring, messages)
+            return _send(End(producer.packed_state()), ring, messages)
+        # with the first of the batches that were planned together; the trainer keeps them for the others
+        _send(tuple(facts if facts.states is not sent else facts._replace(states=b"")), ring, messages)
+        sent = facts.states
 
 
 def _send(message: tuple[Any, ...] | End | Failure, ring: Ring, messages: Connection) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from nanopack.errors import interrupt_in
 from nanopack.producer.feed import End, Feed
+from nanopack.producer.packed_state import PackedState
 from nanopack.ring.facts import BatchFacts
 from nanopack.upload.device import Device
 from nanopack.upload.refills import HostTables
@@ -34,9 +35,9 @@ class Prefetcher:
         self._facts: deque[BatchFacts] = deque()
         self._end: Callable[[], BaseException] | None = None
         self._waits = False
-        self.state: bytes | None = None
-        """The producer's state after the batch delivered last; None before the first one. See `BatchFacts.state`."""
-        self._end_state: bytes | None = None
+        self.state: PackedState | None = None
+        """The producer's state after the batch delivered last; None before the first one."""
+        self._end_state: PackedState | None = None
         self.waited_s = 0.0
         """Seconds in which no filled slot was ready."""
 
@@ -69,7 +70,7 @@ class Prefetcher:
             self._note_interrupt(error)
             raise
         # only now can nothing keep the batch from the caller
-        self.state = facts.state
+        self.state = PackedState.of(facts)
         return outputs, facts
 
     def is_over(self) -> bool:
