@@ -91,11 +91,11 @@ class Producer:
         self._reading = READING
         self._on_chunk = None if status is None else self._say_what_is_read
         self._workers = Workers(workers, reader, self._on_chunk, method) if workers else None
-        told: set[str] = set()
+        logged: set[str] = set()
         read_all = self._read_all()
         across = self._config.balance_across
         self._shards = [
-            ShardPacker(shard, reader, read_all, told)
+            ShardPacker(shard, reader, read_all, logged)
             for shard in shards_of(self._config, len(reader.source), all_ranks=across)
         ]
         self._own = [packer for packer in self._shards if packer.shard.number in self._config.shards]

@@ -48,8 +48,8 @@ def shards_of(config: LoaderConfig, n: int, *, all_ranks: bool = False) -> list[
 class ShardPacker:
     """One shard of the conversations and its packing."""
 
-    def __init__(self, shard: Shard, reader: Reader, read_all: ReadAll, told: set[str] | None = None) -> None:
-        """`told` is what the log names once, for all shards together: it grows."""
+    def __init__(self, shard: Shard, reader: Reader, read_all: ReadAll, logged: set[str] | None = None) -> None:
+        """`logged` is what the log names once, for all shards together: it grows."""
         self.shard = shard
         self._reader = reader
         self._source = reader.source
@@ -57,7 +57,7 @@ class ShardPacker:
         self._loss_bit = reader.layout.word_dtype.type(reader.layout.loss_bit)
         self._read_all = read_all
         self._live = Live()
-        self._arrivals = Arrivals(shard, reader.source, reader.config, self._live, set() if told is None else told)
+        self._arrivals = Arrivals(shard, reader.source, reader.config, self._live, set() if logged is None else logged)
         self._placed = Placed(self._arrivals, reader, self._live)
         self.positions = Ledger()
         """The positions of the batches, which belong to no source."""
