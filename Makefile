@@ -44,6 +44,7 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 # Each stage alone, then the whole next to what it replaces: minutes, best on an otherwise idle machine.
 bench: .venv/dev

@@ -23,7 +23,7 @@ TEST = [
     # trl's chat templates, and what it trains, are what the data are compared with
     *HF,
 ]
-LINT = ["ruff>=0.6", "mypy>=1.11"]
+LINT = ["ruff>=0.6", "mypy>=1.11", "codespell>=2.4"]
 
 setup(
     packages=[*find_packages(include=["nanopack", "nanopack.*"]), "nanopack.kernels"],

@@ -5,6 +5,7 @@ Loader(rank=, world_size=, process_group=)   ->   rank_and_world_size(), agree_o
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +18,11 @@ from nanopack.state import merge_states
 log = logging.getLogger("nanopack")
 
 
-# Where launchers write the number of processes: torchrun, Slurm's srun, Open MPI, MPICH and Intel MPI, MVAPICH.
-LAUNCHERS = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+# Where launchers write the number of processes: torchrun, Slurm's srun, Open MPI, MPICH, MVAPICH, Flux, jsrun.
+LAUNCHERS = (
+    *("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"),
+    *("FLUX_JOB_SIZE", "JSM_NAMESPACE_SIZE"),
+)
 
 
 def rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, int]:
@@ -55,17 +59,16 @@ def _refuse_to_read_in_every_worker() -> None:
         )
 
 
-def knows_its_rank(rank: int | None) -> bool:
-    """Return whether the rank is given or that of torch.distributed, rather than assumed."""
-    return rank is not None or _initialised()
-
-
-def refuse_late_ranks() -> None:
-    """Raise RuntimeError where torch.distributed has several ranks by now, which a loader without a rank ignores."""
-    if _initialised() and (ranks := torch.distributed.get_world_size()) > 1:
+def refuse_other_ranks(rank: int, world_size: int) -> None:
+    """Raise RuntimeError where torch.distributed has other ranks by now than those that a loader took for its own."""
+    if not _initialised():
+        return
+    now = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if now != (rank, world_size):
         raise RuntimeError(
-            f"torch.distributed has {ranks} ranks, but was initialised after this loader was made: each would read all "
-            f"the data; make the loader after init_process_group, or pass rank=0, world_size=1 if that is meant"
+            f"torch.distributed has {now[1]} ranks, and this is rank {now[0]}, but it was initialised after this "
+            f"loader was made, which reads the data of rank {rank} of {world_size}; make the loader after "
+            f"init_process_group, or pass rank={rank}, world_size={world_size} if that is meant"
         )
 
 
@@ -98,6 +101,22 @@ def group_to_agree_in(process_group: Any, epochs: int | None, world_size: int) -
 
 def _initialised() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def refuse_other_data(group: Any, facts: Mapping[str, object], device: torch.device) -> None:
+    """Raise ValueError, naming them, where facts differ between the ranks of the group, which all call it."""
+    digests = [hashlib.blake2b(repr(fact).encode(), digest_size=7).digest() for fact in facts.values()]
+    numbers = torch.tensor([int.from_bytes(digest, "big") for digest in digests], device=_sending_device(group, device))
+    # the greatest and, negated, the smallest of all ranks
+    extremes = torch.stack([numbers, -numbers])
+    torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX, group)
+    greatest, smallest = extremes.tolist()
+    if different := [name for name, high, low in zip(facts, greatest, smallest, strict=True) if high != -low]:
+        raise ValueError(
+            f"the ranks' loaders differ in {', '.join(different)}: each would read its share of something else. Give "
+            f"all of them the same conversations in the same order, the same tokenizer and arguments; where each rank "
+            f"has data of its own, pass rank=0, world_size=1"
+        )
 
 
 def agree_on_most(group: Any, count: Callable[[], int], device: torch.device) -> int:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import reprlib
+import signal
+import traceback
+from typing import Any
 
 
 class ConversationError(ValueError):
@@ -43,7 +47,11 @@ _STORAGE_MODULES = (
     "pyarrow.lib",
     "lmdb",
     "zstandard",
+    "boto3",
     "botocore",
+    "s3transfer",
+    "azure.core",
+    "http.client",
     "urllib3",
     "aiohttp",
     "httpx",
@@ -52,6 +60,9 @@ _STORAGE_MODULES = (
     "pymongo",
     "grpc",
     "google.api_core",
+    "elastic_transport",
+    "concurrent.futures",
+    "ray.exceptions",
 )
 # What an error of a database or a client is called, whatever the package (PEP 249).
 _STORAGE_NAMES = {"OperationalError", "InterfaceError", "TimeoutError", "ConnectionError"}
@@ -70,6 +81,27 @@ def is_storage_error(error: BaseException | None) -> bool:
 
 def _is_of_storage(kind: type) -> bool:
     return kind.__name__ in _STORAGE_NAMES or kind.__module__.startswith(_STORAGE_MODULES)
+
+
+def interrupt_in(error: BaseException | None) -> BaseException | None:
+    """Return the exception, the error or a cause of it, by which Ctrl-C or a signal handler interrupts the program.
+
+    A handler may raise any, anywhere: whatever is read or tokenized at that moment is not at fault.
+    """
+    handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
+    while error is not None:
+        frames = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
+        if isinstance(error, KeyboardInterrupt) or not handlers.isdisjoint(frames):
+            return error
+        # not its context: a program may continue within `except KeyboardInterrupt`
+        error = error.__cause__
+    return None
+
+
+def _code_of(handler: Any) -> Any:
+    while isinstance(handler, functools.partial):
+        handler = handler.func
+    return getattr(handler, "__code__", None) or getattr(getattr(handler, "__call__", None), "__code__", None)  # noqa: B004
 
 
 def short(value: object, length: int = 60) -> str:

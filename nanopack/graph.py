@@ -19,6 +19,7 @@ import torch
 
 from nanopack.batch import Batch
 from nanopack.checks import check_int
+from nanopack.producer.packed_state import PackedState
 from nanopack.producer.stored import StoreReader
 from nanopack.ring.facts import BatchFacts
 from nanopack.ring.layout import ENTRY_BYTES
@@ -69,7 +70,7 @@ class GraphBatches:
         self._refills = Refills(
             halves, parts, self._take, batches=batches, batch_size=config.batch_size, seq_len=config.seq_len
         )
-        self._state: bytes | None = None
+        self._state: PackedState | None = None
         run.give_to(self)
         self.inputs, self.targets, self.weights, self.positions, self.doc_ids = self._outputs[:5]
         cu_seqlens = self._outputs.cu_seqlens
@@ -110,7 +111,7 @@ class GraphBatches:
                 )
             for facts in refills.count(loaded):
                 run.count(self._batch(facts, run.step), facts)
-                self._state = facts.state
+                self._state = PackedState.of(facts)
             try:
                 ready = refills.refill()
                 at_the_end = not ready

@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 from nanopack.notes import Notes, Skipped
 
 DROPPED = ("untrained",)
-OF_POSITIONS = ("positions", "targets", "work")
+POSITIONS = ("positions", "positions_tokens", "positions_padding", "targets_in_loss", "work")
 CUT = ("max_document_tokens", "seq_len", "crop")
 
 
@@ -137,7 +137,8 @@ class Ledger:
 
     def state(self) -> dict[str, Any]:
         """Return the counters as plain data (JSON-able), always with the same keys."""
-        return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(self).items()}
+        cut, dropped = {**self.tokens_cut}, {**self.conversations_dropped}
+        return {**vars(self), "conversations_dropped": dropped, "tokens_cut": cut}
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Ledger:
@@ -162,11 +163,11 @@ class Ledger:
 
     def only_positions(self) -> Ledger:
         """Return a ledger with the counters of positions alone."""
-        return Ledger(**{name: value for name, value in vars(self).items() if name.startswith(OF_POSITIONS)})
+        return Ledger(**{name: value for name, value in vars(self).items() if name in POSITIONS})
 
     def without_positions(self) -> Ledger:
         """Return a ledger with the counters of documents alone."""
-        return Ledger(**{name: v for name, v in self.state().items() if not name.startswith(OF_POSITIONS)})
+        return Ledger(**{name: v for name, v in self.state().items() if name not in POSITIONS})
 
     def imbalances(self, *, dealt: bool = False) -> list[str]:
         """Return in words what does not add up; nothing in a sound ledger.

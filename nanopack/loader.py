@@ -31,7 +31,7 @@ from nanopack.config import (
 )
 from nanopack.conversations.answers import Answers
 from nanopack.conversations.data_sets import Conversations
-from nanopack.distributed import group_to_agree_in, knows_its_rank, rank_and_world_size, refuse_late_ranks
+from nanopack.distributed import group_to_agree_in, rank_and_world_size, refuse_other_ranks
 from nanopack.explain import Explanation, explain
 from nanopack.graph import GraphBatches
 from nanopack.ledger import LedgerReport, report_of
@@ -136,10 +136,10 @@ class Loader:
         on_error: `"raise"` for a bad conversation, or `"skip"` it (counted and logged). What cannot be read at all (a
             file that changed or is gone, a store that does not answer) stops the run either way, after a few tries;
             so do 100 bad conversations in a row, or more than half of the first 1,000 or more that a shard reads.
-        process_group: process group (gloo, NCCL) of all ranks. With `epochs`, one all_reduce at construction agrees on
-            the number of batches, so all ranks construct their loaders together. None: the default group of
-            `torch.distributed` where it has `world_size` ranks; elsewhere each producer renders the data of all ranks
-            once, in idle time, to find that number: a rank that runs out before waits for it.
+        process_group: process group (gloo, NCCL) of all ranks. With `epochs`, they agree at construction on the number
+            of batches, and that their data are the same, so all ranks construct their loaders together. None: the
+            default group of `torch.distributed` where it has `world_size` ranks; elsewhere each producer renders the
+            data of all ranks once, in idle time, to find that number: a rank that runs out before waits for it.
         start_method: how the processes are started. `"fork"` takes milliseconds, but a lock of the data set that
             another thread holds just then stays locked in them for ever. `"spawn"` and `"forkserver"` import the main
             module first, seconds, which needs the `if __name__ == "__main__":` guard, and pickle the conversations.
@@ -150,7 +150,8 @@ class Loader:
             datasets.Dataset are read once at construction, to see whether they have changed. None: no cache.
 
     Raises:
-        ValueError: an argument is invalid; the message names it, its value and what is allowed.
+        ValueError: an argument is invalid; the message names it, its value and what is allowed. Or the ranks of
+            `process_group` have other data, another tokenizer or another seed.
         ConversationError: (from `next`) a bad conversation; the message names file, line and message.
         StorageError: (from `next`) the data could not be read; the message names the file and the cause.
         ImportError: `encoder="fast"` without splintr-rs.
@@ -204,7 +205,7 @@ class Loader:
         start_method: StartMethod | None = None,
         cache: str | os.PathLike[str] | None = None,
     ) -> None:
-        self._knows_its_rank = knows_its_rank(rank)
+        self._rank_is_given = rank is not None
         rank, world_size = rank_and_world_size(rank, world_size)
         source = open_data(conversations, shuffled=seed is not None)
         asked = dict(template=template, first_assistant=first_assistant, turns=turns, loss=loss)
@@ -287,8 +288,8 @@ class Loader:
 
         Threads that call it take turns. To share a pass, they share one `iter(loader)`.
         """
-        if not self._knows_its_rank:
-            refuse_late_ranks()
+        if not self._rank_is_given:
+            refuse_other_ranks(self.config.rank, self.config.world_size)
         return self._run.next()
 
     @property

@@ -5,7 +5,8 @@
 A mean over each micro-batch is wrong where micro-batches or ranks have unequally many targets in the loss. In a loop of
 your own, with gradient accumulation and DistributedDataParallel, which averages the gradients of the ranks:
 
-    for batches in itertools.batched(loader, accumulation_steps):
+    one_pass = iter(loader)
+    while batches := list(itertools.islice(one_pass, accumulation_steps)):
         total = total_weight(batches)
         for batch in batches:
             loss = weighted_loss(model(batch.inputs), batch.targets, batch.weights, total)

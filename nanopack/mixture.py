@@ -98,6 +98,10 @@ class Mixture(Source):
     def parts(self) -> tuple[Source, ...]:
         return tuple(part for source in self._sources for part in source.parts)
 
+    def objects(self) -> tuple[object, ...]:
+        """Return the objects of the user's that its sources read."""
+        return tuple(one for source in self._sources for one in source.objects())
+
     def find(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return for picks, (n,) int64, which of the `parts` each is in, and its index there: (n,) int64 each."""
         picks = self._picks[indices].astype(np.int64)

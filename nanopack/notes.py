@@ -9,11 +9,11 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
-# Most reasons that are kept apart: what errors say may differ without end.
-REASONS = 50
-OTHER = "other reasons"
+# Most reasons, and most keys, that are kept apart: there may be others without end.
+REASONS = KEYS = 50
+OTHER, OTHER_KEYS = "other reasons", "other keys"
 
 
 class Skipped(TypedDict):
@@ -30,7 +30,7 @@ class Notes:
     skipped: dict[str, Skipped] = field(default_factory=dict)
     """By reason; the first one is the example."""
     ignored_keys: dict[str, int] = field(default_factory=dict)
-    """Conversations with a key that nothing reads, by its name: 'mood', 'message.mood' or 'part.mood'."""
+    """Conversations with a key that nothing reads, by its name: 'mood', 'message.mood', 'part.mood' or 'other keys'."""
     texts_with_special_tokens: int = 0
     """Plain texts that spell a special token of the tokenizer; it stays text."""
 
@@ -46,6 +46,20 @@ class Notes:
             reason = OTHER
         one = self.skipped.setdefault(reason, {"count": 0, "example": what})
         one["count"] += 1
+
+    def ignore(self, keys: Iterable[str]) -> None:
+        """Note the keys of a conversation that nothing reads."""
+        counted = set()
+        for key in keys:
+            name = key if key in self.ignored_keys or len(self.ignored_keys) < KEYS else OTHER_KEYS
+            if name not in counted:
+                self.ignored_keys[name] = self.ignored_keys.get(name, 0) + 1
+            counted.add(name)
+
+    def state(self) -> dict[str, Any]:
+        """Return the notes as plain data."""
+        skipped = {reason: {**one} for reason, one in self.skipped.items()}
+        return {**vars(self), "skipped": skipped, "ignored_keys": {**self.ignored_keys}}
 
     def dump(self) -> str:
         """Return the notes as text: the keys of a state must not depend on the data."""

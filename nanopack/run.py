@@ -21,7 +21,7 @@ import torch
 from nanopack.batch import Batch
 from nanopack.config import Encoder, Executor, LoaderConfig
 from nanopack.conversations.source import Source
-from nanopack.distributed import agree_on_clock, agree_on_most
+from nanopack.distributed import agree_on_clock, agree_on_most, refuse_other_data
 from nanopack.ledger import Ledger
 from nanopack.passes import warn_of_same_order
 from nanopack.producer.caching import cached
@@ -33,7 +33,7 @@ from nanopack.producer.start import DEFAULT_START_METHOD
 from nanopack.producer.stored import StoreReader, reader_of
 from nanopack.ring.facts import BatchFacts
 from nanopack.stages import Processes, Stages, as_batch, start_producer
-from nanopack.state import FORMAT, batches_of, check_state, clock_of, fingerprint, sample_of, whole_digest
+from nanopack.state import FORMAT, batches_of, check_state, clock_of, fingerprint, sample_of, shared_facts, whole_digest
 from nanopack.stats import Stats, StatsReport
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 from nanopack.tokenizers.splintr import choose_encoder
@@ -78,6 +78,8 @@ class Run:
         self.reader.check_template()
         # read before there is another process that reads
         self._sample = sample_of(source, config.seed)
+        if group is not None:
+            refuse_other_data(group, shared_facts(self._fingerprint), device.device)
         self._cache = cache
         self._data = self._sample + whole_digest(source, config.seed) if cache is not None else ""
         self.reader = self._cached(self.reader)

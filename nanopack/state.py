@@ -96,6 +96,16 @@ def fingerprint(source: Source, sample: str, tokenizer: AnyTokenizer, config: Lo
     }
 
 
+def shared_facts(fingerprint: Mapping[str, Any]) -> dict[str, object]:
+    """Return the facts that all ranks of a run must share, so that each conversation is read by one of them."""
+    names = ("seed", "epochs", "shard", "batch_size * world_size")
+    return {
+        "conversations": (fingerprint["conversations"], fingerprint["sample"]),
+        "tokenizer": fingerprint["tokenizer"],
+        **{name: fingerprint["arguments"].get(name) for name in names},
+    }
+
+
 def clock_of(state: Any) -> str | None:
     """Return the moment whose date the chat template wrote in the run of this state, None where it wrote none."""
     fingerprint = state.get("fingerprint") if isinstance(state, Mapping) else None

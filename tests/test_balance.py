@@ -140,7 +140,7 @@ def test_how_long_documents_wait_for_a_row_is_counted_as_without():
 
 
 def test_step_k_costs_every_rank_about_the_same():
-    """Each rank's dearest rows come in the same step, so the slowest rank is nearer to the mean than without."""
+    """Each rank's costliest rows come in the same step, so the slowest rank is nearer to the mean than without."""
 
     def slowest(**balance):
         ranks = [

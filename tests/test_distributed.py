@@ -19,6 +19,7 @@ from distributed_ranks import (
     gathered_state,
     load_and_go_on,
     logged_without_a_fitting_group,
+    refused,
     rows_of,
     save_and_continue,
     steps_in_common,
@@ -127,6 +128,25 @@ def test_a_rank_that_cannot_count_says_so_and_the_others_do_not_wait_for_it(rank
     first, second, third = ranks(3, counted_with_a_bad_conversation_of_rank_1)
     assert second[0] == "ConversationError" and "conversation 4" in second[1]
     assert first == third == ("RuntimeError", "another rank could not count its batches; its own error says why")
+
+
+OTHER = {
+    "files divided by rank": ("conversations", {"conversations": [CHATS[::2], CHATS[1::2]]}),
+    "an order of its own": ("conversations", {"conversations": [CHATS, CHATS[::-1]]}),
+    "a seed of its own": ("seed", {"seed": [1, 2]}),
+    "other epochs": ("epochs", {"epochs": [1, 2]}),
+    "another tokenizer": ("tokenizer", {"tokenizer": [BYTES, "chat32k"]}),
+    "other rows": ("batch_size", {"batch_size": [2, 3], "shard": ["row", "row"]}),
+    "batches of another size, of its own shard": (None, {"batch_size": [2, 3]}),
+    "skipping": (None, {"on_error": ["raise", "skip"]}),
+}
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_ranks_that_would_not_divide_the_same_data_are_refused(ranks, case):
+    what, arguments = OTHER[case]
+    for said in ranks(2, refused, **arguments):
+        assert said is None if what is None else f"loaders differ in {what}" in said and "rank=0" in said
 
 
 CASES = {

@@ -11,7 +11,7 @@ import pytest
 from data_sets import SMALL
 
 import nanopack
-from nanopack.notes import OTHER, REASONS, Notes, reason_of
+from nanopack.notes import KEYS, OTHER, OTHER_KEYS, REASONS, Notes, reason_of
 
 U = {"role": "user", "content": "Q"}
 A = {"role": "assistant", "content": "A"}
@@ -134,3 +134,18 @@ def test_reasons_are_what_errors_have_in_common_and_bounded_in_number() -> None:
     assert len(notes.skipped) == REASONS + 1 and notes.skipped[OTHER]["count"] == 200 - REASONS
     assert Notes.of(notes.dump()) == notes
     assert Notes.total([notes, notes]).num_skipped == 400
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_keys_without_end_are_named_up_to_a_limit_and_counted_and_the_state_stays_small(
+    caplog: pytest.LogCaptureFixture, num_workers: int
+) -> None:
+    records = [{**GOOD, "mood": 1, f"note {k}": k, f"remark {k}": k} for k in range(400)]
+    arguments = {**ARGUMENTS, "batch_size": 8, "num_workers": num_workers}
+    with nanopack.Loader(records, SMALL, epochs=1, **arguments) as loader:
+        list(loader)
+        ignored, state = loader.ledger()["ignored_keys"], json.dumps(loader.state_dict())
+    assert len(ignored) == KEYS + 1 and ignored["mood"] == 400
+    # each record counts once
+    assert ignored[OTHER_KEYS] == 400 - (KEYS - 2) // 2 and len(state) < 5000
+    assert len(warnings(caplog)) == KEYS + 1 and "50 keys are named by now" in warnings(caplog)[-1]

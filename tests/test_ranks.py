@@ -54,6 +54,27 @@ def test_a_loader_without_a_rank_is_refused_once_there_are_ranks(given, ranks):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize(("rank", "world_size"), [(1, 2), (0, 3), (1, 3)])
+def test_a_loader_is_refused_once_its_process_is_another_rank_and_works_without_a_group(rank, world_size):
+    def join(rank, world_size):
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+
+    join(1, 3)
+    try:
+        loader = Loader([{"text": "ab"}] * 9, SMALL, 1, 8)
+        next(loader)
+        torch.distributed.destroy_process_group()
+        next(loader)
+        join(rank, world_size)
+        if (rank, world_size) == (1, 3):
+            next(loader)
+            return
+        with pytest.raises(RuntimeError, match=f"{world_size} ranks, and this is rank {rank}, .* rank 1 of 3"):
+            next(loader)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 class InEachWorker(torch.utils.data.IterableDataset):
     """Batches of a loader that is made in each worker of a DataLoader, with a rank or without."""
 

@@ -118,6 +118,10 @@ class AttachedTrainer(TrainerCallback):
         # transformers would train one step more, resumed from the last step's checkpoint
         self.is_done = state.global_step >= state.max_steps
         if state.global_step == 0:
+            loader = self.batches.loader
+            # batches were taken before: by hand, by another trainer, or by a training that was interrupted
+            if loader.config.epochs is not None and not loader._run.resumed:
+                loader.restart()
             return
         saved = state.stateful_callbacks.get(KEY)
         if saved is None:

@@ -66,6 +66,9 @@ class Answers(Source):
     def source_of(self, index: int) -> int:
         return self._source.source_of(self._find(index)[0])
 
+    def objects(self) -> tuple[object, ...]:
+        return self._source.objects()
+
     def version(self) -> str:
         """Return the version of the other source."""
         return self._source.version()

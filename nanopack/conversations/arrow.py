@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -110,7 +111,7 @@ class ArrowRows:
     """The rows of an .arrow file, mapped into memory, as dicts of the columns that matter."""
 
     def __init__(self, path: str) -> None:
-        self._path = path
+        self._path, self._place = path, os.path.abspath(path)
         self._open()
 
     def _open(self) -> None:
@@ -134,7 +135,7 @@ class ArrowRows:
         self._row = row_type(names)
 
     def __reduce__(self) -> tuple[type[ArrowRows], tuple[str]]:
-        return ArrowRows, (self._path,)
+        return ArrowRows, (self._place,)
 
     def __len__(self) -> int:
         return int(self._table.num_rows)

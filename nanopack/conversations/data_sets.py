@@ -9,11 +9,10 @@ every struct of a column the fields of all. A null in JSON or in Python stays.
 
 from __future__ import annotations
 
-import contextlib
 import glob
+import logging
 import operator
 import os
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -21,6 +20,8 @@ from nanopack.conversations.arrow import without_nulls
 from nanopack.conversations.files import SUFFIXES, files_in, open_files
 from nanopack.conversations.source import Source
 from nanopack.errors import describe, short
+
+log = logging.getLogger("nanopack")
 
 
 class Dataset(Protocol):
@@ -51,8 +52,8 @@ class Items(Source):
         self._features = _features_of(items)
         self.runs_foreign_code = _runs_foreign_code(items)
 
-    def sockets(self) -> list[str]:
-        return [name for name, value in getattr(self._items, "__dict__", {}).items() if _is_socket(value)]
+    def objects(self) -> tuple[object, ...]:
+        return tuple(_with_inner(self._items))
 
     def __len__(self) -> int:
         return self._length
@@ -73,11 +74,19 @@ class Items(Source):
         return str(getattr(self._items, "_fingerprint", "")) if known else ""
 
 
-def _is_socket(value: Any) -> bool:
-    """Return whether it is an open socket, or a file made of one."""
-    with contextlib.suppress(Exception):
-        return stat.S_ISSOCK(os.fstat(value.fileno()).st_mode)
-    return False
+def _with_inner(items: Any) -> Iterator[object]:
+    """Yield a data set and, where it is torch's Subset or ConcatDataset, those that it reads."""
+    yield items
+    for inner in _inner(items):
+        yield from _with_inner(inner)
+
+
+def _inner(items: Any) -> list[Any]:
+    """Return the data sets that torch's Subset or ConcatDataset read; none for any other."""
+    if not type(items).__module__.startswith("torch.utils.data"):
+        return []
+    found = getattr(items, "datasets", None) or [getattr(items, "dataset", None)]
+    return [one for one in found if one is not None]
 
 
 def _runs_foreign_code(items: object) -> bool:
@@ -93,8 +102,8 @@ def _format_of(items: object) -> object:
 def _features_of(items: Any) -> object:
     """Return the features of a datasets.Dataset, or of what torch's Subset or ConcatDataset hold, else None."""
     if type(items).__module__.startswith("torch.utils.data"):
-        found = [_features_of(part) for part in getattr(items, "datasets", None) or [getattr(items, "dataset", None)]]
-        return None if None in found else found[0]
+        found = [_features_of(part) for part in _inner(items)]
+        return None if not found or None in found else found[0]
     # what a transform of the user's hands out has other features
     if type(items).__module__.split(".")[0] != "datasets" or _format_of(items) == "custom":
         return None
@@ -116,13 +125,32 @@ def open_conversations(conversations: Any, *, shuffled: bool = False) -> Source:
     if isinstance(conversations, Source):
         source = conversations
     elif isinstance(conversations, (list, tuple)) and any(map(_is_path, conversations)):
-        source = open_files([path for item in conversations for path in find_files(item)], shuffled=shuffled)
+        paths = [path for item in conversations for path in find_files(item)]
+        _warn_of_doubles(paths)
+        source = open_files(paths, shuffled=shuffled)
     else:
         _refuse_unusable(conversations)
         source = Items(conversations)
     if len(source) == 0:
         raise ValueError(f"conversations={short(conversations)} holds no conversation; give at least one")
     return source
+
+
+def _warn_of_doubles(paths: list[str]) -> None:
+    """Log that files are given twice, as overlapping globs and links do."""
+    first: dict[tuple[int, int], str] = {}
+    doubles = []
+    for path in paths:
+        status = os.stat(path)
+        if (file := (status.st_dev, status.st_ino)) in first:
+            doubles.append((path, first[file]))
+        first.setdefault(file, path)
+    if doubles:
+        log.warning(
+            "%d of the files are given again, and so are their conversations: %s, after %s; if that is meant, "
+            "nanopack.mixture says how often each comes",
+            *(len(doubles), *doubles[0]),
+        )
 
 
 def find_files(item: Any) -> list[str]:
@@ -138,6 +166,8 @@ def find_files(item: Any) -> list[str]:
         else sorted(glob.glob(_pattern(path), recursive=True))
     )
     if not paths:
+        # a glob says nothing of a folder that cannot be listed
+        os.listdir(_existing_folder(path) or ".")
         raise ValueError(f"conversations={path!r} matches no file; the working directory is {os.getcwd()}")
     paths = [file for path in paths for file in (files_in(path) if os.path.isdir(path) else [path])]
     for path in paths:
@@ -147,10 +177,16 @@ def find_files(item: Any) -> list[str]:
 
 def _pattern(path: str) -> str:
     """Return a glob in which the folders that exist under just that name, such as run[1], stand for themselves."""
+    folder = _existing_folder(path)
+    return glob.escape(folder) + path[len(folder) :]
+
+
+def _existing_folder(path: str) -> str:
+    """Return the part of a glob that is the path of a folder; "" where it begins with a pattern."""
     folder = os.path.dirname(path)
     while folder and not os.path.exists(folder):
         folder = os.path.dirname(folder)
-    return glob.escape(folder) + path[len(folder) :]
+    return folder
 
 
 def _is_path(item: object) -> bool:
@@ -173,6 +209,12 @@ def _refuse_unreadable(path: str) -> None:
     raise ValueError(f"conversations={short(path, 200)} {why}")
 
 
+def _only_raises(method: Any) -> bool:
+    """Return whether it is that of torch's Dataset, which IterableDataset inherits."""
+    names = getattr(method, "__module__", ""), getattr(method, "__qualname__", "")
+    return names == ("torch.utils.data.dataset", "Dataset.__getitem__")
+
+
 def _refuse_unusable(items: Any) -> None:
     kind = type(items)
     if isinstance(items, Mapping):
@@ -181,6 +223,8 @@ def _refuse_unusable(items: Any) -> None:
         why = "is not a path; give it as str"
     elif isinstance(items, Iterator) or not (hasattr(kind, "__len__") and hasattr(kind, "__getitem__")):
         why = "has no len() and [int]; give list(...) of it, or files"
+    elif _only_raises(kind.__getitem__):
+        why = "can only be iterated; give a data set with [int], list(...) of it, or files"
     elif kind.__name__ == "DataFrame":
         why = "hands out columns; give df.to_dict('records'), or df.to_dicts() in polars"
     elif kind.__module__.startswith("pyarrow"):

@@ -2,8 +2,9 @@
 
     index   ->   fetch()   ->   the record, as it was stored   ->   records.py checks it
 
-A data set may draw random numbers of Python, numpy and torch: a conversation always gets the same ones, whichever
-process reads it, so that resuming, counting and explaining see what the batches hold. The trainer's are left alone.
+A data set may draw random numbers of Python, numpy and torch, and from generators of theirs that it keeps as
+attributes: a conversation always gets the same ones, whichever process reads it, so that resuming, counting and
+explaining see what the batches hold. The trainer's are left alone.
 """
 
 from __future__ import annotations
@@ -11,15 +12,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import random
-import sys
 import time
 from collections.abc import Iterator
 
-import numpy as np
-
+from nanopack.conversations import random_numbers
 from nanopack.conversations.source import Source
-from nanopack.errors import StorageError, is_storage_error
+from nanopack.errors import StorageError, interrupt_in, is_storage_error
 
 log = logging.getLogger("nanopack")
 
@@ -35,6 +33,8 @@ def fetch(source: Source, index: int, seed: int | None) -> object:
         except StorageError:
             raise
         except OSError as error:
+            if interrupt_in(error) is not None:
+                raise
             where = source.where(index)
             log.warning("%s, %s: %s; trying again in %s s", where, type(error).__name__, error, delay)
         time.sleep(delay)
@@ -42,36 +42,24 @@ def fetch(source: Source, index: int, seed: int | None) -> object:
 
 
 def _drawn(source: Source, index: int, seed: int | None) -> object:
-    if source.runs_foreign_code:
-        digest = hashlib.blake2b(f"{seed} {source.drawn_as(index)}".encode(), digest_size=8).digest()
-        _seed(int.from_bytes(digest, "big"))
+    if not source.runs_foreign_code:
+        return source[index]
+    digest = hashlib.blake2b(f"{seed} {source.drawn_as(index)}".encode(), digest_size=8).digest()
+    number, objects = int.from_bytes(digest, "big"), source.objects()
+    seeded = random_numbers.seed(number, objects)
+    record = source[index]
+    if seeded == len(random_numbers.generators(objects)):
+        return record
+    # some data sets make their generators when they first read
+    random_numbers.seed(number, objects)
     return source[index]
-
-
-def _seed(number: int) -> None:
-    random.seed(number)
-    np.random.seed(number % 2**32)
-    if torch := sys.modules.get("torch"):
-        # torch.manual_seed would also seed every GPU
-        torch.default_generator.manual_seed(number)
 
 
 @contextlib.contextmanager
 def random_numbers_kept(source: Source) -> Iterator[None]:
-    """Leave the process's random numbers as they were before the block, in which records are fetched."""
-    if not source.runs_foreign_code:
+    """Leave random numbers as they were before the block, in which records are fetched."""
+    with random_numbers.kept(source.objects()) if source.runs_foreign_code else contextlib.nullcontext():
         yield
-        return
-    torch = sys.modules.get("torch")
-    state, numpys = random.getstate(), np.random.get_state()
-    torchs = torch.default_generator.get_state() if torch else None
-    try:
-        yield
-    finally:
-        random.setstate(state)
-        np.random.set_state(numpys)
-        if torch:
-            torch.default_generator.set_state(torchs)
 
 
 def peek(source: Source, index: int, seed: int | None) -> object:

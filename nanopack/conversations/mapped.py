@@ -26,7 +26,7 @@ class MappedFiles:
     """Files that are mapped, with their sizes when they were."""
 
     def __init__(self, paths: Iterable[str]) -> None:
-        self._known = [(path, os.stat(path)) for path in paths]
+        self._known = [(os.path.abspath(path), os.stat(path)) for path in paths]
         self._looked = time.monotonic()
 
     def check(self) -> None:

@@ -17,14 +17,18 @@ import numpy as np
 
 from nanopack.conversations.arrow import cell_reader, columns_read, row_type
 from nanopack.conversations.kinds import refuse_other_kinds
-from nanopack.conversations.random_access import PlainBytes, Recent, Version, open_file
+from nanopack.conversations.random_access import PlainBytes, Recent, Version, count_open, open_file
 from nanopack.conversations.unpacked import ALIGN_BYTES, Scratch, no_room
 from nanopack.errors import StorageError
 
 log = logging.getLogger("nanopack")
 
-# Most row groups that a process has mapped into memory at a time; mapping one again takes a tenth of a millisecond.
-MAPPED = 1024
+
+class Mapped:
+    """A row group that is mapped into memory, for which Python keeps a file open; None where that was closed."""
+
+    def __init__(self, table: Any) -> None:
+        self.file: Any = table
 
 
 def read_row_group(version: Version, group: int, columns: tuple[str, ...]) -> Any:
@@ -58,7 +62,10 @@ class RowGroups:
     def __init__(self, scratch: Scratch | None) -> None:
         self.scratch = scratch
         self._last = Recent(1, read_row_group)
-        self._mapped = Recent(MAPPED, _map_table)
+        self._mapped: dict[int, Mapped] = {}
+
+    def __reduce__(self) -> tuple[type[RowGroups], tuple[Scratch | None]]:
+        return RowGroups, (self.scratch,)
 
     def get(self, version: Version, group: int, columns: tuple[str, ...], begins: np.ndarray) -> Any:
         """Return a row group as a pyarrow table.
@@ -69,7 +76,19 @@ class RowGroups:
             self._keep(version, group, columns, begins)
         if self.scratch is None:
             return self._last.get(version, group, columns)
-        return self._mapped.get(self.scratch, int(begins[group]) - 1)
+        return self._map(self.scratch, int(begins[group]) - 1)
+
+    def _map(self, scratch: Scratch, begin: int) -> Any:
+        """Return a row group that is in `scratch`; mapping one again takes a tenth of a millisecond."""
+        mapped = self._mapped.get(begin)
+        # held to the end: another thread may close it
+        table = None if mapped is None else mapped.file
+        if table is None:
+            pa = importlib.import_module("pyarrow")
+            table = pa.ipc.open_stream(pa.py_buffer(scratch.map(begin))).read_all()
+            mapped = self._mapped[begin] = Mapped(table)
+            count_open(mapped)
+        return table
 
     def _keep(self, version: Version, group: int, columns: tuple[str, ...], begins: np.ndarray) -> None:
         assert self.scratch is not None
@@ -93,11 +112,6 @@ def _stream(table: Any) -> bytes:
         stream.write_table(table)
     data: bytes = sink.getvalue().to_pybytes()
     return data + b"\0" * (-len(data) % ALIGN_BYTES)
-
-
-def _map_table(scratch: Scratch, begin: int) -> Any:
-    pa = importlib.import_module("pyarrow")
-    return pa.ipc.open_stream(pa.py_buffer(scratch.map(begin))).read_all()
 
 
 class Rows:

@@ -18,7 +18,7 @@ import weakref
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from nanopack.errors import StorageError
 
@@ -59,6 +59,8 @@ class Version(NamedTuple):
     mtime_ns: int
     checksum: int
     """CRC32 of the bytes at CHECKED_PLACES."""
+    place: str
+    """The absolute path, which leads there from any working directory."""
 
     @classmethod
     def of(cls, path: str) -> Version:
@@ -66,7 +68,7 @@ class Version(NamedTuple):
         with open(path, "rb", buffering=0) as file:
             status = os.fstat(file.fileno())
             checksum = _checksum(file.fileno(), status.st_size)
-        return cls(path, status.st_size, status.st_mtime_ns, checksum)
+        return cls(path, status.st_size, status.st_mtime_ns, checksum, os.path.abspath(path))
 
     def check(self, fd: int, known_mtime_ns: int, *, may_grow: bool) -> int:
         """Return the time at which the open file was last modified; StorageError if its content is another one.
@@ -95,7 +97,7 @@ class OpenFile(io.FileIO):
     """A file that is open while anybody holds it; StorageError if it is not that version any more."""
 
     def __init__(self, version: Version, *, may_grow: bool = False) -> None:
-        super().__init__(version.path)
+        super().__init__(version.place)
         self._version, self._may_grow, self._mtime_ns = version, may_grow, version.mtime_ns
         self.check()
 
@@ -116,11 +118,24 @@ def _limit_of_open_files() -> int:
 
 def most_open_files() -> int:
     """Return how many files of conversations may be open in this process: a share of what the system allows."""
-    return max(4, min(256, _limit_of_open_files() // 8))
+    return max(4, min(1024, _limit_of_open_files() // 4))
+
+
+class Holder(Protocol):
+    """What holds an open file; None where it was closed to make room."""
+
+    file: Any
 
 
 # Whose files are open, of all data sets together, the oldest first.
-_holders: deque[weakref.ref[PlainBytes]] = deque()
+_holders: deque[weakref.ref[Holder]] = deque()
+
+
+def count_open(holder: Holder) -> None:
+    """Count a file among those of conversations that are open, and close the oldest where these are too many."""
+    _holders.append(weakref.ref(holder))
+    while len(_holders) > most_open_files():
+        _close_oldest()
 
 
 def open_file(version: Version, *, may_grow: bool = False) -> OpenFile:
@@ -180,7 +195,5 @@ class PlainBytes:
 
     def _open(self) -> OpenFile:
         file = self.file = open_file(self._version, may_grow=True)
-        _holders.append(weakref.ref(self))
-        while len(_holders) > most_open_files():
-            _close_oldest()
+        count_open(self)
         return file

@@ -56,9 +56,9 @@ class Source(ABC):
     def check_files(self) -> None:  # noqa: B027 (most sources have nothing to check)
         """Raise StorageError where a file that is mapped into memory was cut off: reading it would end the process."""
 
-    def sockets(self) -> list[str]:
-        """Return the names of attributes of a data set of the user's that are open sockets."""
-        return []
+    def objects(self) -> tuple[object, ...]:
+        """Return the objects of the user's that the records come from, and those within these."""
+        return ()
 
     def picks_digest(self) -> str:
         """Return a digest of which records are mixed or split; "" where nothing is."""

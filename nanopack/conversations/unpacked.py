@@ -39,6 +39,11 @@ class Scratch:
     def __reduce__(self) -> tuple[type[Scratch], tuple[()]]:
         return Scratch, ()
 
+    def __del__(self) -> None:
+        # Python warns of files that are dropped open
+        if self._file is not None:
+            self._file.close()
+
     def create(self) -> None:
         """Create the file, if there is none yet. OSError where no folder for temporary files can be written."""
         if self._file is None:

@@ -4,9 +4,10 @@
                                deal() by Cost of each row
 
 Ranks draw their rows from one distribution. Of a window of K batches each rank orders its rows by cost and deals them
-out in turns, there and back, so its k-th heap costs about what the k-th heap of any other rank costs. The order of the
-heaps is drawn from the seed, equal on all ranks, so that the cost does not rise within a window. A window holds the
-rows that its K batches held before: with K accumulated batches a step of the optimizer has exactly the same content.
+to K groups in turns, back and forth, so its k-th group costs about what the k-th group of any other rank costs. The
+order of the groups is drawn from the seed, equal on all ranks, so that the cost does not rise within a window. A window
+holds the rows that its K batches held before: with K accumulated batches a step of the optimizer has exactly the same
+content.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ def costs_of(lengths: np.ndarray, bounds: np.ndarray, cost: Cost) -> np.ndarray:
     return found
 
 
-def deal(costs: np.ndarray, heaps: int) -> np.ndarray:
-    """Return the rows of each heap, (heaps, n) int64, by index in ascending order: n each, of nearly the same cost.
+def deal(costs: np.ndarray, groups: int) -> np.ndarray:
+    """Return the rows of each group, (groups, n) int64, by index in ascending order: n each, of nearly the same cost.
 
-    `costs` are (heaps * n,). From the dearest to the cheapest, the first among equals first, rows are dealt to the
-    heaps 0, 1, ..., last, last, ..., 1, 0, 0, 1, ...: the k-th heap has the k-th dearest, or those close to it.
+    `costs` are (groups * n,). From the costliest down, the first among equals first, rows are dealt to the groups
+    0, 1, ..., last, last, ..., 1, 0, 0, 1, ...: the k-th group has the k-th costliest, or those close to it.
 
-    >>> deal(np.array([1.0, 5.0, 2.0, 9.0, 4.0, 3.0]), heaps=3).tolist()
+    >>> deal(np.array([1.0, 5.0, 2.0, 9.0, 4.0, 3.0]), groups=3).tolist()
     [[0, 3], [1, 2], [4, 5]]
     """
-    turns = (-costs).argsort(kind="stable").reshape(-1, heaps)
+    turns = (-costs).argsort(kind="stable").reshape(-1, groups)
     turns[1::2] = turns[1::2, ::-1]
     return np.sort(turns.T, axis=1)
 
@@ -49,8 +50,8 @@ def deal(costs: np.ndarray, heaps: int) -> np.ndarray:
 def deal_across(costs: np.ndarray, steps: int, ranks: int) -> np.ndarray:
     """Return the rows of each rank in each step, (steps, ranks, n), where the costs of all ranks' rows are known.
 
-    A step gets rows of like cost, from the dearest down, so that it has the same rows on any number of ranks; they are
-    dealt to the ranks as `deal` does. `costs` are (steps * ranks * n,).
+    A step gets rows of like cost, from the costliest down, so that it has the same rows on any number of ranks; they
+    are dealt to the ranks as `deal` does. `costs` are (steps * ranks * n,).
 
     >>> deal_across(np.array([1.0, 5.0, 2.0, 9.0, 4.0, 3.0, 6.0, 8.0]), steps=2, ranks=2).tolist()
     [[[1, 3], [6, 7]], [[0, 4], [2, 5]]]
@@ -59,12 +60,12 @@ def deal_across(costs: np.ndarray, steps: int, ranks: int) -> np.ndarray:
 
 
 def slices(costs: np.ndarray, steps: int) -> np.ndarray:
-    """Return rows of like cost for each step, (steps, n) int64, by index in ascending order: the dearest first."""
+    """Return rows of like cost for each step, (steps, n) int64, by index in ascending order: the costliest first."""
     return np.sort(np.argsort(-costs, kind="stable").reshape(steps, -1), axis=1)
 
 
 def order_of_steps(seed: int | None, window: int, steps: int) -> list[int]:
-    """Return the order in which the heaps of a window (from 0) are delivered: a permutation drawn from the seed.
+    """Return the order in which the groups of a window (from 0) are delivered: a permutation drawn from the seed.
 
     The order of fewer steps is that of more with the missing ones left out.
     """
@@ -119,6 +120,6 @@ class BalancedPacker(HoldingPacker):
         """Deal the batches that are collected: a window, at the end of the data fewer."""
         steps, size = self.collected, self._batch_size
         rows = self.collected_rows().padded_to(steps * size)
-        heaps = deal(costs_of(rows.lengths, rows.bounds, self._cost), steps)
+        groups = deal(costs_of(rows.lengths, rows.bounds, self._cost), steps)
         order = order_of_steps(self._seed, self.windows, steps)
-        self.deal(chosen(rows, heaps[order].ravel()), [size] * steps)
+        self.deal(chosen(rows, groups[order].ravel()), [size] * steps)

@@ -6,6 +6,7 @@ lengths of what is read   ->   BestFitPacker.next_rows()   ->   rows of whole do
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ from nanopack.packing.rows import (
 
 # The length of a key, where it stands in it.
 _LENGTH = ((1 << 62) - 1) ^ LAST
+# A token, as a part of a key.
+_TOKEN = 1 << BITS
 _NEVER = 1 << 62
 
 
@@ -74,6 +77,8 @@ class BestFitPacker:
         # of the keys, ascending, where that is known
         self._numbers: np.ndarray | None = None
         self._ages = _Ages(max_age)
+        # whether the last document of some row of this batch is too long for it
+        self._is_over = False
         self.emitted = self.cropped = self.packed = self.longest_wait = 0
 
     def waiting(self) -> list[int]:
@@ -135,7 +140,7 @@ class BestFitPacker:
         last = 0
         # the least key that does not fit: the room, plus one token
         limit = (self._capacity + 1) << BITS
-        while limit > LAST + 1:
+        while limit > _TOKEN:
             while len(keys) < window and (key := next(ahead, None)) is not None:
                 insort(keys, last := key)
                 if more:
@@ -157,17 +162,18 @@ class BestFitPacker:
             limit -= key & _LENGTH
         if last:
             self._ages.mark(last, self._row)
+        self._is_over |= limit <= 0
 
     def _rows_of(self, keys: np.ndarray, bounds: np.ndarray, first: int) -> Rows:
         """Return the rows of these keys, the first of number `first`, and count them."""
         documents, lengths = numbers_of(keys), lengths_of(keys)
         if len(keys):
             # no document has waited longer than the one read first would have until the last of these rows
-            if self._row - 1 - self._ages.read_in_one(int(documents.min())) > self.longest_wait:
+            if self._row - 1 - self._ages.read_in_one(int(np.minimum.reduce(documents))) > self.longest_wait:
                 rows = np.arange(first, first + len(bounds) - 1).repeat(bounds[1:] - bounds[:-1])
                 self.longest_wait = max(self.longest_wait, int((rows - self._ages.read_in(documents)).max()))
             self.emitted += int(np.add.reduce(lengths))
-            if self._crop or self._ages.due < _NEVER:
+            if self._is_over:
                 self._cut(lengths, bounds)
         self.packed += len(keys)
         self._ages.forget(self._keys)
@@ -175,13 +181,12 @@ class BestFitPacker:
 
     def _cut(self, lengths: np.ndarray, bounds: np.ndarray) -> None:
         """Cut the last document of each row that is too long, and count that."""
-        too_long = np.add.reduceat(lengths, bounds[:-1]) - self._capacity
-        if int(too_long.max()) > 0:
-            cut = np.maximum(too_long, 0)
-            lengths[bounds[1:] - 1] -= cut
-            tokens = int(cut.sum())
-            self.cropped += tokens
-            self.emitted -= tokens
+        cut = np.maximum(np.add.reduceat(lengths, bounds[:-1]) - self._capacity, 0)
+        lengths[bounds[1:] - 1] -= cut
+        tokens = int(cut.sum())
+        self.cropped += tokens
+        self.emitted -= tokens
+        self._is_over = False
 
 
 class _Ages:
@@ -196,16 +201,13 @@ class _Ages:
         self._max_age = max_age
         self.due = _NEVER if max_age is None else 0
         """The next row in which a document may have waited too long."""
-        self._numbers: list[int] = []
-        self._rows: list[int] = []
-        # a copy of both, as arrays, of the first of them
-        self._marks = np.empty((2, 0), np.int64)
+        self._numbers, self._rows = array("q"), array("q")
         # keys in the order of reading, of all documents read before any other that waits
         self._order: deque[int] = deque()
 
     def mark(self, key: int, row: int) -> None:
         """Note the last document read in this row; may be called again, with a later one, for the same row."""
-        if self._rows and self._rows[-1] == row and len(self._rows) > self._marks.shape[1]:
+        if self._rows and self._rows[-1] == row:
             self._numbers[-1] = LAST - (key & LAST)
         else:
             self._numbers.append(LAST - (key & LAST))
@@ -213,10 +215,9 @@ class _Ages:
 
     def read_in(self, numbers: np.ndarray) -> np.ndarray:
         """Return the row in which each of these documents was read, int64."""
-        if (known := self._marks.shape[1]) < len(self._rows):
-            new = np.array([self._numbers[known:], self._rows[known:]], np.int64)
-            self._marks = np.concatenate([self._marks, new], axis=1)
-        rows: np.ndarray = self._marks[1][self._marks[0].searchsorted(numbers)]
+        # views that last no longer than this call: an array in use cannot grow
+        marks = np.frombuffer(self._numbers, np.int64).searchsorted(numbers)
+        rows: np.ndarray = np.frombuffer(self._rows, np.int64).take(marks)
         return rows
 
     def read_in_one(self, number: int) -> int:
@@ -245,5 +246,4 @@ class _Ages:
 
     def restore(self, numbers: np.ndarray, rows: Sequence[int]) -> None:
         """Know only these documents, in the order of reading, and the row in which each was read."""
-        self._numbers, self._rows = numbers.tolist(), list(rows)
-        self._marks = np.array([self._numbers, self._rows], np.int64)
+        self._numbers, self._rows = array("q", numbers.tolist()), array("q", rows)

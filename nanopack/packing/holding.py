@@ -11,7 +11,7 @@ from itertools import accumulate, chain, pairwise
 
 import numpy as np
 
-from nanopack.packing.rows import Packer, Rows, State, sums
+from nanopack.packing.rows import Packer, Rows, State, joined, sums
 
 _NONE = np.empty(0, np.int64)
 NO_ROWS = Rows(_NONE, _NONE, _NONE, np.zeros(1, np.int64))
@@ -58,13 +58,7 @@ class HoldingPacker:
 
     def collected_rows(self) -> Rows:
         """Return the rows that are not dealt, in the order of packing."""
-        documents, _, lengths, bounds = zip(NO_ROWS, *self._collected, strict=True)
-        ends = np.concatenate(bounds)
-        # no row is empty, and the ends of each batch begin at 0 again
-        counts = ends[1:] - ends[:-1]
-        counts = counts[counts > 0]
-        whole = np.concatenate(documents)
-        return Rows(whole, np.zeros(len(whole), np.int64), np.concatenate(lengths), sums(counts))
+        return joined(self._collected or [NO_ROWS])
 
     def deal(self, rows: Rows, steps: Sequence[int]) -> None:
         """Deliver these rows next, this number of them in each step: those of `collected_rows`, in another order."""

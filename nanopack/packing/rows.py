@@ -117,6 +117,19 @@ def sums(numbers: np.ndarray, first: int = 0) -> np.ndarray:
     return found
 
 
+def joined(parts: Sequence[Rows]) -> Rows:
+    """Return the rows of all, one below the other; at least one part."""
+    if len(parts) == 1:
+        return parts[0]
+    documents, offsets, lengths, bounds = zip(*parts, strict=True)
+    if len({*map(len, bounds)}) == 1:
+        together = np.concatenate(bounds).reshape(len(parts), -1)
+        counts = (together[:, 1:] - together[:, :-1]).reshape(-1)
+    else:
+        counts = np.concatenate([own[1:] - own[:-1] for own in bounds])
+    return Rows(np.concatenate(documents), np.concatenate(offsets), np.concatenate(lengths), sums(counts))
+
+
 def counters(packer: Packer) -> State:
     """Return the counters of a packer, by name."""
     return {name: getattr(packer, name) for name in COUNTERS}
@@ -156,7 +169,8 @@ def key_of(number: int, length: int) -> int:
 
 def numbers_of(keys: Sequence[int] | np.ndarray) -> np.ndarray:
     """Return the numbers of the documents of keys, int64."""
-    return LAST - (np.asarray(keys, np.int64) & LAST)
+    # as LAST - (keys & LAST)
+    return ~np.asarray(keys, np.int64) & LAST
 
 
 def lengths_of(keys: Sequence[int] | np.ndarray) -> np.ndarray:

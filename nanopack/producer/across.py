@@ -54,10 +54,21 @@ class AcrossRanks:
             mine = (dealt >= first) & (dealt < end)
             packer.deal(chosen(own, dealt[mine] - first), mine.sum(axis=1).tolist())
 
-    def own_rows(self, parts: Sequence[Pieces]) -> Pieces:
-        """Return the B rows of this rank among those of a step, which the shards give in `parts`, in their order."""
+    def own_rows(self, parts: Sequence[Pieces], counts: np.ndarray) -> Pieces:
+        """Return the B rows of this rank in each of some steps, one step below the other.
+
+        `parts` are the rows of these steps by shard, `counts` how many each step has of each shard: (steps, shards).
+        """
         config = self._config
         assert config.balance is not None
-        pieces = stack(parts).padded_to(config.global_rows)
-        costs = costs_of(pieces.lengths, pieces.bounds, config.balance)
-        return pieces.chosen(deal(costs, config.world_size)[config.rank])
+        pieces = stack(parts)
+        costs = np.append(costs_of(pieces.lengths, pieces.bounds, config.balance), 0.0)
+        # by shard, and by step in each
+        step_of_rows = np.tile(np.arange(len(counts)), len(parts)).repeat(counts.T.ravel())
+        by_step, ends = step_of_rows.argsort(kind="stable"), np.cumsum(counts.sum(axis=1))
+        own = []
+        for rows in np.split(by_step, ends[:-1]):
+            # the row after the last is empty
+            step = np.append(rows, np.full(config.global_rows - len(rows), pieces.num_rows))
+            own.append(step[deal(costs[step], config.world_size)[config.rank]])
+        return pieces.padded_to(pieces.num_rows + 1).chosen(np.concatenate(own))

@@ -1,11 +1,11 @@
 """Name the rows that are packed and not yet delivered, for a state, and find them again.
 
-HoldingPacker.ahead()   ->   named(): bytes, pickled with every batch   ->   plain(): a state's lists   ->   rows_of()
+HoldingPacker.ahead()   ->   named(): bytes, of each batch   ->   plain(): a state's lists   ->   rows_of()
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -14,28 +14,19 @@ from nanopack.packing.rows import Rows
 
 PlainBatch = list[list[int]]
 """[[read, ...], [length, ...], [documents of each row]]: a batch of whole documents, or of their beginnings."""
-Named = tuple[list[tuple[int, int]], bytes, bytes, bytes]
-"""Of each batch how many documents and bounds it has; documents, lengths and bounds of all, int64."""
+Named = tuple[bytes, bytes, bytes]
+"""Documents, lengths and bounds of a batch, int64."""
 
 
-def named(ahead: Sequence[Rows]) -> Named:
-    """Name the rows of batches, at little cost: it is done for every batch, and few of these names are looked at."""
-    counts = [(len(rows.documents), len(rows.bounds)) for rows in ahead]
-    documents, lengths = b"".join(rows.documents.data for rows in ahead), b"".join(rows.lengths.data for rows in ahead)
-    return counts, documents, lengths, b"".join(rows.bounds.data for rows in ahead)
+def named(rows: Rows) -> Named:
+    """Name the rows of a batch, at little cost: few of these names are looked at."""
+    return rows.documents.tobytes(), rows.lengths.tobytes(), rows.bounds.tobytes()
 
 
-def plain(names: Named) -> list[PlainBatch]:
-    """Return the batches of `named` as a state has them (JSON-able)."""
-    counts, *columns = names
-    documents, lengths, bounds = (np.frombuffer(column, np.int64) for column in columns)
-    found, piece, bound = [], 0, 0
-    for pieces, ends in counts:
-        own = slice(piece, piece + pieces)
-        in_rows = np.diff(bounds[bound : bound + ends])
-        found.append([documents[own].tolist(), lengths[own].tolist(), in_rows.tolist()])
-        piece, bound = piece + pieces, bound + ends
-    return found
+def plain(names: Named) -> PlainBatch:
+    """Return a batch as a state has it (JSON-able)."""
+    documents, lengths, bounds = (np.frombuffer(column, np.int64) for column in names)
+    return [documents.tolist(), lengths.tolist(), np.diff(bounds).tolist()]
 
 
 def rows_of(ahead: Iterable[Any]) -> list[Rows]:

@@ -20,7 +20,7 @@ from nanopack.conversations.order import Shard
 from nanopack.conversations.source import Source
 from nanopack.errors import NEVER_SKIPPED, ConversationError, EncoderError
 from nanopack.ledger import Ledger
-from nanopack.notes import Notes
+from nanopack.notes import KEYS, Notes
 from nanopack.producer.chunk import Chunk, Live, Trouble
 
 log = logging.getLogger("nanopack")
@@ -50,10 +50,10 @@ def describe_or_raise(error: BaseException, conversation: int, source: Source, c
 class Arrivals:
     """The documents of one shard, from some read on."""
 
-    def __init__(self, shard: Shard, source: Source, config: LoaderConfig, live: Live, told: set[str]) -> None:
-        """`live` gets the documents that are packed; `told` is what the log names once: it grows."""
+    def __init__(self, shard: Shard, source: Source, config: LoaderConfig, live: Live, logged: set[str]) -> None:
+        """`live` gets the documents that are packed; `logged` is what the log names once: it grows."""
         self._shard, self._source, self._config = shard, source, config
-        self._live, self._told = live, told
+        self._live, self._logged = live, logged
         self.sources = [Ledger() for _ in source.names or ("",)]
         """What became of the documents, by source of a mixture."""
         self.notes = Notes()
@@ -212,15 +212,17 @@ class Arrivals:
     def _note(self, trouble: Trouble, conversation: int) -> None:
         """Count what of a record is not read, and name it in the log where it is new."""
         where, notes = self._source.where(conversation), self.notes
+        notes.ignore(trouble.ignored_keys)
         for key in trouble.ignored_keys:
-            notes.ignored_keys[key] = notes.ignored_keys.get(key, 0) + 1
-            if key not in self._told:
-                self._told.add(key)
+            if key not in self._logged and len(self._logged) < KEYS:
+                self._logged.add(key)
                 log.warning("%s: nothing reads the key %r; it is named once, and counted in the ledger", where, key)
+                if len(self._logged) == KEYS:
+                    log.warning("%d keys are named by now; the ledger counts the others together", KEYS)
         if trouble.special_token:
             notes.texts_with_special_tokens += 1
-            if "" not in self._told:
-                self._told.add("")
+            if "" not in self._logged:
+                self._logged.add("")
                 log.warning(
                     "%s: the text spells the special token %r, which stays text; for the token itself give messages or "
                     "input_ids; it is named once, and counted in the ledger",

@@ -96,9 +96,8 @@ def log_here(record: logging.LogRecord) -> None:
 
 
 # Signals that launchers, schedulers and terminals send to every process of a run, for the trainer to act on.
-FOR_THE_TRAINER = {
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
-}
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGQUIT", "SIGXCPU")
+FOR_THE_TRAINER = {getattr(signal, name) for name in _NAMES if hasattr(signal, name)}
 
 # Seconds between looks at whether the parent still lives.
 WATCH = 0.3

@@ -4,7 +4,7 @@
 
 A forked process shares the position of every open file with its parent: two that seek and read at the same time get
 each other's bytes. With positions of their own, several processes may read a data set that opened its files once, in
-`__init__`. What has no position, such as a socket or a pipe, stays shared.
+`__init__`. What has no position, such as a socket or a pipe, stays shared: `pipes_of` finds it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import contextlib
 import os
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-if sys.platform == "linux":
+if sys.platform != "win32":
     import fcntl
 
 
@@ -53,3 +54,20 @@ def own_cursors(positions: Mapping[int, int]) -> None:
                 os.dup2(own, fd, inheritable=os.get_inheritable(fd))
             finally:
                 os.close(own)
+
+
+def pipes_of(objects: Iterable[object]) -> list[str]:
+    """Return the names of attributes of objects that are open sockets or pipes, or programs that have some."""
+    attributes = [pair for one in objects for pair in getattr(one, "__dict__", {}).items()]
+    # a program that was started for its answers: subprocess.Popen
+    return [name for name, value in attributes if any(map(_is_pipe, (value, getattr(value, "stdout", None))))]
+
+
+def _is_pipe(value: Any) -> bool:
+    """Return whether it is an open socket, the reading end of a pipe, or a file made of one."""
+    with contextlib.suppress(Exception):
+        mode = os.fstat(fd := value.fileno()).st_mode
+        if stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode):
+            # a standard stream may be a pipe
+            return fd > 2 and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_WRONLY
+    return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple, Protocol
 
+from nanopack.producer.packed_state import PackedState
 from nanopack.producer.producer import Producer
 from nanopack.ring.facts import BatchFacts
 from nanopack.ring.ring import Ring
@@ -17,7 +18,7 @@ from nanopack.ring.ring import Ring
 class End(NamedTuple):
     """The end of the data, and the producer's state there."""
 
-    state: bytes
+    state: PackedState
 
 
 class Feed(Protocol):
@@ -62,7 +63,7 @@ class Inline:
         if not wait:
             return None
         facts = self._producer.produce(self._ring.slots[self._free.popleft()])
-        return End(self._producer.state_bytes()) if facts is None else facts
+        return End(self._producer.packed_state()) if facts is None else facts
 
     def release(self, slot: int) -> None:
         """Give a slot back to be filled again."""

@@ -1,7 +1,7 @@
 """Count what becomes of the tokens of one shard, by the source of a mixture.
 
-Rows, and where their documents stand in Live   ->   Placed.count()   ->   Ledger of each source
- packing/              chunk.py                                             arrivals.py holds them
+Rows, and their documents in Live   ->   Placed.count()   ->   Ledger of each source
+ packing/          chunk.py                                    arrivals.py holds them
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ class Placed:
         # the document placed last, and before which of its tokens: the stream repeats one in the next row
         self._last = -1, 0
 
-    def count(self, rows: Rows, at: np.ndarray) -> None:
-        """Count the tokens of rows that are delivered; `at`, (P,) int64, is where `Live` has their documents."""
+    def count(self, rows: Rows) -> None:
+        """Count the tokens of rows that are delivered."""
+        if len(self._arrivals.sources) == 1 and not self._packing.splits:
+            self._arrivals.sources[0].emit(int(np.add.reduce(rows.lengths)), ended=len(rows.lengths))
+            return
+        at = self._live.find(rows.documents)
         if self._packing.splits and len(at):
             self._count_stream(rows, at)
         else:
@@ -73,9 +77,6 @@ class Placed:
     def _emit(self, tokens: np.ndarray, ended: np.ndarray, at: np.ndarray) -> None:
         """Count tokens placed, (P,), and whether a document ended with them, (P,) bool, by source."""
         sources = self._arrivals.sources
-        if len(sources) == 1:
-            sources[0].emit(int(np.add.reduce(tokens)), ended=int(np.count_nonzero(ended)))
-            return
         of = self._source.sources_of(self._live.conversations[at])
         for source in np.unique(of).tolist():
             own = of == source

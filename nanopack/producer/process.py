@@ -29,8 +29,9 @@ import weakref
 from multiprocessing.connection import Connection
 from typing import Any
 
-from nanopack.errors import ProducerError
+from nanopack.errors import ProducerError, interrupt_in
 from nanopack.producer.child import Failure, how_it_ended, leave_parent_behind, log_here, log_to, widen
+from nanopack.producer.cursors import pipes_of
 from nanopack.producer.feed import End
 from nanopack.producer.producer import Producer, Start
 from nanopack.producer.reader import Reader
@@ -56,12 +57,11 @@ class Process:
     ) -> None:
         """Start the process. Raises as `start.start` and `Handover.send` do."""
         method = method or DEFAULT_START_METHOD
-        shared = [name for part in reader.source.parts for name in part.sockets()]
-        if method == "fork" and shared:
+        if method == "fork" and (shared := pipes_of(reader.source.objects())):
             raise ValueError(
-                f"the data set's attribute {shared[0]!r} is an open socket, which forked processes would share: "
-                f"answers would go astray. Connect in each process when it first reads (os.getpid() says which), or "
-                f"use num_workers=0"
+                f"the data set's attribute {shared[0]!r} is an open socket or pipe, which forked processes would "
+                f"share: answers would go astray. Connect in each process when it first reads (os.getpid() says "
+                f"which), or use num_workers=0"
             )
         context: Any = multiprocessing.get_context(method)
         size = Ring.bytes_of(reader.layout, slots)
@@ -69,6 +69,7 @@ class Process:
         self._messages, messages = context.Pipe(duplex=False)
         alive, self._alive = context.Pipe(duplex=False)
         self._received = 0
+        self._states = b""
         self.waits = False
         self._forked = method == "fork"
         self._closed = False
@@ -109,7 +110,11 @@ class Process:
                 self._received += 1
                 if isinstance(message, Failure):
                     raise message.error()
-                return message if isinstance(message, End) else BatchFacts._make(message)
+                if isinstance(message, End):
+                    return message
+                facts = BatchFacts._make(message)
+                self._states = facts.states or self._states
+                return facts._replace(states=self._states)
         return None
 
     def release(self, slot: int) -> None:
@@ -168,6 +173,9 @@ class Process:
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             if self._closed:
                 raise RuntimeError("the loader is closed; make a new one") from None
+            # a handler that raises TimeoutError
+            if interrupt_in(error) is not None:
+                raise
             raise self._death() from error
 
     def _describe_stall(self, waited: float) -> str:
@@ -180,7 +188,10 @@ class Process:
             stopped = ", stopped by a signal (SIGCONT resumes it)" if state in "Tt" else ""
         what = f"waited {waited:.1f} s for the producer process (pid {pid}{stopped}): {self.ring.status.describe()}"
         if self._forked and not stopped and not self.ring.status.sent and waited > 2 * STALL:
-            what += '. Nothing came yet: a lock that another thread held at the fork? Then use start_method="spawn"'
+            what += (
+                ". Nothing came yet: a lock that another thread held at the fork, or threads of the data set's, which "
+                'have no copy there? Then make them in __getitem__, or use start_method="spawn" or num_workers=0'
+            )
         return what
 
     def _death(self) -> ProducerError:
@@ -233,6 +244,7 @@ def _serve(
 
 
 def _produce(producer: Producer, ring: Ring, messages: Connection, alive: Connection) -> None:
+    sent = b""
     for number in itertools.count():
         ring.status.set(WAITING)
         while number >= ring.status.released + len(ring.slots):
@@ -240,8 +252,10 @@ def _produce(producer: Producer, ring: Ring, messages: Connection, alive: Connec
                 alive.recv()  # nothing is ever sent: this raises EOFError, the trainer has closed
         facts = producer.produce(ring.slots[number % len(ring.slots)])
         if facts is None:
-            return _send(End(producer.state_bytes()), ring, messages)
-        _send(tuple(facts), ring, messages)
+            return _send(End(producer.packed_state()), ring, messages)
+        # with the first of the batches that were planned together; the trainer keeps them for the others
+        _send(tuple(facts if facts.states is not sent else facts._replace(states=b"")), ring, messages)
+        sent = facts.states
 
 
 def _send(message: tuple[Any, ...] | End | Failure, ring: Ring, messages: Connection) -> None:

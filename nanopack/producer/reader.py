@@ -19,7 +19,7 @@ from nanopack.config import LoaderConfig
 from nanopack.conversations.fetch import fetch, peek, random_numbers_kept, storage_error
 from nanopack.conversations.records import Conversation, check
 from nanopack.conversations.source import Source
-from nanopack.errors import StorageError, TemplateError, is_storage_error
+from nanopack.errors import StorageError, TemplateError, interrupt_in, is_storage_error
 from nanopack.producer.chunk import Chunk, Trouble
 from nanopack.render.document import Document, Plan
 from nanopack.render.renderer import Renderer, missing_tokens
@@ -115,10 +115,10 @@ class Reader:
                     troubles[position] = trouble
         try:
             rendered = self.render.fill_in(plans)
-        except KeyboardInterrupt:
-            raise
         # one of them is at fault, but which? a tokenizer's panic is no Exception either
-        except BaseException:
+        except BaseException as error:
+            if interrupt_in(error) is not None:
+                raise
             rendered = self._fill_in_alone(planned, plans, troubles)
         if self.cache is not None:
             self._keep(self.cache, numbers, planned, rendered)
@@ -163,6 +163,8 @@ class Reader:
                 rendered.append(self.render.fill_in_one(plan, conversation))
                 sound.append((position, conversation))
             except BaseException as error:
+                if interrupt_in(error) is not None:
+                    raise
                 troubles[position] = Trouble(error)
         planned[:] = sound
         return rendered
@@ -241,7 +243,7 @@ def read_in_turn(
     """Yield the conversations of these indices, read here, ahead by a small chunk of at most a batch's tokens.
 
     `on_chunk` is called with the first index of each chunk before it is read. `raise_interrupts`: in the trainer's own
-    process Ctrl-C is no fault of a conversation, and is raised at once.
+    process an interrupt is no fault of a conversation, and is raised at once.
     """
     numbers, size, most = iter(indices), 1, min(CHUNK_TOKENS, batch_tokens)
     while part := list(islice(numbers, size)):
@@ -249,8 +251,8 @@ def read_in_turn(
             on_chunk(part[0])
         chunk = reader.read(part)
         for trouble in chunk.troubles.values() if raise_interrupts else ():
-            if isinstance(trouble.error, KeyboardInterrupt):
-                raise trouble.error
+            if (interrupt := interrupt_in(trouble.error)) is not None:
+                raise interrupt
         yield chunk
         # as many as would fill a batch if they are as long as these
         tokens = int(chunk.num_tokens.sum())

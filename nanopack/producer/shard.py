@@ -1,8 +1,8 @@
 """Pack one shard of the conversations into rows.
 
-    documents, in order   ->   ShardPacker.next_rows()   ->   Pieces of the next batch
-     arrivals.py               packing/ decides when to       producer.py writes those of all shards into a slot
-                               read and what goes where       placed.py counts them
+    documents, in order   ->   ShardPacker.next_rows()   ->   Rows of the next batch   ->   pieces_of(), of several
+     arrivals.py               packing/ decides when to       placed.py counts them         producer.py writes those of
+                               read and what goes where                                     all shards into slots
 
 A rank has one shard, or with shard="row" one for each of its rows. A shard can save its state and restore it. No torch,
 no GPU.
@@ -24,7 +24,7 @@ from nanopack.packing.align import build
 from nanopack.packing.balance import BalancedPacker
 from nanopack.packing.holding import HoldingPacker
 from nanopack.packing.rows import Packer, Rows
-from nanopack.producer.ahead import changed_error, named, rows_of
+from nanopack.producer.ahead import changed_error, rows_of
 from nanopack.producer.arrivals import Arrivals, describe_or_raise
 from nanopack.producer.chunk import Chunk, Live, weigh
 from nanopack.producer.placed import Placed
@@ -48,8 +48,8 @@ def shards_of(config: LoaderConfig, n: int, *, all_ranks: bool = False) -> list[
 class ShardPacker:
     """One shard of the conversations and its packing."""
 
-    def __init__(self, shard: Shard, reader: Reader, read_all: ReadAll, told: set[str] | None = None) -> None:
-        """`told` is what the log names once, for all shards together: it grows."""
+    def __init__(self, shard: Shard, reader: Reader, read_all: ReadAll, logged: set[str] | None = None) -> None:
+        """`logged` is what the log names once, for all shards together: it grows."""
         self.shard = shard
         self._reader = reader
         self._source = reader.source
@@ -57,7 +57,7 @@ class ShardPacker:
         self._loss_bit = reader.layout.word_dtype.type(reader.layout.loss_bit)
         self._read_all = read_all
         self._live = Live()
-        self._arrivals = Arrivals(shard, reader.source, reader.config, self._live, set() if told is None else told)
+        self._arrivals = Arrivals(shard, reader.source, reader.config, self._live, set() if logged is None else logged)
         self._placed = Placed(self._arrivals, reader, self._live)
         self.positions = Ledger()
         """The positions of the batches, which belong to no source."""
@@ -103,18 +103,29 @@ class ShardPacker:
             return self._reader.chunks(self.shard, read, stop, max(64, TOGETHER // len(self._config.shards)))
         return self._read_all(self.shard.conversations(read, stop))
 
-    def next_rows(self) -> Pieces:
+    def next_rows(self) -> Rows:
         """Return the rows of the next batch; at the end of the data fewer than there should be, then none.
 
         Raises ConversationError for a bad conversation (with on_error="raise"), ValueError where nothing can be packed.
         """
-        packer, live = self._packer, self._live
-        if len(live.numbers) > 2 * self._kept + TOGETHER:
-            since = self._arrivals.num_read
-            live.keep(self._needed(), self.shard.start_of_pass(max(0, since - 1)) if self._whole_passes else since)
-            self._kept = len(live.numbers)
+        packer = self._packer
         rows = packer.next_rows()
         self._arrivals.settle(packer.packed + packer.waiting_documents)
+        if self._config.packing.crops and packer is not self.holding:
+            self._placed.count_cropped(rows)
+        self._placed.count(rows)
+        return rows
+
+    def forget(self) -> None:
+        """Forget the documents that no later rows need, from time to time: `pieces_of` does not find them any more."""
+        live, since = self._live, self._arrivals.num_read
+        if len(live.numbers) > 2 * self._kept + TOGETHER:
+            live.keep(self._needed(), self.shard.start_of_pass(max(0, since - 1)) if self._whole_passes else since)
+            self._kept = len(live.numbers)
+
+    def pieces_of(self, rows: Rows) -> Pieces:
+        """Return rows of `next_rows` with what is known of their documents."""
+        live = self._live
         at = live.find(rows.documents)
         own_weights = None if live.own_weights is None else live.own_weights[at]
         loss_tokens = live.loss_tokens[at] if self._config.loss_weights == "conversation" else at
@@ -132,10 +143,7 @@ class ShardPacker:
             loss_tokens=self._known_loss_tokens(rows, at) if self._reader.layout.resident else None,
         )
         if self._config.packing.crops:
-            if packer is not self.holding:
-                self._placed.count_cropped(rows)
             self._weigh_cropped(rows, at, pieces)
-        self._placed.count(rows, at)
         return pieces
 
     def _known_loss_tokens(self, rows: Rows, at: np.ndarray) -> np.ndarray:
@@ -211,7 +219,7 @@ class ShardPacker:
         return (shard.order_index(done) if stream else consumed) / shard.n, last
 
     def state(self) -> dict[str, Any]:
-        """Return the state, as `state_of` completes it. It is made for every batch: to be pickled at once."""
+        """Return the state without `positions`, as `pack_states` takes it: it is made for every batch."""
         waiting = self._packer.waiting()
         return {
             # what waits is named by its reads
@@ -219,11 +227,10 @@ class ShardPacker:
             # of stored documents it can be found whenever it is asked for
             "digest": None if isinstance(self._reader, StoreReader) else self._live.digest(waiting),
             "packer": self._packer.state(),
-            "ledger": vars(self.positions),
-            "sources": [vars(ledger) for ledger in self._arrivals.sources],
+            "sources": [ledger.state() for ledger in self._arrivals.sources],
             "mixed": bool(self._source.names),
-            "notes": vars(self.notes),
-            **({} if self.holding is None else {"ahead": named(self.holding.ahead())}),
+            "notes": self.notes.state(),
+            **({} if self.holding is None else {"ahead": self.holding.ahead()}),
         }
 
     def restore(self, state: dict[str, Any]) -> None:

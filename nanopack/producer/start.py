@@ -125,7 +125,7 @@ class Arriving:
         self._pipe = pipe
 
     def receive(self) -> Any:
-        """Return the contents. Where they do not unpickle, the parent is told, and the process ends."""
+        """Return the contents. Where they do not unpickle, the parent gets the error, and the process ends."""
         self._pipe.send(None)
         pickled = self._pipe.recv_bytes()
         try:

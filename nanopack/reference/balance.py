@@ -98,18 +98,18 @@ def _deal(batches: list[Rows], cost: tuple[float, float], number: int, seed: int
     """Return the rows of a window, dealt to as many batches, in the order of their delivery."""
     rows = [row for batch in batches for row in batch]
     steps = len(batches)
-    heaps = _heaps([cost_of([row], cost) for row in rows], steps)
-    return [[rows[index] for index in sorted(heaps[step])] for step in _order(steps, number, seed)]
+    groups = _groups([cost_of([row], cost) for row in rows], steps)
+    return [[rows[index] for index in sorted(groups[step])] for step in _order(steps, number, seed)]
 
 
-def _heaps(costs: list[float], count: int) -> list[list[int]]:
-    """Deal the indices of these costs to heaps, from the dearest on: 0, 1, ..., last, last, ..., 1, 0, 0, 1, ..."""
-    heaps: list[list[int]] = [[] for _ in range(count)]
+def _groups(costs: list[float], count: int) -> list[list[int]]:
+    """Deal the indices of these costs to groups, from the costliest on: 0, 1, ..., last, last, ..., 1, 0, 0, 1, ..."""
+    groups: list[list[int]] = [[] for _ in range(count)]
     # Python's sort keeps the order of equals: the first packed comes first.
     for place, index in enumerate(sorted(range(len(costs)), key=lambda index: -costs[index])):
-        turn, heap = divmod(place, count)
-        heaps[heap if turn % 2 == 0 else count - 1 - heap].append(index)
-    return heaps
+        turn, group = divmod(place, count)
+        groups[group if turn % 2 == 0 else count - 1 - group].append(index)
+    return groups
 
 
 def across_ranks(
@@ -124,7 +124,7 @@ def across_ranks(
     """Yield the rows of one rank in each batch, and how many documents of each shard have been placed by then.
 
     The rows of all shards, which are those of all ranks, are dealt together: to steps by like cost, and the rows of a
-    step to the ranks, there and back.
+    step to the ranks, back and forth.
     """
     number, placed, steps = 0, [0] * len(shards), 0
     coming: list[list[Row]] = [[] for _ in shards]
@@ -152,12 +152,12 @@ def across_ranks(
         of_step, *dealt = dealt
         for shard, row in of_step:
             placed[shard] += len(lengths_in(row))
-        heap = _heaps([cost_of([row], cost) for _, row in of_step], ranks)[rank]
-        yield [of_step[index][1] for index in sorted(heap)], placed
+        group = _groups([cost_of([row], cost) for _, row in of_step], ranks)[rank]
+        yield [of_step[index][1] for index in sorted(group)], placed
 
 
 def _order(steps: int, number: int, seed: int | None) -> list[int]:
-    """Return the order of the heaps of window `number`, by a number drawn for each."""
+    """Return the order of the groups of window `number`, by a number drawn for each."""
     base = _mix(_mix(0 if seed is None else seed) ^ number)
     drawn = {step: _mix(base ^ step) for step in range(steps)}
     return sorted(drawn, key=lambda step: drawn[step])

@@ -8,6 +8,7 @@ A part of the definition. It shares nothing with the fast path. A broken line fa
 from __future__ import annotations
 
 import codecs
+import copy
 import glob
 import gzip
 import hashlib
@@ -45,22 +46,73 @@ def open_records(conversations: Any, seed: int | None = None) -> list[Stored]:
         whole = whole.dataset if hasattr(whole, "dataset") else whole.datasets[0]
     if type(whole).__module__.startswith("datasets.") and whole.format["type"] != "custom":
         read = partial(_read_without_nulls, conversations, whole.features)
-    return [(f"conversation {index}", partial(_drawn, read, index, seed)) for index in range(len(conversations))]
+    own = conversations.objects() if type(conversations).__module__ == "nanopack.mixture" else _nested(conversations)
+    return [(f"conversation {index}", partial(_drawn, read, index, seed, own)) for index in range(len(conversations))]
 
 
-def _drawn(read: Callable[[int], object], index: int, seed: int | None) -> object:
+def _nested(data: Any) -> list[object]:
+    """A data set and those within it: torch's Subset has a dataset, its ConcatDataset several."""
+    is_torchs = type(data).__module__.startswith("torch.utils.data")
+    inner = [*getattr(data, "datasets", []), *([data.dataset] if hasattr(data, "dataset") else [])] if is_torchs else []
+    return [data, *(one for each in inner for one in _nested(each))]
+
+
+def _drawn(read: Callable[[int], object], index: int, seed: int | None, own: list[object]) -> object:
     """A record of a data set that may draw random numbers: its index and the seed decide which."""
     number = int.from_bytes(hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest(), "big")
     before = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-    random.seed(number)
-    np.random.seed(number % 2**32)
-    torch.default_generator.manual_seed(number)
+    generators = _generators(own)
+    kept = copy.deepcopy([_state_of(one) for one in generators])
     try:
-        return read(index)
+        record = _seeded(read, index, number, generators)
+        # one that the data set makes when it first reads was not seeded
+        return record if len(generators) == len(_generators(own)) else _seeded(read, index, number, _generators(own))
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
         torch.random.set_rng_state(before[2])
+        for generator, state in zip(generators, kept, strict=True):
+            _set_state(generator, state)
+
+
+def _generators(own: list[object]) -> list[Any]:
+    """The generators of random numbers that data sets keep as attributes."""
+    attributes = [value for data in own for value in getattr(data, "__dict__", {}).values()]
+    kinds = (random.Random, np.random.RandomState, np.random.Generator, torch.Generator)
+    return [value for value in attributes if isinstance(value, kinds) and type(value) is not random.SystemRandom]
+
+
+def _seeded(read: Callable[[int], object], index: int, number: int, generators: list[Any]) -> object:
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.default_generator.manual_seed(number)
+    for place, generator in enumerate(generators):
+        _seed(generator, (number + place + 1) % 2**64)
+    return read(index)
+
+
+def _seed(generator: Any, number: int) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(number)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = type(generator.bit_generator)(number).state
+    else:
+        generator.seed(number % 2**32 if isinstance(generator, np.random.RandomState) else number)
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.get_state()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)
 
 
 def _files(path: str) -> list[str]:

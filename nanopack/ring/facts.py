@@ -33,4 +33,6 @@ class BatchFacts(NamedTuple):
     """Most rows that a document has waited so far."""
     work: float = 0.0
     state: bytes = b""
-    """The producer's state once this batch is delivered, as `producer.packed_state.state_of` reads it."""
+    """The producer's state once this batch is delivered: what `states` leaves out."""
+    states: bytes = b""
+    """The rest of it, for all batches that were planned together; see `producer.packed_state.state_of`."""

@@ -51,6 +51,25 @@ class Pieces(NamedTuple):
             return self
         return self._replace(bounds=np.concatenate([self.bounds, np.full(rows - self.num_rows, self.bounds[-1])]))
 
+    def part(self, begin: int, end: int) -> Pieces:
+        """Return the rows `begin` to `end` - 1, views of these."""
+        first, last = self.bounds[[begin, end]].tolist()
+        own, marks = slice(first, last), self.marks
+        if marks is not None and marks.without is not None:
+            marks = marks._replace(without=marks.without[own])
+        return Pieces(
+            lengths=self.lengths[own],
+            offsets=self.offsets[own],
+            bounds=self.bounds[begin : end + 1] - first,
+            conversations=self.conversations[own],
+            weights=None if self.weights is None else self.weights[own],
+            arrays=self.arrays,
+            array=None if self.array is None else self.array[own],
+            starts=self.starts[own],
+            marks=marks,
+            loss_tokens=None if self.loss_tokens is None else self.loss_tokens[own],
+        )
+
     def chosen(self, index: np.ndarray) -> Pieces:
         """Return the rows of these indices, (k,) int64."""
         runs, bounds = runs_of(self.bounds, index)
@@ -62,6 +81,7 @@ class Pieces(NamedTuple):
             **{name: getattr(self, name)[runs] for name in columns},
             bounds=bounds,
             weights=None if self.weights is None else self.weights[runs],
+            loss_tokens=None if self.loss_tokens is None else self.loss_tokens[runs],
             marks=marks,
         )
 

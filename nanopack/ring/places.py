@@ -1,50 +1,78 @@
-"""Lay the pieces of a batch out in rows, and say what the host knows of it then.
+"""Lay the pieces of batches out in rows, and say what the host knows of them then.
 
     Pieces   ->   Places: columns, and starts in the slot   ->   slot.py, table.py write them
-                  facts_of()   ->   BatchFacts
+                  known_of()   ->   BatchFacts
 
 numpy alone: neither torch nor a GPU.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from nanopack.packing.rows import sums
-from nanopack.ring.facts import BatchFacts
 from nanopack.ring.layout import ROW_ALIGN, Layout
 from nanopack.ring.pieces import Pieces
 
 
+@dataclass
 class Places:
-    """Where the P pieces of a batch land, row by row, and its B rows. All arrays are int64."""
+    """Where the P pieces of some rows land, row by row. All arrays are int64."""
 
-    def __init__(self, lengths: np.ndarray, bounds: np.ndarray, first_word: int) -> None:
-        """Lay out pieces of these lengths, (P,), in rows that begin with these of them, (B + 1,).
+    lengths: np.ndarray
+    """(P,): tokens, tails included."""
+    bounds: np.ndarray
+    """(rows + 1,): the first piece of each row; the last entry is P."""
+    counts: np.ndarray
+    """(rows,): pieces of each row."""
+    row_lengths: np.ndarray
+    """(rows,)"""
+    columns: np.ndarray
+    """(P,): the first column of each piece in its row."""
+    starts: np.ndarray
+    """(rows + 1,): where each row starts in the slot, in words, and where the last one ends; multiples of ROW_ALIGN."""
+    is_full: bool
+    """Whether there is no row of padding alone."""
 
-        The first row is at `first_word` (in words from the front of the slot).
-        """
-        self.lengths = lengths
-        self.bounds = bounds
-        self.counts = bounds[1:] - bounds[:-1]
-        """(B,): pieces of each row."""
-        ends = sums(lengths)
-        self.tokens = int(ends[-1])
+    @classmethod
+    def of(cls, lengths: np.ndarray, bounds: np.ndarray, first_word: int = 0) -> Places:
+        """Lay out pieces of these lengths in rows that begin with these of them; the first row is at `first_word`."""
+        counts, ends = bounds[1:] - bounds[:-1], sums(lengths)
         row_ends = ends[bounds]
-        self.row_lengths = row_ends[1:] - row_ends[:-1]
-        """(B,)"""
-        self.shortest = int(np.minimum.reduce(self.row_lengths))
-        """Tokens of the shortest row."""
-        self.is_full = self.shortest > 0
-        """Whether there is no row of padding alone."""
-        self.columns = ends[:-1] - row_ends[:-1].repeat(self.counts)
-        """(P,): the first column of each piece in its row."""
-        self.gaps = -self.row_lengths & (ROW_ALIGN - 1)
-        """(B,): words from the end of each row to the start of the next."""
-        self.starts = sums(self.row_lengths + self.gaps, first_word)
-        """(B + 1,): where each row starts in the slot, in words, and where the last one ends; multiples of ROW_ALIGN"""
+        row_lengths = row_ends[1:] - row_ends[:-1]
+        columns = ends[:-1] - row_ends[:-1].repeat(counts)
+        starts = sums(row_lengths + (-row_lengths & (ROW_ALIGN - 1)), first_word)
+        return cls(lengths, bounds, counts, row_lengths, columns, starts, int(np.minimum.reduce(row_lengths)) > 0)
+
+    def split(self, batches: int, first_word: int) -> list[Places]:
+        """Return the places of as many batches, of equally many rows each; the first row of each is at `first_word`."""
+        if batches == 1:
+            return [self]
+        rows = len(self.counts) // batches
+        firsts = self.bounds[::rows].tolist()
+        bounds = of_batches(self.bounds, batches)
+        starts = of_batches(self.starts, batches) + first_word
+        full = (self.row_lengths.reshape(batches, rows).min(axis=1) > 0).tolist()
+        found = []
+        for batch, (first, end) in enumerate(pairwise(firsts)):
+            own, of_rows = slice(first, end), slice(batch * rows, (batch + 1) * rows)
+            found.append(
+                Places(
+                    *(self.lengths[own], bounds[batch], self.counts[of_rows], self.row_lengths[of_rows]),
+                    *(self.columns[own], starts[batch], full[batch]),
+                )
+            )
+        return found
+
+    @property
+    def gaps(self) -> np.ndarray:
+        """Words from the end of each row to the start of the next, (rows,)."""
+        return -self.row_lengths & (ROW_ALIGN - 1)
 
     @property
     def first_pieces(self) -> np.ndarray:
@@ -77,22 +105,40 @@ class Places:
         segments: np.ndarray = self.counts - beyond + (self.row_lengths < seq_len)
         return segments
 
-    def max_seqlen(self, seq_len: int) -> int:
-        """Return the length of the longest segment."""
-        longest = np.maximum.reduce(np.minimum(self.lengths, seq_len - self.columns), initial=0)
-        return max(seq_len - self.shortest, int(longest))
+
+def of_batches(bounds: np.ndarray, batches: int) -> np.ndarray:
+    """Return the bounds of rows, (rows + 1,), by batch and from 0 in each: (batches, rows of a batch + 1)."""
+    rows = (len(bounds) - 1) // batches
+    found = np.empty((batches, rows + 1), np.int64)
+    found[:, :-1] = bounds[:-1].reshape(batches, rows)
+    found[:, -1] = bounds[rows::rows]
+    found -= bounds[:-1:rows, None]
+    return found
 
 
-def facts_of(
-    pieces: Pieces,
-    places: Places,
-    slot: int,
-    used_bytes: int,
-    loss_tokens: list[int],
-    weight_sum: float | None,
-    seq_len: int,
-) -> tuple[BatchFacts, list[tuple[int, int]]]:
-    """Return facts and counts as `Slot.fill` does: `loss_tokens` are of each shard; weight_sum None: all weigh 1."""
+class Filled(NamedTuple):
+    """What is known of a batch once it is in a slot."""
+
+    used_bytes: int
+    """Bytes of the slot, from the front, that the device needs."""
+    loss_tokens: list[int]
+    """Targets in the loss, of each shard's rows."""
+    weight_sum: float | None
+    """Sum of their weights; None: all weigh 1."""
+
+
+class Known(NamedTuple):
+    """What the host knows of a batch once it is laid out; see `BatchFacts` for fields of the same name."""
+
+    tokens: list[int]
+    """In `inputs`, of each shard's rows."""
+    max_seqlen: int
+    pieces: bytes
+    pieces_per_row: bytes
+
+
+def known_of(pieces: Pieces, places: Places, batches: int, shards: int, seq_len: int) -> list[Known]:
+    """Return the facts of as many batches, whose rows are those of `shards` shards, equally many each."""
     table = np.empty((len(pieces.lengths), 4), np.int64)
     table[:, 0] = pieces.conversations
     table[:, 1] = places.columns
@@ -100,18 +146,26 @@ def facts_of(
     table[:, 3] = pieces.offsets
     # with tails a row is longer than its pieces
     of_rows = places.row_lengths if places.lengths is pieces.lengths else np.diff(sums(pieces.lengths)[pieces.bounds])
-    tokens = np.add.reduce(np.minimum(of_rows, seq_len).reshape(len(loss_tokens), -1), axis=1).tolist()
-    facts = BatchFacts(
-        slot=slot,
-        used_bytes=used_bytes,
-        num_loss_tokens=sum(loss_tokens),
-        num_tokens=sum(tokens),
-        weight_sum=float(sum(loss_tokens)) if weight_sum is None else weight_sum,
-        max_seqlen=places.max_seqlen(seq_len),
-        pieces=table.tobytes(),
-        pieces_per_row=places.counts.tobytes(),
-    )
-    return facts, list(zip(tokens, loss_tokens, strict=True))
+    tokens = np.add.reduce(np.minimum(of_rows, seq_len).reshape(batches, shards, -1), axis=2).tolist()
+    firsts = places.bounds[:: len(places.counts) // batches]
+    counts, longest = places.counts.reshape(batches, -1), _longest_segments(places, firsts, batches, seq_len)
+    return [
+        Known(of_shards, longest_segment, table[begin:end].tobytes(), of_rows.tobytes())
+        for of_shards, longest_segment, (begin, end), of_rows in zip(
+            tokens, longest, pairwise(firsts.tolist()), counts, strict=True
+        )
+    ]
+
+
+def _longest_segments(places: Places, firsts: np.ndarray, batches: int, seq_len: int) -> list[int]:
+    """Return the length of the longest segment of each batch, whose first pieces are `firsts`, (batches + 1,)."""
+    segments = np.minimum(places.lengths, seq_len - places.columns)
+    # a batch of padding has no piece
+    longest = np.maximum.reduceat(np.append(segments, 0), firsts[:-1])
+    longest[firsts[1:] == firsts[:-1]] = 0
+    padding = seq_len - np.minimum.reduce(places.row_lengths.reshape(batches, -1), axis=1)
+    found: list[int] = np.maximum(longest, padding).tolist()
+    return found
 
 
 def too_many_pieces(segments: int, layout: Layout) -> ValueError:

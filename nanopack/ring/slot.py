@@ -1,7 +1,7 @@
-"""Write one batch into a slot: its token words, and the tables of rows, pieces and cu_seqlens.
+"""Write batches into slots: their token words, and the tables of rows, pieces and cu_seqlens.
 
-    Pieces: rows of runs, and where their words are   ->   Slot.fill()   ->   kernels/pack.py
-     producer/shard.py                                                       which reads the bytes; BatchFacts
+    Pieces: rows of runs, and where their words are   ->   Slot.lay_out(), fill()   ->   kernels/pack.py
+     producer/shard.py                                                                   which reads the bytes
 
 layout.py defines the format. numpy alone: neither torch nor a GPU.
 """
@@ -10,17 +10,25 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 from nanopack.packing.rows import sums
-from nanopack.ring.facts import BatchFacts
 from nanopack.ring.layout import ALIGN_BYTES, ROW_ALIGN, Layout, round_up
 from nanopack.ring.pieces import Pieces
-from nanopack.ring.places import Places, facts_of, too_many_pieces
+from nanopack.ring.places import Filled, Known, Places, known_of, too_many_pieces
 
 # Mean words of a piece from which on copying each by itself is faster than one gather of all words.
 LONG_PIECES = 350
+
+
+class LaidWords(NamedTuple):
+    """A batch whose words are still to be written into a slot."""
+
+    known: Known
+    pieces: Pieces
+    places: Places
 
 
 class Slot:
@@ -36,15 +44,24 @@ class Slot:
         self._nothing = np.zeros(ROW_ALIGN, layout.word_dtype)
         self._loss_bit = layout.word_dtype.type(layout.loss_bit)
 
-    def fill(self, pieces: Pieces, shards: int = 1) -> tuple[BatchFacts, list[tuple[int, int]]]:
-        """Write a batch of B rows, and return its facts (without progress and state) and counts.
+    def lay_out(self, pieces: Pieces, batches: int, shards: int = 1) -> list[LaidWords]:
+        """Return as many batches of B rows, to be written into slots like this one.
 
-        A row without pieces becomes padding. The rows are those of `shards` shards, equally many each; the counts are,
-        of each shard's: tokens in `inputs`, and targets in the loss. Raises ValueError where the batch has more
-        segments than cu_seqlens has room for.
+        A row without pieces becomes padding. The rows of a batch are those of `shards` shards, equally many each.
         """
         layout = self.layout
-        places = Places(self._taken(pieces.lengths), pieces.bounds, layout.first_word)
+        places = Places.of(self._taken(pieces.lengths), pieces.bounds, layout.first_word)
+        known = known_of(pieces, places, batches, shards, layout.seq_len)
+        rows = range(0, pieces.num_rows, layout.batch_size)
+        parts = [pieces] if batches == 1 else [pieces.part(row, row + layout.batch_size) for row in rows]
+        return list(map(LaidWords, known, parts, places.split(batches, layout.first_word)))
+
+    def fill(self, laid: LaidWords) -> Filled:
+        """Write a batch.
+
+        Raises ValueError where it has more segments than cu_seqlens has room for.
+        """
+        layout, (known, pieces, places) = self.layout, laid
         segments = None
         if layout.max_segments is not None:
             segments = places.segments(layout.seq_len)
@@ -54,8 +71,7 @@ class Slot:
                 segments = self._with_real_lengths(segments, pieces, places)
         self._write_words(pieces, places)
         used = self._write_tables(places, pieces.weights, segments)
-        loss_tokens, weight_sum = self._count_loss_tokens(places, pieces.weights, shards)
-        return facts_of(pieces, places, self.number, 4 * used, loss_tokens, weight_sum, layout.seq_len)
+        return Filled(4 * used, *self._count_loss_tokens(places, pieces.weights, len(known.tokens)))
 
     def _taken(self, lengths: np.ndarray) -> np.ndarray:
         """Return how many words of a row documents of these lengths take, tails included."""
@@ -115,7 +131,7 @@ class Slot:
         `begins` as `_begins` returns it. So a batch of the stream is copied where documents come in their own order.
         """
         rows, length = len(places.row_lengths), self.layout.seq_len + 1
-        if places.tokens < rows * length or rows == 1 or np.count_nonzero(begins) > rows:
+        if int(places.row_lengths.min()) < length or rows == 1 or np.count_nonzero(begins) > rows:
             return False
         starts = pieces.starts[places.bounds[:-1]]
         steps = starts[1:] - starts[:-1]

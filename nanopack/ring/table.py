@@ -1,7 +1,7 @@
-"""Write one batch into a slot as a table of runs, where its words are on the device already.
+"""Write batches into slots as tables of runs, where its words are on the device already.
 
-    Pieces: rows of runs, and where their words are   ->   TableSlot.fill()   ->   kernels/gather.py
-     producer/shard.py                                                             which reads the table; BatchFacts
+    Pieces: rows of runs, and where their words are   ->   TableSlot.lay_out(), fill()   ->   kernels/gather.py
+     producer/shard.py                                                                        which reads the table
 
 kernels/gather.py defines the format. No word is copied; few are looked at: the first of each row, and those of pieces
 that are not whole documents, whose tokens in the loss nobody has counted. numpy alone: neither torch nor a GPU.
@@ -9,18 +9,33 @@ that are not whole documents, whose tokens in the loss nobody has counted. numpy
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 from nanopack.packing.rows import sums
-from nanopack.ring.facts import BatchFacts
 from nanopack.ring.layout import ENTRY_BYTES, Layout
 from nanopack.ring.pieces import Pieces
-from nanopack.ring.places import Places, facts_of, too_many_pieces
+from nanopack.ring.places import Filled, Known, Places, known_of, of_batches, too_many_pieces
 
 # Marks of a piece in the bits of its weight: its first word is not in the loss, and none is.
 FIRST, NONE = np.int32(-(2**31)), np.int32(2**31 - 1)
+
+
+class LaidTable(NamedTuple):
+    """A table that is still to be written into a slot."""
+
+    known: Known
+    head: np.ndarray
+    """(B + 1, 4) int32: the rows."""
+    entries: np.ndarray
+    """(P, 4) int32: the pieces."""
+    segments: int
+    loss_tokens: list[int]
+    """Targets in the loss, of each shard's rows."""
+    weight_sum: float | None
 
 
 class TableSlot:
@@ -34,41 +49,63 @@ class TableSlot:
         self._entries = buffer[: len(buffer) // ENTRY_BYTES * ENTRY_BYTES].view(np.int32).reshape(-1, 4)
         self._loss_bit = layout.word_dtype.type(layout.loss_bit)
 
-    def fill(self, pieces: Pieces, shards: int = 1) -> tuple[BatchFacts, list[tuple[int, int]]]:
-        """As `Slot.fill`; of `pieces`, `loss_tokens` are known, and the device holds all its arrays end to end."""
+    def lay_out(self, pieces: Pieces, batches: int, shards: int = 1) -> list[LaidTable]:
+        """As `Slot.lay_out`; of `pieces`, `loss_tokens` are known, and the device holds all its arrays end to end."""
         layout = self.layout
-        places = Places(pieces.lengths, pieces.bounds, 0)
-        segments = places.count_segments(layout.seq_len)
-        num_segments = int(segments.sum())
-        if layout.max_segments is not None and num_segments > layout.max_segments:
-            raise too_many_pieces(num_segments, layout)
-        used = self._write(pieces, places, segments)
+        places = Places.of(pieces.lengths, pieces.bounds)
+        segments = places.count_segments(layout.seq_len).reshape(batches, -1)
         of_pieces = self._count_loss_tokens(pieces, places)
-        weight_sum = None
+        firsts, entries = pieces.bounds[:: layout.batch_size].tolist(), self._entries_of(pieces, places)
+        of_shards = np.diff(sums(of_pieces)[pieces.bounds[:: layout.batch_size // shards]]).reshape(batches, shards)
+        weight_sums: list[float | None] = [None] * batches
         if pieces.weights is not None:
             # the product of a count and a float32 is exact in a float64, and fsum adds exactly
-            weight_sum = math.fsum((of_pieces * pieces.weights.astype(np.float64)).tolist())
-        of_shards = np.diff(sums(of_pieces)[pieces.bounds[:: layout.batch_size // shards]]).tolist()
-        return facts_of(pieces, places, self.number, used, of_shards, weight_sum, layout.seq_len)
+            weighted = (of_pieces * pieces.weights.astype(np.float64)).tolist()
+            weight_sums = [math.fsum(weighted[begin:end]) for begin, end in itertools.pairwise(firsts)]
+        return [
+            LaidTable(*batch)
+            for batch in zip(
+                known_of(pieces, places, batches, shards, layout.seq_len),
+                self._heads(places, segments),
+                [entries[begin:end] for begin, end in itertools.pairwise(firsts)],
+                segments.sum(axis=1).tolist(),
+                of_shards.tolist(),
+                weight_sums,
+                strict=True,
+            )
+        ]
 
-    def _write(self, pieces: Pieces, places: Places, segments: np.ndarray) -> int:
-        """Write the table; return its bytes."""
-        batch_size, num = self.layout.batch_size, len(pieces.lengths)
-        first = batch_size + 1
-        head, entries = self._entries[:first], self._entries[first : first + num]
-        head[:-1, 0] = places.row_lengths
-        head[:-1, 1] = first + places.bounds[:-1]
-        head[:-1, 2] = places.counts
-        ends = sums(segments)
-        head[:-1, 3] = ends[:-1]
-        head[-1] = ends[-1], 0, 0, 0
+    def fill(self, laid: LaidTable) -> Filled:
+        """As `Slot.fill`."""
+        layout, first, num = self.layout, self.layout.batch_size + 1, len(laid.entries)
+        if layout.max_segments is not None and laid.segments > layout.max_segments:
+            raise too_many_pieces(laid.segments, layout)
+        self._entries[:first] = laid.head
+        self._entries[first : first + num] = laid.entries
+        return Filled((first + num) * ENTRY_BYTES, laid.loss_tokens, laid.weight_sum)
+
+    def _heads(self, places: Places, segments: np.ndarray) -> np.ndarray:
+        """Return the entries of the rows of each batch, (batches, B + 1, 4) int32; `segments` are (batches, B)."""
+        batches, rows = segments.shape
+        heads = np.zeros((batches, rows + 1, 4), np.int32)
+        heads[:, :-1, 0] = places.row_lengths.reshape(batches, rows)
+        heads[:, :-1, 1] = of_batches(places.bounds, batches)[:, :-1] + rows + 1
+        heads[:, :-1, 2] = places.counts.reshape(batches, rows)
+        ends = np.add.accumulate(segments, axis=1)
+        heads[:, 1:-1, 3] = ends[:, :-1]
+        heads[:, -1, 0] = ends[:, -1]
+        return heads
+
+    def _entries_of(self, pieces: Pieces, places: Places) -> np.ndarray:
+        """Return the entries of the pieces, (P, 4) int32."""
+        entries = np.empty((len(pieces.lengths), 4), np.int32)
         entries[:, 0] = places.columns
         entries[:, 1] = self._weights(pieces)
         origins = pieces.starts - places.columns
         if pieces.array is not None:
             origins += sums(np.array([len(array) for array in pieces.arrays]))[pieces.array]
         entries.view(np.int64)[:, 1] = origins
-        return (first + num) * ENTRY_BYTES
+        return entries
 
     def _weights(self, pieces: Pieces) -> np.ndarray:
         """Return the bits of the weights, marked, (P,) int32."""

@@ -70,11 +70,13 @@ class Cache:
 
     def __init__(self, folder: str | os.PathLike[str], source: Source, settings: Settings, data: str) -> None:
         """`folder` is Loader's `cache`; `data` is a digest of the source."""
-        self._arguments = os.fspath(folder), source, settings, data
+        # another process may be started in another working directory
+        folder = os.path.abspath(folder)
+        self._arguments = folder, source, settings, data
         self.source, self.settings = source, settings
         parts = json.dumps([dataclasses.asdict(settings) | {"clock": ""}, len(source), data], sort_keys=True)
-        self.path = os.path.join(os.fspath(folder), hashlib.sha256(parts.encode()).hexdigest()[:16])
-        self._owner, self._told = -1, False
+        self.path = os.path.join(folder, hashlib.sha256(parts.encode()).hexdigest()[:16])
+        self._owner, self._logged = -1, False
         self._file: Any = None
         self._kept = np.zeros(len(source), bool)
 
@@ -146,15 +148,15 @@ class Cache:
 
     def finish_before(self) -> bool:
         """Make the store of what an earlier run spooled, where that is all; say nothing where it is not."""
-        self._told, told = True, self._told
+        self._logged, logged = True, self._logged
         try:
             return os.path.isdir(os.path.join(self.path, SPOOL)) and self.finish()
         finally:
-            self._told = told
+            self._logged = logged
 
     def _say_what_lacks(self, count: int) -> None:
-        if not self._told:
-            self._told = True
+        if not self._logged:
+            self._logged = True
             log.info(
                 "cache: %d conversations are not in %s yet: other ranks have not read them, or they are bad; there is "
                 "no store until all are there",

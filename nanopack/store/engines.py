@@ -54,14 +54,14 @@ def run_in_processes(workers: int) -> Engine:
 
 def _reporter(read: Any, on_read: Callable[[int], object]) -> Callable[[], object]:
     """Return the function that reports what was read since it was called last."""
-    told = 0
+    reported = 0
 
     def report() -> None:
-        nonlocal told
+        nonlocal reported
         # without its lock, which a killed worker may hold
         now = read.get_obj().value
-        on_read(now - told)
-        told = now
+        on_read(now - reported)
+        reported = now
 
     return report
 

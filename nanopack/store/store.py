@@ -128,7 +128,7 @@ class Store(Documents):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Map all files. ValueError where it is no store, StorageError where a file is missing or has another size."""
-        self.path = os.fspath(path)
+        self.path, self._place = os.fspath(path), os.path.abspath(path)
         self.manifest = Manifest.read(self.path)
         self.manifest.check_sizes(self.path)
         self.settings = settings = self.manifest.settings
@@ -143,6 +143,9 @@ class Store(Documents):
         self.sources = self._column("sources") if self.names else None
         mapped = (*self.manifest.shards, *self.manifest.columns)
         self.files = MappedFiles(os.path.join(self.path, one.name) for one in mapped)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self._place,)
 
     def _map(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
         path = os.path.join(self.path, name)

@@ -14,7 +14,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from nanopack.errors import interrupt_in
 from nanopack.producer.feed import End, Feed
+from nanopack.producer.packed_state import PackedState
 from nanopack.ring.facts import BatchFacts
 from nanopack.upload.device import Device
 from nanopack.upload.refills import HostTables
@@ -33,9 +35,9 @@ class Prefetcher:
         self._facts: deque[BatchFacts] = deque()
         self._end: Callable[[], BaseException] | None = None
         self._waits = False
-        self.state: bytes | None = None
-        """The producer's state after the batch delivered last; None before the first one. See `BatchFacts.state`."""
-        self._end_state: bytes | None = None
+        self.state: PackedState | None = None
+        """The producer's state after the batch delivered last; None before the first one."""
+        self._end_state: PackedState | None = None
         self.waited_s = 0.0
         """Seconds in which no filled slot was ready."""
 
@@ -68,7 +70,7 @@ class Prefetcher:
             self._note_interrupt(error)
             raise
         # only now can nothing keep the batch from the caller
-        self.state = facts.state
+        self.state = PackedState.of(facts)
         return outputs, facts
 
     def is_over(self) -> bool:
@@ -117,8 +119,9 @@ class Prefetcher:
             self._facts.append(facts)
 
     def _note_interrupt(self, error: BaseException) -> None:
-        """End the batches where Ctrl-C may have come between receiving a message and acting on it."""
-        if not isinstance(error, Exception) and not (self._waits and self._feed.waits):
+        """End the batches where an interrupt may have come between receiving a message and acting on it."""
+        interrupts = not isinstance(error, Exception) or interrupt_in(error) is not None
+        if interrupts and not (self._waits and self._feed.waits):
             self._end = _interrupted
         self._waits = False
 
@@ -143,6 +146,9 @@ class Prefetcher:
         return got
 
     def _fail(self, error: Exception) -> None:
+        """End the batches with an error; raise it at once where it interrupts the program."""
+        if interrupt_in(error) is not None:
+            raise error
         self._end = lambda: error
 
     def _at_the_end(self) -> BaseException:

@@ -146,6 +146,47 @@ def test_max_steps_beyond_a_pass_begins_another(tmp_path):
     assert batches.seen == [digest(batch.targets) for batch in [*a_pass, *a_pass[:4]]]
 
 
+class Interrupted(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def train_in_part(loader: Any, folder: Path) -> None:
+    trainer = make_trainer(folder, callbacks=[Interrupted()])
+    Batches(loader).attach(trainer)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    "before", [lambda loader, _: next(loader), train_in_part], ids=["a look", "an interrupted run"]
+)
+def test_a_training_that_is_not_resumed_has_all_batches_whatever_was_taken_before(before, tmp_path):
+    a_pass = [digest(batch.targets) for batch in by_definition(epochs=1)]
+    with make_loader(epochs=1) as loader:
+        before(loader, tmp_path)
+        trainer, batches = make_trainer(tmp_path, max_steps=-1, num_train_epochs=1), Seen(loader)
+        batches.attach(trainer)
+        trainer.train()
+        assert batches.seen == a_pass
+        trainer.train()
+        assert batches.seen == a_pass * 2
+
+
+def test_a_state_that_was_loaded_before_training_is_where_it_begins(tmp_path):
+    a_pass = [digest(batch.targets) for batch in by_definition(epochs=1)]
+    with make_loader(epochs=1) as loader:
+        for _ in range(4):
+            next(loader)
+        state = loader.state_dict()
+    with make_loader(epochs=1) as loader:
+        loader.load_state_dict(state)
+        trainer, batches = make_trainer(tmp_path, max_steps=-1, num_train_epochs=1), Seen(loader)
+        batches.attach(trainer)
+        trainer.train()
+    assert batches.seen == a_pass[4:]
+
+
 def test_an_endless_loader_needs_max_steps_and_has_no_length(tmp_path):
     with make_loader() as loader:
         trainer = make_trainer(tmp_path, max_steps=-1)

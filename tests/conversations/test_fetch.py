@@ -25,6 +25,22 @@ class Drawing:
         return {"text": " ".join(f"{number:.6f}" for number in numbers)}
 
 
+class Keeping:
+    """Texts of random numbers from generators that the data set keeps; one is made when it is first needed."""
+
+    def __init__(self):
+        self.python, self.old, self.torch = random.Random(0), np.random.RandomState(0), torch.Generator().manual_seed(0)
+        self.new, self.system = None, random.SystemRandom()
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        self.new = self.new or np.random.default_rng(0)
+        numbers = self.python.random(), self.old.rand(), self.new.random(), torch.rand(1, generator=self.torch).item()
+        return {"text": " ".join(f"{number:.6f}" for number in numbers)}
+
+
 def drawn(data, workers, **arguments):
     with Loader(data, TOKENIZER, epochs=1, num_workers=workers, **(SMALL | arguments)) as loader:
         return list(loader), len(loader)
@@ -40,6 +56,9 @@ DATA_SETS = {
     "alone": Drawing,
     "mixed": lambda: nanopack.mixture([(Drawing(), 1), ([{"text": "a"}] * 8, 1)]),
     "transformed": transformed,
+    "keeping": Keeping,
+    "keeping, mixed": lambda: nanopack.mixture([(Keeping(), 1), (Keeping(), 1)]),
+    "keeping, split": lambda: torch.utils.data.ConcatDataset(torch.utils.data.random_split(Keeping(), [40, 24])),
 }
 
 
@@ -53,22 +72,24 @@ def test_a_random_data_set_gives_the_same_batches_in_however_many_processes(make
         assert length == len(got)
 
 
-def test_two_conversations_never_draw_the_same_and_another_seed_draws_others():
+@pytest.mark.parametrize("make", [Drawing, Keeping])
+def test_two_conversations_never_draw_the_same_and_another_seed_draws_others(make):
     texts = []
     for seed in (None, 1, 2):
-        with Loader(Drawing(), TOKENIZER, 1, 64, packing="pad", epochs=1, num_workers=2, seed=seed) as loader:
+        with Loader(make(), TOKENIZER, 1, 64, packing="pad", epochs=1, num_workers=2, seed=seed) as loader:
             texts += [tuple(batch.inputs.flatten().tolist()) for batch in loader]
     assert len(set(texts)) == len(texts) == 3 * 64
 
 
-def test_a_random_data_set_resumes_and_is_explained_as_it_was():
-    expected, _ = drawn(Drawing(), 0)
-    with Loader(Drawing(), TOKENIZER, epochs=1, num_workers=2, **SMALL) as loader:
+@pytest.mark.parametrize("make", [Drawing, Keeping])
+def test_a_random_data_set_resumes_and_is_explained_as_it_was(make):
+    expected, _ = drawn(make(), 0)
+    with Loader(make(), TOKENIZER, epochs=1, num_workers=2, **SMALL) as loader:
         batch = [next(loader) for _ in range(20)][-1]
         asked = [loader.explain(batch, 0, column).input.id for column in range(8)]
         state = loader.state_dict()
     assert asked == batch.inputs[0].tolist()
-    with Loader(Drawing(), TOKENIZER, epochs=1, num_workers=1, **SMALL) as loader:
+    with Loader(make(), TOKENIZER, epochs=1, num_workers=1, **SMALL) as loader:
         loader.load_state_dict(state)
         assert compare(iter(expected[20:]), iter(list(loader))).difference is None
 
@@ -91,3 +112,12 @@ def test_the_trainers_random_numbers_are_left_alone(workers):
         assert len(loader)
     list(reference.batches(Drawing(), TOKENIZER, epochs=1, **SMALL))
     assert numbers() == expected
+
+
+def test_the_generators_that_a_data_set_keeps_are_left_alone_in_the_trainer():
+    data, untouched = Keeping(), Keeping()
+    data[0], untouched[0]
+    with Loader(data, TOKENIZER, epochs=1, num_workers=0, **SMALL) as loader:
+        assert len(list(loader)) == len(loader)
+    list(reference.batches(data, TOKENIZER, epochs=1, **SMALL))
+    assert data[1] == untouched[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,43 @@ def test_paths_globs_and_lists_give_their_conversations_in_order(
     folder: Path, conversations: object, expected: str
 ) -> None:
     assert texts(conversations) == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("conversations", "said"),
+    [
+        (["a.jsonl", "b.jsonl"], ""),
+        (["[ab].jsonl", "a.jsonl"], "1 of the files are given again.*a.jsonl, after a.jsonl"),
+        (["a.jsonl"] * 3, "2 of the files are given again"),
+        (["a.jsonl", "linked/a.jsonl"], "1 of the files are given again.*linked/a.jsonl, after a.jsonl"),
+    ],
+)
+def test_a_file_that_is_given_twice_is_named(
+    folder: Path, caplog: pytest.LogCaptureFixture, conversations: object, said: str
+) -> None:
+    Path("linked").symlink_to(folder)
+    assert texts(conversations)
+    assert re.search(said, caplog.text) and bool(said) == bool(caplog.text)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_said_to_be_empty(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scandir(path: object) -> object:
+        raise OSError(24, "Too many open files", path)
+
+    # glob takes it for a folder without files
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(os, "listdir", scandir)
+    with pytest.raises(OSError, match=r"Too many open files.*empty"):
+        open_conversations("empty/*.jsonl")
+
+
+@pytest.mark.parametrize("has_length", [False, True])
+def test_a_data_set_that_can_only_be_iterated_is_refused_when_it_is_opened(has_length: bool) -> None:
+    torch = pytest.importorskip("torch")
+    members = {"__iter__": lambda self: iter([HI]), **({"__len__": lambda self: 1} if has_length else {})}
+    kind = type("Streamed", (torch.utils.data.IterableDataset,), members)
+    with pytest.raises(ValueError, match=r"\[int\].*list\(...\) of it"):
+        open_conversations(kind())
 
 
 def test_a_file_whose_name_looks_like_a_glob_is_meant_itself(folder: Path) -> None:

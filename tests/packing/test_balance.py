@@ -34,10 +34,10 @@ def costs():
 
 
 heaps_of_rows = st.integers(1, 6).flatmap(
-    lambda heaps: st.tuples(
-        st.just(heaps),
+    lambda groups: st.tuples(
+        st.just(groups),
         st.integers(1, 5).flatmap(
-            lambda rows: st.lists(st.floats(0, 1e9) | st.integers(0, 3), min_size=heaps * rows, max_size=heaps * rows)
+            lambda rows: st.lists(st.floats(0, 1e9) | st.integers(0, 3), min_size=groups * rows, max_size=groups * rows)
         ),
     )
 )
@@ -45,29 +45,29 @@ heaps_of_rows = st.integers(1, 6).flatmap(
 
 @given(heaps_of_rows)
 def test_each_heap_gets_equally_many_rows_and_each_row_lands_in_one(drawn):
-    heaps, rows = drawn
-    dealt = deal(np.array(rows, float), heaps).tolist()
-    assert [len(heap) for heap in dealt] == [len(rows) // heaps] * heaps
+    groups, rows = drawn
+    dealt = deal(np.array(rows, float), groups).tolist()
+    assert [len(group) for group in dealt] == [len(rows) // groups] * groups
     assert sorted(itertools.chain.from_iterable(dealt)) == [*range(len(rows))]
-    assert all(heap == sorted(heap) for heap in dealt)
+    assert all(group == sorted(group) for group in dealt)
 
 
 @given(heaps_of_rows)
-def test_two_heaps_differ_by_no_more_than_the_dearest_row_from_the_cheapest(drawn):
-    heaps, rows = drawn
-    work = [sum(rows[i] for i in heap) for heap in deal(np.array(rows, float), heaps)]
+def test_two_heaps_differ_by_no_more_than_the_costliest_row_from_the_cheapest(drawn):
+    groups, rows = drawn
+    work = [sum(rows[i] for i in group) for group in deal(np.array(rows, float), groups)]
     assert max(work) - min(work) <= (max(rows) - min(rows)) * (1 + 1e-9) + 1e-6
 
 
 @given(heaps_of_rows, st.integers(1, 4))
 def test_dealt_across_ranks_a_step_has_the_same_rows_on_any_number_of_ranks(drawn, times):
-    heaps, rows = drawn
+    groups, rows = drawn
     rows = np.array(rows * times, float)
-    alone = deal_across(rows, heaps, 1).tolist()
-    for ranks in (ranks for ranks in range(1, 7) if len(rows) % (heaps * ranks) == 0):
-        shared = deal_across(rows, heaps, ranks).tolist()
+    alone = deal_across(rows, groups, 1).tolist()
+    for ranks in (ranks for ranks in range(1, 7) if len(rows) % (groups * ranks) == 0):
+        shared = deal_across(rows, groups, ranks).tolist()
         assert [sorted(itertools.chain.from_iterable(step)) for step in shared] == [step[0] for step in alone]
-        assert {len(heap) for step in shared for heap in step} == {len(rows) // heaps // ranks}
+        assert {len(group) for step in shared for group in step} == {len(rows) // groups // ranks}
 
 
 @given(st.none() | st.integers(0, 2**64 - 1), st.integers(0, 2**40), st.integers(1, 40))
@@ -153,12 +153,12 @@ def test_a_window_has_the_rows_that_its_batches_had(packing, lengths, batch_size
 
 
 @given(st.lists(st.integers(1, 16), min_size=24, max_size=24))
-def test_step_k_of_each_rank_is_its_kth_dearest_where_it_has_one_row(lengths):
+def test_step_k_of_each_rank_is_its_kth_costliest_where_it_has_one_row(lengths):
     (_, after), *_ = packed_and_balanced(Pad(), lengths, 1, 8, seed=5)
     for window in range(3):
-        dearest = sorted(lengths[8 * window :][:8], reverse=True)
+        costliest = sorted(lengths[8 * window :][:8], reverse=True)
         delivered = [batch[0][0].length for batch in after[8 * window :][:8]]
-        assert delivered == [dearest[step] for step in order_of_steps(5, window, 8)]
+        assert delivered == [costliest[step] for step in order_of_steps(5, window, 8)]
 
 
 def test_padding_costs_nothing_and_a_document_as_many_pairs_as_its_square():

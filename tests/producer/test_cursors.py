@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import random
 import socket
+import subprocess
 import sys
 import tempfile
 
 import pytest
+import torch
 from covering import only
 from faulty import TOKENIZER, within
 
-from nanopack import Loader, reference
+from nanopack import Loader, mixture, reference
 from nanopack.producer.cursors import cursors, own_cursors
 from nanopack.verify import compare
 
@@ -138,15 +142,56 @@ class Connected(list):
         self.connection = connection
 
 
-@pytest.mark.parametrize("as_file", [False, True])
-def test_a_data_set_with_an_open_socket_is_refused_where_processes_would_share_it(as_file):
+@contextlib.contextmanager
+def open_socket(as_file=False):
     ours, theirs = socket.socketpair()
     with ours, theirs, ours.makefile("rb") as file:
-        data = Connected(file if as_file else ours)
-        for workers in (1, 2):
-            with pytest.raises(ValueError, match=r"'connection' is an open socket.*num_workers=0"):
-                Loader(data, "chat32k", 1, 8, num_workers=workers)
+        yield file if as_file else ours
+
+
+@contextlib.contextmanager
+def open_pipe():
+    reading, writing = os.pipe()
+    with open(reading, "rb") as file, open(writing, "wb"):
+        yield file
+
+
+@contextlib.contextmanager
+def asked_program():
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as program:
+        yield program
+
+
+CONNECTIONS = {
+    "socket": open_socket,
+    "file of a socket": functools.partial(open_socket, as_file=True),
+    "pipe": open_pipe,
+    "program": asked_program,
+}
+DATA_SETS = {
+    "alone": Connected,
+    "split": lambda connection: torch.utils.data.Subset(Connected(connection), range(9)),
+    "mixed": lambda connection: mixture([(Connected(connection), 1), ([{"text": "a"}], 1)]),
+}
+
+
+@pytest.mark.parametrize("make", DATA_SETS.values(), ids=DATA_SETS)
+@pytest.mark.parametrize("connect", CONNECTIONS.values(), ids=CONNECTIONS)
+def test_a_data_set_with_an_open_connection_is_refused_where_processes_would_share_it(connect, make):
+    with connect() as connection:
+        data = make(connection)
+        for workers, turns in ((1, "all"), (2, "all"), (1, "each")):
+            with pytest.raises(ValueError, match=r"'connection' is an open socket or pipe.*num_workers=0"):
+                Loader(data, "chat32k", 1, 8, num_workers=workers, turns=turns)
         with Loader(data, "chat32k", 1, 8, num_workers=0, loss="all") as loader:
             next(loader)
-    with Loader(data, "chat32k", 1, 8, loss="all") as loader:
+    with Loader(make(None), "chat32k", 1, 8, loss="all") as loader:
         next(loader)
+
+
+def test_what_a_data_set_only_writes_to_may_be_shared():
+    reading, writing = os.pipe()
+    with open(reading, "rb"), open(writing, "wb") as file:
+        for shared in (file, sys.stdout):
+            with Loader(Connected(shared), "chat32k", 1, 8, loss="all") as loader:
+                next(loader)

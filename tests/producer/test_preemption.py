@@ -22,6 +22,7 @@ from nanopack import Loader
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals and /proc as on Linux")
 slow = pytest.mark.slow
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
+SIGNALS += [signal.SIGQUIT, signal.SIGXCPU]
 
 # A step is more micro-batches than are ever ready, so that the producer must live on to its end.
 PREEMPTED = """

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import http.client
 import json
 import os
 import threading
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -58,8 +60,22 @@ def of_a_database():
     raise RuntimeError("no record") from OperationalError("server closed the connection")
 
 
+def of_a_cut_answer():
+    raise RuntimeError("no record") from http.client.IncompleteRead(b"half")
+
+
+def of_a_pool():
+    raise RuntimeError("no record") from BrokenProcessPool("a worker died")
+
+
+def of_a_cloud():
+    # as azure-core defines it
+    kind = type("ServiceRequestError", (Exception,), {"__module__": "azure.core.exceptions"})
+    raise RuntimeError("no record") from kind("no connection")
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("do", [caused, in_the_handler, of_a_database])
+@pytest.mark.parametrize("do", [caused, in_the_handler, of_a_database, of_a_cut_answer, of_a_pool, of_a_cloud])
 def test_an_error_that_an_error_of_the_storage_caused_stops_the_run_too(do, workers):
 
     with within(20), pytest.raises(StorageError, match="conversation 20, RuntimeError: no record"):

@@ -83,7 +83,7 @@ class Filled:
         self._producer = Producer(reader, Start(state))
 
     def state(self):
-        state = state_of(self._producer.state_bytes())
+        state = state_of(self._producer.packed_state())
         add_digests(state, self.reader)
         return json.loads(json.dumps(state))
 
@@ -96,7 +96,7 @@ class Filled:
             return str(error)
         if facts is None:
             return self.state()
-        return facts._replace(state=b""), self._slot.buffer[: facts.used_bytes].tobytes(), self.state()
+        return facts._replace(state=b"", states=b""), self._slot.buffer[: facts.used_bytes].tobytes(), self.state()
 
 
 def check_equal(stored, recorded, batches=6):

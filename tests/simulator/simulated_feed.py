@@ -88,7 +88,7 @@ def _produce(loader: Loader) -> tuple[list[tuple[np.ndarray, BatchFacts]], Excep
             slots.append((slot.buffer[: facts.used_bytes].copy(), facts))
     except ValueError as error:
         return slots, error
-    return slots, End(producer.state_bytes())
+    return slots, End(producer.packed_state())
 
 
 class SimulatedFeed:

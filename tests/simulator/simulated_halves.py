@@ -30,7 +30,7 @@ def outputs() -> Outputs:
 
 
 class Load:
-    """The kernel: declares that it writes the counter, and finds out which half it is told to read."""
+    """The kernel: declares that it writes the counter, and finds out which half it is to read."""
 
     def __init__(self, tables: Memory, counter: Memory) -> None:
         self.tables, self.counter = tables.block.tensors[0], counter.block.tensors[0].view(torch.int64)

@@ -234,3 +234,14 @@ def dates_of_a_loader():
     how = {"template": "hf", "epochs": 1, "process_group": dist.group.WORLD, "num_workers": 0}
     with nanopack.Loader([chat] * 9, own, 1, 32, **how) as loader:
         return own.clock[:10], loader.tokenizer.decode(next(loader).inputs[0, :2].tolist())[:2]
+
+
+def refused(**of_ranks):
+    """What a loader raises whose ranks have other arguments, given as a list each: those of rank 0, of rank 1, ..."""
+    own = {name: values[dist.get_rank()] for name, values in of_ranks.items()}
+    arguments = {"batch_size": 2, "conversations": CHATS, "tokenizer": BYTES, "epochs": 1, "num_workers": 0} | own
+    try:
+        with nanopack.Loader(arguments.pop("conversations"), arguments.pop("tokenizer"), seq_len=16, **arguments):
+            return None
+    except ValueError as error:
+        return str(error)

@@ -63,13 +63,13 @@ def digest(targets: torch.Tensor) -> str:
     return hashlib.sha256(targets.numpy().tobytes()).hexdigest()[:12]
 
 
-def make_trainer(folder: Path, *, trl: bool = False, model: Any = None, **arguments: Any) -> Any:
+def make_trainer(folder: Path, *, trl: bool = False, model: Any = None, callbacks: Any = None, **arguments: Any) -> Any:
     """Return a Trainer, or with `trl` an SFTTrainer, of a tiny model."""
     arguments = {"output_dir": str(folder), **TRAINING, **arguments}
     model = make_model() if model is None else model
     if not trl:
         # Trainer wants something to evaluate, and does not look at it
-        return Trainer(model, TrainingArguments(**arguments), eval_dataset=[0])
+        return Trainer(model, TrainingArguments(**arguments), eval_dataset=[0], callbacks=callbacks)
     import datasets
     from trl import SFTConfig, SFTTrainer
 
