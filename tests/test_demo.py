@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 import math
 import os
 import pickle
 import re
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,9 +30,20 @@ def small(monkeypatch):
         monkeypatch.setattr(demo, name, value)
 
 
+@functools.cache
+def trained(steps):
+    """An uninterrupted run, and the bytes of its checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = demo.train(steps, Path(folder), device="cpu")
+        return run, demo.checkpoint(Path(folder)).read_bytes()
+
+
 @pytest.fixture
 def whole(tmp_path):
-    return demo.train(STEPS, tmp_path / "whole", device="cpu")
+    run, checkpoint = trained(STEPS)
+    (tmp_path / "whole").mkdir()
+    demo.checkpoint(tmp_path / "whole").write_bytes(checkpoint)
+    return run
 
 
 def interrupt_at(step):
@@ -118,10 +133,9 @@ class Elsewhere:
 
 
 @pytest.fixture
-def saved(tmp_path):
+def saved():
     """A checkpoint as a dict, of one step."""
-    demo.train(1, tmp_path / "saved", device="cpu")
-    return torch.load(demo.checkpoint(tmp_path / "saved"), weights_only=True)
+    return torch.load(io.BytesIO(trained(1)[1]), weights_only=True)
 
 
 OTHERS = {

@@ -15,6 +15,7 @@ from typing import Any
 import nanochat_loops
 import pytest
 import torch
+from covering import each
 from nanochat_data import (
     BATCHES,
     ENCODING,
@@ -67,8 +68,7 @@ def test_the_data_are_what_the_cases_need():
     assert set(parts) == {"text", "python", "python_output"}
 
 
-@pytest.mark.parametrize("rank", range(W))
-@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize(("name", "rank"), each(list(LOADERS), range(W)))
 def test_batches_and_progress_are_nanochats(name, rank):
     loader, data, loop, records = LOADERS[name]
     progress = Progress()
