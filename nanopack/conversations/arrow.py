@@ -15,8 +15,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from nanopack.conversations.keys import HARMLESS, RECORD, SHAPES, Row, looks_like
+from nanopack.conversations.keys import HARMLESS, RECORD, SHAPES, Row
+from nanopack.conversations.lookalikes import may_look_like
 from nanopack.conversations.mapped import MappedFiles
+from nanopack.conversations.tokens import may_divide
 
 NUMBERS = {"bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
 
@@ -86,25 +88,31 @@ def _same(value: Any) -> Any:
     return value
 
 
-def columns_read(path: str, names: Sequence[str]) -> list[str]:
+def columns_read(path: str, schema: Any) -> list[str]:
     """Return which of a table's columns are to be read; ValueError where none of them holds conversations."""
+    names: Sequence[str] = schema.names
     if not set(SHAPES) & set(names):
         raise ValueError(
             f"{path} has the columns {', '.join(names)}, but none of {', '.join(SHAPES)}; "
             "give the column with the conversations one of these names"
         )
-    return [name for name in names if _matters(name)]
+    of_tokens = "input_ids" in names
+    return [name for name in names if _matters(name) or (of_tokens and _may_be_of_tokens(schema.field(name)))]
+
+
+def _may_be_of_tokens(field: Any) -> bool:
+    """Return whether a column that is not known may say something of each token, or where an answer begins."""
+    values = str(getattr(field.type, "value_type", ""))
+    return field.name not in RECORD and (values in NUMBERS | {"float", "double"} or may_divide(field.name))
 
 
 def _matters(name: str) -> bool:
-    return RECORD[name] != HARMLESS if name in RECORD else looks_like(name, "record") != ""
+    return RECORD[name] != HARMLESS if name in RECORD else may_look_like(name, "record") != ""
 
 
-def row_type(names: Sequence[str]) -> type[Row]:
-    """Return the class of the rows of a table with these columns: it names those that nothing reads."""
-    return type(
-        "Row", (Row,), {"unread": tuple(sorted(name for name in names if name not in RECORD and not _matters(name)))}
-    )
+def row_type(names: Sequence[str], read: Sequence[str]) -> type[Row]:
+    """Return the class of the rows of a table, of whose columns some are read: it names unknown ones that are not."""
+    return type("Row", (Row,), {"unread": tuple(sorted({*names} - {*RECORD} - {*read}))})
 
 
 class ArrowRows:
@@ -128,11 +136,11 @@ class ArrowRows:
             raise ValueError(f"{self._path} cannot be read as Arrow ({error}); make or copy it again") from error
         self._file = MappedFiles([self._path])
         names = self._table.column_names
-        read = columns_read(self._path, names)
+        read = columns_read(self._path, self._table.schema)
         self._cells = [
             (name, self._table.column(name), cell_reader(self._table.schema.field(name).type)) for name in read
         ]
-        self._row = row_type(names)
+        self._row = row_type(names, read)
 
     def __reduce__(self) -> tuple[type[ArrowRows], tuple[str]]:
         return ArrowRows, (self._place,)

@@ -4,14 +4,12 @@
                                               Renderer     refuses what its template cannot write
 
 This table is the only one: a key that is not in it is unknown. Unknown keys are named once in the log and counted in
-the ledger, but those that look like one that matters, by their name and value, are refused: `toolCalls`, `is_trained`.
+the ledger, but lookalikes.py finds those that look like one that matters, and they are refused: `toolCalls`, `cot`.
 null, NaN, "", [] and {} count as absent under every key but those of kind READ and MASK.
 """
 
 from __future__ import annotations
 
-import functools
-import re
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
@@ -75,11 +73,12 @@ MESSAGE = _table(
     (IN_LOSS, "weight train training trainable is_trainable train_on_turn loss"),
     (NOT_IN_LOSS, "masked"),
     (TEMPLATE, "tool_calls tool_call function_call tools functions arguments tool_plan tool_responses tool_results"),
+    (TEMPLATE, "function_calls tool_use tool_uses tool_code tool_result tool_output tool_outputs channel"),
     (
         TEMPLATE,
         "reasoning_content reasoning reasoning_details thinking thinking_blocks thoughts thought refusal citations",
     ),
-    (TEMPLATE, "images image videos video audios audio documents prefix"),
+    (TEMPLATE, "chain_of_thought cot images image videos video audios audio documents prefix partial"),
     (PASSED, "name tool_call_id"),
     # of these one cannot say what true means, or they are about characters
     (REFUSED, "mask loss_mask loss_scale loss_weight train_detail training_detail"),
@@ -104,40 +103,6 @@ class Row(dict[str, Any]):
 
 # Of those that may come as JSON text, the texts that hold nothing.
 EMPTY_JSON = ("[]", "{}", "null", '""')
-
-# Words in a name that make an unknown key one that may matter, if its value is a flag, or numbers.
-_OF_LOSS = {"train", "trained", "training", "trainable", "loss", "mask", "masks", "masked", "weight", "weights"}
-_OF_LOSS |= {"label", "labels", "learn", "learned", "learnt", "supervised", "ignore", "ignored"}
-# And these, whatever the value.
-_OF_MEDIA = {"image", "images", "video", "videos", "audio", "audios", "pixel"}
-_WORD = re.compile(r"[A-Z]*[a-z]+|[A-Z]+")
-_YES_NO = {"true", "false", "yes", "no", "0", "1"}
-
-
-@functools.lru_cache(maxsize=4096)
-def looks_like(key: str, table: str) -> str:
-    """The known key that an unknown one of a "record", "message" or "part" looks like, or "loss", "media" or "".
-
-    >>> looks_like("toolCalls", "message"), looks_like("isTrained", "message"), looks_like("mood", "message")
-    ('tool_calls', 'loss', '')
-    """
-    kinds = {"record": RECORD, "message": MESSAGE, "part": PART}[table]
-    words = [word.lower() for word in _WORD.findall(key)]
-    if kinds.get("_".join(words), READ) not in (READ, HARMLESS, PASSED, PACKED, WANTED):
-        return "_".join(words)
-    return "loss" if _OF_LOSS & {*words} else "media" if _OF_MEDIA & {*words} else ""
-
-
-def is_flag(value: Any) -> bool:
-    """Return whether a value may say what is in the loss: yes or no, 0 or 1, or numbers in a row."""
-    if isinstance(value, str):
-        return value.lower() in _YES_NO
-    if isinstance(value, Real):
-        return value in (0, 1)
-    if isinstance(value, (list, tuple)):
-        return len(value) > 0 and isinstance(value[0], Real)
-    # of torch a dtype has no kind, and is numbers
-    return hasattr(value, "dtype") and getattr(value.dtype, "kind", "i") in "biuf"
 
 
 def bare(value: Any) -> Any:

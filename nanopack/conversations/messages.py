@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from nanopack.conversations import keys
-from nanopack.conversations.keys import MESSAGE, PART, SHAPES, bare, is_absent, is_flag, looks_like
+from nanopack.conversations.keys import MESSAGE, PART, SHAPES, bare, is_absent
+from nanopack.conversations.lookalikes import looks_like
 from nanopack.errors import ConversationError, describe, short
 
 # Llama 3 calls a tool ipython. A function call is what the assistant says, an observation what comes of it.
@@ -119,7 +120,8 @@ def _rest(message: Mapping[str, Any], role: str, ignored: set[str]) -> tuple[dic
     flags: dict[str, bool] = {}
     for key, value in ((key, bare(value)) for key, value in message.items()):
         kind = MESSAGE.get(key)
-        if kind == keys.READ or is_absent(value):
+        # harmony's channel for what is said aloud
+        if kind == keys.READ or is_absent(value) or (key == "channel" and value == "final"):
             continue
         if kind in (keys.IN_LOSS, keys.NOT_IN_LOSS):
             flags[key] = _flag(key, value, role) == (kind == keys.IN_LOSS)
@@ -142,14 +144,14 @@ _CONTENT = ("parts", "attachments")
 
 def _check_unknown(key: str, value: object, of: str) -> None:
     """Raise ConversationError where an unknown key of a message or part looks like one that matters."""
-    like = looks_like(key, of)
-    if like == "loss" and is_flag(value):
+    like = looks_like(key, value, of)
+    if like == "loss":
         fail(
             f"{key} is not known, and may say what is in the loss: {short(value)}; give the message a weight of 0 or 1"
         )
-    if like == "media" and value is not False:
+    if like == "media":
         fail(f"{key} is not known, and nanopack packs text: {short(value)}; remove it")
-    if like not in ("", "loss", "media"):
+    if like:
         fail(f"{key} is not known, and looks like {like}; name it so, or remove it")
 
 
@@ -262,6 +264,8 @@ def _fail_role(message: Mapping[str, object], key: str) -> NoReturn:
 
 
 def remedy(value: object) -> str:
-    """Return the remedy for an array or a table, which a data set in another format gives instead of lists."""
+    """Return the remedy for JSON text, or for an array or a table, which a data set in another format gives."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        return "; it is text: give what json.loads makes of it"
     known = type(value).__module__.split(".")[0] in ("numpy", "pandas", "pyarrow", "polars", "torch")
     return "; give plain lists and dicts: a datasets.Dataset does with .with_format(None)" if known else ""

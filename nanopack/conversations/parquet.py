@@ -120,7 +120,7 @@ class Rows:
     def __init__(self, version: Version, groups: RowGroups) -> None:
         self._version, self._groups = version, groups
         schema, sizes = self._footer(_parquet(version.path))
-        self._columns = tuple(columns_read(version.path, schema.names))
+        self._columns = tuple(columns_read(version.path, schema))
         self._types = [schema.field(name).type for name in self._columns]
         self._names = schema.names
         self._ends = list(accumulate(sizes))
@@ -128,7 +128,7 @@ class Rows:
 
     def _prepare(self) -> None:
         self._cells = list(map(cell_reader, self._types))
-        self._row = row_type(self._names)
+        self._row = row_type(self._names, self._columns)
         self._begins = np.zeros(0, np.int64)
         if self._groups.scratch is not None:
             self._groups.scratch.create()

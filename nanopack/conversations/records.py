@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 from nanopack.conversations import keys
 from nanopack.conversations.data_sets import Conversations, Dataset, open_conversations
 from nanopack.conversations.files import SUFFIXES
-from nanopack.conversations.keys import RECORD, Row, bare, is_absent, is_flag, looks_like
+from nanopack.conversations.keys import RECORD, Row, bare, is_absent
+from nanopack.conversations.lookalikes import looks_like
 from nanopack.conversations.messages import (
     ROLES,
     SYSTEM_ROLES,
@@ -33,7 +34,7 @@ from nanopack.conversations.messages import (
     remedy,
 )
 from nanopack.conversations.source import Source
-from nanopack.conversations.tokens import Tokens, plain_tokens, ready_tokens
+from nanopack.conversations.tokens import Tokens, plain_tokens, ready_tokens, refuse_unread
 from nanopack.errors import ConversationError, describe, short
 
 __all__ = [
@@ -117,7 +118,10 @@ def check(record: object) -> Conversation:
     else:
         found = replace(_chat(held[shape]), weight=weight)
     extras = {key: value for key, value in held.items() if key not in _READ_BY[shape]}
-    return _with_unread(_with_extras(found, extras, shape) if extras else found, record)
+    found = _with_extras(found, extras, shape) if extras else found
+    if extras and shape == "input_ids":
+        refuse_unread(held, extras)
+    return _with_unread(found, record)
 
 
 def _plain(record: dict[Any, Any]) -> Conversation | None:
@@ -145,6 +149,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
 }
 # Which other keys hold what was said before an answer of that shape, so that to ignore them would lose it.
 _ALSO_SAID = {"prompt": ("input", "history", "context"), "instruction": ("context",)}
+_ALSO_SAID |= {"messages": ("history",), "conversations": ("history",)}
 
 
 def _is_missing(key: str, value: object) -> bool:
@@ -181,8 +186,8 @@ def _with_extras(found: Conversation, extras: Mapping[str, Any], shape: str) -> 
         elif kind == keys.NOT_IN_LOSS:
             _check_masked_role(key, value, shape)
         elif kind == keys.WANTED:
-            if value is False:
-                fail(f"{key} is False: the answer is not one to learn; remove the record, or name the key otherwise")
+            if _says_no(key, value, shape):
+                fail(f"{key} is {value!r}: the answer is not one to learn; remove the record, or rename the key")
         elif not found.messages:
             fail(f"{key} belongs to messages, and the record has {shape}; remove it, or give messages instead")
         elif kind == keys.SYSTEM:
@@ -205,13 +210,18 @@ def _check_ignored(key: object, value: object, shape: str) -> None:
         fail(f"{key} is not read where the record has {shape}: {short(value)}; write it into the {shape}, or remove it")
     if key == "role" and shape in ("text", "input_ids") and isinstance(value, str) and value.strip().lower() in ROLES:
         fail(f"the record is one message, of role {short(value)}; give all of a conversation as messages")
-    like = looks_like(str(key), "record") if key not in RECORD else ""
-    if like not in ("", "loss", "media"):
-        fail(f"{key} is not known, and looks like {like}; name it so, or remove it")
-    # the number of images is not an image
-    shown = like == "media" and (value is True or not isinstance(value, Real))
-    if shown or (like == "loss" and is_flag(value)):
+    like = looks_like(str(key), value, "record") if key not in RECORD else ""
+    if like in ("loss", "media"):
         fail(f"{key} is not known, and may say what is in the loss or shown: {short(value)}; {_REMOVE}")
+    if like:
+        fail(f"{key} is not known, and looks like {like}; name it so, or remove it")
+
+
+def _says_no(key: str, value: object, shape: str) -> bool:
+    """Return whether KTO's label says that the answer is a bad one; 0 may also be the number of a class."""
+    if isinstance(value, str):
+        return value.strip().lower() == "false"
+    return value is False or (isinstance(value, Real) and value == 0 and (key == "kto_tag" or shape == "prompt"))
 
 
 _REMOVE = "nothing here can honour it; remove it"

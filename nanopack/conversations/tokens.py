@@ -6,11 +6,13 @@ record with input_ids   ->   ready_tokens()   ->   Tokens
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from nanopack.conversations.keys import HARMLESS, RECORD
 from nanopack.errors import ConversationError, short
 
 # Keys that say of each token whether it is in the loss; labels says it too.
@@ -160,3 +162,61 @@ def _array(values: object, name: str) -> np.ndarray:
     if array.ndim != 1:
         raise ConversationError(f"{name} must be flat, not of shape {array.shape}: {short(values)}")
     return array
+
+
+# Words of two kinds in a name that says where in the tokens an answer is: prompt_length, answer_start_idx, source_ids.
+_SIDES = {"prompt", "source", "context", "instruction", "question", "query", "input", "user", "prefix"}
+_SIDES |= {"answer", "completion", "response", "target", "assistant", "output", "reply"}
+_EXTENTS = {"len", "lens", "length", "lengths", "start", "starts", "begin", "end", "idx", "index", "offset", "offsets"}
+_EXTENTS |= {"ids", "tokens", "token", "span", "spans", "pos", "position", "positions", "boundary", "boundaries"}
+
+
+def may_divide(key: str) -> bool:
+    """Return whether a key of a record with input_ids may say where in them an answer is, by its name."""
+    words = {word.lower() for word in re.findall(r"[A-Z]*[a-z]+|[A-Z]+", key)}
+    return bool(words & {"span", "spans"} or (words & _SIDES and words & _EXTENTS))
+
+
+def refuse_unread(record: Mapping[str, Any], unread: Mapping[str, Any]) -> None:
+    """Raise ConversationError for a key next to input_ids that nothing reads, and that may say what is in the loss.
+
+    It has a number for each token, or says where an answer begins and no mask says it.
+    """
+    length = len(record["input_ids"])
+    masked = any(record.get(key) is not None for key in (*LOSS_MASKS, "labels"))
+    for key, value in unread.items():
+        if RECORD.get(key) == HARMLESS:
+            continue
+        numbers = _as_numbers(value)
+        if numbers is not None and numbers.shape == (length,) and length > 1:
+            raise ConversationError(
+                f"{key} has a number for each of the input_ids, and nothing reads it: {short(value)}; name it "
+                "loss_mask or labels if it says what is in the loss, or remove it"
+            )
+        if numbers is not None and _divides(numbers, length):
+            raise ConversationError(f"{key} shows several documents: the record is packed; give each document alone")
+        where = numbers is not None and numbers.size > 0 and not (numbers.ndim == 0 and int(numbers) == length)
+        if where and not masked and may_divide(str(key)):
+            raise ConversationError(
+                f"{key} may say which of the input_ids are in the loss: {short(value)}; give a loss_mask or labels, "
+                "or remove it"
+            )
+
+
+def _divides(numbers: np.ndarray, length: int) -> bool:
+    """Return whether these are the lengths of several documents, or where they begin and the last one ends."""
+    if numbers.ndim != 1 or len(numbers) < 2 or numbers.dtype.kind not in "iu":
+        return False
+    lengths = np.diff(numbers) if numbers[0] == 0 else numbers
+    return len(lengths) > 1 and int(lengths.min()) > 0 and int(lengths.sum()) == length
+
+
+def _as_numbers(value: Any) -> np.ndarray | None:
+    """Return an integer, or a list of numbers of any depth, as an array; None for anything else."""
+    if isinstance(value, (str, bytes, Mapping)) or value is None:
+        return None
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, RuntimeError):
+        return None
+    return array if array.dtype.kind in "iu" or (array.ndim and array.dtype.kind in "bf") else None

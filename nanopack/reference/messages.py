@@ -13,7 +13,15 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 from nanopack.errors import ConversationError
-from nanopack.reference.values import as_list, list_of_dicts, plain, refuse_suspects, says_nothing, scalar, string
+from nanopack.reference.values import (
+    as_list,
+    list_of_dicts,
+    plain,
+    refuse_suspects,
+    says_nothing,
+    scalar,
+    string,
+)
 
 ROLES = {
     "system": ["system"],
@@ -27,7 +35,9 @@ WRITTEN_BY_HF = {
     *("tool_calls", "function_call", "tools", "functions", "tool_plan", "tool_responses", "tool_results"),
     *("tool_call", "arguments", "thinking_blocks"),
     *("reasoning_content", "reasoning", "reasoning_details", "thinking", "thoughts", "thought", "refusal"),
-    *("citations", "images", "image", "videos", "video", "audios", "audio", "documents", "prefix"),
+    *("citations", "images", "image", "videos", "video", "audios", "audio", "documents", "prefix", "partial"),
+    *("function_calls", "tool_use", "tool_uses", "tool_code", "tool_result", "tool_output", "tool_outputs"),
+    *("channel", "chain_of_thought", "cot"),
 }
 # Nothing can honour these.
 REFUSED_IN_MESSAGE = [
@@ -39,6 +49,8 @@ REFUSED_IN_PART = [
 ]
 MARKS = ["weight", "train", "training", "trainable", "is_trainable", "train_on_turn", "loss", "masked"]
 MATTERS = {*WRITTEN_BY_HF, *REFUSED_IN_MESSAGE, *MARKS}
+# Known, though its words may look like a call.
+KNOWN = {*MATTERS, "tool_call_id"}
 
 
 class Said(NamedTuple):
@@ -102,13 +114,15 @@ def _message(index: int, message: Any) -> Said:
     for key, value in held.items():
         if key in ("role", "from", "content", "value") or says_nothing(value):
             continue
+        if (key, value) == ("channel", "final"):
+            continue
         if key in MARKS:
             marks.append(_mark(index, key, value, role) != (key == "masked"))
         elif key in REFUSED_IN_MESSAGE:
             raise ConversationError(f"message {index}: its {key} cannot be honoured")
         elif not (key in WRITTEN_BY_HF and value is False):
             rest[key] = list_of_dicts(value) if key == "tool_calls" else plain(value)
-            refuse_suspects({key: value}, MATTERS, MATTERS)
+            refuse_suspects({key: value}, MATTERS, KNOWN, "message")
     if len({*marks}) > 1:
         raise ConversationError(f"message {index}: it contradicts itself about the loss")
     content = held.get("content", held.get("value"))
@@ -141,7 +155,7 @@ def read_parts(content: Any) -> list[tuple[str, str]]:
         if refused := [key for key in REFUSED_IN_PART if not says_nothing(part.get(key))]:
             raise ConversationError(f"a part's {refused} cannot be honoured")
         present = {key: item for key, item in part.items() if not says_nothing(item)}
-        refuse_suspects(present, {*REFUSED_IN_PART}, {*REFUSED_IN_PART})
+        refuse_suspects(present, {*REFUSED_IN_PART}, {*REFUSED_IN_PART}, "part")
         parts.append((kind, part["text"]))
     return parts
 

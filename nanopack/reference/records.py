@@ -14,7 +14,7 @@ from typing import Any
 
 from nanopack.errors import ConversationError
 from nanopack.reference.messages import Said, instructed, read_messages, read_parts, role_of
-from nanopack.reference.tokens import OF_TOKENS, Tokens, read_tokens
+from nanopack.reference.tokens import NOTES, OF_TOKENS, Tokens, read_tokens, refuse_unread
 from nanopack.reference.values import (
     is_nan,
     is_none,
@@ -39,7 +39,7 @@ REFUSED_IN_RECORD = [
 SYSTEMS = ["system", "system_prompt", "system_message", "system_instruction"]
 MATTERS = {*OF_TOKENS, *REFUSED_IN_RECORD, *SYSTEMS, "tools", "chat_template_kwargs", "mask"}
 # Known, though they look as if they mattered.
-KNOWN = ["weight", "label", "kto_tag", "special_tokens_mask"]
+KNOWN = ["weight", "label", "kto_tag", *NOTES]
 
 
 @dataclass
@@ -70,6 +70,7 @@ def conversation(record: object) -> Record:
         found.text = string(held["text"], "text")
     if shape == "input_ids":
         found.tokens = read_tokens(held)
+        refuse_unread(held)
     if not says_nothing(held.get("tools")):
         found.tools = list_of_dicts(held["tools"])
     if not says_nothing(held.get("chat_template_kwargs")):
@@ -99,19 +100,28 @@ def _refuse(held: Mapping[str, Any], shape: str) -> None:
         shape in ("text", "input_ids") or not isinstance(held["mask"], str) or role_of(held["mask"]) != "user"
     ):
         raise ConversationError("its mask says nothing that can be honoured")
-    if any(held.get(key) is False for key in ("label", "kto_tag")):
+    if any(_says_no(key, held.get(key), shape) for key in ("label", "kto_tag")):
         raise ConversationError("its label says that its answer is not to be learnt")
-    said_before = {"prompt": ["input", "history", "context"], "instruction": ["context"]}.get(shape, [])
+    lost = {"prompt": ["input", "history", "context"], "instruction": ["context"]}
+    said_before = lost.get(shape, ["history"] if shape in ("messages", "conversations") else [])
     if any(not says_nothing(held.get(key)) for key in said_before):
         raise ConversationError(f"it has one of {said_before}, which its shape does not read")
     if shape in ("text", "input_ids") and role_of(held.get("role")):
         raise ConversationError("it is a message")
     present = {key: value for key, value in held.items() if not says_nothing(value)}
-    refuse_suspects(present, MATTERS, {*MATTERS, *KNOWN})
+    refuse_suspects(present, MATTERS, {*MATTERS, *KNOWN}, "record")
     if shape in ("text", "input_ids"):
         for key in (*SYSTEMS, "tools", "chat_template_kwargs"):
             if not says_nothing(held.get(key)):
                 raise ConversationError(f"its {key} belongs to messages")
+
+
+def _says_no(key: str, label: Any, shape: str) -> bool:
+    """Whether a label of KTO says that the answer is bad."""
+    if isinstance(label, str):
+        return label.strip().lower() == "false"
+    number = isinstance(label, Real) and not isinstance(label, bool)
+    return label is False or (number and label == 0 and (key == "kto_tag" or shape == "prompt"))
 
 
 def _messages(held: Mapping[str, Any], shape: str) -> list[Said]:

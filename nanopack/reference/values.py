@@ -13,11 +13,24 @@ from typing import Any
 
 from nanopack.errors import ConversationError
 
-MEDIA_WORDS = {"image", "images", "video", "videos", "audio", "audios", "pixel"}
-LOSS_WORDS = {
-    *("train", "trained", "training", "trainable", "loss", "mask", "masks", "masked", "weight", "weights"),
-    *("label", "labels", "learn", "learned", "learnt", "supervised", "ignore", "ignored"),
-}
+MEDIA_WORDS = {"image", "images", "video", "videos", "audio", "audios", "pixel", "picture", "pictures", "photo"}
+MEDIA_WORDS |= {"photos"}
+LOSS_WORDS = {"train", "trained", "training", "trainable", "loss", "mask", "masks", "masked", "weight", "weights"}
+LOSS_WORDS |= {"label", "labels", "learn", "learned", "learnt", "learnable", "supervised", "supervise", "supervision"}
+LOSS_WORDS |= {"ignore", "ignored", "skip", "skipped", "exclude", "excluded", "backprop", "grad", "gradient"}
+# With one of these a weight may be any number.
+WEIGHT_WORDS = {"example", "sample", "instance", "conversation", "record", "row", "token", "dataset", "sampling"}
+WEIGHT_WORDS |= {"mixture", "importance", "loss", "training", "train"}
+THOUGHT_WORDS = {"reasoning", "thinking", "think", "thought", "thoughts", "cot", "rationale", "scratchpad"}
+THOUGHT_WORDS |= {"monologue"}
+TOOL_WORDS = {"tool", "tools", "function", "functions"}
+SYSTEM_WORDS = {"system", "sys", "developer"}
+TEXT_WORDS = {"prompt", "prompts", "message", "messages", "instruction", "instructions", "content", "text", "msg"}
+# What is said about a thought, a tool or a system prompt.
+ABOUT_WORDS = {"id", "ids", "name", "names", "type", "types", "model", "models", "time", "tokens", "count", "num"}
+ABOUT_WORDS |= {"number", "length", "len", "effort", "budget", "level", "mode", "language", "lang", "choice"}
+ABOUT_WORDS |= {"status", "required", "enabled", "version", "source", "score", "quality", "style", "format"}
+ABOUT_WORDS |= {"category", "hash"}
 
 
 def is_nan(key: str, value: object) -> bool:
@@ -44,19 +57,51 @@ def says_nothing(value: Any) -> bool:
     return is_none(value) or str(value) == "NaT" or (isinstance(value, Real) and bool(value != value))
 
 
-def refuse_suspects(held: Mapping[Any, Any], matters: set[str], known: set[str]) -> None:
-    """Raise ConversationError for a key that is not known, and by its name and value may matter."""
+def refuse_suspects(held: Mapping[Any, Any], matters: set[str], known: set[str], of: str) -> None:
+    """Raise ConversationError for a key that is not known, and by its name and value may matter; `of` a record, ..."""
     for name, value in held.items():
         if name in known:
             continue
-        snake = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(name)).lower()
-        words = [word for word in re.split("[^a-z]+", snake) if word]
+        words = words_of(name)
         if "_".join(words) in matters:
             raise ConversationError(f"its {name} is another spelling of a key that matters")
-        loss, media = LOSS_WORDS & {*words}, MEDIA_WORDS & {*words}
-        shown = media and not loss and (value is True or not isinstance(value, Real))
-        if shown or (loss and _says_yes_or_no(value)):
+        if _may_matter(words, value, of):
             raise ConversationError(f"its {name} may matter")
+
+
+def words_of(name: Any) -> list[str]:
+    """The words of a key, in lower case."""
+    snake = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(name)).lower()
+    return [word for word in re.split("[^a-z]+", snake) if word]
+
+
+def _may_matter(words: list[str], value: Any, of: str) -> bool:
+    def any_of(others: set[str]) -> bool:
+        return any(word in others for word in words)
+
+    if any_of(LOSS_WORDS):
+        weighs = {*words} == {"weights"} or (any_of({"weight", "weights"}) and any_of(WEIGHT_WORDS))
+        scales = "loss" in words and any_of({"scale", "factor", "multiplier"})
+        return _says_yes_or_no(value) or (isinstance(value, Real) and (weighs or scales))
+    if any_of(MEDIA_WORDS):
+        return value is True or not isinstance(value, Real)
+    if any_of(ABOUT_WORDS) or isinstance(value, Real) or _says_yes_or_no(value):
+        return False
+    if any_of(THOUGHT_WORDS):
+        return True
+    if of == "record":
+        alone = len({*words}) == 1
+        if words == ["preamble"] or (any_of(SYSTEM_WORDS) and (alone or any_of(TEXT_WORDS))):
+            return True
+        return any_of(TOOL_WORDS) and _is_structured(value)
+    return any_of(TOOL_WORDS) and not (words in (["tool"], ["function"]) and isinstance(value, str))
+
+
+def _is_structured(value: Any) -> bool:
+    value = plain(value)
+    if isinstance(value, list):
+        return value != [] and _is_structured(value[0])
+    return isinstance(value, dict) or (isinstance(value, str) and value.lstrip().startswith(("{", "[")))
 
 
 def _says_yes_or_no(value: Any) -> bool:

@@ -59,6 +59,8 @@ def _meaning(record: Any) -> Any:
         raise Refuse
     if kind == "prompt" and not (nothing(record.get("input")) and nothing(record.get("history"))):
         raise Refuse
+    if kind in ("messages", "conversations") and not nothing(record.get("history")):
+        raise Refuse
     if kind in ("text", "input_ids") and record.get("role") in NAMES:
         raise Refuse
     if record.get("mask") and (kind in ("text", "input_ids") or record["mask"] not in ("User", "user", "human")):
