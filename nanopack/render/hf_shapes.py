@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from nanopack.conversations.records import Conversation
+from nanopack.errors import interrupt_in
 from nanopack.render.document import END, Plan
 from nanopack.render.hf_outline import marks
 from nanopack.render.hf_runs import num_bytes
@@ -128,7 +129,7 @@ class Shapes:
             plan = self._render(messages, conversation) if watched else None
         # A template is a program: what it raises can be anything. It will be said of the conversation itself.
         except Exception as error:
-            if isinstance(error, MemoryError):
+            if isinstance(error, MemoryError) or interrupt_in(error) is not None:
                 raise
             return None
         if watched is None or plan is None:

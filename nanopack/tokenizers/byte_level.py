@@ -30,7 +30,7 @@ from nanopack.tokenizers.byte_tables import (
     rank_tokens,
     trims_offsets,
 )
-from nanopack.tokenizers.rank_files import is_panic
+from nanopack.tokenizers.rank_files import is_refusal
 from nanopack.tokenizers.split_patterns import PatternError, grouped, of_pre_tokenizer
 
 # tiktoken's regex engine refuses some longer texts, a million spaces for instance; which depends on how a pattern is
@@ -179,7 +179,7 @@ class ByteLevel:
         try:
             buffers = self._encode_texts(texts)
         except BaseException as error:
-            if not (isinstance(error, ValueError) or is_panic(error)):
+            if not is_refusal(error):
                 raise
             # tiktoken refuses one of them; Hugging Face refuses none
             exact = iter(self._encode_exactly([text for text in texts if isinstance(text, str)]))

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import tiktoken
 
+from nanopack.errors import interrupt_in
+
 _STATE_KEYS = {"name", "pat_str", "mergeable_ranks", "special_tokens"}
 
 
@@ -124,6 +126,11 @@ def is_panic(error: BaseException) -> bool:
     """Whether tiktoken's Rust core panicked."""
     # Rust's panic is not an Exception, and its class cannot be imported.
     return type(error).__name__ == "PanicException"
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether an encoder refuses a text by this error, rather than a signal handler what the program is doing."""
+    return (isinstance(error, ValueError) or is_panic(error)) and interrupt_in(error) is None
 
 
 def first_line(error: BaseException) -> str:

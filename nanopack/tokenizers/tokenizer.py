@@ -29,7 +29,7 @@ from nanopack.tokenizers.absent import NoTokenizer
 from nanopack.tokenizers.buffers import joined, mended_text
 from nanopack.tokenizers.byte_level import LONG_TEXT
 from nanopack.tokenizers.huggingface import HuggingFaceTokenizer, is_hugging_face
-from nanopack.tokenizers.rank_files import first_line, is_panic, new_encoding, read_pickle, read_ranks
+from nanopack.tokenizers.rank_files import first_line, is_refusal, new_encoding, read_pickle, read_ranks
 from nanopack.tokenizers.split_patterns import grouped
 
 NANOCHAT_SPECIAL_TOKENS = (
@@ -139,7 +139,7 @@ class Tokenizer:
             try:
                 return [text if isinstance(text, bytes) else faster(text, _NOTHING) for text in texts]
             except BaseException as error:
-                if not (isinstance(error, ValueError) or is_panic(error)):
+                if not is_refusal(error):
                     raise
         # one of them needs repair, or the encoding's own pattern, or is refused
         return [text if isinstance(text, bytes) else self._encode_alone(text) for text in texts]
@@ -152,7 +152,7 @@ class Tokenizer:
         except UnicodeEncodeError:
             return self._encode_alone(mended_text(text), own_pattern=own_pattern)
         except BaseException as error:
-            if not (isinstance(error, ValueError) or is_panic(error)):
+            if not is_refusal(error):
                 raise
             raise ValueError(
                 f"tiktoken cannot encode this text of {len(text):,} characters ({first_line(error)}); "
