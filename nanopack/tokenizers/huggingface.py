@@ -34,7 +34,10 @@ BOS_TOKENS = ("<|bos|>", "<|begin_of_text|>", "<|endoftext|>", "<s>")
 # Every n-th text is compared with the tokenizer's own ids, starting with the first of each process.
 SPOT_CHECK = 1000
 # A chat template asks for today's date so.
-_CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_CLOCK = re.compile(r"\bstrftime_now\s*\(\s*(['\"])(.*?)\1\s*\)")
+# Or it asks whether it could: what is left otherwise is a date by another way.
+_OTHER_CLOCK = re.compile(r"\bstrftime_now\b(?!\s+is\s+(not\s+)?(un)?defined\b)")
+_RANDOM = re.compile(r"\|\s*random\b")
 
 
 def is_hugging_face(tokenizer: object) -> bool:
@@ -158,17 +161,23 @@ class HuggingFaceTokenizer:
     def chat_template(self, *, tools: bool = False) -> str:
         """Return the chat template's source, with the date of `clock` in place of today's.
 
-        ValueError where it computes the date's format, so that the date cannot be fixed.
+        ValueError where it computes the date's format, so that the date cannot be fixed, or draws at random.
         """
         source: str = self.chat.get_chat_template(tools=[{}] if tools else None)
+        if drawn := _RANDOM.search(source):
+            raise ValueError(
+                f"tokenizer {self.name!r}: its chat template draws at random ({drawn[0]!r}), so that a conversation "
+                "would not have the same tokens again; take that out of the template"
+            )
         if self.clock is None:
             return source
         now = datetime.fromisoformat(self.clock)
         fixed = _CLOCK.sub(lambda call: repr(now.strftime(call[2])), source)
-        if "strftime_now(" in fixed:
+        if _OTHER_CLOCK.search(fixed):
             raise ValueError(
-                f"tokenizer {self.name!r}: its chat template computes the format of the date that it writes, so the "
-                "date would change while the run lasts; write the format as a string in the template"
+                f"tokenizer {self.name!r}: its chat template computes the format of the date that it writes, or calls "
+                "strftime_now by another name, so the date would change while the run lasts; write "
+                "strftime_now('...') with the format as a string in the template"
             )
         return fixed
 

@@ -82,6 +82,27 @@ def test_a_date_whose_format_is_computed_is_refused():
         Renderer(load_tokenizer(make_tokenizer(computed)), "hf")
 
 
+@pytest.mark.parametrize(
+    "written", ["strftime_now('%d %b %Y')", "strftime_now ( '%d %b %Y' )", 'strftime_now\n("%d %b %Y")']
+)
+def test_the_date_of_the_run_is_written_however_the_call_is_spaced(written):
+    dated = "{% if strftime_now is defined %}{{ " + written + " }}{% endif %}" + PLAIN
+    tokenizer = load_tokenizer(make_tokenizer(dated)).at("2025-12-09T23:59:58")
+    renderer = Renderer(tokenizer, "hf")
+    assert tokenizer.decode(renderer(check([U, A])).ids.tolist()).startswith("09 Dec 2025")
+
+
+@pytest.mark.parametrize("call", ["{% set now = strftime_now %}{{ now('%Y') }}", "{{ strftime_now | string }}"])
+def test_a_clock_by_another_name_is_refused(call):
+    with pytest.raises(ValueError, match="or calls strftime_now by another name"):
+        Renderer(load_tokenizer(make_tokenizer(call + PLAIN)), "hf")
+
+
+def test_a_template_that_draws_at_random_is_refused():
+    with pytest.raises(ValueError, match="its chat template draws at random"):
+        Renderer(load_tokenizer(make_tokenizer("{{ ['Hi', 'Hello'] | random }}" + PLAIN)), "hf")
+
+
 def test_a_date_that_a_record_gives_is_written():
     dated = "{% if date_string is not defined %}{% set date_string = strftime_now('%Y') %}{% endif %}{{ date_string }}"
     said = shown(render(dated + PLAIN, [U, A], chat_template_kwargs={"date_string": "26 Jul 2024"}))
