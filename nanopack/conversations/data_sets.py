@@ -226,9 +226,9 @@ def _refuse_unusable(items: Any) -> None:
     elif _only_raises(kind.__getitem__):
         why = "can only be iterated; give a data set with [int], list(...) of it, or files"
     elif kind.__name__ == "DataFrame":
-        why = "hands out columns; give df.to_dict('records'), or df.to_dicts() in polars"
+        why = "hands out columns; give the file, df.to_dict('records'), or datasets.Dataset.from_polars(df)"
     elif kind.__module__.startswith("pyarrow"):
-        why = "hands out columns or Arrow's values; give .to_pylist() of it, or the file"
+        why = "hands out columns or Arrow's values; give datasets.Dataset(table), or the file"
     elif isinstance(items, (list, tuple)) and items and not any(map(_is_record, items)):
         why = "holds no records; give dicts such as {'messages': [...]}, or paths"
     else:

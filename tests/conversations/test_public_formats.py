@@ -253,7 +253,7 @@ def test_a_null_of_arrow_is_absent_in_every_form_of_a_dataset(form: str) -> None
 
 def test_a_table_in_memory_says_what_to_give_instead() -> None:
     pyarrow = pytest.importorskip("pyarrow")
-    with pytest.raises(ValueError, match=r"give \.to_pylist\(\) of it, or the file"):
+    with pytest.raises(ValueError, match=r"give datasets\.Dataset\(table\), or the file"):
         open_conversations(pyarrow.Table.from_pylist([{"text": "a"}]))
 
 
