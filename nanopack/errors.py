@@ -101,7 +101,9 @@ def interrupt_in(error: BaseException | None) -> BaseException | None:
 def _code_of(handler: Any) -> Any:
     while isinstance(handler, functools.partial):
         handler = handler.func
-    return getattr(handler, "__code__", None) or getattr(getattr(handler, "__call__", None), "__code__", None)  # noqa: B004
+    if callable(handler) and not hasattr(handler, "__code__"):
+        handler = type(handler).__call__
+    return getattr(handler, "__code__", None)
 
 
 def short(value: object, length: int = 60) -> str:

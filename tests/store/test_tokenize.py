@@ -210,6 +210,21 @@ def test_a_write_that_fails_in_its_middle_removes_what_it_wrote(tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
+def test_a_write_that_is_killed_in_its_middle_leaves_nothing_under_the_final_name(tmp_path):
+    def chunks():
+        yield bytes(1 << 16)
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield b"the rest"
+
+    if (child := os.fork()) == 0:
+        try:
+            folder.Folder(tmp_path).write("a.words", chunks())
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert [path.suffix for path in tmp_path.iterdir()] == [folder.TEMPORARY]
+
+
 TOKENIZE = (
     "import sys; from nanopack.store import job, tokenize;"
     "job.LEAST_CONVERSATIONS = 100; print('ready', flush=True);"
