@@ -59,7 +59,10 @@ def test_a_killed_trainer_takes_its_producer_and_its_memory_along(tmp_path, stat
 
 
 CONSTRUCTING = """
+import logging
 from pathlib import Path
+# that it waits for the data set, which it says where the machine is so slow that Ctrl-C comes late
+logging.getLogger("nanopack").setLevel(logging.ERROR)
 children = lambda: Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
 make().close()
 caught = 0
