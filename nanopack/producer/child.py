@@ -10,6 +10,7 @@ What it logs takes the same pipe: log_to()  -->  log_here().
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -159,12 +160,32 @@ def _leave_signals_to_the_trainer() -> None:
         if hasattr(signal, "siginterrupt"):
             # system calls of the data set are resumed
             signal.siginterrupt(number, False)
+    if sys.platform == "linux":
+        _leave_alternate_stack()
     # nor does a process that the data set forks, such as a pool's, ignore them
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_ignore_no_more)
     # blocked since this process was started
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FOR_THE_TRAINER)
+
+
+class _Stack(ctypes.Structure):
+    """stack_t of Linux."""
+
+    _fields_ = (("ss_sp", ctypes.c_void_p), ("ss_flags", ctypes.c_int), ("ss_size", ctypes.c_size_t))
+
+
+SS_DISABLE = 2
+
+
+def _leave_alternate_stack() -> None:
+    """Handle signals on this thread's own stack.
+
+    faulthandler gives a thread another one, of a few KiB; Python's handlers use it too. Signals that arrive together
+    are nested, and several of them overflow it, which is a SIGSEGV.
+    """
+    ctypes.CDLL(None).sigaltstack(ctypes.byref(_Stack(None, SS_DISABLE, 0)), None)
 
 
 def _ignore(number: int, frame: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import multiprocessing
 import os
 import select
@@ -154,6 +155,19 @@ def test_a_signal_to_the_producer_alone_does_not_wake_the_trainers_event_loop():
     finally:
         signal.set_wakeup_fd(before)
         read.close(), write.close()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_signals_that_arrive_together_do_not_overflow_the_stack_that_faulthandler_gave(workers):
+    assert faulthandler.is_enabled()  # by pytest
+    with Loader(CHATS, TOKENIZER, prefetch=1, num_workers=workers, **SMALL) as loader:
+        next(loader)
+        stopped = [loader.producer_pid, *(workers_of(loader.producer_pid) if workers > 1 else [])]
+        for pid in stopped:
+            for number in [signal.SIGSTOP, *SIGNALS, signal.SIGCONT]:
+                os.kill(pid, number)
+        for _ in range(20):
+            next(loader)
 
 
 def leave_open():
