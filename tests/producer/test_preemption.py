@@ -159,7 +159,7 @@ def test_a_signal_to_the_producer_alone_does_not_wake_the_trainers_event_loop():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_signals_that_arrive_together_do_not_overflow_the_stack_that_faulthandler_gave(workers):
-    assert faulthandler.is_enabled()  # by pytest
+    faulthandler.enable(sys.__stderr__)
     with Loader(CHATS, TOKENIZER, prefetch=1, num_workers=workers, **SMALL) as loader:
         next(loader)
         stopped = [loader.producer_pid, *(workers_of(loader.producer_pid) if workers > 1 else [])]
