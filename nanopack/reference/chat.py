@@ -23,7 +23,7 @@ from nanopack.tokenizers.huggingface import HuggingFaceTokenizer
 
 # What may be left out once its turn is not the last.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts", "thought", "tool_plan")
-NAME = re.compile(r"ZQX(\d{5})XQZ|918273(\d{5})(?:\.5)?")
+NAME = re.compile(r"ZQX(\d{5})QXZ|918273(\d{5})(?:\.5)?")
 
 
 class Chat:
@@ -72,7 +72,9 @@ class Chat:
                 if role == "assistant" and trains
             ]
         in_loss = [any(begin <= at < end for begin, end in spans) for at in range(len(text))]
-        encoded = self.writer.coder.chat(text, add_special_tokens=False, return_offsets_mapping=True)
+        # a tokenizer may be set to split them where it is called without a word on it
+        given = {"add_special_tokens": False, "split_special_tokens": False, "return_offsets_mapping": True}
+        encoded = self.writer.coder.chat(text, **given)
         return [
             (id, _is_said(spans, in_loss, begin, end))
             for id, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
@@ -96,7 +98,7 @@ class Chat:
                 return value
             strings.append((index, key, value.strip(), thought))
             front, back = value[: len(value) - len(value.lstrip())], value[len(value.rstrip()) :]
-            return f"{front}ZQX{len(strings) - 1:05}XQZ{back}"
+            return f"{front}ZQX{len(strings) - 1:05}QXZ{back}"
 
         def name_text(index: int, text: str, assistant: bool) -> str:
             named, plain, kept = "", "", []
@@ -138,7 +140,7 @@ class Chat:
                     new[key] = name(index, key, value, key in THOUGHTS)
             if assistant and len(strings) == before:
                 strings.append((index, "content", "", False))
-                empty = f"ZQX{len(strings) - 1:05}XQZ"
+                empty = f"ZQX{len(strings) - 1:05}QXZ"
                 new["content"] = [{"type": "text", "text": empty}] if self.writer.parts else new["content"] + empty
             found.append(new)
         return found, strings
@@ -200,6 +202,10 @@ class Chat:
             same += 1
         ends = [found.end() for found in self._controls().finditer(asked)]
         least = ends[-1] if ends else min(len(asked), len(header))
+        rest = asked[same:].strip()
+        opens = re.match(r"[^\s\]]*(think|thought)", rest, re.IGNORECASE)
+        if rest and header[same:].strip() and not opens:
+            raise ConversationError(f"message {index}: it begins in another way than it is asked for")
         if same < least or (self._prompt() and self._prompt() in header[same:]):
             raise ConversationError(f"message {index}: it begins in another way than it is asked for")
         begin = where[first][1] - len(header) + same

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from nanopack.conversations.keys import MESSAGE, TEMPLATE
 
 # Letters and digits survive every escape; numbers stay numbers, for templates that ask what they are.
-_MARK = re.compile(r"ZQX(\d{5})XQZ|918273(\d{5})(?:\.5)?")
+_MARK = re.compile(r"ZQX(\d{5})QXZ|918273(\d{5})(?:\.5)?")
 _CALLS = ("tool_calls", "function_call")
 # A thought may be dropped once the next question was asked.
 _THOUGHTS = {"reasoning_content", "reasoning", "thinking", "thoughts", "thought", "tool_plan"}
@@ -71,7 +71,7 @@ def outline(messages: Sequence[Mapping[str, Any]], marker: re.Pattern[str]) -> t
                 return value
             begin = value.index(core[0]) if value[0].isspace() else 0
             leaves.append(Leaf(index, key, core, thought))
-            return f"{value[:begin]}ZQX{len(leaves) - 1:05}XQZ{value[begin + len(core) :]}"
+            return f"{value[:begin]}ZQX{len(leaves) - 1:05}QXZ{value[begin + len(core) :]}"
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             leaves.append(Leaf(index, key, value, thought))
             number = 91827300000 + len(leaves) - 1
@@ -123,7 +123,7 @@ def outline(messages: Sequence[Mapping[str, Any]], marker: re.Pattern[str]) -> t
         if speaks and len(leaves) == before:
             # Nothing is said, and where it is not said must be known all the same.
             leaves.append(Leaf(index, "content", "", thought=False))
-            nothing = f"ZQX{len(leaves) - 1:05}XQZ"
+            nothing = f"ZQX{len(leaves) - 1:05}QXZ"
             said = new["content"]
             new["content"] = said + nothing if isinstance(said, str) else [{"type": "text", "text": nothing}]
         marked.append(new)

@@ -65,7 +65,8 @@ class Shapes:
         self._edges = {token[:k] for token in tokenizer.added_tokens for k in range(1, len(token))}
         self._edges_after = {token[k:] for token in tokenizer.added_tokens for k in range(1, len(token))}
         compile_one: Any = getattr(of_transformers, "_cached_compile_jinja_template", None)
-        self._watcher = Watcher(compile_one(tokenizer.chat_template())) if compile_one else None
+        source = tokenizer.chat_template()
+        self._watcher = Watcher(compile_one(source), source) if compile_one else None
         self._exclude([*looked_for, *tokenizer.added_tokens])
 
     def _exclude(self, texts: Iterable[str]) -> None:
@@ -123,7 +124,7 @@ class Shapes:
         messages = []
         for number, (role, _, around) in enumerate(key):
             before, after = around or ("", "")
-            messages.append({"role": role, "content": f"{before}ZQX{number:05}XQZ{after}"})
+            messages.append({"role": role, "content": f"{before}ZQX{number:05}QXZ{after}"})
         try:
             watched = self._watcher.watch(messages, self._variables)
             plan = self._render(messages, conversation) if watched else None

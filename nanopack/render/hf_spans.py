@@ -19,6 +19,9 @@ from nanopack.render.hf_outline import Leaf, Place, marks
 
 Span = tuple[int, int]
 
+# How a thought begins: <think>, [THINK], <|channel>thought.
+_THOUGHT = re.compile(r"[^\s\]]*(?:think|thought)", re.IGNORECASE)
+
 
 class Answers:
     """Finds answers in the texts of one chat template."""
@@ -92,6 +95,9 @@ class Answers:
         agreed = count_equal(prompt, header)
         controls = list(self._control.finditer(prompt))
         differs = agreed < (controls[-1].end() if controls else min(len(prompt), len(header)))
+        # another role, say; but a prompt may begin a thought that the text leaves out
+        asks, begins = prompt[agreed:].strip(), header[agreed:].strip()
+        differs |= bool(asks and begins) and not _THOUGHT.match(asks)
         if differs or (self._prompt and self._prompt in header[agreed:]):
             self._refuse(index, "the chat template begins it in another way than it asks for it")
         return agreed

@@ -8,6 +8,7 @@ all other strings without these texts. So its text for one conversation is that 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import GeneratorType
 from typing import Any
@@ -15,6 +16,9 @@ from typing import Any
 # What these filters do with a string, its methods see; or they do nothing with the strings in a container.
 _SEEN = {"trim", "string", "default", "d", "replace"}
 _OF_CONTAINERS = {"length", "count", "list", "first", "last", "reverse", "selectattr", "rejectattr", "items"} | _SEEN
+
+# The name of `%` in a template that is watched.
+_MODULO = "nanopack_modulo"
 
 
 class Watch:
@@ -149,11 +153,12 @@ def joined(parts: Iterable[Any]) -> Any:
 class Watcher:
     """A chat template of its own, whose every way to look into a string is watched."""
 
-    def __init__(self, template: Any) -> None:
-        """`template` is the template as transformers compiles it, for this alone."""
-        self._template = template
+    def __init__(self, template: Any, source: str) -> None:
+        """`template` is the template as transformers compiles it, for this alone; `source` is its text."""
         self._watch = Watch()
         environment = template.environment
+        environment.filters[_MODULO] = operator.mod
+        self._template = template = environment.from_string(_with_calls(environment, source))
         environment.concat = joined
         module = template.root_render_func.__globals__
         module["str_join"] = module["markup_join"] = lambda parts: joined(map(str, parts))
@@ -161,6 +166,7 @@ class Watcher:
             environment.filters[name] = self._watched_filter(name, filtering)
         for name in ("iterable", "sequence"):
             environment.tests[name] = _or_watched(environment.tests[name])
+        environment.tests["in"] = self._is_in
         environment.call = self._watched_call(environment.call)
 
     def watch(self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]) -> tuple[str, set[str]] | None:
@@ -172,6 +178,12 @@ class Watcher:
         )
         text = "".join([str.__str__(block) for block in blocks])
         return None if watch.depends else (text, watch.looked_for)
+
+    def _is_in(self, value: Any, container: Any) -> bool:
+        # a string looks for another in itself
+        if isinstance(value, Watched) and isinstance(container, str):
+            self._watch.depends = True
+        return value in container
 
     def _watched_filter(self, name: str, filtering: Callable[..., Any]) -> Callable[..., Any]:
         def filtered(*arguments: Any, **named: Any) -> Any:
@@ -192,6 +204,27 @@ class Watcher:
             return call(context, what, *arguments, **named)
 
         return called
+
+
+def _with_calls(environment: Any, source: str) -> Any:
+    """Return the template's syntax tree, with calls in place of the operators that a plain string answers itself."""
+    from jinja2 import nodes
+    from jinja2.visitor import NodeTransformer
+
+    class Transformer(NodeTransformer):
+        def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+            self.generic_visit(node)
+            if [operand.op for operand in node.ops] not in (["in"], ["notin"]):
+                return node
+            test = nodes.Test(node.expr, "in", [node.ops[0].expr], [], None, None, lineno=node.lineno)
+            return test if node.ops[0].op == "in" else nodes.Not(test, lineno=node.lineno)
+
+        def visit_Mod(self, node: nodes.Mod) -> nodes.Node:
+            self.generic_visit(node)
+            return nodes.Filter(node.left, _MODULO, [node.right], [], None, None, lineno=node.lineno)
+
+    tree = Transformer().visit(environment.parse(source))
+    return tree.set_environment(environment)
 
 
 def _holds_watched(value: Any) -> bool:

@@ -150,7 +150,8 @@ class Writer:
             return False
         parts = tuple({**m, "content": [{"type": "text", "text": m["content"]}]} for m in self._talk)
         text = self.outline(parts)
-        if not (text and "Hi" in text and "Oh" in text):
+        # nor is a list of parts that is written as it stands a text
+        if not (text and "Hi" in text and "Oh" in text) or "'type'" in text or '"type"' in text:
             return False
         self._talk = parts
         return True

@@ -253,6 +253,49 @@ def test_a_template_whose_writing_cannot_be_followed_is_refused():
         render(looks, [U, {**A, "content": "aloud"}])
 
 
+@pytest.mark.parametrize("roles", [("model", "assistant"), ("assistant", "model"), ("Answer:", "The answer:")])
+def test_an_answer_under_another_role_than_it_is_asked_for_is_refused(roles):
+    says, asks = roles
+    header = "{{ {'assistant': 'ROLE'}.get(message['role'], 'user') }}".replace("ROLE", says)
+    template = PLAIN.replace("{{ message['role'] }}", header)
+    with pytest.raises(ConversationError, match="message 1: the chat template begins it in another way than it asks"):
+        render(template.replace(PROMPT, PROMPT.replace("assistant", asks)), [U, A])
+
+
+def test_a_prompt_may_begin_a_thought_that_an_answer_leaves_out():
+    for begins in ("<think>\n", "[THINK]", "thought\n"):
+        asks = PROMPT.replace("assistant\n", f"assistant\n{begins}")
+        said = PLAIN.replace(
+            "{{ message['content'] }}", "{{ 'So: ' if message['role'] == 'assistant' }}{{ message['content'] }}"
+        )
+        assert "[[So: A<|im_end|>]]" in shown(render(said.replace(PROMPT, asks), [U, A]))
+
+
+@pytest.mark.parametrize("written", ["", " | tojson"])
+def test_a_template_that_would_write_lists_as_they_stand_is_given_no_parts(written):
+    lists = "message['content']" + written + " if message['content'] is not string else ''"
+    with pytest.raises(ConversationError, match="message 0: the chat template writes nothing of its content"):
+        render(PLAIN.replace("message['content']", lists), [U, A])
+
+
+def test_a_template_that_reverses_what_it_is_given_is_refused():
+    reverses = PLAIN.replace("['content']", "['content'][::-1]")
+    with pytest.raises(ConversationError, match="message 0: the chat template writes nothing of its content: 'Q' is"):
+        render(reverses, [U, A])
+    options = {"batch_size": 1, "seq_len": 32, "template": "hf", "on_error": "skip"}
+    assert verify([[U, A], [{**U, "content": "long"}, A]], make_tokenizer(reverses), **options).batches == 0
+
+
+@pytest.mark.parametrize("chat_template", [PLAIN, MARKED, FULL], ids=["plain", "marked", "full"])
+def test_special_tokens_of_the_template_are_tokens_where_the_tokenizer_is_set_to_split_them(chat_template):
+    splits, plain = (make_tokenizer(chat_template, split_special_tokens=one) for one in (True, False))
+    for template in ("hf", "chatml"):
+        options = {"batch_size": 1, "seq_len": 32, "template": template, "packing": "best_fit_pad"}
+        assert verify([[U, A]], splits, **options).batches == 1
+        with Loader([[U, A]], splits, **options) as loader, Loader([[U, A]], plain, **options) as as_others:
+            assert next(loader).inputs.tolist() == next(as_others).inputs.tolist()
+
+
 def test_a_refusal_names_the_template_for_training_that_trl_has():
     stock = pytest.importorskip("stock_templates")
     if stock.folder() is None:

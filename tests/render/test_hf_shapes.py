@@ -98,6 +98,14 @@ DOES = {
     "writes the message": (f"{{{{ {C} }}}}{{{{ message }}}}", True),
     "joins all": (f"{{{{ {C} }}}}{{{{ messages | map(attribute='content') | join(',') | length }}}}", True),
     "looks it up": (f"{{{{ {C} }}}}{{{{ {{'a': 1}}.get({C}, 0) }}}}", True),
+    "looks for it in a text": (f"{{{{ {C} }}}}{{% if {C} in 'abc' %}}!{{% endif %}}", True),
+    "looks for it in vain": (f"{{{{ {C} }}}}{{% if {C} not in 'abc' %}}!{{% endif %}}", True),
+    "looks for it in a list": (f"{{{{ {C} }}}}{{% if {C} in ['[x]', '[y]'] %}}!{{% endif %}}", False),
+    "formats two": (f"{{% set c = '%s%s' % ({C}, '') %}}{{{{ c }}}}{{{{ c | length }}}}", True),
+    "counts messages": (
+        f"{{{{ {C} }}}}{{% if loop.index % 2 in [0, 3] and 'name' not in message %}}!{{% endif %}}",
+        False,
+    ),
     "strips a letter": (f"{{{{ {C}.strip('b') }}}}", True),
     "asks how it begins after joining": (
         f"{{% set c = '[' + {C} %}}{{{{ c }}}}{{% if c.startswith('[x]') %}}!{{% endif %}}",
@@ -215,7 +223,8 @@ def test_white_space_that_a_token_takes_is_not_in_the_texts_around_it():
 def test_a_text_that_becomes_abnormal_where_pieces_meet_is_left_to_the_tokenizer():
     from tokenizers import Tokenizer, normalizers
 
-    tokenizer = make_tokenizer("{% for m in messages %}<|im_start|>e{{ m['content'] }}<|im_end|>{% endfor %}" + PROMPT)
+    prompt = PROMPT.replace("assistant\n", "e")
+    tokenizer = make_tokenizer("{% for m in messages %}<|im_start|>e{{ m['content'] }}<|im_end|>{% endfor %}" + prompt)
     core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     core.normalizer = normalizers.NFC()
     tokenizer = make_tokenizer(tokenizer.chat_template, tokenizer_object=core)
