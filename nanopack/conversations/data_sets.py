@@ -95,7 +95,10 @@ def _runs_foreign_code(items: object) -> bool:
     return package not in KNOWN_CODE or (package == "datasets" and _format_of(items) == "custom")
 
 
-def _format_of(items: object) -> object:
+def _format_of(items: Any) -> object:
+    # ds["messages"] is a Column, or one of another
+    while type(items).__name__ == "Column":
+        items = items.source
     return getattr(items, "format", {}).get("type")
 
 

@@ -134,6 +134,7 @@ class ChatWriter:
                 raise ConversationError(f"the chat template does not read {name!r}")
         if tools and not self.writes_tools:
             raise ConversationError("the chat template does not write tools")
+        _refuse_nulls(messages, tools or [])
         return said
 
     def _message(self, index: int, role: str, content: str, rest: Mapping[str, Any], _: bool) -> dict[str, Any]:
@@ -165,6 +166,32 @@ class ChatWriter:
                 {"type": "function", **outer, "function": {**function, "arguments": arguments}}
             )
         return dict(mend(message))
+
+
+def _refuse_nulls(messages: Sequence[Said], tools: Sequence[Any]) -> None:
+    """Refuse arguments that Arrow made: of a tool that does not have them, or of two that use none in common."""
+    known = {}
+    for tool in tools:
+        tool = tool.get("function", tool)
+        parameters = tool.get("parameters") if isinstance(tool, Mapping) else None
+        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+        if isinstance(properties, Mapping) and isinstance(tool.get("name"), str):
+            known[tool["name"]] = properties
+            if None in properties.values():
+                raise ConversationError("a parameter of a tool is null")
+    calls = [call.get("function", call) for _, _, rest, _ in messages for call in rest.get("tool_calls") or []]
+    calls = [call for call in calls if isinstance(call.get("arguments"), Mapping)]
+    for call in calls:
+        given = call["arguments"]
+        null = {key for key in given if given[key] is None}
+        if call["name"] in known and not null <= {*known[call["name"]]}:
+            raise ConversationError("a null argument is none of the tool's")
+        for other in calls:
+            its = other["arguments"]
+            if null and other["name"] != call["name"] and {*its} == {*given}:
+                both = [key for key in given if given[key] is not None and its[key] is not None]
+                if not both and {*given} - null and any(value is not None for value in its.values()):
+                    raise ConversationError("two tools have the same arguments and use none in common")
 
 
 def mend(value: Any) -> Any:

@@ -39,13 +39,20 @@ def open_records(conversations: Any, seed: int | None = None) -> list[Stored]:
     if type(conversations).__name__ == "Series":
         # by position, not by label
         conversations = list(conversations)
+    if isinstance(conversations, dict):
+        raise ValueError("conversations is one dict")
     read = conversations.__getitem__
     whole = conversations
     # torch's Subset has a dataset, its ConcatDataset several
     while type(whole).__module__.startswith("torch.utils.data") and {"dataset", "datasets"} & {*vars(whole)}:
         whole = whole.dataset if hasattr(whole, "dataset") else whole.datasets[0]
-    if type(whole).__module__.startswith("datasets.") and whole.format["type"] != "custom":
-        read = partial(_read_without_nulls, conversations, whole.features)
+    if type(whole).__module__.startswith("datasets."):
+        held = whole
+        # ds["messages"]
+        while type(held).__name__ == "Column":
+            held = held.source
+        if held.format["type"] != "custom":
+            read = partial(_read_without_nulls, conversations, whole.features)
     own = conversations.objects() if type(conversations).__module__ == "nanopack.mixture" else _nested(conversations)
     return [(f"conversation {index}", partial(_drawn, read, index, seed, own)) for index in range(len(conversations))]
 

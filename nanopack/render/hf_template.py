@@ -24,6 +24,7 @@ from nanopack.conversations.records import Conversation, Message, short
 from nanopack.errors import ConversationError
 from nanopack.render.document import Document, Plan
 from nanopack.render.hf_messages import mended, plain, strings
+from nanopack.render.hf_nulls import refuse_nulls
 from nanopack.render.hf_outline import Leaf, Place, forms, locate, markers, marks, outline
 from nanopack.render.hf_runs import plan_of
 from nanopack.render.hf_shapes import Shapes
@@ -81,6 +82,7 @@ class ChatTemplate:
     def _written(self, conversation: Conversation) -> tuple[str, list[Span], bool]:
         """Return the template's text, what of it is in the loss, and whether thoughts are left out."""
         messages = [self._plain(index, message) for index, message in enumerate(conversation.messages)]
+        refuse_nulls(conversation.messages, conversation.tools)
         tools, given = self._checked_tools(conversation)
         text, marked = self._writer.text(messages, tools, given)
         if not text:

@@ -52,10 +52,17 @@ def transformed():
     return rows.with_transform(lambda batch: {"text": [Drawing()[0]["text"] for _ in batch["text"]]})
 
 
+def column():
+    datasets = pytest.importorskip("datasets", reason="needs datasets, of the extra test")
+    rows = datasets.Dataset.from_dict({"text": [""] * 64})
+    return rows.with_transform(lambda batch: {"text": [Drawing()[0] for _ in batch["text"]]})["text"]
+
+
 DATA_SETS = {
     "alone": Drawing,
     "mixed": lambda: nanopack.mixture([(Drawing(), 1), ([{"text": "a"}] * 8, 1)]),
     "transformed": transformed,
+    "transformed, a column": column,
     "keeping": Keeping,
     "keeping, mixed": lambda: nanopack.mixture([(Keeping(), 1), (Keeping(), 1)]),
     "keeping, split": lambda: torch.utils.data.ConcatDataset(torch.utils.data.random_split(Keeping(), [40, 24])),

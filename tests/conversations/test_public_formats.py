@@ -230,7 +230,7 @@ def calls(**arguments: Any) -> dict[str, Any]:
     return assistant(content="", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": arguments}}])
 
 
-@pytest.mark.parametrize("form", ["python", "numpy", "torch", "Subset", "random_split", "ConcatDataset"])
+@pytest.mark.parametrize("form", ["python", "numpy", "torch", "Subset", "random_split", "ConcatDataset", "Column"])
 def test_a_null_of_arrow_is_absent_in_every_form_of_a_dataset(form: str) -> None:
     from outcomes import outcome, reference_outcome
     from torch.utils import data
@@ -241,6 +241,8 @@ def test_a_null_of_arrow_is_absent_in_every_form_of_a_dataset(form: str) -> None
     dataset: Any = as_dataset(records, Path())
     if form in ("python", "numpy", "torch"):
         dataset = dataset.with_format(form)
+    elif form == "Column":
+        dataset = dataset["messages"]
     elif form == "ConcatDataset":
         dataset = data.ConcatDataset([dataset.select([0]), dataset.select([1, 2])])
     else:

@@ -99,7 +99,7 @@ DOES = {
     "joins all": (f"{{{{ {C} }}}}{{{{ messages | map(attribute='content') | join(',') | length }}}}", True),
     "looks it up": (f"{{{{ {C} }}}}{{{{ {{'a': 1}}.get({C}, 0) }}}}", True),
     "looks for it in a text": (f"{{{{ {C} }}}}{{% if {C} in 'abc' %}}!{{% endif %}}", True),
-    "looks for it in vain": (f"{{{{ {C} }}}}{{% if {C} not in 'abc' %}}!{{% endif %}}", True),
+    "looks for a text without it": (f"{{{{ {C} }}}}{{% if {C} not in 'abc' %}}!{{% endif %}}", True),
     "looks for it in a list": (f"{{{{ {C} }}}}{{% if {C} in ['[x]', '[y]'] %}}!{{% endif %}}", False),
     "formats two": (f"{{% set c = '%s%s' % ({C}, '') %}}{{{{ c }}}}{{{{ c | length }}}}", True),
     "counts messages": (
