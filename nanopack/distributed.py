@@ -17,6 +17,8 @@ from nanopack.state import merge_states
 
 log = logging.getLogger("nanopack")
 
+# Batches after which a loader looks at those of the other ranks: by then they are made.
+LOOK_AFTER = 64
 
 # Where launchers write the number of processes: torchrun, Slurm's srun, Open MPI, MPICH, MVAPICH, Flux, jsrun.
 LAUNCHERS = (
@@ -117,6 +119,45 @@ def refuse_other_data(group: Any, facts: Mapping[str, object], device: torch.dev
             f"all of them the same conversations in the same order, the same tokenizer and arguments; where each rank "
             f"has data of its own, pass rank=0, world_size=1"
         )
+
+
+class OtherRanks:
+    """Finds out, without waiting for them, whether the loaders of the other ranks read the same data.
+
+    Each notes what it reads in the store of torch.distributed's default group, and looks once whether all have.
+    """
+
+    def __init__(self, facts: Mapping[str, object], rank: int, world_size: int) -> None:
+        """Note the facts of this rank, `rank` of the default group's `world_size`."""
+        digest = hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
+        self._keys = [f"nanopack/{digest}/{number}" for number in range(world_size)]
+        self._store = torch.distributed.distributed_c10d._get_default_store()
+        self._store.set(self._keys[rank], "")
+        self._left = LOOK_AFTER
+
+    def count(self) -> None:
+        """Count a batch; after the LOOK_AFTER-th, log a warning where a rank has noted other facts, or none."""
+        self._left -= 1
+        if self._left:
+            return
+        if others := [rank for rank, key in enumerate(self._keys) if not self._store.check([key])]:
+            log.warning(
+                "of %d ranks, %s %s no loader of the same conversations in the same order, with the same tokenizer and "
+                "arguments: each reads its share of something else, and some conversations may be read twice or never. "
+                "Where each rank has data of its own, pass rank=0, world_size=1",
+                *(len(self._keys), _some(others), "has" if len(others) == 1 else "have"),
+            )
+
+
+def _some(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+
+
+def are_all_ranks(rank: int, world_size: int) -> bool:
+    """Return whether a loader's ranks are those of torch.distributed's default group, and more than one."""
+    if world_size == 1 or not _initialised() or torch.distributed.get_backend() == "fake":
+        return False
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) == (rank, world_size)
 
 
 def agree_on_most(group: Any, count: Callable[[], int], device: torch.device) -> int:

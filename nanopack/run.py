@@ -21,7 +21,7 @@ import torch
 from nanopack.batch import Batch
 from nanopack.config import Encoder, Executor, LoaderConfig
 from nanopack.conversations.source import Source
-from nanopack.distributed import agree_on_clock, agree_on_most, refuse_other_data
+from nanopack.distributed import OtherRanks, agree_on_clock, agree_on_most, are_all_ranks, refuse_other_data
 from nanopack.ledger import Ledger
 from nanopack.passes import warn_of_same_order
 from nanopack.producer.caching import cached
@@ -78,8 +78,11 @@ class Run:
         self.reader.check_template()
         # read before there is another process that reads
         self._sample = sample_of(source, config.seed)
+        self._others = None
         if group is not None:
             refuse_other_data(group, shared_facts(self._fingerprint), device.device)
+        elif are_all_ranks(config.rank, config.world_size):
+            self._others = OtherRanks(shared_facts(self._fingerprint), config.rank, config.world_size)
         self._cache = cache
         self._data = self._sample + whole_digest(source, config.seed) if cache is not None else ""
         self.reader = self._cached(self.reader)
@@ -161,6 +164,8 @@ class Run:
         """Count a batch as delivered."""
         self.step += 1
         self._stats.count(batch, facts)
+        if self._others is not None:
+            self._others.count()
 
     def spend(self, seconds: float) -> None:
         """Count seconds that the caller waited for `next` or `refill`."""

@@ -18,6 +18,7 @@ from distributed_ranks import (
     default_shard,
     gathered_state,
     load_and_go_on,
+    logged_in_an_endless_run,
     logged_without_a_fitting_group,
     refused,
     rows_of,
@@ -147,6 +148,22 @@ def test_ranks_that_would_not_divide_the_same_data_are_refused(ranks, case):
     what, arguments = OTHER[case]
     for said in ranks(2, refused, **arguments):
         assert said is None if what is None else f"loaders differ in {what}" in said and "rank=0" in said
+
+
+@pytest.mark.parametrize("case", [case for case in OTHER if case != "other epochs"])
+def test_ranks_of_an_endless_run_that_do_not_divide_the_same_data_are_warned(ranks, case):
+    what, arguments = OTHER[case]
+    for rank, lines in enumerate(ranks(2, logged_in_an_endless_run, **arguments)):
+        found = [line for line in lines if f"of 2 ranks, {1 - rank} has no loader of the same conversations" in line]
+        assert len(found) == (what is not None)
+
+
+def test_a_rank_of_an_endless_run_does_not_wait_for_loaders_of_others(ranks):
+    # the data of each rank are its own, or the ranks are others than torch.distributed's
+    alone = {"rank": [0, 0], "world_size": [1, 1]}
+    assert ranks(2, logged_in_an_endless_run, conversations=[CHATS, CHATS[::-1]], **alone) == [[], []]
+    other = {"rank": [0, 1], "world_size": [3, 3]}
+    assert ranks(2, logged_in_an_endless_run, conversations=[CHATS, CHATS[::-1]], **other) == [[], []]
 
 
 CASES = {

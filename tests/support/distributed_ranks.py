@@ -47,7 +47,7 @@ class Ranks:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def __call__(self, world_size, function, *args, **arguments):
+    def __call__(self, world_size, function, /, *args, **arguments):
         # gloo's ranks may fail to connect on a busy machine, where they join or where they make a group
         for _ in range(3):
             answers = self._ask(world_size, function, *args, **arguments)
@@ -57,7 +57,7 @@ class Ranks:
         assert not failures, "\n".join(failures)
         return [result for _, result, _ in answers]
 
-    def _ask(self, world_size, function, *args, **arguments):
+    def _ask(self, world_size, function, /, *args, **arguments):
         """Return of each rank whether it joined, its result and its traceback."""
         store = str(self._folder / f"store{next(self._count)}")
         pipes = self._pipes[:world_size]
@@ -163,17 +163,35 @@ def wrong_groups():
     return said
 
 
-def logged_without_a_fitting_group(world_size):
-    """The warnings of a loader with this world size, and whether it counted its batches when it was made."""
+@contextlib.contextmanager
+def logged():
+    """The lines that are logged meanwhile."""
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     logging.getLogger("nanopack").addHandler(handler)
     try:
-        with loader_of(3, epochs=1, rank=0, world_size=world_size) as loader:
-            return lines, loader._run.known_batches is not None
+        yield lines
     finally:
         logging.getLogger("nanopack").removeHandler(handler)
+
+
+def logged_without_a_fitting_group(world_size):
+    """The warnings of a loader with this world size, and whether it counted its batches when it was made."""
+    with logged() as lines, loader_of(3, epochs=1, rank=0, world_size=world_size) as loader:
+        return lines, loader._run.known_batches is not None
+
+
+def logged_in_an_endless_run(**of_ranks):
+    """The warnings of 70 steps of a loader, whose arguments are given for each rank."""
+    own = {name: values[dist.get_rank()] for name, values in of_ranks.items()}
+    arguments = {"conversations": CHATS, "tokenizer": BYTES, "num_workers": 0, "batch_size": 2} | own
+    with logged() as lines, nanopack.Loader(**arguments, seq_len=16) as loader:
+        for _ in range(70):
+            next(loader)
+            # as training makes the ranks wait for each other
+            dist.barrier()
+    return lines
 
 
 def counted_with_a_bad_conversation_of_rank_1():
