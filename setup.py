@@ -30,9 +30,9 @@ setup(
     package_dir={"nanopack.kernels": "kernels"},
     package_data={"nanopack": ["py.typed", "data/*"]},
     install_requires=[
-        "torch>=2.6",
-        "triton>=3.6; platform_system == 'Linux'",
-        "tiktoken>=0.9",
+        "torch>=2.8",
+        "triton>=3.4; platform_system == 'Linux'",
+        "tiktoken>=0.11",
         "numpy>=1.26",
         # the command line
         "rich>=13.7",
