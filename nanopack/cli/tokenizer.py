@@ -25,8 +25,13 @@ TOKENIZERS = (
     "chat32k, which ships with nanopack; a nanochat tokenizer folder or its tokenizer.pkl; a Hugging Face tokenizer: "
     "its folder, its tokenizer.json, or its name on the hub, if downloaded; a tiktoken encoding such as cl100k_base"
 )
-# Any of these in a folder is a Hugging Face tokenizer, fast already or one that transformers may make fast.
+# Any of these is of a Hugging Face tokenizer; without the first it is a slow one.
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tekken.json", "vocab.txt", "vocab.json", "*.model")
+# transformers makes it fast, and guesses at what its files do not say, how texts are split for instance.
+_SLOW = (
+    "no tokenizer.json; load it in Python as its makers do, and give the folder that save_pretrained() writes, or the "
+    "tokenizer itself to nanopack.Loader"
+)
 _OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -70,36 +75,44 @@ def _fetched(name: str) -> tiktoken.Encoding:
 
 
 def _of_folder(folder: Path) -> Any:
-    files = sorted({file for pattern in _FILES for file in folder.glob(pattern) if file.is_file()})
-    if not files:
+    fast, config = folder / _FILES[0], folder / _FILES[1]
+    if not fast.is_file():
+        others = [file.name for pattern in reversed(_FILES) for file in folder.glob(pattern) if file.is_file()]
+        if others:
+            raise ValueError(f"tokenizer={str(folder)!r} has {others[0]}, but {_SLOW}")
         raise ValueError(
             f"tokenizer={str(folder)!r} is a folder without a tokenizer, such as tokenizer.json or tokenizer.pkl; give "
             f"{TOKENIZERS}"
         )
     transformers = _transformers()
-    if folder / "tokenizer.json" in files and folder / "tokenizer_config.json" not in files:
-        # AutoTokenizer would take the model's config for that of the tokenizer
-        fast = transformers.PreTrainedTokenizerFast
-        return _read(folder, files, lambda: fast.from_pretrained(str(folder), local_files_only=True))
-    return _read(folder, files, lambda: transformers.AutoTokenizer.from_pretrained(str(folder), **_OFFLINE))
+    if not config.is_file():
+        alone = transformers.PreTrainedTokenizerFast
+        return _read(folder, [fast], lambda: alone.from_pretrained(str(folder), local_files_only=True))
+    return _read(folder, [fast, config], lambda: transformers.AutoTokenizer.from_pretrained(str(folder), **_OFFLINE))
 
 
 def _downloaded(name: str) -> Any:
     auto = _transformers().AutoTokenizer
+    # transformers comes with it
+    from huggingface_hub import try_to_load_from_cache
+
     try:
-        return _read(name, [], lambda: auto.from_pretrained(name, **_OFFLINE))
+        found = _read(name, [], lambda: auto.from_pretrained(name, **_OFFLINE))
     except OSError:
         raise ValueError(
             f"tokenizer={name!r} is neither a file nor a folder, and Hugging Face's cache on this machine does not "
             f"hold it; download it (hf download {name} --include '*.json' --include '*.jinja' --include '*.model'), "
             f"or give {TOKENIZERS}"
         ) from None
+    if not isinstance(try_to_load_from_cache(name, "tokenizer.json"), str):
+        raise ValueError(f"tokenizer={name!r} is in Hugging Face's cache, but with {_SLOW}")
+    return found
 
 
 def _read(given: str | Path, files: Sequence[Path], load: Callable[[], Any]) -> Any:
     """Return the tokenizer that `load` makes of the files; where it cannot, raise what is wrong with them."""
     for file in files:
-        refuse_other_kinds(str(file), PlainBytes.head(str(file)), () if file.suffix == ".json" else (b"",))
+        refuse_other_kinds(str(file), PlainBytes.head(str(file)))
     try:
         return load()
     except OSError:
@@ -118,17 +131,12 @@ def _read(given: str | Path, files: Sequence[Path], load: Callable[[], Any]) -> 
 def _remedy(files: Sequence[Path], error: str) -> str:
     """Return the remedy for a Hugging Face tokenizer that cannot be loaded."""
     for file in files:
-        if file.suffix == ".json" and not _holds_an_object(file):
+        if not _holds_an_object(file):
             return f"{file.name} is no object of JSON: download or save it again"
     if "trust_remote_code" in error:
         return (
             "no code of a tokenizer is run here: load it in Python with trust_remote_code=True, and give it to "
             "nanopack.Loader"
-        )
-    if files and not any(file.suffix == ".json" and file.name != "tokenizer_config.json" for file in files):
-        return (
-            "it has no tokenizer.json: load it in Python where the packages that it needs are installed, such as "
-            "sentencepiece, and give the folder that its save_pretrained writes"
         )
     return "download or save it again"
 

@@ -15,6 +15,7 @@ from nanopack.tokenizers.tokenizer import load_tokenizer
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'nanopack-gpu[hf]'")
 
+from bundled import RANKS_FILE
 from tiny_hf import CALLS, MARKED, make_core, make_tokenizer
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Oh"}]}
@@ -55,23 +56,45 @@ def test_a_bare_tokenizer_json_under_any_name_is_one_without_a_chat_template(tmp
     assert found.encode("Hi").tolist() == load_tokenizer(make_core()).encode("Hi").tolist()
 
 
-def test_a_name_on_the_hub_is_looked_for_on_this_machine_only(monkeypatch, capsys, chats, folder):
+@pytest.fixture
+def hub(tmp_path, monkeypatch, folder):
+    """Hugging Face's cache, with me/mine and, without a tokenizer.json, me/slow."""
+    import huggingface_hub
+
+    for name, files in (("mine", folder.iterdir()), ("slow", [folder / "tokenizer_config.json"])):
+        kept = tmp_path / "hub" / f"models--me--{name}"
+        (kept / "snapshots" / "1").mkdir(parents=True)
+        (kept / "refs").mkdir()
+        (kept / "refs" / "main").write_text("1", encoding="utf-8")
+        for file in files:
+            shutil.copy(file, kept / "snapshots" / "1" / file.name)
+        (kept / "snapshots" / "1" / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    shutil.copy(RANKS_FILE, tmp_path / "hub" / "models--me--slow" / "snapshots" / "1" / "tokenizer.model")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def test_a_name_on_the_hub_is_looked_for_on_this_machine_only(hub, monkeypatch, capsys, chats):
     import transformers
 
     asked = []
+    from_pretrained = transformers.AutoTokenizer.from_pretrained
 
-    def from_pretrained(name, **settings):
+    def asking(name, **settings):
         asked.append((name, settings))
-        if name != "me/mine":
-            raise OSError("not here")
-        return make_tokenizer(MARKED)
+        return from_pretrained(name, **settings)
 
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", asking)
     assert find_tokenizer("me/mine").chat_template == MARKED
     assert main(["pack", chats, "--tokenizer", "me/other"]) == 2
     error = capsys.readouterr().err
     assert "tokenizer='me/other' is neither a file nor a folder" in error and "hf download me/other" in error
-    assert asked == [(name, {"local_files_only": True, "trust_remote_code": False}) for name in ("me/mine", "me/other")]
+    settings = {"local_files_only": True, "trust_remote_code": False}
+    assert asked == [(name, settings) for name in ("me/mine", "me/other")]
+
+
+def test_a_name_on_the_hub_is_refused_where_transformers_would_guess(hub):
+    with pytest.raises(ValueError, match=r"'me/slow' is in Hugging Face's cache, but with no tokenizer\.json; load it"):
+        find_tokenizer("me/slow")
 
 
 def test_an_encoding_of_tiktoken_is_taken_by_its_name(monkeypatch):
@@ -123,15 +146,18 @@ def test_of_several_chat_templates_the_default_one_is_used_and_one_is_needed(fol
     assert "has the chat templates 'chat', 'tool_use', and none is called default; call" in capsys.readouterr().err
 
 
-def test_a_slow_tokenizer_that_transformers_makes_fast_is_taken(tmp_path, chats):
-    settings = json.loads(make_core().to_str())["model"]
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in settings["merges"]]
-    (tmp_path / "vocab.json").write_text(json.dumps(settings["vocab"]), encoding="utf-8")
-    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}', encoding="utf-8")
-    texts = tmp_path / "texts.jsonl"
-    texts.write_text('{"text": "Hello there, how are you?"}\n' * 20, encoding="utf-8")
-    assert main(["verify", str(texts), "--tokenizer", str(tmp_path), "--seq-len", "16", "--batch-size", "2"]) == 0
+SLOW = ["vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "tekken.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+@pytest.mark.parametrize("name", SLOW)
+def test_a_tokenizer_whose_split_transformers_would_guess_is_refused_by_name(tmp_path, chats, capsys, name, form):
+    # the ranks of chat32k, of whose digits transformers would take three at a time
+    shutil.copy(RANKS_FILE, tmp_path / "tokenizer.model" if name == "tokenizer_config.json" else tmp_path / name)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}', encoding="utf-8")
+    assert main(["pack", chats, "--tokenizer", str(tmp_path if form == "folder" else tmp_path / name)]) == 2
+    named = "tokenizer.model" if name == "tokenizer_config.json" else name
+    assert f"has {named}, but no tokenizer.json; load it in Python as its makers do, and" in capsys.readouterr().err
 
 
 # What stands in which file of a folder, None for what is removed, and what is said of it.
@@ -152,7 +178,10 @@ BROKEN = {
         {"tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["mine.Mine", null]}, "tokenizer_class": "Mine"}'},
         r"no code of a tokenizer is run here: load it in Python with trust_remote_code=True, and give it to",
     ),
-    "no-json": ({"tokenizer.json": None, "vocab.txt": "a"}, r"it has no tokenizer\.json: load it in Python where"),
+    "config-alone": (
+        {"tokenizer.json": None},
+        r"has tokenizer_config\.json, but no tokenizer\.json; load it in Python",
+    ),
     "nothing": (
         {"tokenizer.json": None, "tokenizer_config.json": None},
         r"is a folder without a tokenizer, such as tokenizer\.json or tokenizer\.pkl; give chat32k",
