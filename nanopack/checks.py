@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 
 def check_choice(name: str, value: object, allowed: Sequence[str | None], *, otherwise: str = "") -> None:
     """Raise ValueError unless the argument is one of these; `otherwise` names what else would do."""
@@ -37,3 +39,12 @@ def check_resident(value: object) -> None:
     """Raise ValueError unless the argument is True, False or "host"."""
     if not (isinstance(value, bool) or value == "host"):
         raise ValueError(f"resident={value!r} is not allowed; use True, False or 'host'")
+
+
+def refuse_fake_tensors() -> None:
+    """Raise RuntimeError within torch's FakeTensorMode, where tensors have no content to write a batch into."""
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        raise RuntimeError(
+            "a loader is made, and gives its batches, outside of FakeTensorMode; take a batch before, and make fake "
+            "tensors of its own with mode.from_tensor(batch.inputs)"
+        )

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from nanopack.batch import Batch
+from nanopack.checks import refuse_fake_tensors
 from nanopack.config import Encoder, Executor, LoaderConfig
 from nanopack.conversations.source import Source
 from nanopack.distributed import OtherRanks, agree_on_clock, agree_on_most, are_all_ranks, refuse_other_data
@@ -65,6 +66,7 @@ class Run:
         cache: str | os.PathLike[str] | None = None,
     ) -> None:
         """Start the stages; raise as `Loader` does."""
+        refuse_fake_tensors()
         if group is not None and isinstance(tokenizer, HuggingFaceTokenizer):
             # The date that a chat template writes is the same on all ranks.
             tokenizer = tokenizer.at(agree_on_clock(group, tokenizer.clock, device.device))
@@ -145,6 +147,7 @@ class Run:
     def next(self) -> Batch:
         """Return the next batch."""
         self._refuse_fork()
+        refuse_fake_tensors()
         with self.turn, torch.inference_mode(False):
             began = time.perf_counter()
             if self._graph is not None:

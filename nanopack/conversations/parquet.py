@@ -151,7 +151,7 @@ class Rows:
                 return groups.schema_arrow, sizes
         # All of pyarrow's errors are ValueErrors or OSErrors.
         except (ValueError, OSError) as error:
-            refuse_other_kinds(self._version.path, PlainBytes.head(self._version.path), b"PAR1")
+            refuse_other_kinds(self._version.path, PlainBytes.head(self._version.path), (b"PAR1",))
             why = f"{self._version.path} cannot be read as Parquet ({error}); make or copy it again"
             raise ValueError(why) from error
 

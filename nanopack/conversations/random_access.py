@@ -177,7 +177,7 @@ class PlainBytes:
     def head(path: str) -> bytes:
         """Return the first bytes of a file, which say of what kind it is."""
         with open(path, "rb") as file:
-            return file.read(64)
+            return file.read(512)
 
     def chunks(self) -> Iterator[bytes]:
         for start in range(0, self.size, SCAN_BYTES):

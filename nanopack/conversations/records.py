@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from nanopack.conversations import keys
 from nanopack.conversations.data_sets import Conversations, Dataset, open_conversations
 from nanopack.conversations.files import SUFFIXES
-from nanopack.conversations.keys import RECORD, Row, bare, is_absent
+from nanopack.conversations.keys import RECORD, SHAPES, Row, bare, is_absent
 from nanopack.conversations.lookalikes import looks_like
 from nanopack.conversations.messages import (
     ROLES,
@@ -323,9 +323,14 @@ def _begun(messages: tuple[Message, ...], begin: int, how: str) -> tuple[Message
     return (*messages[:begin], *messages[users[0] :])
 
 
+def _list_null(null: Sequence[str]) -> str:
+    return f": {' and '.join(null)} {'is' if len(null) == 1 else 'are'} null" if null else ""
+
+
 def _fail_shape(record: Mapping[str, object], held: Mapping[str, object], found: Sequence[str]) -> NoReturn:
     if found:
         fail(f"the record has {' and '.join(found)}; remove all of them but one, or set the others to null")
+    null = [key for key in record if key in {*SHAPES, "completion", "output"} and key not in held]
     if "chosen" in held:
         hint = "a preference; to train on chosen, name it messages, or completion next to a prompt"
     elif "prompt" in held:
@@ -335,6 +340,6 @@ def _fail_shape(record: Mapping[str, object], held: Mapping[str, object], found:
     elif "role" in record or "from" in record:
         hint = "this is a message, put it into a list"
     else:
-        hint = "rename one"
+        hint = "remove the record, or fill it in" if null else "rename one"
     whole = "messages, conversations, text, input_ids, prompt with completion, instruction with output"
-    fail(f"the record has the keys {short(list(record))}, but none of {whole}; {hint}")
+    fail(f"the record has the keys {short(list(record))}, but none of {whole}{_list_null(null)}; {hint}")

@@ -21,7 +21,7 @@ import numpy as np
 
 from nanopack.conversations.keys import MESSAGE, TEMPLATE
 from nanopack.conversations.records import Conversation, Message, short
-from nanopack.errors import ConversationError
+from nanopack.errors import ConversationError, TemplateError
 from nanopack.render.document import Document, Plan
 from nanopack.render.hf_messages import mended, plain, strings
 from nanopack.render.hf_nulls import refuse_nulls
@@ -45,9 +45,10 @@ class ChatTemplate:
         if chat is None or not getattr(chat, "chat_template", None):
             raise ValueError(
                 f"template='hf' is the chat template of a transformers tokenizer, and tokenizer {_name(tokenizer)!r} "
-                "has none; set its chat_template, or use another template."
+                "has none; set its chat_template (on disk: chat_template.jinja in its folder), or use another template."
             )
         assert isinstance(tokenizer, HuggingFaceTokenizer)
+        _check_templates(tokenizer)
         self._tokenizer = tokenizer
         self._rendered = 0
         self._has_blank_tokens = any(token != token.strip() for token in tokenizer.added_tokens)
@@ -277,3 +278,25 @@ def _training_template(source: str) -> str:
 
 def _name(tokenizer: object) -> str:
     return str(getattr(tokenizer, "name", type(tokenizer).__name__))
+
+
+def _check_templates(tokenizer: HuggingFaceTokenizer) -> None:
+    """Raise ValueError where none of several templates is the default, TemplateError where one is not Jinja."""
+    import transformers.utils.chat_template_utils as of_transformers
+    from jinja2 import TemplateSyntaxError
+
+    named = tokenizer.chat.chat_template
+    if isinstance(named, dict) and "default" not in named:
+        raise ValueError(
+            f"tokenizer {tokenizer.name!r} has the chat templates {', '.join(map(repr, named))}, and none is called "
+            "default; call one so, or set its chat_template to one of them"
+        )
+    compile_one: Any = getattr(of_transformers, "_cached_compile_jinja_template", None)
+    for tools in (False, True) if compile_one else ():
+        try:
+            compile_one(tokenizer.chat_template(tools=tools))
+        except TemplateSyntaxError as error:
+            raise TemplateError(
+                f"tokenizer {tokenizer.name!r}: its chat template is not Jinja in line {error.lineno} "
+                f"({error.message}); correct it"
+            ) from error

@@ -217,7 +217,7 @@ class HuggingFaceTokenizer:
         if not names:
             raise ValueError(
                 f"tokenizer {self.name!r} has no bos_token, and none of {', '.join(BOS_TOKENS)}, with one of which "
-                "plain texts begin and rows are padded; set its bos_token to one of its special tokens."
+                "plain texts begin and rows are padded; set its bos_token (on disk: in tokenizer_config.json) to one."
             )
         return self._special_ids[names[0]]
 
@@ -346,7 +346,9 @@ def _for_training(chat: Any) -> Any:
     except ModuleNotFoundError as error:
         raise ImportError("template='hf-training' needs trl; pip install 'nanopack-gpu[hf]'") from error
     if not chat.chat_template:
-        raise ValueError("template='hf-training' is trl's chat template in place of a tokenizer's own, and it has none")
+        raise ValueError(
+            "template='hf-training' is trl's in place of a tokenizer's own; it has none: use another template"
+        )
     try:
         # None: its own marks the answers already
         source = get_training_chat_template(chat) or chat.chat_template

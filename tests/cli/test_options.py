@@ -53,8 +53,9 @@ def test_every_argument_that_decides_the_batches_is_an_option():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_options_reach_the_loader_and_no_other_arguments_do(run, command, monkeypatch):
+def test_options_reach_the_loader_and_no_other_arguments_do(run, command, monkeypatch, tmp_path):
     seen = []
+    (mine := tmp_path / "mine.pkl").touch()
 
     def loader(conversations, tokenizer, **arguments):
         seen.append((conversations, tokenizer, arguments))
@@ -64,8 +65,8 @@ def test_options_reach_the_loader_and_no_other_arguments_do(run, command, monkey
     run(command)
     assert seen.pop() == ([str(SHIPPED)], "chat32k", {"epochs": 1})
     for name, (flags, value) in GIVEN.items():
-        run(command, "a.jsonl", "b.jsonl", "--tokenizer", "folder", *flags)
-        assert seen.pop() == (["a.jsonl", "b.jsonl"], "folder", {"epochs": 1, name: value})
+        run(command, "a.jsonl", "b.jsonl", "--tokenizer", mine, *flags)
+        assert seen.pop() == (["a.jsonl", "b.jsonl"], str(mine), {"epochs": 1, name: value})
 
 
 PACKINGS_GIVEN = [

@@ -226,7 +226,14 @@ BAD_LINES = {
     "cut-off": (b'{"text": "a', r"^not JSON: Unterminated string .*, column 10, near '{\"text\": \"a'; "),
     "comma-missing": (b'{"text": "a" "b"}', r"^not JSON: Expecting ',' delimiter, column 14, near"),
     "two-records": (b'{"text": "a"} {"text": "b"}', r"^not JSON: Extra data, column 15,"),
-    "pretty-printed": (b"{", r"^not JSON: Expecting .*, column 2, .*a line must be one JSON value$"),
+    "pretty-printed": (
+        b"{",
+        r"^not JSON: Expecting .*, column 2, .*one JSON value, and this one does not end; jq -c \.",
+    ),
+    "zeros": (
+        b"\0" * 500,
+        r"^not JSON: .*this holds zero bytes, as a crash leaves them in a file; make or copy it again$",
+    ),
     "column-counts-characters": ('{"é": 🙂}'.encode(), r"^not JSON: Expecting value, column 7,"),
     "not-utf-8": (b'{"text": "\xff"}', r"^not UTF-8: byte 0xff at byte 11 of the line; save the file"),
     "latin-1": ('{"text": "é"}'.encode("latin-1"), r"^not UTF-8: byte 0xe9 at byte 11"),

@@ -91,7 +91,15 @@ BAD_RECORDS: dict[str, tuple[object, str]] = {
     "number": (3, r"not 3 of type int$"),
     "no-shape": ({"prompt": "x"}, r"^the record has the keys \['prompt'\], but none of .*; rename one$"),
     "empty-dict": ({}, r"^the record has the keys \[\], but none of messages, conversations, text"),
-    "shape-is-null": ({"messages": None}, r"^the record has the keys \['messages'\], but none of"),
+    "shape-is-null": ({"messages": None}, r"but none of .* with output: messages is null; remove the record, or fill"),
+    "text-is-null": ({"text": None, "id": 3}, r"but none of .* with output: text is null; remove the record"),
+    "answer-is-null": ({"prompt": "x", "completion": None}, r": completion is null; a prompt needs a completion"),
+    "two-are-null": ({"prompt": None, "completion": None}, r": prompt and completion are null; remove the record"),
+    "part-is-null": (
+        user(content=[{"type": "text", "text": None}]),
+        r"^message 1: text of part 0 must be a str, not None",
+    ),
+    "text-for-content": ([{"text": None}], r"^message 0: it has no role, but text, as a record has: give it a role"),
     "a-message-alone": ({"role": "user", "content": "x"}, r"this is a message, put it into a list$"),
     "two-shapes": (HI | {"text": "x"}, r"^the record has messages and text; remove all of them but one, or"),
     "three-shapes": (
@@ -111,7 +119,10 @@ BAD_RECORDS: dict[str, tuple[object, str]] = {
     "role-long": (user(role=LONG), r"^message 1: role is '(ab)+a?\.\.\.b?(ab)+'; allowed"),
     "role-twice": (user(**{"from": "gpt"}), r"^message 1: it has both 'role' and 'from'; remove one of them$"),
     "content-twice": (user(value="x"), r"^message 1: it has both 'content' and 'value'; remove one"),
-    "a-record-for-a-message": ([HI], r"^message 0: this is a record, not a message: .* must be named \.json$"),
+    "a-record-for-a-message": (
+        [HI],
+        r"^message 0: it has no role, but messages, as a record has: .* JSON array of records must be named \.json$",
+    ),
     "sharegpt-value": (
         {"conversations": [{"from": "gpt", "value": 1}]},
         r"^message 0: value must be a str or a list of parts, not 1 of type int$",
@@ -125,7 +136,7 @@ BAD_RECORDS: dict[str, tuple[object, str]] = {
         r"^message 1: content must be .* not {'text': .{,60} dict$",
     ),
     "part-string": (user(content=["x"]), r"^message 1: part 0 of content must be a dict of .* not 'x'"),
-    "part-type-missing": (user(content=[{"text": "x"}]), r"part 0 of content: type is None; allowed are"),
+    "part-type-missing": (user(content=[{"text": "x"}]), r"part 0 of content: it has no type; allowed are"),
     "part-type-unknown": (
         user(content=[{"type": "text", "text": "x"}, {"type": "image", "text": "x"}]),
         r"^message 1: part 1 of content: type is 'image'; allowed are text, python, python_output$",

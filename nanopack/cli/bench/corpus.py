@@ -87,7 +87,8 @@ def load(name: str, records: Iterable[object], tokenizer: AnyTokenizer) -> Data:
     """
     if not isinstance(tokenizer, Tokenizer):
         raise ValueError(
-            f"tokenizer={tokenizer.name!r} is not tiktoken's, which nanochat needs; bench compares with nanochat"
+            f"tokenizer={tokenizer.name!r} is not tiktoken's, which nanochat needs, and bench compares with nanochat; "
+            "give chat32k, or a tokenizer of nanochat's"
         )
     render = Renderer(tokenizer, "nanochat")
     chats, texts, documents, left_out = [], [], [], 0
