@@ -10,6 +10,7 @@ import pickle
 import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -189,16 +190,20 @@ def test_a_loader_is_made_and_used_under_any_mode_of_torch(mode, static):
         "device": lambda: torch.device("meta"),
         "inference": torch.inference_mode,
     }
-    if mode == "default device":
-        torch.set_default_device("meta")
-    try:
+
+    def make():
+        if mode == "default device":
+            torch.set_default_device("meta")
         with modes[mode]():
             loader = Loader(CHATS, SMALL, **arguments, device="cpu")
             first = next(loader)
             assert not first.inputs.is_inference() and first.inputs.device.type == "cpu"
             assert differences(want[:1], [first]) == [None]
-    finally:
-        torch.set_default_device(None)
+            return loader
+
+    # a default device is that of its thread
+    with ThreadPoolExecutor(1) as thread:
+        loader = thread.submit(make).result()
     for wanted, got in zip(want[1:], loader, strict=True):
         assert differences([wanted], [got]) == [None]
 

@@ -70,7 +70,9 @@ def examine() -> Iterator[Finding]:
 def _versions() -> Iterator[str]:
     for package in PACKAGES:
         try:
-            yield f"{package} {importlib.metadata.version(package)}"
+            # torch's own says of which build it is
+            version = torch.__version__ if package == "torch" else importlib.metadata.version(package)
+            yield f"{package} {version}"
         except importlib.metadata.PackageNotFoundError:
             continue
 

@@ -212,7 +212,7 @@ def test_a_text_of_more_than_2048_tokens_is_not_cut_where_a_row_has_room():
 
 
 def test_base_loader_reads_the_share_that_torch_distributed_says(monkeypatch):
-    for name, value in {"is_initialized": True, "get_rank": 2, "get_world_size": W}.items():
+    for name, value in {"is_initialized": True, "get_rank": 2, "get_world_size": W, "get_backend": "fake"}.items():
         monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
     x, y = next(base_loader(TEXTS, TOKENIZER, B, T, device="cpu"))
     assert (x.tolist(), y.tolist()) == next(nanochat_loops.base(RECORDS, RENDER, B, T, 2, W))[:2]
