@@ -271,6 +271,32 @@ def test_a_prompt_may_begin_a_thought_that_an_answer_leaves_out():
         assert "[[So: A<|im_end|>]]" in shown(render(said.replace(PROMPT, asks), [U, A]))
 
 
+@pytest.mark.parametrize(
+    ("begins", "frame"),
+    [
+        ("<think>\n", "<answer>"),
+        ("<|START_THINKING|>", "<|START_TEXT|>"),
+        ("[THINK]", "[TEXT]"),
+        ("<t><think>", "<t><x>"),
+    ],
+)
+def test_a_letter_that_an_answer_shares_with_the_bracket_of_a_thought_is_in_the_loss(begins, frame):
+    said = PLAIN.replace(
+        "{{ message['content'] }}", f"{{{{ '{frame}' if message.role == 'assistant' }}}}{{{{ message.content }}}}"
+    )
+    template = said.replace(PROMPT, PROMPT.replace("assistant\n", f"assistant\n{begins}"))
+    assert f"[[{frame.removeprefix('<t>')}A<|im_end|>]]" in shown(render(template, [U, A]))
+    assert verify([[U, A]], make_tokenizer(template), batch_size=1, seq_len=64, template="hf").batches == 1
+
+
+def test_a_prompt_that_says_what_no_answer_begins_with_is_refused():
+    template = PLAIN.replace(PROMPT, PROMPT.replace("assistant\n", "assistant\nHere are my steps:"))
+    with pytest.raises(ConversationError, match="message 1: the chat template begins it in another way than it asks"):
+        render(template, [U, A])
+    options = {"batch_size": 1, "seq_len": 64, "template": "hf", "on_error": "skip"}
+    assert verify([[U, A]], make_tokenizer(template), **options).batches == 0
+
+
 @pytest.mark.parametrize("written", ["", " | tojson"])
 def test_a_template_that_would_write_lists_as_they_stand_is_given_no_parts(written):
     lists = "message['content']" + written + " if message['content'] is not string else ''"

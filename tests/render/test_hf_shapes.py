@@ -1,4 +1,4 @@
-"""Promises of hf_shapes.py and hf_watch.py: a template runs once a shape, if its text depends on no content."""
+"""Promises of hf_shapes.py and hf_watch(ed).py: a template runs once a shape, if its text depends on no content."""
 
 from __future__ import annotations
 
@@ -107,12 +107,40 @@ DOES = {
         False,
     ),
     "strips a letter": (f"{{{{ {C}.strip('b') }}}}", True),
+    "escapes all": (f"{{% autoescape true %}}{{{{ {C} }}}}{{% endautoescape %}}", True),
+    "adds it to what is safe": (f"{{{{ ('so: ' | safe) + {C} }}}}", True),
+    "adds what is safe": (f"{{{{ {C} + (' .' | safe) }}}}", True),
+    "adds it to what Jinja escapes as it compiles": (f"{{{{ ('<' | e) + {C} }}}}", True),
+    "looks for it in a text, in a chain": (f"{{{{ {C} }}}}{{% if {C} in 'abc' in ['abc'] %}}!{{% endif %}}", True),
+    "joins values": ("{% set c = message.values() | join(' ') %}{{ c }}{{ c | length }}", True),
+    "joins values by a method": ("{% set c = ' '.join(message.values()) %}{{ c }}{{ c | length }}", True),
+    "joins what it reversed": ("{% set c = message.values() | list | reverse | join %}{{ c }}{{ c | length }}", True),
+    "puts it into a text": (f"{{% set c = '[X]' | replace('[X]', {C}) %}}{{{{ c }}}}{{{{ c | length }}}}", True),
+    "replaces it in a text": (f"{{{{ {C} }}}}{{{{ 'abc' | replace({C}, '') }}}}", True),
+    "strips its letters from a text": (f"{{{{ {C} }}}}{{{{ 'abc' | trim({C}) }}}}", True),
+    "asks for its identity": (f"{{{{ {C} }}}}{{% if {C} is sameas 'a' %}}!{{% endif %}}", True),
+    "asks how it begins after a newline": (
+        f"{{% set c = '\n' + {C} %}}{{{{ c }}}}{{% if c.startswith('\n[x]') %}}!{{% endif %}}",
+        False,
+    ),
+    "looks for a text and a newline": (
+        f"{{% set c = {C} + '\n' %}}{{{{ c }}}}{{% if 'c[x]\n' in c %}}!{{% endif %}}",
+        False,
+    ),
+    "compares it between blanks": (
+        f"{{% macro m(c) %}} {{{{ c }}}} {{% endmacro %}}{{{{ {C} }}}}{{% if m({C}) == ' [x] b ' %}}!{{% endif %}}",
+        False,
+    ),
+    "asks for a role in a loop with variables of its own": (
+        f"{{% set t = namespace() %}}{{% if 'user'.startswith('us') %}}{{{{ {C} }}}}{{% endif %}}",
+        False,
+    ),
     "asks how it begins after joining": (
         f"{{% set c = '[' + {C} %}}{{{{ c }}}}{{% if c.startswith('[x]') %}}!{{% endif %}}",
         True,
     ),
 }
-CONTENTS = ("a", "b", "a question of more than twenty letters", "[x] b", "x] b", "b\n\nc[x]", "\nb", "naïve 😀")
+CONTENTS = ("a", "b", "a question of more than twenty letters", "[x] b", "x] b", "b\n\nc[x]", "\nb", "naïve 😀", "<b>")
 
 
 @pytest.mark.parametrize("what", DOES)
