@@ -36,7 +36,8 @@ class ChatWriter:
         self.parts = False
         if not self.writes([user, assistant], "Hi", "Oh"):
             as_parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in (user, assistant)]
-            if self.writes(as_parts, "Hi", "Oh") and not self.writes(as_parts, "type"):
+            listed = ("'text': 'Hi'", '"text": "Hi"', '"text":"Hi"')
+            if self.writes(as_parts, "Hi", "Oh") and not any(self.writes(as_parts, form) for form in listed):
                 self.parts, (user, assistant) = True, as_parts
         four = [user, assistant] * 2
         around = [self.try_write(four), self.try_write(four, ask=True)]

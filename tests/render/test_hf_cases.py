@@ -297,11 +297,20 @@ def test_a_prompt_that_says_what_no_answer_begins_with_is_refused():
     assert verify([[U, A]], make_tokenizer(template), **options).batches == 0
 
 
-@pytest.mark.parametrize("written", ["", " | tojson"])
+@pytest.mark.parametrize("written", ["", " | tojson", " | tojson(separators=(',', ':'))"])
 def test_a_template_that_would_write_lists_as_they_stand_is_given_no_parts(written):
     lists = "message['content']" + written + " if message['content'] is not string else ''"
     with pytest.raises(ConversationError, match="message 0: the chat template writes nothing of its content"):
         render(PLAIN.replace("message['content']", lists), [U, A])
+
+
+@pytest.mark.parametrize("own", ["Any type.", "Say 'type'.", 'Write {"type": "text"}.'])
+def test_a_template_that_wants_parts_may_say_type_in_its_own_text(own):
+    wants = "{% for part in message['content'] if part.type == 'text' %}{{ part.text }}{% endfor %}"
+    template = own + PLAIN.replace("{{ message['content'] }}", wants)
+    assert shown(render(template, [U, A])).endswith("<|im_start|>assistant\n[[A<|im_end|>]]\n")
+    options = {"batch_size": 1, "seq_len": 64, "template": "hf", "packing": "best_fit_pad"}
+    assert verify([[U, A]], make_tokenizer(template), **options).batches == 1
 
 
 def test_a_template_that_reverses_what_it_is_given_is_refused():
