@@ -248,6 +248,25 @@ def test_white_space_that_a_token_takes_is_not_in_the_texts_around_it():
         assert one(check(record)).ids.tolist() == greedy.apply_chat_template(record["messages"])["input_ids"]
 
 
+@pytest.mark.parametrize("trims", [True, False])
+@pytest.mark.parametrize("answer", ["b", " b", "", "<t>"])
+def test_white_space_that_a_token_takes_puts_it_into_the_loss_as_the_tokenizers_offsets_say(trims, answer):
+    from tokenizers import AddedToken, processors
+
+    core = type(make_core()).from_str(make_core().to_str())
+    core.post_processor = processors.ByteLevel(trim_offsets=trims)
+    core.add_special_tokens([AddedToken("[/INST]", lstrip=True, rstrip=True, special=True)])
+    # as in Mistral's, the answer begins with the blank that the token before takes
+    asks = "<|im_start|>{{ m['content'] }} [/INST]"
+    source = "{% for m in messages %}{% if m['role'] == 'user' %}" + asks + "{% else %} {{ m['content'] }}<|im_end|>"
+    own = make_tokenizer(source + "{% endif %}{% endfor %}", tokenizer_object=core)
+    record = talk("a", answer)
+    found = Renderer(load_tokenizer(own), "hf")(check(record))
+    begin = found.ids.tolist().index(own.convert_tokens_to_ids("[/INST]"))
+    assert found.mask.tolist() == [False] * begin + [not trims] + [True] * (len(found.mask) - begin - 1)
+    assert verify([record], own, batch_size=1, seq_len=32, template="hf", packing="best_fit_pad").batches == 1
+
+
 def test_a_text_that_becomes_abnormal_where_pieces_meet_is_left_to_the_tokenizer():
     from tokenizers import Tokenizer, normalizers
 
