@@ -44,7 +44,7 @@ def num_bytes(text: str) -> int:
 
 
 def _without_blanks(text: str, begin: int, end: int) -> Span:
-    """Return where an added token stands without the white space that it takes."""
+    """Return the begin and end of an added token, without the white space that it takes."""
     token = text[begin:end].lstrip(WHITE_SPACE)
     return end - len(token), end - len(token) + len(token.rstrip(WHITE_SPACE))
 
