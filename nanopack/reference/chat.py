@@ -202,9 +202,14 @@ class Chat:
             same += 1
         ends = [found.end() for found in self._controls().finditer(asked)]
         least = ends[-1] if ends else min(len(asked), len(header))
+        at = 0
+        for word in re.split(r"(?=[<\[\s])|(?<=[>\]\s])", asked):
+            # a bracket of a thought is in both, or in the prompt alone
+            if at < same < at + len(word) and re.search("think|thought", word, re.IGNORECASE):
+                same = at
+            at += len(word)
         rest = asked[same:].strip()
-        opens = re.match(r"[^\s\]]*(think|thought)", rest, re.IGNORECASE)
-        if rest and header[same:].strip() and not opens:
+        if rest and not re.match(r"[^\s\]]*(think|thought)", rest, re.IGNORECASE):
             raise ConversationError(f"message {index}: it begins in another way than it is asked for")
         if same < least or (self._prompt() and self._prompt() in header[same:]):
             raise ConversationError(f"message {index}: it begins in another way than it is asked for")

@@ -36,7 +36,8 @@ class ChatWriter:
         self.parts = False
         if not self.writes([user, assistant], "Hi", "Oh"):
             as_parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in (user, assistant)]
-            if self.writes(as_parts, "Hi", "Oh") and not self.writes(as_parts, "type"):
+            listed = ("'text': 'Hi'", '"text": "Hi"', '"text":"Hi"')
+            if self.writes(as_parts, "Hi", "Oh") and not any(self.writes(as_parts, form) for form in listed):
                 self.parts, (user, assistant) = True, as_parts
         four = [user, assistant] * 2
         around = [self.try_write(four), self.try_write(four, ask=True)]
@@ -174,11 +175,15 @@ def _refuse_nulls(messages: Sequence[Said], tools: Sequence[Any]) -> None:
     for tool in tools:
         tool = tool.get("function", tool)
         parameters = tool.get("parameters") if isinstance(tool, Mapping) else None
-        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
-        if isinstance(properties, Mapping) and isinstance(tool.get("name"), str):
+        if not isinstance(parameters, Mapping) or not isinstance(tool.get("name"), str):
+            continue
+        properties = parameters.get("properties")
+        if isinstance(properties, Mapping):
             known[tool["name"]] = properties
             if None in properties.values():
                 raise ConversationError("a parameter of a tool is null")
+        if _has_null(parameters):
+            raise ConversationError("what is said of a tool's parameters is null")
     calls = [call.get("function", call) for _, _, rest, _ in messages for call in rest.get("tool_calls") or []]
     calls = [call for call in calls if isinstance(call.get("arguments"), Mapping)]
     for call in calls:
@@ -192,6 +197,17 @@ def _refuse_nulls(messages: Sequence[Said], tools: Sequence[Any]) -> None:
                 both = [key for key in given if given[key] is not None and its[key] is not None]
                 if not both and {*given} - null and any(value is not None for value in its.values()):
                     raise ConversationError("two tools have the same arguments and use none in common")
+
+
+def _has_null(schema: Any) -> bool:
+    """Return whether anything but a value that a JSON schema names is null in it."""
+    if isinstance(schema, (list, tuple)):
+        return any(_has_null(item) for item in schema if item is not None)
+    if not isinstance(schema, Mapping):
+        return schema is None
+    said = {key: schema[key] for key in schema if key not in ("default", "const", "example", "enum", "examples")}
+    unsaid = [key for key in ("enum", "examples") if key in schema and schema[key] is None]
+    return bool(unsaid) or any(_has_null(value) for value in said.values())
 
 
 def mend(value: Any) -> Any:

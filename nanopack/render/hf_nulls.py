@@ -4,7 +4,8 @@
 
 Arrow gives every struct of a column the fields of all, null where one has none. Where nanopack reads a Dataset or a
 file it leaves them out. Those of `list(dataset)` or `to_list()` are None like any other, but for what gives them away:
-an argument that the tool does not have, or two tools that share their arguments and never use the same.
+an argument that the tool does not have, two tools that share their arguments and never use the same, or a keyword of a
+JSON schema that is null.
 """
 
 from __future__ import annotations
@@ -20,13 +21,20 @@ REMEDY = (
     "give the datasets.Dataset itself or its files, or leave out what is None"
 )
 
+# What a JSON schema may say of a null.
+_OF_VALUES = {"default", "const", "enum", "example", "examples"}
+
 
 def refuse_nulls(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> None:
     """Raise ConversationError where an argument of a call, or of a tool, is a null of Arrow's."""
-    declared = dict(_properties(tools or ()))
-    for name, properties in declared.items():
-        if nulls := _nulls(properties):
-            _refuse(f"tools: {name} has the parameter {nulls[0]!r}, which is null")
+    declared = {}
+    for name, parameters in _parameters(tools or ()):
+        if isinstance(properties := parameters.get("properties"), Mapping):
+            declared[name] = properties
+            if nulls := _nulls(properties):
+                _refuse(f"tools: {name} has the parameter {nulls[0]!r}, which is null")
+        for key in _null_keywords(parameters):
+            _refuse(f"tools: {name} has {key!r} in its parameters, which is null")
     calls = [(index, *call) for index, message in enumerate(messages) for call in _calls(message)]
     for index, name, arguments in calls:
         for key in _nulls(arguments):
@@ -38,14 +46,24 @@ def refuse_nulls(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
                     _refuse(f"{where}, as {other} has others of the same")
 
 
-def _properties(tools: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the name of each tool that says which parameters it has, and these."""
+def _parameters(tools: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the name of each tool that says which parameters it has, and the schema of these."""
     for tool in tools:
         function = tool.get("function", tool)
         parameters = function.get("parameters") if isinstance(function, Mapping) else None
-        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
-        if isinstance(properties, Mapping) and isinstance(function.get("name"), str):
-            yield function["name"], properties
+        if isinstance(parameters, Mapping) and isinstance(function.get("name"), str):
+            yield function["name"], parameters
+
+
+def _null_keywords(schema: Mapping[str, Any]) -> Iterator[str]:
+    """Yield each key of a JSON schema, or of one within, that is null and cannot be."""
+    for key, value in schema.items():
+        if value is None and key not in ("default", "const", "example"):
+            yield key
+        if key not in _OF_VALUES:
+            for inner in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(inner, Mapping):
+                    yield from _null_keywords(inner)
 
 
 def _calls(message: Message) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -12,21 +12,23 @@ from itertools import chain
 
 from nanopack.render.document import Plan
 from nanopack.render.hf_spans import Span
-from nanopack.tokenizers.added_tokens import Found
+from nanopack.tokenizers.added_tokens import WHITE_SPACE, Found
 from nanopack.tokenizers.buffers import as_buffer
 
 
-def plan_of(text: str, spans: Sequence[Span], tokens: Sequence[Found]) -> Plan:
-    """Return the plan of a text; `spans` in order, none empty."""
+def plan_of(text: str, spans: Sequence[Span], tokens: Sequence[Found], *, trims: bool) -> Plan:
+    """Return the plan of a text; `spans` in order, none empty. `trims`: whether offsets leave out blanks."""
     runs: list[str | bytes] = []
     in_loss: list[bool] = []
     marked: list[tuple[int, int, int]] = []
     for begin, end, id in _pieces(len(text), tokens):
-        within = [(max(a, begin), b) for a, b in spans if a < end and b > begin]
         if id is not None:
             runs.append(as_buffer([id]))
-            in_loss.append(bool(within))
+            if trims:
+                begin, end = _without_blanks(text, begin, end)
+            in_loss.append(any(a < end and b > begin for a, b in spans))
             continue
+        within = [(max(a, begin), b) for a, b in spans if a < end and b > begin]
         run = text[begin:end]
         for a, b in within:
             # A blank at the run's end, which has no place in offsets, is in a span that continues.
@@ -39,6 +41,12 @@ def plan_of(text: str, spans: Sequence[Span], tokens: Sequence[Found]) -> Plan:
 def num_bytes(text: str) -> int:
     """Return the length of the text in UTF-8."""
     return len(text) if text.isascii() else len(text.encode())
+
+
+def _without_blanks(text: str, begin: int, end: int) -> Span:
+    """Return the begin and end of an added token, without the white space that it takes."""
+    token = text[begin:end].lstrip(WHITE_SPACE)
+    return end - len(token), end - len(token) + len(token.rstrip(WHITE_SPACE))
 
 
 def _pieces(length: int, tokens: Iterable[Found]) -> Iterator[tuple[int, int, int | None]]:

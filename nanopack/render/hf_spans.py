@@ -21,6 +21,8 @@ Span = tuple[int, int]
 
 # How a thought begins: <think>, [THINK], <|channel>thought.
 _THOUGHT = re.compile(r"[^\s\]]*(?:think|thought)", re.IGNORECASE)
+# Such a word or bracket by itself.
+_THOUGHTS = re.compile(r"(?:[<\[]|(?<![^\s>\]]))[^\s<>\[\]]*(?:think|thought)[^\s<>\[\]]*[>\]]?", re.IGNORECASE)
 
 
 class Answers:
@@ -93,11 +95,13 @@ class Answers:
         if prompt is None:
             self._refuse(index, "the chat template writes what comes before it in another way when it is asked for")
         agreed = count_equal(prompt, header)
+        # <think> and <tool_call> begin alike
+        agreed = next((m.start() for m in _THOUGHTS.finditer(prompt) if m.start() < agreed < m.end()), agreed)
         controls = list(self._control.finditer(prompt))
         differs = agreed < (controls[-1].end() if controls else min(len(prompt), len(header)))
         # another role, say; but a prompt may begin a thought that the text leaves out
-        asks, begins = prompt[agreed:].strip(), header[agreed:].strip()
-        differs |= bool(asks and begins) and not _THOUGHT.match(asks)
+        asks = prompt[agreed:].strip()
+        differs |= asks != "" and not _THOUGHT.match(asks)
         if differs or (self._prompt and self._prompt in header[agreed:]):
             self._refuse(index, "the chat template begins it in another way than it asks for it")
         return agreed

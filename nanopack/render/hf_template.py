@@ -78,7 +78,12 @@ class ChatTemplate:
             return self._encoded_whole(text, spans, forgets)
         self._rendered += 1
         expected = self._encoded_whole(text, spans, forgets) if self._rendered % SPOT_CHECK == 1 else None
-        return plan_of(text, sorted(spans), self._tokenizer.cut(text))._replace(forgets=forgets, expected=expected)
+        return self._plan_of(text, spans)._replace(forgets=forgets, expected=expected)
+
+    def _plan_of(self, text: str, spans: Sequence[Span]) -> Plan:
+        encoding = self._tokenizer.byte_level
+        trims = encoding is not None and encoding.leading is not None
+        return plan_of(text, sorted(spans), self._tokenizer.cut(text), trims=trims)
 
     def _written(self, conversation: Conversation) -> tuple[str, list[Span], bool]:
         """Return the template's text, what of it is in the loss, and whether thoughts are left out."""
@@ -96,7 +101,7 @@ class ChatTemplate:
         if not text or not self._can_cut(text):
             return None
         spans, _ = self._spans(conversation, messages, None, {}, text, marked)
-        return plan_of(text, sorted(spans), self._tokenizer.cut(text))
+        return self._plan_of(text, spans)
 
     def _can_cut(self, text: str) -> bool:
         """Return whether the text may be encoded between added tokens, and bytes say what is in the loss."""

@@ -1,153 +1,35 @@
 """Run a chat template on strings that watch what it does with them.
 
     marked messages   ->   Watcher.watch()   ->   which texts it looked for in them; None where it looked otherwise
+                           hf_watched.py has the strings
 
 A template that only writes its strings, strips them and looks for texts in them that are not there does the same with
-all other strings without these texts. So its text for one conversation is that of every other of the same shape.
+all other strings without these texts. So its text for one conversation is that of every other of the same shape. Not
+all that is done with a string asks its methods: Jinja's filters, tests, calls and operators are watched here.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import GeneratorType
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
 from typing import Any
+
+from nanopack.render.hf_watched import Watch, Watched, joined, may_hold_watched
 
 # What these filters do with a string, its methods see; or they do nothing with the strings in a container.
 _SEEN = {"trim", "string", "default", "d", "replace"}
 _OF_CONTAINERS = {"length", "count", "list", "first", "last", "reverse", "selectattr", "rejectattr", "items"} | _SEEN
+# Tests that tell of a string that it is one, or compare it by its methods. "in" is watched apart.
+_SEEN_TESTS = {"string", "defined", "undefined", "none", "mapping", "number", "integer", "float", "boolean", "callable"}
+_SEEN_TESTS |= {"true", "false", "iterable", "sequence", "in", "eq", "==", "equalto", "ne", "!=", "lower", "upper"}
+_SEEN_TESTS |= {"lt", "<", "lessthan", "le", "<=", "gt", ">", "greaterthan", "ge", ">="}
 
+# Arguments that Jinja gives to each call in a loop or block.
+_OF_JINJA = {"_loop_vars", "_block_vars"}
 # The name of `%` in a template that is watched.
 _MODULO = "nanopack_modulo"
-
-
-class Watch:
-    """What was done with the strings of one conversation."""
-
-    def __init__(self) -> None:
-        self.looked_for: set[str] = set()
-        self.depends = False
-        """Whether the template's text may depend on the strings in another way."""
-
-
-class Watched(str):
-    """A string with marks in it, for each of which any other could stand that is not blank."""
-
-    watch: Watch
-    bare: bool
-    """Whether there is one mark in it, and only white space besides."""
-
-    @classmethod
-    def of(cls, text: str, watch: Watch, *, bare: bool = True) -> Watched:
-        made = cls(text)
-        made.watch, made.bare = watch, bare
-        return made
-
-    def _look_for(self, text: str) -> bool:
-        """Return whether the text is in this one, and note it where it is not."""
-        found = str.__contains__(self, text)
-        if found and not text.strip():
-            # In white space around the mark, which is part of a conversation's shape.
-            return True
-        self.watch.depends |= found or not self.bare
-        self.watch.looked_for.add(text)
-        return found
-
-    def __bool__(self) -> bool:
-        return True
-
-    def __str__(self) -> str:
-        return self
-
-    def __add__(self, other: str) -> Any:
-        return joined([self, other])
-
-    def __radd__(self, other: str) -> Any:
-        return joined([other, self])
-
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, Watched):
-            self.watch.depends = True
-        elif isinstance(other, str) and other.strip():
-            self._look_for(other)
-        return False
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    def __hash__(self) -> int:
-        self.watch.depends = True
-        return str.__hash__(self)
-
-    def __contains__(self, text: object) -> bool:
-        return self._look_for(str(text))
-
-    def startswith(self, text: Any, *rest: Any) -> bool:
-        return self._at_an_end(str.startswith, text, rest)
-
-    def endswith(self, text: Any, *rest: Any) -> bool:
-        return self._at_an_end(str.endswith, text, rest)
-
-    def _at_an_end(self, stands: Callable[[str, str], bool], texts: Any, rest: Any) -> bool:
-        self.watch.depends |= bool(rest)
-        for text in texts if isinstance(texts, tuple) else (texts,):
-            self.watch.looked_for.add(text)
-            self.watch.depends |= not self.bare
-            if stands(self, text):
-                self.watch.depends |= bool(text.strip())
-                return True
-        return False
-
-    def _stripped(self, strip: Callable[..., str], characters: str | None) -> Watched:
-        self.watch.depends |= bool(characters and characters.strip())
-        return Watched.of(strip(self, characters), self.watch, bare=self.bare)
-
-    def strip(self, characters: str | None = None) -> Watched:
-        return self._stripped(str.strip, characters)
-
-    def lstrip(self, characters: str | None = None) -> Watched:
-        return self._stripped(str.lstrip, characters)
-
-    def rstrip(self, characters: str | None = None) -> Watched:
-        return self._stripped(str.rstrip, characters)
-
-    def split(self, separator: str | None = None, maxsplit: int = -1) -> list[Any]:  # type: ignore[override]
-        self.watch.depends |= separator is None or self._look_for(separator)
-        return [self]
-
-    rsplit = split  # type: ignore[assignment]
-
-    def replace(self, old: str, new: str, count: int = -1) -> Watched:  # type: ignore[override]
-        self.watch.depends |= self._look_for(old)
-        return self
-
-
-def _depending(name: str) -> Any:
-    method = getattr(str, name)
-
-    def depends(self: Watched, *arguments: Any, **named: Any) -> Any:
-        self.watch.depends = True
-        return method(self, *arguments, **named)
-
-    return depends
-
-
-# Whatever else a string can do tells something of it.
-for _name in set(dir(str)) - set(vars(Watched)) - set(dir(object)) | {"__lt__", "__le__", "__gt__", "__ge__"}:
-    setattr(Watched, _name, _depending(_name))
-for _name in ("__format__", "__repr__"):
-    setattr(Watched, _name, _depending(_name))
-
-
-def joined(parts: Iterable[Any]) -> Any:
-    """Return the parts in one string, watched where one of them is."""
-    parts = list(parts)
-    found = [part for part in parts if isinstance(part, Watched)]
-    text = "".join([str.__str__(part) for part in parts])
-    if not found:
-        return text
-    blank = not any(part.strip() for part in parts if not isinstance(part, Watched))
-    return Watched.of(text, found[0].watch, bare=blank and len(found) == 1 and found[0].bare)
 
 
 class Watcher:
@@ -158,7 +40,11 @@ class Watcher:
         self._watch = Watch()
         environment = template.environment
         environment.filters[_MODULO] = operator.mod
-        self._template = template = environment.from_string(_with_calls(environment, source))
+        # What Jinja computes as it compiles is not watched.
+        environment.optimized = False
+        tree = environment.parse(source)
+        self._may = _may_be_watched(tree)
+        self._template = template = environment.from_string(_with_calls(environment, tree))
         environment.concat = joined
         module = template.root_render_func.__globals__
         module["str_join"] = module["markup_join"] = lambda parts: joined(map(str, parts))
@@ -167,10 +53,15 @@ class Watcher:
         for name in ("iterable", "sequence"):
             environment.tests[name] = _or_watched(environment.tests[name])
         environment.tests["in"] = self._is_in
+        for name, test in list(environment.tests.items()):
+            if name not in _SEEN_TESTS:
+                environment.tests[name] = self._watched_test(test)
         environment.call = self._watched_call(environment.call)
 
     def watch(self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]) -> tuple[str, set[str]] | None:
         """Return the text, and the texts that the contents must not hold; None where it depends on them otherwise."""
+        if not self._may:
+            return None
         self._watch = watch = Watch()
         watched = [{**message, "content": Watched.of(message["content"], watch)} for message in messages]
         blocks = self._template.generate(
@@ -186,27 +77,60 @@ class Watcher:
         return value in container
 
     def _watched_filter(self, name: str, filtering: Callable[..., Any]) -> Callable[..., Any]:
+        from jinja2.nodes import EvalContext
+        from jinja2.runtime import Context
+
+        # jinja2.Environment and those two are given to filters that ask for them
+        own = (EvalContext, Context, type(self._template.environment))
+
+        @functools.wraps(filtering)
         def filtered(*arguments: Any, **named: Any) -> Any:
-            values = [*arguments, *named.values()]
-            if name not in _SEEN and any(isinstance(value, Watched) for value in values):
+            values = [value for value in (*arguments, *named.values()) if not isinstance(value, own)]
+            # Only of its first argument does a filter ask the methods; `default` gives back the other as it is.
+            asked = values if name not in _SEEN else () if name in ("default", "d") else values[1:]
+            if any(isinstance(value, Watched) for value in asked):
                 self._watch.depends = True
-            if name not in _OF_CONTAINERS and any(map(_holds_watched, values)):
+            if name not in _OF_CONTAINERS and any(map(may_hold_watched, values)):
                 self._watch.depends = True
-            return filtering(*arguments, **named)
+            found = filtering(*arguments, **named)
+            # what is safe as HTML escapes all that it meets
+            self._watch.depends |= hasattr(found, "__html__")
+            return found
 
         return filtered
+
+    def _watched_test(self, test: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(test)
+        def tested(*arguments: Any) -> Any:
+            self._watch.depends |= any(isinstance(value, Watched) for value in arguments)
+            return test(*arguments)
+
+        return tested
 
     def _watched_call(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def called(context: Any, what: Any, *arguments: Any, **named: Any) -> Any:
             # A string's method, such as join or format, writes what it is given into a string that is not watched.
-            if type(getattr(what, "__self__", None)) is str and _holds_watched([*arguments, *named.values()]):
-                self._watch.depends = True
+            # So does a function; macros, classes and methods of others keep it.
+            own = getattr(what, "__self__", None)
+            if isinstance(what, FunctionType) or (isinstance(own, str) and not isinstance(own, Watched)):
+                given = [value for name, value in named.items() if name not in _OF_JINJA]
+                self._watch.depends |= any(map(may_hold_watched, [*arguments, *given]))
             return call(context, what, *arguments, **named)
 
         return called
 
 
-def _with_calls(environment: Any, source: str) -> Any:
+def _may_be_watched(tree: Any) -> bool:
+    """Return whether the template neither escapes what it writes nor compares in a chain with `in`."""
+    from jinja2 import nodes
+
+    chains = (node.ops for node in tree.find_all(nodes.Compare) if len(node.ops) > 1)
+    return not any(tree.find_all(nodes.EvalContextModifier)) and not any(
+        operand.op in ("in", "notin") for operands in chains for operand in operands
+    )
+
+
+def _with_calls(environment: Any, tree: Any) -> Any:
     """Return the template's syntax tree, with calls in place of the operators that a plain string answers itself."""
     from jinja2 import nodes
     from jinja2.visitor import NodeTransformer
@@ -223,17 +147,7 @@ def _with_calls(environment: Any, source: str) -> Any:
             self.generic_visit(node)
             return nodes.Filter(node.left, _MODULO, [node.right], [], None, None, lineno=node.lineno)
 
-    tree = Transformer().visit(environment.parse(source))
-    return tree.set_environment(environment)
-
-
-def _holds_watched(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(map(_holds_watched, (*value.keys(), *value.values())))
-    if isinstance(value, (list, tuple)):
-        return any(map(_holds_watched, value))
-    # What a generator holds is not seen before it is used.
-    return isinstance(value, (Watched, GeneratorType))
+    return Transformer().visit(tree).set_environment(environment)
 
 
 def _or_watched(test: Callable[..., Any]) -> Callable[..., Any]:

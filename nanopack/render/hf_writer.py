@@ -34,6 +34,8 @@ _TOOL = {
         "parameters": {"type": "object", "properties": {"probe_key": {"type": "string", "description": "probe text"}}},
     },
 }
+# A part of a list that is written as Python or JSON.
+_LISTED = re.compile(r"""(['"])text\1:\s*(['"])Hi\2""")
 _TALK = tuple({"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Oh")))
 
 
@@ -151,7 +153,7 @@ class Writer:
         parts = tuple({**m, "content": [{"type": "text", "text": m["content"]}]} for m in self._talk)
         text = self.outline(parts)
         # nor is a list of parts that is written as it stands a text
-        if not (text and "Hi" in text and "Oh" in text) or "'type'" in text or '"type"' in text:
+        if not (text and "Hi" in text and "Oh" in text) or _LISTED.search(text):
             return False
         self._talk = parts
         return True

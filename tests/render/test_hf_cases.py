@@ -271,11 +271,46 @@ def test_a_prompt_may_begin_a_thought_that_an_answer_leaves_out():
         assert "[[So: A<|im_end|>]]" in shown(render(said.replace(PROMPT, asks), [U, A]))
 
 
-@pytest.mark.parametrize("written", ["", " | tojson"])
+@pytest.mark.parametrize(
+    ("begins", "frame"),
+    [
+        ("<think>\n", "<answer>"),
+        ("<|START_THINKING|>", "<|START_TEXT|>"),
+        ("[THINK]", "[TEXT]"),
+        ("<t><think>", "<t><x>"),
+    ],
+)
+def test_a_letter_that_an_answer_shares_with_the_bracket_of_a_thought_is_in_the_loss(begins, frame):
+    said = PLAIN.replace(
+        "{{ message['content'] }}", f"{{{{ '{frame}' if message.role == 'assistant' }}}}{{{{ message.content }}}}"
+    )
+    template = said.replace(PROMPT, PROMPT.replace("assistant\n", f"assistant\n{begins}"))
+    assert f"[[{frame.removeprefix('<t>')}A<|im_end|>]]" in shown(render(template, [U, A]))
+    assert verify([[U, A]], make_tokenizer(template), batch_size=1, seq_len=64, template="hf").batches == 1
+
+
+def test_a_prompt_that_says_what_no_answer_begins_with_is_refused():
+    template = PLAIN.replace(PROMPT, PROMPT.replace("assistant\n", "assistant\nHere are my steps:"))
+    with pytest.raises(ConversationError, match="message 1: the chat template begins it in another way than it asks"):
+        render(template, [U, A])
+    options = {"batch_size": 1, "seq_len": 64, "template": "hf", "on_error": "skip"}
+    assert verify([[U, A]], make_tokenizer(template), **options).batches == 0
+
+
+@pytest.mark.parametrize("written", ["", " | tojson", " | tojson(separators=(',', ':'))"])
 def test_a_template_that_would_write_lists_as_they_stand_is_given_no_parts(written):
     lists = "message['content']" + written + " if message['content'] is not string else ''"
     with pytest.raises(ConversationError, match="message 0: the chat template writes nothing of its content"):
         render(PLAIN.replace("message['content']", lists), [U, A])
+
+
+@pytest.mark.parametrize("own", ["Any type.", "Say 'type'.", 'Write {"type": "text"}.'])
+def test_a_template_that_wants_parts_may_say_type_in_its_own_text(own):
+    wants = "{% for part in message['content'] if part.type == 'text' %}{{ part.text }}{% endfor %}"
+    template = own + PLAIN.replace("{{ message['content'] }}", wants)
+    assert shown(render(template, [U, A])).endswith("<|im_start|>assistant\n[[A<|im_end|>]]\n")
+    options = {"batch_size": 1, "seq_len": 64, "template": "hf", "packing": "best_fit_pad"}
+    assert verify([[U, A]], make_tokenizer(template), **options).batches == 1
 
 
 def test_a_template_that_reverses_what_it_is_given_is_refused():

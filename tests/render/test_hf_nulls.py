@@ -24,9 +24,9 @@ def called(**calls):
     return {"role": "assistant", "content": "", "tool_calls": made}
 
 
-def tool(name, *keys):
-    properties = {key: {"type": "string"} for key in keys}
-    parameters = {"type": "object", "properties": properties}
+def tool(name, *keys, says=None, **more):
+    properties = {key: {"type": "string", **(says or {})} for key in keys}
+    parameters = {"type": "object", "properties": properties, **more}
     return {"type": "function", "function": {"name": name, "description": "d", "parameters": parameters}}
 
 
@@ -48,6 +48,27 @@ RECORDS = {
             {"messages": [U, called(g={"b": "y"}), A], "tools": [tool("g", "b")]},
         ],
         "tools: f has the parameter 'b', which is null: Arrow gives every struct",
+    ),
+    "a keyword of a parameter": (
+        [
+            {"messages": [U, called(f={"a": "x"}), A], "tools": [tool("f", "a")]},
+            {"messages": [U, called(g={"a": "y"}), A], "tools": [tool("g", "a", says={"enum": ["y"]})]},
+        ],
+        "tools: f has 'enum' in its parameters, which is null: Arrow gives every struct",
+    ),
+    "a keyword of all parameters": (
+        [
+            {"messages": [U, called(f={"a": "x"}), A], "tools": [tool("f", "a")]},
+            {"messages": [U, called(g={"a": "y"}), A], "tools": [tool("g", "a", required=["a"])]},
+        ],
+        "tools: f has 'required' in its parameters, which is null: Arrow gives every struct",
+    ),
+    "a parameter in a parameter": (
+        [
+            {"messages": [U, A], "tools": [tool("f", "a", says={"properties": {"b": {"type": "string"}}})]},
+            {"messages": [U, A], "tools": [tool("f", "a", says={"properties": {"c": {"type": "string"}}})]},
+        ],
+        "tools: f has 'c' in its parameters, which is null: Arrow gives every struct",
     ),
     "arguments of two tools": (
         [{"messages": [U, called(f={"a": "x"}, g={"b": "y"}), A]}],
@@ -79,6 +100,7 @@ NULLS = {
     "without tools": {"messages": [U, called(f={"a": None})]},
     "of tools that share an argument": {"messages": [U, called(f={"a": "x", "b": None}, g={"a": "y", "b": "z"})]},
     "of a tool that uses nothing": {"messages": [U, called(f={"a": None}, g={"a": "y"})]},
+    "as a default": {"messages": [U, A], "tools": [tool("f", "a", says={"default": None, "enum": ["x", None]})]},
     "in the JSON of arguments": {"messages": [U, called(f='{"c": null}')], "tools": [tool("f", "a")]},
 }
 

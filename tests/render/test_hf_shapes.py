@@ -1,4 +1,4 @@
-"""Promises of hf_shapes.py and hf_watch.py: a template runs once a shape, if its text depends on no content."""
+"""Promises of hf_shapes.py and hf_watch(ed).py: a template runs once a shape, if its text depends on no content."""
 
 from __future__ import annotations
 
@@ -107,12 +107,40 @@ DOES = {
         False,
     ),
     "strips a letter": (f"{{{{ {C}.strip('b') }}}}", True),
+    "escapes all": (f"{{% autoescape true %}}{{{{ {C} }}}}{{% endautoescape %}}", True),
+    "adds it to what is safe": (f"{{{{ ('so: ' | safe) + {C} }}}}", True),
+    "adds what is safe": (f"{{{{ {C} + (' .' | safe) }}}}", True),
+    "adds it to what Jinja escapes as it compiles": (f"{{{{ ('<' | e) + {C} }}}}", True),
+    "looks for it in a text, in a chain": (f"{{{{ {C} }}}}{{% if {C} in 'abc' in ['abc'] %}}!{{% endif %}}", True),
+    "joins values": ("{% set c = message.values() | join(' ') %}{{ c }}{{ c | length }}", True),
+    "joins values by a method": ("{% set c = ' '.join(message.values()) %}{{ c }}{{ c | length }}", True),
+    "joins what it reversed": ("{% set c = message.values() | list | reverse | join %}{{ c }}{{ c | length }}", True),
+    "puts it into a text": (f"{{% set c = '[X]' | replace('[X]', {C}) %}}{{{{ c }}}}{{{{ c | length }}}}", True),
+    "replaces it in a text": (f"{{{{ {C} }}}}{{{{ 'abc' | replace({C}, '') }}}}", True),
+    "strips its letters from a text": (f"{{{{ {C} }}}}{{{{ 'abc' | trim({C}) }}}}", True),
+    "asks for its identity": (f"{{{{ {C} }}}}{{% if {C} is sameas 'a' %}}!{{% endif %}}", True),
+    "asks how it begins after a newline": (
+        f"{{% set c = '\n' + {C} %}}{{{{ c }}}}{{% if c.startswith('\n[x]') %}}!{{% endif %}}",
+        False,
+    ),
+    "looks for a text and a newline": (
+        f"{{% set c = {C} + '\n' %}}{{{{ c }}}}{{% if 'c[x]\n' in c %}}!{{% endif %}}",
+        False,
+    ),
+    "compares it between blanks": (
+        f"{{% macro m(c) %}} {{{{ c }}}} {{% endmacro %}}{{{{ {C} }}}}{{% if m({C}) == ' [x] b ' %}}!{{% endif %}}",
+        False,
+    ),
+    "asks for a role in a loop with variables of its own": (
+        f"{{% set t = namespace() %}}{{% if 'user'.startswith('us') %}}{{{{ {C} }}}}{{% endif %}}",
+        False,
+    ),
     "asks how it begins after joining": (
         f"{{% set c = '[' + {C} %}}{{{{ c }}}}{{% if c.startswith('[x]') %}}!{{% endif %}}",
         True,
     ),
 }
-CONTENTS = ("a", "b", "a question of more than twenty letters", "[x] b", "x] b", "b\n\nc[x]", "\nb", "naïve 😀")
+CONTENTS = ("a", "b", "a question of more than twenty letters", "[x] b", "x] b", "b\n\nc[x]", "\nb", "naïve 😀", "<b>")
 
 
 @pytest.mark.parametrize("what", DOES)
@@ -218,6 +246,25 @@ def test_white_space_that_a_token_takes_is_not_in_the_texts_around_it():
     for contents in (("a", "b"), ("a \n", " b "), ("c", "d")):
         record = talk(*contents)
         assert one(check(record)).ids.tolist() == greedy.apply_chat_template(record["messages"])["input_ids"]
+
+
+@pytest.mark.parametrize("trims", [True, False])
+@pytest.mark.parametrize("answer", ["b", " b", "", "<t>"])
+def test_white_space_that_a_token_takes_puts_it_into_the_loss_as_the_tokenizers_offsets_say(trims, answer):
+    from tokenizers import AddedToken, processors
+
+    core = type(make_core()).from_str(make_core().to_str())
+    core.post_processor = processors.ByteLevel(trim_offsets=trims)
+    core.add_special_tokens([AddedToken("[/INST]", lstrip=True, rstrip=True, special=True)])
+    # as in Mistral's, the answer begins with the blank that the token before takes
+    asks = "<|im_start|>{{ m['content'] }} [/INST]"
+    source = "{% for m in messages %}{% if m['role'] == 'user' %}" + asks + "{% else %} {{ m['content'] }}<|im_end|>"
+    own = make_tokenizer(source + "{% endif %}{% endfor %}", tokenizer_object=core)
+    record = talk("a", answer)
+    found = Renderer(load_tokenizer(own), "hf")(check(record))
+    begin = found.ids.tolist().index(own.convert_tokens_to_ids("[/INST]"))
+    assert found.mask.tolist() == [False] * begin + [not trims] + [True] * (len(found.mask) - begin - 1)
+    assert verify([record], own, batch_size=1, seq_len=32, template="hf", packing="best_fit_pad").batches == 1
 
 
 def test_a_text_that_becomes_abnormal_where_pieces_meet_is_left_to_the_tokenizer():
