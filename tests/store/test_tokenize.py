@@ -19,6 +19,7 @@ from pathlib import Path
 import forked
 import pytest
 from data_sets import SHIPPED, SMALL
+from faulty import is_gone, wait_until
 
 import nanopack
 from nanopack import ConversationError, Loader, cli
@@ -277,19 +278,13 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
         "tokenize(Slow(), 'chat32k', sys.argv[1], num_workers=2)"
     )
     process = forked.start(tmp_path / "script.py", tmp_path / "out")
-    for _ in range(300):
-        time.sleep(0.1)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        if len(children) >= 2:
-            break
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_until(lambda: len(children.read_text().split()) >= 2, 100)
+    pids = children.read_text().split()
     time.sleep(0.5)
     process.kill()
     process.wait()
-    for _ in range(50):
-        time.sleep(0.1)
-        if not any(Path(f"/proc/{child}").exists() for child in children):
-            return
-    raise AssertionError(f"{children} outlived {process.pid}")
+    assert all(map(is_gone, pids)), f"{pids} outlived {process.pid}"
 
 
 def test_progress_is_reported_where_a_killed_worker_held_the_lock_of_the_count():

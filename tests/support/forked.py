@@ -96,7 +96,7 @@ def start(path, *arguments, cwd=None, stdin=subprocess.DEVNULL, stdout=None, std
     return Script(answers, open(read, encoding="utf-8"), written)
 
 
-def run(path, *arguments, timeout: float = 60, **options) -> subprocess.CompletedProcess[str]:
+def run(path, *arguments, timeout: float = 200, **options) -> subprocess.CompletedProcess[str]:
     """Run a script to its end, as subprocess.run does; the options are those of `start`."""
     script = start(path, *arguments, **options)
     try:
