@@ -10,7 +10,7 @@ import time
 
 import pytest
 from data_sets import SMALL
-from faulty import wait_until, within
+from faulty import once, wait_until, within
 
 import nanopack
 from nanopack import Loader
@@ -119,12 +119,17 @@ def test_a_count_that_was_waited_for_is_not_continued():
     assert not count.advance() and count.wait() == 7
 
 
-def test_a_producer_that_counts_says_so(caplog):
+def test_a_producer_that_counts_says_so(caplog, monkeypatch, tmp_path):
+    trainer, said = os.getpid(), tmp_path / "said"
+
     class Slow(list):
         def __getitem__(self, index):
-            time.sleep(0.02 if index % 2 else 0.0)
+            if index % 2 and os.getpid() != trainer:
+                wait_until(said.exists)
             return super().__getitem__(index)
 
+    monkeypatch.setattr("nanopack.producer.process.STALL", 0.1)
+    once(lambda: "counting the batches of all ranks" in caplog.text, said.touch)
     arguments = {"rank": 0, "world_size": 2, "epochs": 1, "seq_len": 64}
     with within(60), caplog.at_level(logging.WARNING), Loader(Slow(TEXTS[:200]), SMALL, **arguments) as loader:
         list(iter(loader))

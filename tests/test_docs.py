@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +33,7 @@ def ran(block):
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "script.py"
         script.write_text(block)
-        return subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, cwd=folder)
+        return forked.run(script, cwd=folder)
 
 
 @pytest.mark.parametrize("block", BLOCKS)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from data_sets import SHIPPED
 
@@ -23,9 +24,7 @@ SUPPORT = Path(__file__).parent / "support"
 
 
 def run(*arguments, cwd=None, timeout=240):
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, cwd=cwd
-    )
+    done = forked.run(*arguments, cwd=cwd, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -46,10 +45,11 @@ def test_an_example_is_read_at_once(example):
 @pytest.mark.trainers
 def test_ddp_resumed_on_the_same_ranks_has_the_losses_of_one_run_and_falls(chats, tmp_path):
     def losses(folder, steps, ranks):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        return run(
-            *launcher, EXAMPLES / "ddp.py", chats, "--steps", steps, "--checkpoint", folder / "c.pt"
-        ).splitlines()
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        example = [EXAMPLES / "ddp.py", chats, "--steps", str(steps), "--checkpoint", folder / "c.pt"]
+        done = subprocess.run([*launcher, *example], capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.splitlines()
 
     for folder in ("whole", "parts", "more"):
         (tmp_path / folder).mkdir()

@@ -50,7 +50,7 @@ def test_killed_at_random_moments_a_torchrun_run_has_the_losses_and_weights_of_o
 def finished(folder):
     """Run to the end, from where the run before was; return all lines and the weights."""
     with Run(folder, world_size=2, steps=STEPS) as run:
-        assert run.first.wait(120) == 0, run.log.read_text()
+        assert run.first.wait(300) == 0, run.log.read_text()
         return run.lines(), torch.load(folder / "weights")
 
 
@@ -80,7 +80,7 @@ def waited_for_a_moment(run, moments):
     """Wait for a moment of the training, or now and then of its start; return whether the run has not ended."""
     begun = len(run.lines())
     if moments.random() < 0.8:
-        until(60, lambda: run.first.poll() is not None or len(run.lines()) > begun)
+        until(200, lambda: run.first.poll() is not None or len(run.lines()) > begun)
     time.sleep(moments.uniform(0, 2))
     return run.first.poll() is None
 
@@ -103,13 +103,13 @@ def strike(run, number, victim, moments):
     print(f"{number.name} to {victim}, {len(ranks)} ranks, {len(producers)} producers, after {run.lines()[-1:]}")
     if victim == "a producer" and number == signal.SIGTERM:
         # when a run ends is for its trainer to say
-        until(60, lambda: len(run.lines()) > come + 3 or run.first.poll() == 0)
+        until(200, lambda: len(run.lines()) > come + 3 or run.first.poll() == 0)
         assert run.first.poll() == 0 or struck[0] in run.processes()
         return
     if victim == "torchrun":
-        run.first.wait(40)
-    until(60, lambda: not before & run.processes())
-    until(10, lambda: in_shared_memory() <= shared)
+        run.first.wait(200)
+    until(200, lambda: not before & run.processes())
+    until(60, lambda: in_shared_memory() <= shared)
 
 
 def in_shared_memory():

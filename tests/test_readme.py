@@ -23,7 +23,7 @@ def test_every_python_block_runs_as_a_flat_script(tmp_path):
     for block in PYTHON:
         script = tmp_path / "script.py"
         script.write_text(block)
-        done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
         assert (done.returncode, done.stderr) == (0, "")
         printed += done.stdout
     for words in ("nothing lost: True", "difference=None"):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-import time
 
 import numpy as np
 import pytest
 from data_sets import PACKINGS, SMALL, data_sets, drawn_arguments
+from faulty import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from saved_states import BASE, CHATS, differences, refusal, same_state, state_after, through_json
@@ -291,14 +291,14 @@ def test_a_state_can_be_saved_though_a_sampled_conversation_cannot_be_read():
 def test_a_sample_that_takes_long_is_announced_once_and_leaves_no_thread(monkeypatch, caplog, slow):
     class Slow(list):
         def __getitem__(self, index):
-            time.sleep(0.02 * slow)
+            if slow:
+                wait_until(lambda: caplog.messages)
             return super().__getitem__(index)
 
-    monkeypatch.setattr("nanopack.state.SLOW", 0.1)
+    monkeypatch.setattr("nanopack.state.SLOW", 0.1 if slow else 20.0)
     threads = threading.active_count()
     Loader(Slow(CHATS), SMALL, **BASE)
     assert threading.active_count() == threads
-    time.sleep(0.15)
     assert len(caplog.messages) == slow and ("reads 16 conversations" in caplog.text) == slow
 
 

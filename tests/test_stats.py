@@ -26,7 +26,7 @@ def test_a_trainer_that_finds_its_batches_ready_has_not_waited():
 
 
 def test_a_slow_data_set_is_waited_for():
-    with Loader(Faulty("all", lambda: time.sleep(0.02)), TOKENIZER, **SMALL) as loader:
+    with Loader(Faulty("all", lambda: time.sleep(0.02)), TOKENIZER, prefetch=1, **SMALL) as loader:
         for _ in range(20):
             next(loader)
         stats = loader.stats()

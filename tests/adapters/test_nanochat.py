@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import json
 import pickle
-import subprocess
-import sys
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import forked
 import nanochat_loops
 import pytest
 import torch
@@ -344,5 +343,5 @@ print(next(train_loader)[0].shape)
 def test_a_script_that_ends_with_its_loaders_open_ends_in_silence(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    done = forked.run(script)
     assert (done.returncode, done.stdout, done.stderr) == (0, "torch.Size([1, 4])\n", "")

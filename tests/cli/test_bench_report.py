@@ -7,9 +7,9 @@ import importlib.util
 import io
 import json
 import math
-import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 from data_sets import SHIPPED
@@ -59,10 +59,10 @@ def only_table(report_, section):
     return {row["name"]: row for row in rows}
 
 
-def test_only_the_command_imports_the_bench():
+def test_only_the_command_imports_the_bench(tmp_path):
     code = "import sys, nanopack.cli; print([name for name in sys.modules if name.startswith('nanopack.cli.bench')])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    (tmp_path / "script.py").write_text(code)
+    assert forked.run(tmp_path / "script.py").stdout == "[]\n"
 
 
 def test_every_section_shows_its_question_and_numbers_of_this_run(quick):

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from command_line import SMALL, refusal
@@ -42,12 +44,13 @@ def test_an_error_of_ours_that_is_not_bad_input_keeps_its_traceback(chats, monke
 # Real processes and terminals
 
 MAIN = (sys.executable, "-m", "nanopack.cli")
+COMMAND = Path(__file__).parents[1] / "support" / "cli_run.py"
 
 
-def on_a_terminal(*argv, until=None, **streams):
+def on_a_terminal(*argv, until=None):
     """Run with stderr on a terminal; return exit code and what it showed. Ctrl-C once `until` shows."""
     master, slave = pty.openpty()
-    process = subprocess.Popen([*MAIN, *map(str, argv)], stderr=slave, stdin=slave, **streams)
+    process = forked.start(COMMAND, *argv, stderr=slave, stdin=slave, stdout=subprocess.DEVNULL)
     os.close(slave)
     shown = b""
     deadline = time.monotonic() + 100
@@ -71,30 +74,30 @@ def on_a_terminal(*argv, until=None, **streams):
 
 
 def test_progress_shows_on_a_terminal_and_nowhere_else(chats):
-    code, shown = on_a_terminal("pack", chats, *SMALL, stdout=subprocess.DEVNULL)
+    code, shown = on_a_terminal("pack", chats, *SMALL)
     assert code == 0
     lines = ESCAPES.sub("", shown).split("\r")
     assert re.match(r"packing .{40}   0%", lines[1] or lines[0])
     assert any(re.match(r"packing .{40} +\d+% \d+ batch", line) for line in lines)
     assert lines[-1].strip() == ""
-    piped = subprocess.run([*MAIN, "pack", str(chats), *SMALL], capture_output=True, text=True)
+    piped = forked.run(COMMAND, "pack", chats, *SMALL)
     assert (piped.returncode, piped.stderr) == (0, "")
     assert "packing" not in piped.stdout and "ledger" in piped.stdout
 
 
 def test_an_error_replaces_the_progress_bar(broken):
-    _, shown = on_a_terminal("verify", broken, *SMALL, stdout=subprocess.DEVNULL)
+    _, shown = on_a_terminal("verify", broken, *SMALL)
     assert re.fullmatch(r"nanopack: \S+broken.jsonl:17, .*\r\n", ESCAPES.split(shown)[-1])
 
 
 def test_a_warning_does_not_run_into_the_progress_bar(broken):
-    code, shown = on_a_terminal("pack", broken, *SMALL, "--on-error", "skip", stdout=subprocess.DEVNULL)
+    code, shown = on_a_terminal("pack", broken, *SMALL, "--on-error", "skip")
     assert code == 0
     assert re.search(r"\x1b\[2Knanopack: skipped 1 bad conversation: 1 like \S+broken.jsonl:17, [^\r]*\r\n", shown)
 
 
 def test_ctrl_c_ends_with_130_and_no_traceback():
-    code, shown = on_a_terminal("pack", "--epochs", 10_000, *SMALL, until=b" batches", stdout=subprocess.DEVNULL)
+    code, shown = on_a_terminal("pack", "--epochs", 10_000, *SMALL, until=b" batches")
     assert code == 130
     assert "Traceback" not in shown
     assert ESCAPES.split(shown)[-1].strip() == "" and shown.endswith("\x1b[2K")
@@ -117,12 +120,10 @@ def test_words_that_stdout_cannot_write_are_escaped(tmp_path):
     assert "\\u65e5\\u672c" in done.stdout
 
 
-def test_help_imports_neither_triton_nor_an_extra_nor_the_demo():
-    code = (
+def test_help_imports_neither_triton_nor_an_extra_nor_the_demo(tmp_path):
+    (tmp_path / "script.py").write_text(
         "import sys; from nanopack.cli import main; main(['pack', '--help']); "
         "print(sorted({'triton', 'pyarrow', 'safetensors', 'transformers', 'matplotlib', 'nanopack.demo'}"
         " & {*sys.modules}))"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert forked.run(tmp_path / "script.py", TRITON_INTERPRET=None).stdout.splitlines()[-1] == "[]"

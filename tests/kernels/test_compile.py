@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from covering import only
 
@@ -29,17 +28,15 @@ each_kernel = pytest.mark.parametrize("kernel", ["pack", "gather"])
 few_extras = pytest.mark.parametrize("extras", [EXTRAS[0], EXTRAS[-1]], ids=["no extras", "all extras"])
 
 
-def start(cache: Path, *what: str) -> subprocess.Popen[str]:
+def start(cache: Path, *what: str) -> forked.Script:
     """Run compile_kernel.py without the interpreter that conftest.py turns on, and with nothing compiled before."""
-    env = dict(os.environ, TRITON_CACHE_DIR=str(cache), OMP_NUM_THREADS="1")
-    env.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(Path(__file__).parents[1] / "support" / "compile_kernel.py"), *what]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    script = Path(__file__).parents[1] / "support" / "compile_kernel.py"
+    return forked.start(script, *what, TRITON_CACHE_DIR=str(cache), TRITON_INTERPRET=None)
 
 
-def answer(process: subprocess.Popen[str]) -> Any:
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err[-3000:]
+def answer(script: forked.Script) -> Any:
+    out, err = script.communicate(timeout=600)
+    assert script.returncode == 0, err[-3000:]
     return json.loads(out)
 
 
@@ -82,9 +79,9 @@ def test_nothing_spills_and_there_is_no_stack(target, kernel, seq_len, word_byte
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["pack", "gather", "graph"])
 def test_each_extra_alone_is_stored_wide_too_without_spills_or_a_stack(kernel, tmp_path):
-    processes = [start(tmp_path / target, target, "all", kernel) for target in TARGETS]
-    for process in processes:
-        found_on = answer(process)
+    scripts = [start(tmp_path / target, target, "all", kernel) for target in TARGETS]
+    for script in scripts:
+        found_on = answer(script)
         for word_bytes in (2, 4):
             for extras in EXTRAS:
                 found = variant(found_on[kernel], USUAL, word_bytes, extras)
@@ -101,4 +98,4 @@ def test_the_advance_of_a_counter_does_not_spill(target):
 def test_a_thousand_batches_compile_once_for_each_width_of_words(tmp_path):
     # graph is gather's function: what it compiled would be counted too
     both = start(tmp_path / "a", "launches", "pack", "gather"), start(tmp_path / "b", "launches", "graph")
-    assert [answer(process) for process in both] == [{"pack": [1, 2], "gather": [1, 2]}, {"graph": [1, 2]}]
+    assert [answer(script) for script in both] == [{"pack": [1, 2], "gather": [1, 2]}, {"graph": [1, 2]}]

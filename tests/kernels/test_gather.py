@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
-import os
 import signal
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +12,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -231,9 +230,8 @@ def test_the_examples_are_true():
 @guarded
 @pytest.mark.parametrize("executor", ["triton", "torch"])
 def test_no_executor_touches_the_memory_around_data_and_tables_and_if_it_did_its_process_would_end(executor):
-    env = dict(os.environ, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     script = Path(__file__).parents[1] / "support" / "guard_gather.py"
-    done = subprocess.run([sys.executable, script, executor], env=env, capture_output=True, text=True, timeout=300)
+    done = forked.run(script, executor, timeout=300, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     ended = {"gathered after": 0, "gathered before": 0}
     ended |= {"overrun after": -signal.SIGSEGV, "overrun before": -signal.SIGSEGV}
     assert json.loads(done.stdout) == ended, done.stderr[-2000:]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import doctest
 import json
-import os
 import signal
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from hypothesis import given
@@ -149,9 +148,8 @@ def test_the_example_of_pack_bytes_is_true():
 @guarded
 @pytest.mark.parametrize("executor", ["triton", "torch"])
 def test_no_executor_touches_the_memory_around_a_slot_and_if_it_did_its_process_would_end(executor):
-    env = dict(os.environ, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     script = Path(__file__).parents[1] / "support" / "guard_pack.py"
-    done = subprocess.run([sys.executable, script, executor], env=env, capture_output=True, text=True, timeout=300)
+    done = forked.run(script, executor, timeout=300, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     ended = {"packed after": 0, "packed before": 0, "overrun after": -signal.SIGSEGV, "overrun before": -signal.SIGSEGV}
     assert json.loads(done.stdout) == ended, done.stderr[-2000:]
 

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from faulty import in_dev_shm, is_gone
+from faulty import in_dev_shm, is_gone, sleeps, wait_until
 from trainer_script import script
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals and /proc as on Linux")
@@ -125,6 +125,7 @@ RUNNING = """
 loader = make(*DATA)
 try:
     for batch in loader:
+        print("batch", flush=True)
         time.sleep(0.01)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
@@ -136,7 +137,8 @@ except KeyboardInterrupt:
 def test_ctrl_c_reaches_the_user_and_leaves_no_process(tmp_path, data):
     with script(tmp_path, f"DATA = ({data})\n{RUNNING}") as trainer:
         pid = int(trainer.stdout.readline())
-        time.sleep(0.7)
+        assert trainer.stdout.readline() == "batch\n"
+        time.sleep(0.5)
         os.killpg(trainer.pid, signal.SIGINT)
         out, err = trainer.communicate(timeout=50)
         assert "interrupted" in out and err.rstrip().endswith("KeyboardInterrupt")
@@ -144,14 +146,20 @@ def test_ctrl_c_reaches_the_user_and_leaves_no_process(tmp_path, data):
 
 
 CAUGHT = """
-loader = make(lambda: time.sleep(1.2), 20)
-print("ready", flush=True)
+go = os.path.join(os.path.dirname(__file__), "go")
+def hold():
+    print("waits", flush=True)
+    while not os.path.exists(go):
+        time.sleep(0.01)
+loader = make(hold, 20)
 got, caught = [], 0
 while len(got) < 100:
     try:
         got.append(next(loader).inputs.tolist())
     except KeyboardInterrupt:
         caught += 1
+        if caught == 2:
+            open(go, "w").close()
         print("interrupted", flush=True)
 loader.close()
 again = nanopack.Loader(CHATS, "chat32k", batch_size=1, seq_len=8, packing="stream", loss="all")
@@ -163,10 +171,10 @@ print("nothing is lost", caught)
 def test_a_caught_ctrl_c_while_next_waits_loses_nothing(tmp_path):
     with script(tmp_path, CAUGHT) as trainer:
         trainer.stdout.readline()
-        assert trainer.stdout.readline() == "ready\n"
+        assert trainer.stdout.readline() == "waits\n"
         for _ in range(2):
-            time.sleep(0.4)
+            wait_until(lambda: sleeps(trainer.pid))
             os.killpg(trainer.pid, signal.SIGINT)
             assert trainer.stdout.readline() == "interrupted\n"
         out, err = trainer.communicate(timeout=50)
-        assert (out, err) == ("nothing is lost 2\n", "")
+        assert (out.replace("waits\n", ""), err) == ("nothing is lost 2\n", "")

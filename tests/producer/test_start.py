@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from faulty import CHATS, SMALL, TOKENIZER, Faulty, Moved, is_gone, raising, within
+from faulty import CHATS, SMALL, TOKENIZER, Faulty, Moved, is_gone, once, raising, within
 from trainer_script import script
 
 import nanopack
@@ -54,16 +54,13 @@ def test_a_child_that_dies_before_it_runs_is_an_error_with_the_remedies(executab
         assert remedy in str(raised.value)
 
 
-def interrupt_later():
-    threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGINT)).start()
-
-
 def test_ctrl_c_ends_the_wait_for_a_child_that_starts(executable, tmp_path):
-    executable(f"echo $$ > {tmp_path}/pid; exec sleep 60")
-    interrupt_later()
-    with within(10), pytest.raises(KeyboardInterrupt):
+    started = tmp_path / "pid"
+    executable(f"echo $$ > {started}; exec sleep 60")
+    once(lambda: started.exists() and started.read_text(), lambda: os.kill(os.getpid(), signal.SIGINT))
+    with within(20), pytest.raises(KeyboardInterrupt):
         Loader(CHATS, TOKENIZER, start_method="spawn", **SMALL)
-    assert is_gone((tmp_path / "pid").read_text().strip())
+    assert is_gone(started.read_text().strip())
 
 
 # The second move is from the producer to its workers.
@@ -117,6 +114,9 @@ class Locked(list):
             return super().__getitem__(index)
 
 
+HINT = 'use start_method="spawn"'
+
+
 @pytest.mark.parametrize("held", [True, False])
 def test_a_lock_that_was_held_at_the_fork_is_hinted_at_where_nothing_came(monkeypatch, caplog, held):
     monkeypatch.setattr("nanopack.producer.process.STALL", 0.1)
@@ -128,11 +128,12 @@ def test_a_lock_that_was_held_at_the_fork_is_hinted_at_where_nothing_came(monkey
 
     monkeypatch.setattr("nanopack.producer.process.start", start_locked)
     loader = Loader(data if held else Faulty(20, lambda: time.sleep(60)), TOKENIZER, **SMALL)
-    threading.Timer(1, loader.close).start()
+    # the third warning comes after the time of the hint
+    once(lambda: HINT in caplog.text if held else caplog.text.count("waited") >= 3, loader.close)
     with caplog.at_level(logging.WARNING, "nanopack"), within(20), pytest.raises(RuntimeError, match="closed"):
         for _ in loader:
             pass
-    assert "waited" in caplog.text and ('use start_method="spawn"' in caplog.text) == held
+    assert "waited" in caplog.text and (HINT in caplog.text) == held
 
 
 @pytest.mark.parametrize(("data", "warned"), [(CHATS, 0), (Faulty(99, None), 1)], ids=["list", "class of the user's"])

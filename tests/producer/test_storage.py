@@ -201,6 +201,8 @@ def test_a_file_with_the_same_content_goes_on(tmp_path, kind, harm, monkeypatch)
             else:
                 os.rename(path, f"{path}.away")
         if harm == "gone for a moment":
+            # however late the timer is
+            monkeypatch.setattr("nanopack.conversations.fetch.RETRIES", (0.05,) * 300)
             threading.Timer(0.05, lambda: [os.rename(f"{path}.away", path) for path in paths]).start()
         got += iter(loader)
     assert compare(iter(expected), iter(got)).difference is None

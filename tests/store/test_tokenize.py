@@ -11,15 +11,15 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import forked
 import pytest
 from data_sets import SHIPPED, SMALL
+from faulty import is_gone, wait_until
 
 import nanopack
 from nanopack import ConversationError, Loader, cli
@@ -182,17 +182,13 @@ def test_a_tokenizer_without_the_templates_tokens_is_refused_before_anything_is_
 
 def test_a_full_disk_is_named_and_leaves_nothing_under_a_final_name(tmp_path):
     """Of files, none may be larger than 64 KB here: the words of a part are."""
-    script = (
+    script, out = tmp_path / "script.py", tmp_path / "out"
+    script.write_text(
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16));"
         "from nanopack.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    out = tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, "-c", script, "tokenize", str(SHIPPED), str(out), "--num-workers", "2"],
-        capture_output=True,
-        text=True,
-    )
+    done = forked.run(script, "tokenize", SHIPPED, out, "--num-workers", 2)
     assert done.returncode == 2 and "part-0" in done.stderr and "File too large" in done.stderr
     assert not [name for name in written(out) if name.endswith((".words", ".tmp"))]
     tokenize(SHIPPED, "chat32k", out)
@@ -232,10 +228,10 @@ TOKENIZE = (
 )
 
 
-def start(out: Path) -> subprocess.Popen:
+def start(script: Path, out: Path) -> forked.Script:
     """Tokenize in a process, in a group of its own, which is about to begin."""
-    command = [sys.executable, "-c", TOKENIZE, str(SHIPPED), str(out)]
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    script.write_text(TOKENIZE)
+    process = forked.start(script, SHIPPED, out)
     assert process.stdout.readline() == "ready\n"
     return process
 
@@ -245,7 +241,7 @@ def kill_and_run_again(tmp_path: Path, kills: int) -> None:
     expected, out, moments = written(tmp_path / "once"), tmp_path / "out", []
     draw, files = random.Random(0), len(written(tmp_path / "once"))
     for _ in range(kills):
-        process, moment = start(out), draw.randrange(files)
+        process, moment = start(tmp_path / "script.py", out), draw.randrange(files)
         while process.poll() is None and len([*out.glob("*.words")] if out.exists() else ()) < moment:
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.02))
@@ -274,27 +270,21 @@ def test_killed_at_20_moments_and_run_again_it_gives_the_same_bytes(tmp_path):
 
 
 def test_workers_end_with_the_process_that_started_them(tmp_path):
-    script = (
+    (tmp_path / "script.py").write_text(
         "import sys, time; from nanopack.store.tokenize import tokenize\n"
         "class Slow:\n"
         "    def __len__(self): return 2000\n"
         "    def __getitem__(self, i): time.sleep(0.01); return {'text': 'a'}\n"
         "tokenize(Slow(), 'chat32k', sys.argv[1], num_workers=2)"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "out")], start_new_session=True)
-    for _ in range(300):
-        time.sleep(0.1)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        if len(children) >= 2:
-            break
+    process = forked.start(tmp_path / "script.py", tmp_path / "out")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_until(lambda: len(children.read_text().split()) >= 2, 100)
+    pids = children.read_text().split()
     time.sleep(0.5)
     process.kill()
     process.wait()
-    for _ in range(50):
-        time.sleep(0.1)
-        if not any(Path(f"/proc/{child}").exists() for child in children):
-            return
-    raise AssertionError(f"{children} outlived {process.pid}")
+    assert all(map(is_gone, pids)), f"{pids} outlived {process.pid}"
 
 
 def test_progress_is_reported_where_a_killed_worker_held_the_lock_of_the_count():

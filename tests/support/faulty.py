@@ -138,6 +138,16 @@ def wait_until(true, seconds=20.0):
         time.sleep(0.005)
 
 
+def once(true, do):
+    """Call `do` in a thread as soon as it is so."""
+    threading.Thread(target=lambda: (wait_until(true), do()), daemon=True).start()
+
+
+def sleeps(pid):
+    """Whether a process waits for something, and is neither running, nor due to run, nor stopped."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "S"
+
+
 def workers_of(producer):
     """The ids of the two workers of a producer, whose own id this is."""
     children = Path(f"/proc/{producer}/task/{producer}/children")

@@ -70,7 +70,7 @@ class Run:
         return []
 
     def wait_for_step(self, step):
-        until(40, lambda: self.first.poll() is not None or any(line.startswith(f"{step} ") for line in self.lines()))
+        until(200, lambda: self.first.poll() is not None or any(line.startswith(f"{step} ") for line in self.lines()))
         assert self.first.poll() is None, self.log.read_text()
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import subprocess
-import sys
+
+import forked
 
 # The matrix product and the long sum start torch's threads, as a training step does; a lambda does not pickle.
 SCRIPT = """
@@ -37,17 +35,9 @@ def script(tmp_path, text, **modules):
         (tmp_path / f"{name}.py").write_text(content)
     path = tmp_path / "flat.py"
     path.write_text(SCRIPT + text)
-    process = subprocess.Popen(
-        [sys.executable, path],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "PYTHONWARNINGS": "default"},
-    )
+    process = forked.start(path, PYTHONWARNINGS="default")
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.kill_group()
+        process.wait(60)

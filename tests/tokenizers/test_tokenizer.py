@@ -315,3 +315,11 @@ def test_what_is_no_tokenizer_is_refused(given_as, error, tmp_path):
     with pytest.raises(ValueError, match=error) as caught:
         load_tokenizer(given_as(tmp_path))
     assert not isinstance(caught.value, UnicodeError)
+
+
+def test_a_fingerprint_is_computed_once_and_is_that_of_a_copy(monkeypatch):
+    tokenizer = pickle.loads(pickle.dumps(TOKENIZER))
+    found = tokenizer.fingerprint()
+    assert found == TOKENIZER.fingerprint()
+    monkeypatch.setattr("nanopack.tokenizers.tokenizer.hashlib", None)
+    assert tokenizer.fingerprint() == found
