@@ -36,6 +36,8 @@ def start(cache: Path, *what: str) -> forked.Script:
 
 def answer(script: forked.Script) -> Any:
     out, err = script.communicate(timeout=600)
+    if "ld.lld not found" in err:
+        pytest.skip("triton 3.4 compiles for AMD with ROCm's linker")
     assert script.returncode == 0, err[-3000:]
     return json.loads(out)
 
