@@ -45,7 +45,8 @@ def progress(title: str, *, eta: bool = False) -> Iterator[Show]:
         disable=not sys.stderr.isatty(),
     )
     drawn_at = 0.0
-    with bar:
+    # at its end a disabled one of rich 14.1 and before writes an empty line
+    with contextlib.nullcontext() if bar.disable else bar:
         task = bar.add_task(title, total=1.0, label="")
         bar.refresh()
 

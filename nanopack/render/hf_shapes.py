@@ -16,7 +16,7 @@ from nanopack.errors import interrupt_in
 from nanopack.render.document import END, Plan
 from nanopack.render.hf_outline import marks
 from nanopack.render.hf_runs import num_bytes
-from nanopack.render.hf_watch import Watcher
+from nanopack.render.hf_watch import Watcher, compiler
 from nanopack.tokenizers.added_tokens import AnyWord
 from nanopack.tokenizers.buffers import as_buffer, mended_text
 from nanopack.tokenizers.byte_level import ByteLevel
@@ -57,16 +57,13 @@ class Shapes:
         render: Callable[[list[dict[str, Any]], Conversation], Plan | None],
     ) -> None:
         """`looked_for`: texts that a content must not hold. `render` gives the plan of plain messages."""
-        import transformers.utils.chat_template_utils as of_transformers
-
         self._tokenizer, self._variables, self._render = tokenizer, variables, render
         self._shapes: dict[Key, Shape | None] = {}
         self._looked_for: set[str] = set()
         self._edges = {token[:k] for token in tokenizer.added_tokens for k in range(1, len(token))}
         self._edges_after = {token[k:] for token in tokenizer.added_tokens for k in range(1, len(token))}
-        compile_one: Any = getattr(of_transformers, "_cached_compile_jinja_template", None)
-        source = tokenizer.chat_template()
-        self._watcher = Watcher(compile_one(source), source) if compile_one else None
+        compile_template, source = compiler(), tokenizer.chat_template()
+        self._watcher = Watcher(compile_template(source), source) if compile_template else None
         self._exclude([*looked_for, *tokenizer.added_tokens])
 
     def _exclude(self, texts: Iterable[str]) -> None:

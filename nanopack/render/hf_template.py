@@ -29,6 +29,7 @@ from nanopack.render.hf_outline import Leaf, Place, forms, locate, markers, mark
 from nanopack.render.hf_runs import plan_of
 from nanopack.render.hf_shapes import Shapes
 from nanopack.render.hf_spans import Answers, Span
+from nanopack.render.hf_watch import compiler
 from nanopack.render.hf_writer import Writer, thinks
 from nanopack.tokenizers.added_tokens import any_of
 from nanopack.tokenizers.huggingface import SPOT_CHECK, HuggingFaceTokenizer
@@ -287,7 +288,6 @@ def _name(tokenizer: object) -> str:
 
 def _check_templates(tokenizer: HuggingFaceTokenizer) -> None:
     """Raise ValueError where none of several templates is the default, TemplateError where one is not Jinja."""
-    import transformers.utils.chat_template_utils as of_transformers
     from jinja2 import TemplateSyntaxError
 
     named = tokenizer.chat.chat_template
@@ -296,10 +296,12 @@ def _check_templates(tokenizer: HuggingFaceTokenizer) -> None:
             f"tokenizer {tokenizer.name!r} has the chat templates {', '.join(map(repr, named))}, and none is called "
             "default; call one so, or set its chat_template to one of them"
         )
-    compile_one: Any = getattr(of_transformers, "_cached_compile_jinja_template", None)
-    for tools in (False, True) if compile_one else ():
+    compile_template = compiler()
+    if compile_template is None:
+        return
+    for tools in (False, True):
         try:
-            compile_one(tokenizer.chat_template(tools=tools))
+            compile_template(tokenizer.chat_template(tools=tools))
         except TemplateSyntaxError as error:
             raise TemplateError(
                 f"tokenizer {tokenizer.name!r}: its chat template is not Jinja in line {error.lineno} "

@@ -32,6 +32,15 @@ _OF_JINJA = {"_loop_vars", "_block_vars"}
 _MODULO = "nanopack_modulo"
 
 
+def compiler() -> Callable[[str], Any] | None:
+    """Return what compiles a chat template as transformers does, without its cache; None if it has none to wrap."""
+    import transformers.utils.chat_template_utils as of_transformers
+
+    cached: Any = getattr(of_transformers, "_compile_jinja_template", None)
+    found: Callable[[str], Any] | None = getattr(cached, "__wrapped__", None)
+    return found
+
+
 class Watcher:
     """A chat template of its own, whose every way to look into a string is watched."""
 

@@ -62,9 +62,10 @@ TALKS: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def folder() -> Path | None:
-    """The folder of trl's chat templates; None where trl is not installed."""
+    """The folder of trl's chat templates; None where trl is not installed, or has none, as 1.0."""
     found = importlib.util.find_spec("trl")
-    return Path((found.submodule_search_locations or [""])[0], "chat_templates") if found else None
+    path = Path((found.submodule_search_locations or [""])[0], "chat_templates") if found else None
+    return path if path and path.is_dir() else None
 
 
 def names(*, training: bool | None = None) -> list[str]:
