@@ -54,6 +54,14 @@ def _allocator(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     return lambda: torch.empty(shape, dtype=dtype, device=device)
 
 
+class _Lent(weakref.ref):  # type: ignore[type-arg]
+    """A weak reference that is itself wherever it is looked up, and holds what its referent is a view of."""
+
+    memory: np.ndarray
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
 class HostMemory:
     """Pool of host buffers of one shape and dtype; a buffer is reused once no tensor refers to it.
 
@@ -64,20 +72,19 @@ class HostMemory:
         self._shape = shape
         self._dtype = torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
         # About what a training loop holds at a time; if many batches are dropped at once, the rest is freed.
-        self._idle: deque[np.ndarray] = deque(maxlen=4)
-        self._out: dict[int, tuple[Any, np.ndarray]] = {}
+        self._idle: deque[_Lent] = deque(maxlen=4)
+        self._out: dict[_Lent, _Lent] = {}
 
     def empty(self) -> torch.Tensor:
         """Return an uninitialised tensor of the pool's shape and dtype, 64-byte aligned."""
-        memory = self._idle.pop() if self._idle else self._fresh()
+        memory = self._idle.pop().memory if self._idle else self._fresh()
         # the tensor, its views and what autograd saves of it refer to `view`: it dies with the last of them
         view = memory.view()
-        gone = weakref.ref(view, self._take_back)
-        self._out[id(gone)] = gone, memory
+        # no function of ours is called when it dies: a Ctrl-C that came in it would be lost
+        lent = _Lent(view, self._idle.append)
+        lent.memory = memory
+        self._out[_Lent(view, self._out.pop)] = lent
         return torch.from_numpy(view)
-
-    def _take_back(self, gone: Any) -> None:
-        self._idle.append(self._out.pop(id(gone))[1])
 
     def _fresh(self) -> np.ndarray:
         nbytes = math.prod(self._shape) * self._dtype.itemsize

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tracemalloc
 
 import torch
@@ -51,3 +52,16 @@ def test_of_many_batches_that_are_let_go_at_most_four_stay_allocated():
         assert tracemalloc.get_traced_memory()[0] < 5 * size
     finally:
         tracemalloc.stop()
+
+
+def test_no_function_of_ours_runs_where_a_batch_dies_in_which_a_ctrl_c_would_be_lost():
+    memory, called = HostMemory((4, 8), torch.int64), []
+    tensor = memory.empty()
+    place = tensor.data_ptr()
+    sys.setprofile(lambda frame, event, _: called.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        del tensor
+    finally:
+        sys.setprofile(None)
+    assert not called and not memory._out
+    assert memory.empty().data_ptr() == place
