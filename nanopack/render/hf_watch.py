@@ -33,7 +33,7 @@ _MODULO = "nanopack_modulo"
 
 
 def compiler() -> Callable[[str], Any] | None:
-    """Return what compiles a chat template as transformers does, without its cache; None if it has none to wrap."""
+    """Return the function by which transformers compiles chat templates, without its cache; None if it has none."""
     import transformers.utils.chat_template_utils as of_transformers
 
     cached: Any = getattr(of_transformers, "_compile_jinja_template", None)
